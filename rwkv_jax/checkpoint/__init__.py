@@ -1,0 +1,1 @@
+"""Checkpoints: our own runs (orbax) and the key map to the official names."""

@@ -1,0 +1,1 @@
+"""Sampling: prefill, the jitted decode loop, and the transforms of logits."""
