@@ -1,0 +1,32 @@
+"""RWKV language models in JAX: train like a transformer, run like an RNN.
+
+`import rwkv_jax` loads nothing heavy: each name below is imported when first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "ModelConfig": "rwkv_jax.config",
+    "forward": "rwkv_jax.models",
+    "init_params": "rwkv_jax.models",
+    "init_state": "rwkv_jax.models",
+    "stack": "rwkv_jax.models",
+    "unstack": "rwkv_jax.models",
+    "wkv4": "rwkv_jax.wkv",
+    "wkv7": "rwkv_jax.wkv",
+    "generate": "rwkv_jax.generate",
+    "load": "rwkv_jax.checkpoint.store",
+}
+
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)

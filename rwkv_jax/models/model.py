@@ -1,0 +1,175 @@
+"""What all versions share: embedding, ln0, a stack of blocks, ln_out, head.
+
+The blocks come in two layouts and `forward` takes both. Stacked: every leaf has a leading layer axis and
+`lax.scan` runs over it, so the program does not grow with depth; this is how parameters are made, trained
+and saved. Unstacked: a tuple of per-layer trees under a Python loop, which spares the copy of each layer's
+slice; decoding on CPU is over twice as fast for it.
+"""
+
+from functools import partial
+from types import ModuleType
+from typing import Any, Generic
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from rwkv_jax import nn, params as tables
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.models import rwkv4, rwkv7
+from rwkv_jax.nn import Norm
+from rwkv_jax.params import ParamSpec, ones, orthogonal, uniform, zeros
+from rwkv_jax.typing import Array, Bool, Float, Int, Leaf, PRNGKeyArray
+
+VERSIONS: dict[str, ModuleType] = {"4": rwkv4, "7": rwkv7}
+"""The version table: each module has `specs`, `init_state`, `init_carry` and `block`."""
+
+
+@struct.dataclass
+class Model(Generic[Leaf]):
+    """A whole model's parameters (or specs, or shapes); `blocks` is stacked, or a tuple of layers."""
+
+    emb: Leaf
+    ln0: Norm[Leaf]
+    blocks: Any
+    ln_out: Norm[Leaf]
+    head: Leaf
+
+
+@struct.dataclass
+class State:
+    """A whole model's recurrent state; `blocks` is stacked, or a tuple of layers."""
+
+    blocks: Any
+
+
+def specs(cfg: ModelConfig) -> Model[ParamSpec]:
+    """The table of every parameter of `cfg`'s model.
+
+    Raises `ValueError` if `cfg.vocab_size` is still open (0).
+    """
+    c, vocab = cfg.width, cfg.vocab_size
+    if vocab < 1:
+        raise ValueError("cfg.vocab_size is 0: set it to the tokenizer's vocabulary size")
+
+    def norm() -> Norm[ParamSpec]:
+        return Norm(ParamSpec((c,), ones), ParamSpec((c,), zeros))
+
+    head_gain = 0.5 * max(vocab / c, 1.0) ** 0.5
+    return Model(
+        emb=ParamSpec((vocab, c), uniform(1e-4), decay=True, layout="table"),
+        ln0=norm(),
+        blocks=VERSIONS[cfg.version].specs(cfg),
+        ln_out=norm(),
+        head=ParamSpec((c, vocab), orthogonal(head_gain), decay=True, layout="linear"),
+    )
+
+
+def init_params(cfg: ModelConfig, key: PRNGKeyArray) -> Model[Array]:
+    """Fresh float32 parameters, initialised as the official trainer does."""
+    return tables.init(specs(cfg), key)
+
+
+def abstract_params(cfg: ModelConfig) -> Model[jax.ShapeDtypeStruct]:
+    """The parameters' shapes and dtypes, without making them."""
+    return tables.abstract(specs(cfg))
+
+
+def init_state(cfg: ModelConfig, batch: int) -> State:
+    """The state before the first token of a document, float32, stacked over layers."""
+    block = VERSIONS[cfg.version].init_state(cfg, batch)
+    return State(jax.tree.map(lambda x: jnp.broadcast_to(x, (cfg.layers, *x.shape)), block))
+
+
+def unstack(tree: Any) -> Any:
+    """The same parameters or state with `blocks` as a tuple of layers (decoding's layout)."""
+    layers = jax.tree.leaves(tree.blocks)[0].shape[0]
+    return tree.replace(
+        blocks=tuple(jax.tree.map(lambda x: x[i], tree.blocks) for i in range(layers))
+    )
+
+
+def stack(tree: Any) -> Any:
+    """The inverse of `unstack`."""
+    return tree.replace(blocks=jax.tree.map(lambda *xs: jnp.stack(xs), *tree.blocks))
+
+
+def backbone(
+    params: Model[Array],
+    tokens: Int[Array, "b t"],
+    state: State | None = None,
+    *,
+    cfg: ModelConfig,
+    reset: Bool[Array, "b t"] | None = None,
+    dtype: Any = jnp.float32,
+    remat: bool = False,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b t c"], State]:
+    """Hidden vectors after `ln_out` [b, t, c] in `dtype`, and the state after the last token.
+
+    `state` None starts a document. `reset[b, t]` starts one before token t. `dtype` is the compute type;
+    states, decays, norms and the WKV accumulation are float32 whatever it is. `remat` keeps only each
+    layer's input for the backward pass. `implementation` names a WKV form (`rwkv_jax.wkv`).
+    """
+    module = VERSIONS[cfg.version]
+    unstacked = isinstance(params.blocks, tuple)
+    if state is None:
+        state = init_state(cfg, tokens.shape[0])
+        state = unstack(state) if unstacked else state
+    block = partial(module.block, reset=reset, implementation=implementation)
+    with jax.named_scope("embed"):
+        x = nn.layer_norm(params.emb[tokens].astype(dtype), params.ln0)
+
+    def layer(stream, inputs):
+        block_params, block_state, first = inputs
+        *stream, block_state = block(block_params, *stream, block_state, first=first)
+        return tuple(stream), block_state
+
+    if remat:
+        layer = jax.checkpoint(layer, prevent_cse=unstacked)
+    stream = (x, module.init_carry(x))
+    if unstacked:
+        states = []
+        for i, inputs in enumerate(zip(params.blocks, state.blocks, strict=True)):
+            stream, block_state = layer(stream, (*inputs, i == 0))
+            states.append(block_state)
+        blocks = tuple(states)
+    else:
+        first = jnp.arange(cfg.layers) == 0
+        stream, blocks = lax.scan(layer, stream, (params.blocks, state.blocks, first))
+    return nn.layer_norm(stream[0], params.ln_out), State(blocks)
+
+
+def head(params: Model[Array], hidden: Float[Array, "*shape c"]) -> Float[Array, "*shape V"]:
+    """Float32 logits of `hidden`."""
+    with jax.named_scope("head"):
+        return nn.linear(hidden, params.head).astype(jnp.float32)
+
+
+def forward(
+    params: Model[Array],
+    tokens: Int[Array, "b t"],
+    state: State | None = None,
+    *,
+    cfg: ModelConfig,
+    reset: Bool[Array, "b t"] | None = None,
+    dtype: Any = jnp.float32,
+    remat: bool = False,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b t V"], State]:
+    """Float32 logits [b, t, V] of the next token at every position, and the state after the last.
+
+    One code path for training, prefill and one token; the arguments are `backbone`'s.
+    """
+    hidden, state = backbone(
+        params,
+        tokens,
+        state,
+        cfg=cfg,
+        reset=reset,
+        dtype=dtype,
+        remat=remat,
+        implementation=implementation,
+    )
+    return head(params, hidden), state

@@ -1,0 +1,278 @@
+"""RWKV-7 "Goose" (x070): the delta rule with a decay, a removal key and a learning rate per channel.
+
+With x' the previous token, x_j = x + (x' - x) * mu_j, sigma the logistic function:
+
+    r = x_r W_r                     w = exp(-exp(-1/2) sigma(w0 + tanh(x_w w1) w2))
+    k = x_k W_k   v = x_v W_v       a = sigma(a0 + x_a a1 a2)      g = sigma(x_g g1) g2
+    v <- v + (v_first - v) sigma(v0 + x_v v1 v2)        v_first: the first layer's v of the same token
+    kk = normalise(k * k_k) per head                    k <- k * (1 + (a - 1) * k_a)
+    S_t = S_{t-1} diag(w) - (S_{t-1} kk) (kk * a)^T + v k^T        y = S_t r
+    out = ((GroupNorm(y) + (r . (k * r_k)) v) * g) W_o
+
+Source: arXiv:2503.14456 §4 and RWKV-LM `RWKV-v7/train_temp/src/model.py`, whose parameter names, initial
+values and optimizer groups these are.
+"""
+
+import math
+from typing import Generic
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from rwkv_jax import nn
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.nn import Norm
+from rwkv_jax.params import Depth, Init, ParamSpec, closed_form, constant, ones, orthogonal, zeros
+from rwkv_jax.typing import Array, Bool, Float, Leaf
+from rwkv_jax.wkv import wkv7
+
+GROUP_NORM_EPS = 64e-5
+"""Official constant for every head size."""
+LOG_W_SCALE = -math.exp(-0.5)
+"""log w = LOG_W_SCALE * sigma(.), so that w lies in (0.545, 1)."""
+
+
+@struct.dataclass
+class TimeMix(Generic[Leaf]):
+    """Parameters of the time mix (official `att`)."""
+
+    x_r: Leaf
+    x_w: Leaf
+    x_k: Leaf
+    x_v: Leaf
+    x_a: Leaf
+    x_g: Leaf
+    w0: Leaf
+    w1: Leaf
+    w2: Leaf
+    a0: Leaf
+    a1: Leaf
+    a2: Leaf
+    v0: Leaf
+    v1: Leaf
+    v2: Leaf
+    g1: Leaf
+    g2: Leaf
+    k_k: Leaf
+    k_a: Leaf
+    r_k: Leaf
+    receptance: Leaf
+    key: Leaf
+    value: Leaf
+    output: Leaf
+    ln_x: Norm[Leaf]
+
+
+@struct.dataclass
+class ChannelMix(Generic[Leaf]):
+    """Parameters of the channel mix (official `ffn`)."""
+
+    x_k: Leaf
+    key: Leaf
+    value: Leaf
+
+
+@struct.dataclass
+class Block(Generic[Leaf]):
+    """One layer."""
+
+    ln1: Norm[Leaf]
+    att: TimeMix[Leaf]
+    ln2: Norm[Leaf]
+    ffn: ChannelMix[Leaf]
+
+
+@struct.dataclass
+class BlockState(Generic[Leaf]):
+    """What one layer remembers, float32: two token shifts [b, c] and the matrix state [b, h, v, k]."""
+
+    att_x: Leaf
+    wkv: Leaf
+    ffn_x: Leaf
+
+
+def init_state(cfg: ModelConfig, batch: int) -> BlockState[Array]:
+    """A fresh state of one layer: zeros."""
+    shift = jnp.zeros((batch, cfg.width), jnp.float32)
+    wkv = jnp.zeros((batch, cfg.heads, cfg.head_size, cfg.head_size), jnp.float32)
+    return BlockState(att_x=shift, wkv=wkv, ffn_x=shift)
+
+
+def time_mix(
+    params: TimeMix[Array],
+    x: Float[Array, "b t c"],
+    v_first: Float[Array, "b t c"],
+    last: Float[Array, "b c"],
+    state: Float[Array, "b h v k"],
+    *,
+    first: Bool[Array, ""] | bool,
+    reset: Bool[Array, "b t"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b t c"], Float[Array, "b t c"], Float[Array, "b c"], Float[Array, "b h v k"]]:
+    """The time mix of `x`: its output, `v_first`, and the two states to hand on.
+
+    `first` says that this is the first layer, which defines `v_first` (what is passed in is then ignored).
+    `last` and `state` come from the tokens before `x`; zeros start a document.
+    """
+    p, n = params, params.r_k.shape[-1]
+    with jax.named_scope("token_shift"):
+        previous, last = nn.token_shift(x, last, reset)
+        delta = previous - x
+        x_r, x_w, x_k, x_v, x_a, x_g = (
+            x + delta * nn.along(mu, x) for mu in (p.x_r, p.x_w, p.x_k, p.x_v, p.x_a, p.x_g)
+        )
+    with jax.named_scope("projections"):
+        r, k, v = nn.linear(x_r, p.receptance), nn.linear(x_k, p.key), nn.linear(x_v, p.value)
+        w_raw = nn.lora(x_w, p.w1, p.w2, jnp.tanh).astype(jnp.float32)
+        log_w = LOG_W_SCALE * jax.nn.sigmoid(w_raw + nn.along(p.w0, w_raw))
+        a = jax.nn.sigmoid(nn.lora(x_a, p.a1, p.a2) + nn.along(p.a0, x))
+        g = nn.lora(x_g, p.g1, p.g2, jax.nn.sigmoid)
+        v_first = jnp.where(first, v, v_first)
+        v = v + (v_first - v) * jax.nn.sigmoid(nn.lora(x_v, p.v1, p.v2) + nn.along(p.v0, x))
+    with jax.named_scope("keys"):
+        kk = normalise(nn.split_heads(k * nn.along(p.k_k, x), n))
+        k = k * (1 + (a - 1) * nn.along(p.k_a, x))
+        r, log_w, k, v_heads, a = (nn.split_heads(z, n) for z in (r, log_w, k, v, a))
+    with jax.named_scope("wkv"):
+        y, state = wkv7(
+            r, log_w, k, v_heads, -kk, kk * a, state, reset=reset, implementation=implementation
+        )
+    with jax.named_scope("output"):
+        y = nn.group_norm(y, p.ln_x, GROUP_NORM_EPS)
+        bonus = jnp.sum(r * k * p.r_k.astype(x.dtype)[None, None], axis=-1, keepdims=True)
+        out = nn.linear((y + nn.join_heads(bonus * v_heads)) * g, p.output)
+    return out, v_first, last, state
+
+
+def normalise(x: Float[Array, "*shape n"]) -> Float[Array, "*shape n"]:
+    """Unit vectors along the last axis, `x / max(|x|, 1e-12)`, with a zero gradient at zero."""
+    x32 = x.astype(jnp.float32)
+    square = jnp.sum(jnp.square(x32), axis=-1, keepdims=True)
+    return (x32 * lax.rsqrt(jnp.maximum(square, 1e-24))).astype(x.dtype)
+
+
+def channel_mix(
+    params: ChannelMix[Array],
+    x: Float[Array, "b t c"],
+    last: Float[Array, "b c"],
+    *,
+    reset: Bool[Array, "b t"] | None = None,
+) -> tuple[Float[Array, "b t c"], Float[Array, "b c"]]:
+    """`relu(x_k W_k)^2 W_v`, and the token-shift state to hand on."""
+    previous, last = nn.token_shift(x, last, reset)
+    x_k = x + (previous - x) * nn.along(params.x_k, x)
+    hidden = jnp.square(jax.nn.relu(nn.linear(x_k, params.key)))
+    return nn.linear(hidden, params.value), last
+
+
+def init_carry(x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
+    """What the first layer is handed beside `x`: a `v_first` that it will replace."""
+    return jnp.zeros_like(x)
+
+
+def block(
+    params: Block[Array],
+    x: Float[Array, "b t c"],
+    v_first: Float[Array, "b t c"],
+    state: BlockState[Array],
+    *,
+    first: Bool[Array, ""] | bool,
+    reset: Bool[Array, "b t"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b t c"], Float[Array, "b t c"], BlockState[Array]]:
+    """One layer: `x` after both residual branches, `v_first`, and the layer's new state."""
+    with jax.named_scope("time_mix"):
+        out, v_first, att_x, wkv = time_mix(
+            params.att,
+            nn.layer_norm(x, params.ln1),
+            v_first,
+            state.att_x,
+            state.wkv,
+            first=first,
+            reset=reset,
+            implementation=implementation,
+        )
+        x = x + out
+    with jax.named_scope("channel_mix"):
+        out, ffn_x = channel_mix(
+            params.ffn, nn.layer_norm(x, params.ln2), state.ffn_x, reset=reset
+        )
+    return x + out, v_first, BlockState(att_x=att_x, wkv=wkv, ffn_x=ffn_x)
+
+
+def rank(factor: float, width: int) -> int:
+    """Official LoRA rank of a new model: `factor * sqrt(width)`, rounded to a multiple of 32, at least 32."""
+    return max(32, round(factor * width**0.5 / 32) * 32)
+
+
+def specs(cfg: ModelConfig) -> Block[ParamSpec]:
+    """The table of one layer's parameters, stacked over `cfg.layers`."""
+    c, f, h, n = cfg.width, cfg.ffn, cfg.heads, cfg.head_size
+    rank_w, rank_a = cfg.rank_w or rank(2.5, c), cfg.rank_a or rank(2.5, c)
+    rank_v, rank_g = cfg.rank_v or rank(1.7, c), cfg.rank_g or rank(5.0, c)
+
+    def vector(init: Init, lr_scale: float = 1.0) -> ParamSpec:
+        return ParamSpec((c,), init, cfg.layers, lr_scale=lr_scale, layout="row")
+
+    def low_rank(shape: tuple[int, int], init: Init) -> ParamSpec:
+        return ParamSpec(shape, init, cfg.layers)
+
+    def matrix(shape: tuple[int, int], init: Init) -> ParamSpec:
+        return ParamSpec(shape, init, cfg.layers, decay=True, layout="linear")
+
+    def norm(weight: Init = ones) -> Norm[ParamSpec]:
+        return Norm(ParamSpec((c,), weight, cfg.layers), ParamSpec((c,), zeros, cfg.layers))
+
+    channel = jnp.arange(c, dtype=jnp.float32)
+    ramp = channel / max(c - 1, 1)
+    tilt = ramp - 0.5
+    within = (jnp.arange(c) % n - (n - 1) / 2) / max((n - 1) / 2, 0.5)
+    zigzag = within * jnp.abs(within)
+
+    def mix(power: float) -> ParamSpec:
+        return vector(closed_form(lambda d: 1.0 - (channel / c) ** (power * d.falling)))
+
+    def w0(depth: Depth) -> Array:
+        return -5.5 + 6.0 * ramp ** (1.0 + depth.rising**0.3) + 2.5 * zigzag
+
+    def ln_x(depth: Depth) -> Array:
+        return jnp.full((c,), ((1 + depth.index) / depth.layers) ** 0.7)
+
+    def ffn_mix(depth: Depth) -> Array:
+        return 1.0 - (channel / c) ** (depth.falling**4)
+
+    att = TimeMix(
+        x_r=mix(0.2),
+        x_w=mix(0.9),
+        x_k=mix(0.7),
+        x_v=mix(0.7),
+        x_a=mix(0.9),
+        x_g=mix(0.2),
+        w0=vector(closed_form(w0), lr_scale=2.0),
+        w1=low_rank((c, rank_w), zeros),
+        w2=low_rank((rank_w, c), orthogonal(0.1)),
+        a0=vector(closed_form(lambda d: -0.19 + 0.3 * zigzag + 0.4 * tilt)),
+        a1=low_rank((c, rank_a), zeros),
+        a2=low_rank((rank_a, c), orthogonal(0.1)),
+        v0=vector(closed_form(lambda d: 0.73 - 0.4 * tilt)),
+        v1=low_rank((c, rank_v), zeros),
+        v2=low_rank((rank_v, c), orthogonal(0.1)),
+        g1=low_rank((c, rank_g), zeros),
+        g2=low_rank((rank_g, c), orthogonal(0.1)),
+        k_k=vector(closed_form(lambda d: 0.71 - 0.1 * tilt)),
+        k_a=vector(constant(1.02)),
+        r_k=ParamSpec((h, n), constant(-0.04), cfg.layers),
+        receptance=matrix((c, c), orthogonal(1.0)),
+        key=matrix((c, c), orthogonal(0.1)),
+        value=matrix((c, c), orthogonal(1.0)),
+        output=matrix((c, c), zeros),
+        ln_x=norm(closed_form(ln_x)),
+    )
+    ffn = ChannelMix(
+        x_k=vector(closed_form(ffn_mix)),
+        key=matrix((c, f), orthogonal(1.0)),
+        value=matrix((f, c), zeros),
+    )
+    return Block(ln1=norm(), att=att, ln2=norm(), ffn=ffn)

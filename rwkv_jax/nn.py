@@ -1,0 +1,88 @@
+"""The few layers every RWKV version is made of, as pure functions over arrays.
+
+Parameters are float32; each function casts them to the dtype of its input, which is the compute dtype.
+Normalisations compute in float32 whatever the input is.
+"""
+
+from typing import Generic
+
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from rwkv_jax.typing import Array, Bool, Callable, Float, Leaf
+
+LAYER_NORM_EPS = 1e-5
+"""Of every layer norm of every version (official `nn.LayerNorm` default)."""
+
+
+@struct.dataclass
+class Norm(Generic[Leaf]):
+    """The affine part of a normalisation: two vectors."""
+
+    weight: Leaf
+    bias: Leaf
+
+
+def along(vector: Float[Array, " c"], x: Float[Array, "*shape c"]) -> Float[Array, "*ones c"]:
+    """A parameter vector shaped and cast to act on the last axis of `x`."""
+    return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+def linear(x: Float[Array, "*shape i"], weight: Float[Array, "i o"]) -> Float[Array, "*shape o"]:
+    """`x @ weight`; weights are stored [in, out]."""
+    return x @ weight.astype(x.dtype)
+
+
+def lora(
+    x: Float[Array, "*shape i"],
+    down: Float[Array, "i rank"],
+    up: Float[Array, "rank o"],
+    activation: Callable[[Array], Array] = lambda hidden: hidden,
+) -> Float[Array, "*shape o"]:
+    """A low-rank map, `activation(x @ down) @ up`."""
+    return linear(activation(linear(x, down)), up)
+
+
+def layer_norm(x: Float[Array, "*shape c"], norm: Norm[Array]) -> Float[Array, "*shape c"]:
+    """Layer norm over the last axis, epsilon 1e-5, in float32."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    y = centred * lax.rsqrt(variance + LAYER_NORM_EPS)
+    return (y * along(norm.weight, y) + along(norm.bias, y)).astype(x.dtype)
+
+
+def group_norm(
+    x: Float[Array, "*shape h n"], norm: Norm[Array], eps: float
+) -> Float[Array, "*shape h*n"]:
+    """Normalise every head on its own in float32, then join the heads; `norm` spans all channels."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    y = join_heads(centred * lax.rsqrt(variance + eps))
+    return (y * along(norm.weight, y) + along(norm.bias, y)).astype(x.dtype)
+
+
+def split_heads(x: Float[Array, "*shape c"], head_size: int) -> Float[Array, "*shape h n"]:
+    """[..., c] -> [..., c // head_size, head_size]."""
+    return x.reshape(*x.shape[:-1], -1, head_size)
+
+
+def join_heads(x: Float[Array, "*shape h n"]) -> Float[Array, "*shape c"]:
+    """[..., h, n] -> [..., h * n]."""
+    return x.reshape(*x.shape[:-2], -1)
+
+
+def token_shift(
+    x: Float[Array, "b t c"], last: Float[Array, "b c"], reset: Bool[Array, "b t"] | None = None
+) -> tuple[Float[Array, "b t c"], Float[Array, "b c"]]:
+    """The previous token's `x` for every token, and the `last` to hand on.
+
+    `last` (float32) is what the token before the first one left; a token at which `reset` holds starts a
+    document, so its previous token is zero.
+    """
+    previous = jnp.concatenate([last.astype(x.dtype)[:, None], x[:, :-1]], axis=1)
+    if reset is not None:
+        previous = jnp.where(reset[:, :, None], jnp.zeros((), x.dtype), previous)
+    return previous, x[:, -1].astype(last.dtype)

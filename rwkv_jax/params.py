@@ -1,0 +1,135 @@
+"""One table states every parameter once; initial values, shapes, counts and optimizer groups come from it.
+
+A table is a tree of `ParamSpec` with the structure of the parameters themselves. Random keys are folded by
+the parameter's path and layer, so adding a parameter reshuffles no other.
+"""
+
+import math
+import zlib
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from rwkv_jax.typing import Array, Callable, Float, PRNGKeyArray, PyTree
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Where a layer stands in its stack; official initialisations depend on it.
+
+    `index` may be traced. `layers == 1`, for which the official ratio divides by zero, counts as layer 0.
+    """
+
+    index: int | Array
+    layers: int
+
+    @property
+    def rising(self) -> float | Array:
+        """Official `ratio_0_to_1`: 0 at the first layer, 1 at the last."""
+        return self.index / max(self.layers - 1, 1)
+
+    @property
+    def falling(self) -> float | Array:
+        """Official `ratio_1_to_almost_0`: 1 at the first layer, 1/layers at the last."""
+        return 1.0 - self.index / self.layers
+
+
+Init = Callable[[PRNGKeyArray, tuple[int, ...], Depth], Float[Array, "..."]]
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter: its shape, initial value, optimizer group and place in official checkpoints.
+
+    `layers` stacks as many independent copies on a leading axis, one per layer; `shape` is one copy's.
+    `lr_scale` multiplies the learning rate; `decay` says whether weight decay applies.
+    `layout` is how official files keep it: `linear` is `NAME.weight`, [out, in] there and [in, out] here;
+    `table` is `NAME.weight` as it is; `row` is [1, 1, c]; `plain` is as it is.
+    """
+
+    shape: tuple[int, ...]
+    init: Init
+    layers: int = 0
+    lr_scale: float = 1.0
+    decay: bool = False
+    layout: Literal["plain", "linear", "table", "row"] = "plain"
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """The shape of the array, layers included."""
+        return ((self.layers,) if self.layers else ()) + self.shape
+
+
+def is_spec(leaf: object) -> bool:
+    """Whether a tree node is a `ParamSpec` (for `jax.tree.map(..., is_leaf=is_spec)`)."""
+    return isinstance(leaf, ParamSpec)
+
+
+def init(specs: PyTree, key: PRNGKeyArray) -> PyTree:
+    """Float32 parameters drawn as the table says. Same table and key, same parameters."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
+    table = tuple((path_name(path), spec) for path, spec in leaves)
+    return jax.tree.unflatten(tree, _init_leaves(key, table))
+
+
+@partial(jax.jit, static_argnums=1)
+def _init_leaves(key: PRNGKeyArray, table: tuple[tuple[str, ParamSpec], ...]) -> list[Array]:
+    return [_init_one(jax.random.fold_in(key, zlib.crc32(name.encode())), s) for name, s in table]
+
+
+def _init_one(key: PRNGKeyArray, spec: ParamSpec) -> Array:
+    if not spec.layers:
+        return spec.init(key, spec.shape, Depth(0, 1))
+
+    def layer(index: Array) -> Array:
+        depth = Depth(index, spec.layers)
+        return spec.init(jax.random.fold_in(key, index), spec.shape, depth)
+
+    return jax.vmap(layer)(jnp.arange(spec.layers))
+
+
+def path_name(path: tuple) -> str:
+    """`blocks.att.w0` for the path of a leaf."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def abstract(specs: PyTree) -> PyTree:
+    """The table as shapes: a tree of `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct(spec.full_shape, jnp.float32), specs, is_leaf=is_spec
+    )
+
+
+def count(specs: PyTree) -> int:
+    """How many numbers the parameters have."""
+    return sum(math.prod(s.full_shape) for s in jax.tree.leaves(specs, is_leaf=is_spec))
+
+
+def constant(value: float) -> Init:
+    """Every entry `value`."""
+    return lambda key, shape, depth: jnp.full(shape, value, jnp.float32)
+
+
+zeros, ones = constant(0.0), constant(1.0)
+
+
+def closed_form(formula: Callable[[Depth], Float[Array, "..."]]) -> Init:
+    """No randomness: `formula(depth)` broadcast to the shape."""
+    return lambda key, shape, depth: jnp.broadcast_to(
+        jnp.asarray(formula(depth), jnp.float32), shape
+    )
+
+
+def uniform(bound: float) -> Init:
+    """Uniform in [-bound, bound]."""
+    return lambda key, shape, depth: jax.random.uniform(
+        key, shape, jnp.float32, minval=-bound, maxval=bound
+    )
+
+
+def orthogonal(gain: float = 1.0) -> Init:
+    """`gain` times a matrix with orthonormal rows or columns, whichever are fewer (torch `orthogonal_`)."""
+    return lambda key, shape, depth: jax.nn.initializers.orthogonal(gain)(key, shape, jnp.float32)

@@ -1,0 +1,34 @@
+"""The WKV recurrences: what makes RWKV an RNN, in forms that train like attention.
+
+Every operator takes a state and returns one; a state made by one implementation may be handed to another.
+
+**Version 4** (`wkv4`). Per channel, decay log w <= 0 and bonus u:
+
+    y_t = (N_t + e^{u+k_t} v_t) / (D_t + e^{u+k_t})
+    N_{t+1} = w N_t + e^{k_t} v_t        D_{t+1} = w D_t + e^{k_t}
+
+kept as (num, den, max_exp): N = num e^max_exp, D = den e^max_exp, so that no key overflows.
+
+**Version 7** (`wkv7`). Per head, with S of shape [v, k] (rows: value index, columns: key index):
+
+    S_t = S_{t-1} diag(w_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T        y_t = S_t r_t
+
+The state layout is [b, h, v, k], float32.
+
+**Implementations**, equal in value and in every gradient:
+
+    scan         the definition, one token after another (`step` is one token)
+    chunked      matrix products inside chunks, states handed from chunk to chunk; the training form
+    associative  the same chunk summaries combined by `lax.associative_scan`: log depth
+
+`implementation=None` picks one for the length at hand; a name is that one, or an error that says why not.
+
+Sources: arXiv:2305.13048 (version 4), arXiv:2503.14456 (version 7), RWKV-LM `cuda/`.
+"""
+
+from rwkv_jax.wkv.dispatch import IMPLEMENTATIONS, wkv4, wkv7
+from rwkv_jax.wkv.v4.scan import Wkv4State
+from rwkv_jax.wkv.v4.scan import step as wkv4_step
+from rwkv_jax.wkv.v7.scan import step as wkv7_step
+
+__all__ = ["IMPLEMENTATIONS", "Wkv4State", "wkv4", "wkv4_step", "wkv7", "wkv7_step"]

@@ -1,0 +1,168 @@
+"""Named shapes and hard regimes of the WKV operators, shared by tests and benchmarks.
+
+Random keys alone prove little. The forms that go wrong do so where decays are extreme (ratios of
+cumulative decays overflow), where the same key repeats with alpha near 1 and no decay (a Neumann
+series for the triangular inverse has powers that grow like binomials, and ordinary text such as
+"aaaa" is enough), and where exponents are large (version 4's naive softmax overflows). Every regime
+below is one of these, by name.
+
+Arrays are numpy float32, so that a float64 oracle sees the very same numbers.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One operator call: `batch` rows of `time` tokens, `heads` heads of `size` channels."""
+
+    batch: int
+    time: int
+    heads: int
+    size: int
+
+    @property
+    def heads_shape(self) -> tuple[int, int, int, int]:
+        return (self.batch, self.time, self.heads, self.size)
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.size
+
+    def __str__(self) -> str:
+        return f"b{self.batch}t{self.time}h{self.heads}n{self.size}"
+
+
+SHAPES = {
+    "one token": Shape(2, 1, 2, 8),
+    "two tokens": Shape(2, 2, 3, 16),
+    "below a chunk": Shape(2, 15, 2, 8),
+    "one chunk": Shape(2, 16, 2, 16),
+    "above a chunk": Shape(2, 17, 3, 8),
+    "odd": Shape(2, 53, 2, 64),
+    "power of two": Shape(2, 128, 2, 8),
+    "long": Shape(2, 200, 2, 64),
+    "benchmark": Shape(2, 1024, 8, 64),
+}
+"""Lengths around the chunk borders for tests; `benchmark` is the shape of the README's table."""
+
+LOG_W_MIN = -float(np.exp(-0.5))
+"""Version 7: the strongest decay of the official parametrisation, log w = -exp(-1/2) sigmoid(.)."""
+
+WKV7_REGIMES = (
+    "typical",
+    "minimal decay",
+    "repeated key",
+    "near-same key",
+    "alternating sign",
+    "toggling decay",
+    "half and half",
+    "pure sum",
+    "silent head",
+)
+
+WKV4_REGIMES = (
+    "typical",
+    "large keys",
+    "extreme decays",
+    "large keys and extreme decays",
+    "silent",
+    "strong bonus",
+)
+
+RESETS = ("none", "first", "last", "random", "every")
+
+
+def wkv7_inputs(regime: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarray]:
+    """Inputs `r log_w k v a b`, each `[b, t, h, n]`, made as the model makes them: a = -kk, b = kk alpha, |kk| = 1."""
+    rng = np.random.default_rng([seed, WKV7_REGIMES.index(regime)])
+    size = shape.heads_shape
+    time = np.arange(shape.time)[:, None, None]
+
+    r, k, v = rng.normal(size=(3, *size))
+    kk = rng.normal(size=size)
+    log_w = LOG_W_MIN / (1 + np.exp(-2 * rng.normal(size=size)))
+    alpha = 1 / (1 + np.exp(-rng.normal(size=size)))
+    nearly_one = np.full(size, -3e-4)
+    same = rng.normal(size=(shape.batch, 1, *size[2:]))
+
+    match regime:
+        case "minimal decay":
+            log_w = np.full(size, LOG_W_MIN)
+        case "repeated key":
+            log_w, alpha, kk = nearly_one, np.ones(size), np.broadcast_to(same, size)
+            k = kk / np.linalg.norm(kk, axis=-1, keepdims=True)
+        case "near-same key":
+            log_w, alpha, kk = nearly_one, np.full(size, 0.99), same + 0.05 * kk
+            k = kk / np.linalg.norm(kk, axis=-1, keepdims=True)
+        case "alternating sign":
+            log_w, alpha = nearly_one, np.full(size, 0.99)
+            kk = (same + 0.05 * kk) * (1 - 2 * (time % 2))
+            k = kk / np.linalg.norm(kk, axis=-1, keepdims=True)
+        case "toggling decay":
+            four = rng.normal(size=(shape.batch, 4, *size[2:]))
+            log_w = np.where(time % 2 == 0, nearly_one, LOG_W_MIN)
+            alpha, kk = np.ones(size), four[:, np.arange(shape.time) % 4]
+        case "half and half":
+            log_w = np.where(np.arange(shape.size) % 2 == 0, nearly_one, LOG_W_MIN)
+        case "pure sum":
+            log_w, alpha = nearly_one, np.zeros(size)
+
+    kk = kk / np.linalg.norm(kk, axis=-1, keepdims=True)
+    arrays = {"r": r, "log_w": np.broadcast_to(log_w, size), "k": k, "v": v, "a": -kk, "b": kk * alpha}
+    arrays = {name: np.array(x, np.float32) for name, x in arrays.items()}
+    if regime == "silent head":
+        for x in arrays.values():
+            x[:, :, 0] = 0.0
+    return arrays
+
+
+def wkv7_state(shape: Shape, seed: int = 0) -> np.ndarray:
+    """A state `[b, h, v, k]` of the size that a few tokens leave."""
+    rng = np.random.default_rng([seed, 1007])
+    return rng.normal(size=(shape.batch, shape.heads, shape.size, shape.size)).astype(np.float32)
+
+
+def wkv4_inputs(regime: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarray]:
+    """Inputs `log_w [c], k [b, t, c], v [b, t, c], u [c]`; `log_w = -exp(time_decay)`."""
+    rng = np.random.default_rng([seed, WKV4_REGIMES.index(regime), 4])
+    width = shape.width
+    k, v = rng.normal(size=(2, shape.batch, shape.time, width))
+    u = rng.normal(size=width)
+    decay = rng.uniform(-5.0, 0.5, size=width)
+    if regime.startswith("large keys"):
+        k = 10 * k
+    if regime.endswith("extreme decays"):
+        decay = rng.permutation(np.linspace(-6.0, 3.0, width))
+    if regime == "silent":
+        k, v, u = np.zeros_like(k), np.zeros_like(v), np.zeros_like(u)
+    if regime == "strong bonus":
+        u = rng.choice([-20.0, 20.0], size=width)
+    arrays = {"log_w": -np.exp(decay), "k": k, "v": v, "u": u}
+    return {name: x.astype(np.float32) for name, x in arrays.items()}
+
+
+def wkv4_state(shape: Shape, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A state `(num, den, max_exp)`, each `[b, c]`: the sums are `num exp(max_exp)` and `den exp(max_exp)`."""
+    rng = np.random.default_rng([seed, 1004])
+    size = (shape.batch, shape.width)
+    den = rng.uniform(0.5, 3.0, size=size)
+    state = (rng.normal(size=size) * den, den, rng.normal(size=size))
+    return tuple(x.astype(np.float32) for x in state)
+
+
+def reset_pattern(name: str, shape: Shape, seed: int = 0) -> np.ndarray:
+    """Where new documents start, bool `[b, t]`; the pattern `none` has no reset at all."""
+    reset = np.zeros((shape.batch, shape.time), bool)
+    match name:
+        case "first":
+            reset[:, 0] = True
+        case "last":
+            reset[:, -1] = True
+        case "random":
+            reset = np.random.default_rng([seed, 17]).random(reset.shape) < 0.15
+        case "every":
+            reset[:] = True
+    return reset

@@ -1,0 +1,116 @@
+"""The front of each operator: checks arguments, fills in defaults, picks the implementation."""
+
+import jax.numpy as jnp
+
+from rwkv_jax.typing import Array, Bool, Callable, Float
+from rwkv_jax.wkv.v4 import associative as v4_associative
+from rwkv_jax.wkv.v4 import chunked as v4_chunked
+from rwkv_jax.wkv.v4 import scan as v4_scan
+from rwkv_jax.wkv.v4.scan import Wkv4State
+from rwkv_jax.wkv.v7 import associative as v7_associative
+from rwkv_jax.wkv.v7 import chunked as v7_chunked
+from rwkv_jax.wkv.v7 import scan as v7_scan
+
+IMPLEMENTATIONS = ("scan", "chunked", "associative")
+"""Names that `implementation=` takes."""
+
+SHORT = 8
+"""Sequences shorter than this are scanned: a chunk would be mostly padding."""
+
+_WKV4 = {
+    "scan": v4_scan.wkv4,
+    "chunked": v4_chunked.wkv4,
+    "associative": v4_associative.wkv4,
+}
+_WKV7 = {
+    "scan": v7_scan.wkv7,
+    "chunked": v7_chunked.wkv7,
+    "associative": v7_associative.wkv7,
+}
+
+
+def wkv4(
+    log_w: Float[Array, " c"],
+    k: Float[Array, "b t c"],
+    v: Float[Array, "b t c"],
+    u: Float[Array, " c"],
+    state: Wkv4State | None = None,
+    *,
+    reset: Bool[Array, "b t"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b t c"], Wkv4State]:
+    """The WKV of version 4: `y` in `v`'s dtype, and the state after the last token.
+
+    `log_w <= 0` is the log of the decay per token (official `-exp(time_decay)`), `u` the bonus of the
+    current token (`time_first`). `state` None starts a document; `reset[b, t]` starts one before token t.
+    Computes in float32, or float64 for float64 inputs. The gradient of the final state flows through `num`
+    and `den`; `max_exp` is their scale, not a quantity of its own.
+
+    Raises `ValueError` for an unknown implementation, or shapes that do not belong together.
+    """
+    _check_shapes("wkv4", k.ndim == 3 and k.shape == v.shape, k=k, v=v)
+    b, _, c = k.shape
+    _check_shapes("wkv4", log_w.shape == u.shape == (c,), log_w=log_w, u=u, k=k)
+    run = _choose(_WKV4, implementation, k.shape[1])
+    dtype = jnp.promote_types(k.dtype, jnp.float32)
+    if state is None:
+        state = Wkv4State.empty((b, c), dtype)
+    _check_shapes("wkv4", state.num.shape == (b, c), state=state.num, k=k)
+    _check_reset("wkv4", reset, k)
+    y, state = run(*(x.astype(dtype) for x in (log_w, k, v, u)), state, reset)
+    return y.astype(v.dtype), state
+
+
+def wkv7(
+    r: Float[Array, "b t h k"],
+    log_w: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    a: Float[Array, "b t h k"],
+    b: Float[Array, "b t h k"],
+    state: Float[Array, "b h v k"] | None = None,
+    *,
+    reset: Bool[Array, "b t"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+    """The WKV of version 7: `y` in `v`'s dtype, and the state after the last token.
+
+    `log_w <= 0` is the log of the decay, in (-0.6066, 0) in the model; the chunked forms are exact down to
+    -4 a token, `scan` for any decay. The model passes `a = -kk` and `b = kk * (learning rate)` with |kk| = 1.
+    `state` None starts a document; `reset[b, t]` starts one before token t. Computes in float32, or float64
+    for float64 inputs.
+
+    Raises `ValueError` for an unknown implementation, or shapes that do not belong together.
+    """
+    same = r.ndim == 4 and r.shape == log_w.shape == k.shape == a.shape == b.shape
+    _check_shapes("wkv7", same, r=r, log_w=log_w, k=k, a=a, b=b)
+    _check_shapes("wkv7", v.ndim == 4 and v.shape[:3] == r.shape[:3], r=r, v=v)
+    batch, t, h, n = r.shape
+    run = _choose(_WKV7, implementation, t)
+    dtype = jnp.promote_types(v.dtype, jnp.float32)
+    shape = (batch, h, v.shape[-1], n)
+    if state is None:
+        state = jnp.zeros(shape, dtype)
+    _check_shapes("wkv7", state.shape == shape, state=state, r=r, v=v)
+    _check_reset("wkv7", reset, r)
+    y, state = run(*(x.astype(dtype) for x in (r, log_w, k, v, a, b)), state.astype(dtype), reset)
+    return y.astype(v.dtype), state
+
+
+def _choose(table: dict[str, Callable], implementation: str | None, length: int) -> Callable:
+    if implementation is None:
+        implementation = "scan" if length < SHORT else "chunked"
+    if implementation not in table:
+        raise ValueError(f"implementation {implementation!r}: one of {', '.join(table)}, or None")
+    return table[implementation]
+
+
+def _check_shapes(operator: str, agree: bool, **arrays: Array) -> None:
+    if not agree:
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in arrays.items())
+        raise ValueError(f"{operator}: shapes do not belong together: {shapes}")
+
+
+def _check_reset(operator: str, reset: Array | None, x: Array) -> None:
+    if reset is not None:
+        _check_shapes(operator, reset.shape == x.shape[:2], reset=reset, x=x)

@@ -1,0 +1,91 @@
+"""RWKV-4's WKV as it is defined: one token after another, in log space."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from rwkv_jax.typing import Array, Bool, Float
+
+LOG_ZERO = -1e38
+"""Stands for log 0: survives additions in float32 without becoming -inf, whose differences are NaN."""
+
+
+class Wkv4State(NamedTuple):
+    """Numerator and denominator as `num * exp(max_exp)` and `den * exp(max_exp)`; each [b, c]."""
+
+    num: Array
+    den: Array
+    max_exp: Array
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: Any = jnp.float32) -> "Wkv4State":
+        """The state before the first token of a document."""
+        zeros = jnp.zeros(shape, dtype)
+        return cls(zeros, zeros, jnp.full(shape, LOG_ZERO, dtype))
+
+
+def blend(p: Array, q: Array) -> tuple[Array, Array, Array]:
+    """`max(p, q)` and the factors that bring values with exponents p and q to it. One exponential."""
+    small = jnp.exp(-jnp.abs(p - q))
+    one = jnp.ones_like(small)
+    return jnp.maximum(p, q), jnp.where(p >= q, one, small), jnp.where(p >= q, small, one)
+
+
+def absorb(state: Wkv4State, log_w: Array, exponent: Array, num: Array, den: Array) -> Wkv4State:
+    """The state decayed once, plus (num, den) e^exponent."""
+    top, keep, add = blend(state.max_exp + log_w, exponent)
+    return Wkv4State(keep * state.num + add * num, keep * state.den + add * den, top)
+
+
+def read(state: Wkv4State, u: Array, k: Array, v: Array) -> Array:
+    """`y` of a token that meets `state`."""
+    _, old, new = blend(state.max_exp, u + k)
+    return (old * state.num + new * v) / (old * state.den + new)
+
+
+def forget(state: Wkv4State, starts: Bool[Array, "..."]) -> Wkv4State:
+    """The empty state where a document starts, `state` elsewhere."""
+    zero = jnp.zeros_like(state.num)
+    return Wkv4State(
+        jnp.where(starts, zero, state.num),
+        jnp.where(starts, zero, state.den),
+        jnp.where(starts, zero + LOG_ZERO, state.max_exp),
+    )
+
+
+def step(
+    log_w: Float[Array, " c"],
+    k: Float[Array, "b c"],
+    v: Float[Array, "b c"],
+    u: Float[Array, " c"],
+    state: Wkv4State,
+) -> tuple[Float[Array, "b c"], Wkv4State]:
+    """One token: `y` and the state after it."""
+    y = read(state, u[None], k, v)
+    return y, absorb(state, log_w[None], k, v, jnp.ones_like(v))
+
+
+def wkv4(
+    log_w: Float[Array, " c"],
+    k: Float[Array, "b t c"],
+    v: Float[Array, "b t c"],
+    u: Float[Array, " c"],
+    state: Wkv4State,
+    reset: Bool[Array, "b t"] | None,
+) -> tuple[Float[Array, "b t c"], Wkv4State]:
+    """`rwkv_jax.wkv.wkv4` by `lax.scan`. Its gradient keeps every state: O(t) of them."""
+
+    def token(state: Wkv4State, inputs: tuple) -> tuple[Wkv4State, Array]:
+        k, v, starts = inputs
+        if starts is not None:
+            state = forget(state, starts[:, None])
+        y, state = step(log_w, k, v, u, state)
+        return state, y
+
+    if k.shape[1] == 1:
+        state, y = token(state, (k[:, 0], v[:, 0], None if reset is None else reset[:, 0]))
+        return y[:, None], state
+    starts = None if reset is None else reset.T
+    state, y = lax.scan(token, state, (jnp.moveaxis(k, 1, 0), jnp.moveaxis(v, 1, 0), starts))
+    return jnp.moveaxis(y, 0, 1), state
