@@ -1,0 +1,221 @@
+"""The algebra of one chunk of RWKV-7's WKV, forward and backward.
+
+C tokens, rows = time, entered with state S [v, k]. With g the cumulative log decay, m its value in the
+middle of the chunk and u_t = S_{t-1} a_t the removed vectors:
+
+    left  = [a e^{g - log w - m}; r e^{g - m}]   [2C, k]        right = [b; k] e^{m - g}   [2C, k]
+    A     = left right^T, causal (strictly in the a rows)       Sm = S e^m
+    U     = (I - A_ab)^-1 (left_a Sm^T + A_ak V)
+    Y     = left_r Sm^T + [A_rb A_rk] [U; V]
+    S'    = (Sm + [U; V]^T right) e^{g_C - m}
+
+Centring on m keeps every exponent within half a chunk's decay, so the products neither overflow nor lose
+what they need; the upper triangle, which may be huge, is masked, never multiplied. The triangular inverse
+is by exact block doubling: the usual product (I + L)(I + L^2)(I + L^4)... forms powers of L that grow like
+binomials when a key repeats, and is wrong by 100 % in float32 at C = 32.
+
+A document that starts inside the chunk masks A where document numbers differ, the rows that may not see S,
+the columns that may not reach S', and S itself; the cumulative decay stays as it is.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from rwkv_jax.typing import Array, Bool, Float
+
+dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+transpose = jnp.matrix_transpose
+
+
+class Documents(NamedTuple):
+    """Masks of a chunk [..., 1] or [..., 2C, 2C], 1 where documents agree."""
+
+    same: Array  # [2C, 2C]: row and column are of one document
+    sees_state: Array  # [2C, 1]: rows of the document that S belongs to
+    reaches_end: Array  # [2C, 1]: columns of the document that the chunk ends in
+    carries_on: Array  # [1, 1]: no document starts in the chunk
+
+
+class Inputs(NamedTuple):
+    """A chunk's tokens, [..., C, n] each."""
+
+    r: Array
+    log_w: Array
+    k: Array
+    v: Array
+    a: Array
+    b: Array
+
+
+class Scores(NamedTuple):
+    """What a chunk's rows have to do with each other, whatever the state."""
+
+    left_scale: Array  # [2C, k]
+    right_scale: Array  # [C, k]
+    left: Array  # [2C, k]
+    right: Array  # [2C, k]
+    scores: Array  # A, masked [2C, 2C]
+    inverse: Array  # (I - A_ab)^-1 [C, C]
+    enter: Array  # e^m [1, k]
+    leave: Array  # e^{g_C - m} [1, k]
+
+
+def cut(x: Float[Array, "b t h n"], size: int) -> Float[Array, "chunks b h C n"]:
+    """Cut time into chunks, the last padded with zeros: decay 1, nothing removed, nothing written."""
+    b, t, h, n = x.shape
+    if t % size:
+        x = jnp.pad(x, ((0, 0), (0, -t % size), (0, 0), (0, 0)))
+    return x.reshape(b, -1, size, h, n).transpose(1, 0, 3, 2, 4)
+
+
+def join(x: Float[Array, "chunks b h C n"], t: int) -> Float[Array, "b t h n"]:
+    """The inverse of `cut`."""
+    chunks, b, h, size, n = x.shape
+    return x.transpose(1, 0, 3, 2, 4).reshape(b, chunks * size, h, n)[:, :t]
+
+
+def documents(
+    reset: Bool[Array, "b t"] | None, size: int, dtype: jnp.dtype
+) -> Documents | None:
+    """The masks of every chunk [chunks, b, 1, ...]; None if nothing resets. Padding starts no document."""
+    if reset is None:
+        return None
+    b, t = reset.shape
+    ids = jnp.pad(jnp.cumsum(reset.astype(jnp.int32), axis=1), ((0, 0), (0, -t % size)), "edge")
+    ids = ids.reshape(b, -1, size)
+    entering = jnp.pad(ids[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
+    last = ids[..., -1:]
+    twice = jnp.concatenate([ids, ids], axis=-1)
+    masks = Documents(
+        same=twice[..., :, None] == twice[..., None, :],
+        sees_state=(twice == entering)[..., None],
+        reaches_end=(twice == last)[..., None],
+        carries_on=(entering == last)[..., None],
+    )
+    return Documents(*(jnp.moveaxis(x, 1, 0)[:, :, None].astype(dtype) for x in masks))
+
+
+def causal(size: int) -> np.ndarray:
+    """[2C, 2C]: which columns (b; k) each row (a; r) sees: the a rows before, the r rows up to, their token."""
+    row, column = np.arange(size)[:, None], np.arange(size)[None, :]
+    before, upto = row > column, row >= column
+    return np.block([[before, before], [upto, upto]])
+
+
+def cumulative(x: Float[Array, "*lanes C n"]) -> Float[Array, "*lanes C n"]:
+    """Inclusive sums over time, as a product with a triangle of ones."""
+    return dot(jnp.tri(x.shape[-2], dtype=x.dtype), x)
+
+
+def cumulative_from_end(x: Float[Array, "*lanes C n"]) -> Float[Array, "*lanes C n"]:
+    """Inclusive sums from the end."""
+    return dot(jnp.tri(x.shape[-2], dtype=x.dtype).T, x)
+
+
+def unit_inverse(lower: Float[Array, "*lanes C C"]) -> Float[Array, "*lanes C C"]:
+    """(I - lower)^-1 of a strictly lower triangle, C a power of two, by block doubling.
+
+    [[T1, 0], [T2 L21 T1, T2]] inverts [[I - L11, 0], [-L21, I - L22]] exactly, so no entry that is not one
+    of the result's is ever formed.
+    """
+    size = lower.shape[-1]
+    row, column = np.arange(size)[:, None], np.arange(size)[None, :]
+    inverse = jnp.eye(size, dtype=lower.dtype)
+    block = 1
+    while block < size:
+        below = (row // block % 2 == 1) & (row // block == column // block + 1)
+        link = jnp.where(below, lower, 0)
+        inverse = inverse + (link if block == 1 else dot(dot(inverse, link), inverse))
+        block *= 2
+    return inverse
+
+
+def relate(x: Inputs, docs: Documents | None) -> Scores:
+    """The state-free part of a chunk."""
+    size = x.r.shape[-2]
+    g = cumulative(x.log_w)
+    m = g[..., (size - 1) // 2, None, :]
+    left_scale = jnp.exp(jnp.concatenate([g - x.log_w, g], -2) - m)
+    right_scale = jnp.exp(m - g)
+    left = jnp.concatenate([x.a, x.r], -2) * left_scale
+    right = jnp.concatenate([x.b * right_scale, x.k * right_scale], -2)
+    scores = jnp.where(causal(size), dot(left, transpose(right)), 0)
+    if docs is not None:
+        scores = scores * docs.same
+    inverse = unit_inverse(scores[..., :size, :size])
+    return Scores(
+        left_scale, right_scale, left, right, scores, inverse, jnp.exp(m), jnp.exp(g[..., -1:, :] - m)
+    )
+
+
+def written(x: Inputs, s: Scores, sm: Array, docs: Documents | None) -> tuple[Array, Array]:
+    """[U; V], what the right columns carry, and what the left rows read from the state (both [2C, v])."""
+    size = x.v.shape[-2]
+    reading = dot(s.left, transpose(sm))
+    if docs is not None:
+        reading = reading * docs.sees_state
+    removed = dot(s.inverse, reading[..., :size, :] + dot(s.scores[..., :size, size:], x.v))
+    return jnp.concatenate([removed, x.v], -2), reading
+
+
+def forward(x: Inputs, s: Scores, state: Array, docs: Documents | None) -> tuple[Array, Array]:
+    """The chunk's `y` [C, v] and the state after it."""
+    size = x.v.shape[-2]
+    sm, right = state * s.enter, s.right
+    uv, reading = written(x, s, sm, docs)
+    y = reading[..., size:, :] + dot(s.scores[..., size:, :], uv)
+    if docs is not None:
+        sm, right = sm * docs.carries_on, right * docs.reaches_end
+    return y, (sm + dot(transpose(uv), right)) * s.leave
+
+
+def backward(
+    x: Inputs, s: Scores, state: Array, dy: Array, dstate: Array, docs: Documents | None
+) -> tuple[Inputs, Array]:
+    """Gradients of the chunk's inputs and of the state that entered it, from those of `y` and the state after.
+
+    The decay's gradient is a conservation law: log w_t gets whatever flows through step t, which is what
+    enters the chunk's exponents at or after t, restarted at every chunk so that rounding does not pile up.
+    """
+    size = x.v.shape[-2]
+    sm = state * s.enter
+    uv, _ = written(x, s, sm, docs)
+    right = s.right if docs is None else s.right * docs.reaches_end
+    dend = dstate * s.leave
+    duv = dot(right, transpose(dend)) + dot(transpose(s.scores[..., size:, :]), dy)
+    z = dot(transpose(s.inverse), duv[..., :size, :])
+    dv = duv[..., size:, :] + dot(transpose(s.scores[..., :size, size:]), z)
+    zdy = jnp.concatenate([z, dy], -2)
+    dscores = jnp.where(causal(size), dot(zdy, transpose(uv)), 0)
+    dright_end = dot(uv, dend)
+    dkept = dend
+    if docs is not None:
+        dscores = dscores * docs.same
+        dright_end = dright_end * docs.reaches_end
+        dkept = dend * docs.carries_on
+    dreading = zdy if docs is None else zdy * docs.sees_state
+    dleft = dot(dscores, s.right) + dot(dreading, sm)
+    dright = dot(transpose(dscores), s.left) + dright_end
+    dsm = dkept + dot(transpose(dreading), s.left)
+
+    flow_left, flow_right = dleft * s.left, dright * s.right
+    flow_end = jnp.sum(sm * dkept, -2, keepdims=True) + jnp.sum(
+        s.right * dright_end, -2, keepdims=True
+    )
+    flow = flow_left[..., :size, :] + flow_left[..., size:, :]
+    flow = flow - flow_right[..., :size, :] - flow_right[..., size:, :]
+    dlog_w = cumulative_from_end(flow) - flow_left[..., :size, :] + flow_end
+    dleft = dleft * s.left_scale
+    gradients = Inputs(
+        r=dleft[..., size:, :],
+        log_w=dlog_w,
+        k=dright[..., size:, :] * s.right_scale,
+        v=dv,
+        a=dleft[..., :size, :],
+        b=dright[..., :size, :] * s.right_scale,
+    )
+    return gradients, dsm * s.enter
