@@ -15,11 +15,20 @@ _HOMES = {
     "unstack": "rwkv_jax.models",
     "wkv4": "rwkv_jax.wkv",
     "wkv7": "rwkv_jax.wkv",
-    "generate": "rwkv_jax.generate",
     "load": "rwkv_jax.checkpoint.store",
 }
 
-__all__ = [*_HOMES]
+__all__ = [
+    "ModelConfig",
+    "forward",
+    "init_params",
+    "init_state",
+    "load",
+    "stack",
+    "unstack",
+    "wkv4",
+    "wkv7",
+]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:

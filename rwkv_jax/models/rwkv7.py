@@ -228,7 +228,7 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     channel = jnp.arange(c, dtype=jnp.float32)
     ramp = channel / max(c - 1, 1)
     tilt = ramp - 0.5
-    within = (jnp.arange(c) % n - (n - 1) / 2) / max((n - 1) / 2, 0.5)
+    within = (channel % n - (n - 1) / 2) / max((n - 1) / 2, 0.5)
     zigzag = within * jnp.abs(within)
 
     def mix(power: float) -> ParamSpec:

@@ -1,5 +1,7 @@
 """The front of each operator: checks arguments, fills in defaults, picks the implementation."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from rwkv_jax.typing import Array, Bool, Callable, Float
@@ -52,11 +54,12 @@ def wkv4(
     b, _, c = k.shape
     _check_shapes("wkv4", log_w.shape == u.shape == (c,), log_w=log_w, u=u, k=k)
     run = _choose(_WKV4, implementation, k.shape[1])
-    dtype = jnp.promote_types(k.dtype, jnp.float32)
+    dtype = _precision(k)
     if state is None:
         state = Wkv4State.empty((b, c), dtype)
     _check_shapes("wkv4", state.num.shape == (b, c), state=state.num, k=k)
     _check_reset("wkv4", reset, k)
+    state = Wkv4State(*(x.astype(dtype) for x in state))
     y, state = run(*(x.astype(dtype) for x in (log_w, k, v, u)), state, reset)
     return y.astype(v.dtype), state
 
@@ -87,7 +90,7 @@ def wkv7(
     _check_shapes("wkv7", v.ndim == 4 and v.shape[:3] == r.shape[:3], r=r, v=v)
     batch, t, h, n = r.shape
     run = _choose(_WKV7, implementation, t)
-    dtype = jnp.promote_types(v.dtype, jnp.float32)
+    dtype = _precision(v)
     shape = (batch, h, v.shape[-1], n)
     if state is None:
         state = jnp.zeros(shape, dtype)
@@ -105,12 +108,17 @@ def _choose(table: dict[str, Callable], implementation: str | None, length: int)
     return table[implementation]
 
 
-def _check_shapes(operator: str, agree: bool, **arrays: Array) -> None:
+def _precision(x: Array) -> Any:
+    """What to compute in: float64 for float64, float32 for everything else."""
+    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+
+
+def _check_shapes(operator: str, agree: bool, **arrays: Any) -> None:
     if not agree:
         shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in arrays.items())
         raise ValueError(f"{operator}: shapes do not belong together: {shapes}")
 
 
-def _check_reset(operator: str, reset: Array | None, x: Array) -> None:
+def _check_reset(operator: str, reset: Any, x: Array) -> None:
     if reset is not None:
         _check_shapes(operator, reset.shape == x.shape[:2], reset=reset, x=x)

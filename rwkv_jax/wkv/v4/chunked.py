@@ -53,7 +53,7 @@ def wkv4(
     return y, after
 
 
-def cut(x: Array, fill: float = 0.0) -> Array:
+def cut(x: Array, fill: float | int = 0) -> Array:
     """[b, t, c] -> [C, b, chunks, c], the last chunk padded with `fill`."""
     b, t, c = x.shape
     x = jnp.pad(x, ((0, 0), (0, -t % CHUNK), (0, 0)), constant_values=fill)
@@ -69,7 +69,7 @@ def join(x: Array, t: int) -> Array:
 def steps(k: Array, v: Array, reset: Bool[Array, "b t"] | None) -> Steps:
     """The tokens cut into chunks. Padding has log 0 for its key and, in `decay_of`, no decay."""
     b, t, _ = k.shape
-    starts = None if reset is None else cut(reset[:, :, None], False)
+    starts = None if reset is None else cut(reset[:, :, None])
     padding = None
     if t % CHUNK:
         position = jnp.arange(t + -t % CHUNK)[None, :, None]
@@ -158,6 +158,7 @@ class Readings(NamedTuple):
     exponent: Array  # of the denominator
     q: Array  # dy / denominator, without e^-exponent
     share: Array  # e^{u+k}, relative to e^exponent
+    gap: Array  # v - y, not as a difference: where the bonus is strong, y rounds to v
 
 
 def readings(log_w: Array, u: Array, x: Steps, dy: Array, entering: Wkv4State) -> Readings:
@@ -167,7 +168,9 @@ def readings(log_w: Array, u: Array, x: Steps, dy: Array, entering: Wkv4State) -
         token, dy = inputs
         state = meet(state, token.starts)
         top, old, new = blend(state.max_exp, u[None, None] + token.k)
-        reading = Readings(top, dy / (old * state.den + new), new)
+        inverse = 1 / (old * state.den + new)
+        gap = old * (state.den * token.v - state.num) * inverse
+        reading = Readings(top, dy * inverse, new, gap)
         return advance(state, token, log_w), reading
 
     return lax.scan(step, entering, (x, dy))[1]
@@ -209,7 +212,7 @@ def _backward(kept, cotangents):
         token, y, reading = inputs
         scale = jnp.exp(jnp.minimum(token.k + grad.max_exp, LARGEST_EXPONENT))
         stored = scale * (token.v * grad.num + grad.den)
-        current = reading.share * reading.q * (token.v - y)
+        current = reading.share * reading.q * reading.gap
         dv = scale * grad.num + reading.share * reading.q
         through = flow - stored
         if token.starts is not None:

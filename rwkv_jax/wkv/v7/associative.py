@@ -41,7 +41,8 @@ def summarise(x: Inputs, docs: Documents | None) -> tuple[Array, Array]:
     s = chunk.relate(x, docs)
     size = x.r.shape[-2]
     left, right = s.left[..., :size, :], s.right
-    stay = jnp.eye(left.shape[-1], dtype=left.dtype)
+    n = left.shape[-1]
+    stay = jnp.broadcast_to(jnp.eye(n, dtype=left.dtype), (*left.shape[:-2], n, n))
     if docs is not None:
         left = left * docs.sees_state[..., :size, :]
         right = right * docs.reaches_end

@@ -106,14 +106,25 @@ def causal(size: int) -> np.ndarray:
     return np.block([[before, before], [upto, upto]])
 
 
+def keep(mask: np.ndarray, x: Float[Array, "*lanes i j"]) -> Float[Array, "*lanes i j"]:
+    """`x` where the [i, j] mask holds, zero elsewhere."""
+    return jnp.where(jnp.broadcast_to(mask, x.shape), x, jnp.zeros((), x.dtype))
+
+
+def triangle(x: Float[Array, "*lanes C n"]) -> Float[Array, "*lanes C C"]:
+    """Ones on and below the diagonal."""
+    size = x.shape[-2]
+    return jnp.broadcast_to(jnp.tri(size, dtype=x.dtype), (*x.shape[:-2], size, size))
+
+
 def cumulative(x: Float[Array, "*lanes C n"]) -> Float[Array, "*lanes C n"]:
     """Inclusive sums over time, as a product with a triangle of ones."""
-    return dot(jnp.tri(x.shape[-2], dtype=x.dtype), x)
+    return dot(triangle(x), x)
 
 
 def cumulative_from_end(x: Float[Array, "*lanes C n"]) -> Float[Array, "*lanes C n"]:
     """Inclusive sums from the end."""
-    return dot(jnp.tri(x.shape[-2], dtype=x.dtype).T, x)
+    return dot(transpose(triangle(x)), x)
 
 
 def unit_inverse(lower: Float[Array, "*lanes C C"]) -> Float[Array, "*lanes C C"]:
@@ -124,11 +135,11 @@ def unit_inverse(lower: Float[Array, "*lanes C C"]) -> Float[Array, "*lanes C C"
     """
     size = lower.shape[-1]
     row, column = np.arange(size)[:, None], np.arange(size)[None, :]
-    inverse = jnp.eye(size, dtype=lower.dtype)
+    inverse = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
     block = 1
     while block < size:
         below = (row // block % 2 == 1) & (row // block == column // block + 1)
-        link = jnp.where(below, lower, 0)
+        link = keep(below, lower)
         inverse = inverse + (link if block == 1 else dot(dot(inverse, link), inverse))
         block *= 2
     return inverse
@@ -138,12 +149,13 @@ def relate(x: Inputs, docs: Documents | None) -> Scores:
     """The state-free part of a chunk."""
     size = x.r.shape[-2]
     g = cumulative(x.log_w)
-    m = g[..., (size - 1) // 2, None, :]
+    # Nothing depends on m but rounding, so its gradient, which is zero, need not be computed.
+    m = lax.stop_gradient(g[..., (size - 1) // 2, None, :])
     left_scale = jnp.exp(jnp.concatenate([g - x.log_w, g], -2) - m)
     right_scale = jnp.exp(m - g)
     left = jnp.concatenate([x.a, x.r], -2) * left_scale
     right = jnp.concatenate([x.b * right_scale, x.k * right_scale], -2)
-    scores = jnp.where(causal(size), dot(left, transpose(right)), 0)
+    scores = keep(causal(size), dot(left, transpose(right)))
     if docs is not None:
         scores = scores * docs.same
     inverse = unit_inverse(scores[..., :size, :size])
@@ -190,7 +202,7 @@ def backward(
     z = dot(transpose(s.inverse), duv[..., :size, :])
     dv = duv[..., size:, :] + dot(transpose(s.scores[..., :size, size:]), z)
     zdy = jnp.concatenate([z, dy], -2)
-    dscores = jnp.where(causal(size), dot(zdy, transpose(uv)), 0)
+    dscores = keep(causal(size), dot(zdy, transpose(uv)))
     dright_end = dot(uv, dend)
     dkept = dend
     if docs is not None:
