@@ -1,0 +1,351 @@
+"""The token cache: what it holds, when it is used again, and what no accident may leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rwkv_jax.config import DataConfig
+from rwkv_jax.data import prepare as module
+from rwkv_jax.data.corpus import CorpusError, open_corpus
+from rwkv_jax.data.prepare import CacheError, Tokens, prepare
+from rwkv_jax.data.tokenizers import JsonTokenizer, TokenizerError
+from rwkv_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    root = tmp_path / "text"
+    root.mkdir()
+    for i in range(40):
+        text = f"def function_{i}(x):\n    return 'é' * {i}\n" * (i + 1)
+        (root / f"{i}.py").write_text(text, encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def cfg(source, tmp_path):
+    def make(**settings) -> DataConfig:
+        base = {"source": str(source), "heldout": 0.2, "bpe_vocab_size": 512}
+        return DataConfig(**base | {"cache": str(tmp_path / "cache")} | settings)
+
+    return make
+
+
+@pytest.fixture
+def builds(monkeypatch) -> list[Path]:
+    """The folders that caches are really built in."""
+    seen, build = [], module._build
+
+    def spy(corpus, tokenizer, folder, show):
+        seen.append(folder)
+        build(corpus, tokenizer, folder, show)
+
+    monkeypatch.setattr(module, "_build", spy)
+    return seen
+
+
+def documents_in(ids: np.ndarray, tokens: Tokens) -> list[bytes]:
+    """The documents that a flat array holds."""
+    ends = np.flatnonzero(ids == tokens.tokenizer.eod)
+    assert len(ids) == 0 or ends[-1] == len(ids) - 1
+    begins = [0, *(ends[:-1] + 1)]
+    return [
+        tokens.tokenizer.decode_bytes(ids[a:b]) for a, b in zip(begins, ends, strict=len(ends) > 0)
+    ]
+
+
+def entries(tmp_path: Path) -> set[str]:
+    return {path.suffix or "entry" for path in (tmp_path / "cache").iterdir()}
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe", "world"])
+def test_arrays_hold_every_document_of_their_side(cfg, tokenizer):
+    config = cfg(tokenizer=tokenizer)
+    tokens = prepare(config, progress=False)
+    found = list(open_corpus(config).documents())
+    train = [d.text.encode() for d in found if not d.heldout]
+    heldout = [d.text.encode() for d in found if d.heldout]
+    assert train and heldout
+    assert documents_in(tokens.train, tokens) == train
+    assert documents_in(tokens.heldout, tokens) == heldout
+    assert tokens.heldout_text() == b"".join(heldout)
+    assert (tokens.train_bytes, tokens.heldout_bytes) == (
+        sum(map(len, train)),
+        sum(map(len, heldout)),
+    )
+    assert (tokens.train_documents, tokens.heldout_documents) == (len(train), len(heldout))
+    assert tokens.train.dtype == tokens.heldout.dtype == np.uint16
+    assert isinstance(tokens.train, np.memmap) and not tokens.train.flags.writeable
+
+
+def test_larger_vocabularies_take_four_bytes(cfg, tmp_path):
+    vocabulary = {f"w{i}": i for i in range(70_000)} | {"<eos>": 70_000}
+    described = {"model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], **described}), "utf-8")
+    tokens = prepare(cfg(tokenizer=str(path)), progress=False)
+    assert tokens.train.dtype == np.uint32
+    assert tokens.train[-1] == tokens.tokenizer.eod == 70_000
+
+
+def test_bpe_learns_from_training_documents_only(cfg, source):
+    held = [d.name for d in open_corpus(cfg()).documents() if d.heldout]
+    before = prepare(cfg(), progress=False).tokenizer.identity()
+    (source / held[0]).write_text("zyxwvu " * 5000, encoding="utf-8")
+    tokens = prepare(cfg(), progress=False)
+    assert tokens.tokenizer.identity() == before
+    assert b"zyxwvu " * 5000 in documents_in(tokens.heldout, tokens)
+
+
+def test_bpe_learns_from_a_share_of_a_large_corpus(cfg, monkeypatch):
+    config, read = cfg(), []
+    corpus = open_corpus(config)
+    monkeypatch.setattr(module, "BPE_TRAINING_BYTES", corpus.bytes_on_disk // 4)
+    train = module.train_bpe
+    monkeypatch.setattr(module, "train_bpe", lambda texts, size: train(read_all(texts), size))
+
+    def read_all(texts):
+        for text in texts:
+            read.append(text)
+            yield text
+
+    prepare(config, progress=False)
+    assert 0 < len(read) < 20
+
+
+def test_second_time_is_read_from_the_cache(cfg, builds, capfd):
+    first, second = prepare(cfg(), progress=False), prepare(cfg(), progress=False)
+    assert len(builds) == 1
+    assert (first.train == second.train).all() and (first.heldout == second.heldout).all()
+    assert first.describe() == second.describe()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_changes_the_tokens_makes_them_again(cfg, builds, source):
+    for settings in ({}, {"tokenizer": "bytes"}, {"bpe_vocab_size": 513}, {"heldout": 0.3}):
+        prepare(cfg(**settings), progress=False)
+    (source / "new.py").write_text("new", encoding="utf-8")
+    prepare(cfg(), progress=False)
+    assert len(builds) == 5
+    (source / "new.py").unlink()
+    prepare(cfg(), progress=False)
+    assert len(builds) == 5
+
+
+@pytest.mark.parametrize(
+    "name", ["train.bin", "heldout.bin", "heldout.txt", "manifest.json", "tokenizer/tokenizer.json"]
+)
+@pytest.mark.parametrize("damage", ["truncate", "remove"])
+def test_damaged_cache_is_made_again_with_a_notice(cfg, builds, capfd, name, damage):
+    whole = prepare(cfg(), progress=False)
+    expected = whole.train.copy()
+    path = whole.folder / name
+    if damage == "truncate":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        path.unlink()
+    again = prepare(cfg(), progress=False)
+    assert len(builds) == 2
+    assert (again.train == expected).all()
+    notice = capfd.readouterr().err
+    assert notice.count("\n") == 1
+    assert "is damaged (" in notice and notice.endswith("): made again\n")
+
+
+def test_killed_while_building_leaves_nothing_that_counts(cfg, tmp_path, builds):
+    """A real kill -9 in the middle, found by the next process, which builds and cleans up."""
+    config = cfg()
+    script = f"""
+        import time
+        from rwkv_jax.config import DataConfig
+        from rwkv_jax.data import prepare
+        write = prepare._write_ids
+        def slow(*arguments):
+            write(*arguments)
+            print("written", flush=True)
+            time.sleep(60)
+        prepare._write_ids = slow
+        prepare.prepare(DataConfig(**{vars(config)!r}))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "written\n"
+        assert entries(tmp_path) == {".partial", ".lock"}
+        process.send_signal(signal.SIGKILL)
+    tokens = prepare(config, progress=False)
+    assert len(builds) == 1
+    assert entries(tmp_path) == {"entry", ".lock"}
+    assert len(documents_in(tokens.train, tokens)) == tokens.train_documents
+
+
+def test_two_processes_build_once(cfg, tmp_path, builds):
+    """The second waits for the first, which does not go on before the second says so."""
+    script = f"""
+        from rwkv_jax.config import DataConfig
+        from rwkv_jax.data import prepare
+        build = prepare._build
+        def slow(*arguments):
+            print("building", flush=True)
+            input()
+            build(*arguments)
+        prepare._build = slow
+        print(prepare.prepare(DataConfig(**{vars(cfg())!r})).folder)
+    """
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as first:
+        assert first.stdout.readline() == "building\n"
+        with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as second:
+            assert second.stderr.readline().startswith("another process is preparing")
+            assert first.communicate("\n", timeout=60) == second.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert entries(tmp_path) == {"entry", ".lock"}
+    prepare(cfg(), progress=False)
+    assert not builds
+
+
+def test_interrupted_build_cleans_up(cfg, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_write_ids", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(cfg(), progress=False)
+    assert entries(tmp_path) == {".lock"}
+
+
+def test_full_disk(cfg, tmp_path):
+    """A limit on the size of files, set in a process of its own, stops a write half-way."""
+    script = f"""
+        import resource
+        from rwkv_jax.config import DataConfig
+        from rwkv_jax.data.prepare import CacheError, prepare
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        try:
+            prepare(DataConfig(**{vars(cfg(tokenizer="bytes"))!r}))
+        except CacheError as error:
+            print(error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    assert done.stdout == (
+        f"token cache {tmp_path}/cache: File too large; free some space,"
+        " or set data.cache to another folder\n"
+    )
+    assert entries(tmp_path) == {".lock"}
+
+
+def test_cache_that_cannot_be_made(cfg, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheError, match=r"token cache .*/file/cache: Not a directory; make it"):
+        prepare(cfg(cache=str(tmp_path / "file" / "cache")), progress=False)
+
+
+def test_default_cache_follows_xdg(cfg, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert prepare(cfg(cache=""), progress=False).folder.parent == tmp_path / "xdg" / "rwkv_jax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = prepare(cfg(cache="", tokenizer="bytes"), progress=False).folder
+    assert folder.parent == tmp_path / "home" / ".cache" / "rwkv_jax"
+
+
+def fault(config: DataConfig, kind: type[UserError]) -> str:
+    with pytest.raises(kind) as caught:
+        prepare(config, progress=False)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_empty_corpus(cfg, source, tmp_path):
+    for path in source.iterdir():
+        path.write_text("")
+    assert fault(cfg(), CorpusError) == f"data.source = {source}: no text in it"
+    assert entries(tmp_path) == {".lock"}
+
+
+def test_no_held_out_document(cfg, source):
+    assert fault(cfg(heldout=0.0001), CorpusError) == (
+        "data.heldout = 0.0001 holds out none of the 40 documents:"
+        " raise it, add documents, or set data.heldout=0 to train without held-out text"
+    )
+    tokens = prepare(cfg(heldout=0.0), progress=False)
+    assert len(tokens.heldout) == tokens.heldout_bytes == 0
+    assert tokens.heldout_text() == b""
+    assert "bytes a token on training text" in tokens.describe()["tokenizer"]
+
+
+def test_no_training_document(cfg):
+    assert fault(cfg(heldout=0.9999), CorpusError) == (
+        "data.heldout = 0.9999 holds out every one of the 40 documents: lower it or add documents"
+    )
+
+
+def test_bad_lines_leave_no_cache(cfg, source, tmp_path):
+    path = source / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": \n')
+    assert fault(cfg(), CorpusError).startswith(f"{path}:2: not JSON")
+    assert entries(tmp_path) == {".lock"}
+
+
+def test_bad_tokenizer(cfg):
+    assert "no such file" in fault(cfg(tokenizer="words"), TokenizerError)
+
+
+def test_long_documents_are_cut_where_no_token_crosses(cfg, monkeypatch):
+    tokens = prepare(cfg(), progress=False)
+    assert isinstance(tokens.tokenizer, JsonTokenizer)
+    text = "".join(
+        (ROOT / "rwkv_jax" / "data" / f"{name}.py").read_text(encoding="utf-8")
+        for name in ("bpe", "corpus", "prepare")
+    )
+    monkeypatch.setattr(module, "LONG_DOCUMENT", 100)
+    pieces = module._pieces(text)
+    assert len(pieces) > 20 and "".join(pieces) == text
+    encoded = [i for piece in tokens.tokenizer.encode_batch(pieces) for i in piece]
+    assert encoded == tokens.tokenizer.encode(text)
+    assert module._pieces("x" * 1000) == ["x" * 1000]
+    assert module._pieces("") == [""]
+
+
+def test_description(cfg, source):
+    (source / "image.bin").write_bytes(b"\0")
+    tokens = prepare(cfg(tokenizer="bytes"), progress=False)
+    described = tokens.describe()
+    assert described["held out"] == (
+        f"{tokens.heldout_documents} documents, {tokens.heldout_bytes / 1e6:.2f} MB,"
+        f" {len(tokens.heldout):,} tokens"
+    )
+    rate = tokens.heldout_bytes / len(tokens.heldout)
+    assert described["tokenizer"] == f"bytes, 257 ids, {rate:.2f} bytes a token on held-out text"
+    assert described["skipped"] == "1 files that are not readable UTF-8 text"
+
+
+def test_some_of_the_standard_library(cfg):
+    source = f"{sysconfig.get_path('stdlib')}/asyncio/*.py"
+    tokens = prepare(cfg(source=source, heldout=0.3, bpe_vocab_size=1024), progress=False)
+    text = b"".join(documents_in(tokens.heldout, tokens))
+    assert text == tokens.heldout_text()
+    assert len(tokens.heldout) < len(text) / 2
+
+
+def test_progress_is_shown_on_a_terminal_only(cfg, capfd, monkeypatch):
+    prepare(cfg(), progress=True)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    prepare(cfg(tokenizer="bytes"), progress=False)
+    assert capfd.readouterr().err == ""
+    prepare(cfg(bpe_vocab_size=600), progress=True)
+    assert "tokenising" in capfd.readouterr().err

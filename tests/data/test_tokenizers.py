@@ -1,0 +1,268 @@
+"""Tokenizers: any text comes back, saved ones are the same, broken ones say so."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from rwkv_jax.data.bpe import END_OF_DOCUMENT, train_bpe
+from rwkv_jax.data.tokenizers import (
+    ByteTokenizer,
+    JsonTokenizer,
+    StreamDecoder,
+    TokenizerError,
+    WorldTokenizer,
+    load_tokenizer,
+    open_tokenizer,
+)
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "tokenizer_world.json"
+SOURCE = Path(json.__file__).with_name("decoder.py").read_text(encoding="utf-8")
+
+# Text as it occurs, and every character there is.
+PIECES = [" ", "\n", "\r\n", "\t", "a", "_", "Z", "9", ".", "(", "é", "\u2028", "<|", "中"]
+TEXT = st.text(st.characters(exclude_categories=("Cs",))) | st.lists(st.sampled_from(PIECES)).map(
+    "".join
+)
+
+
+def metaspace() -> Tokenizer:
+    """A vocabulary in the manner of SentencePiece: a mark for the space, bytes as a fallback."""
+    tokens = ["<unk>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581", "a", "\u2581a"]
+    model = models.BPE(
+        {token: i for i, token in enumerate(tokens)},
+        [("\u2581", "a")],
+        unk_token="<unk>",
+        byte_fallback=True,
+    )
+    made = Tokenizer(model)
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    made.add_special_tokens(["</s>"])
+    return made
+
+
+def words(*extra: str) -> Tokenizer:
+    """A vocabulary of whole words."""
+    made = Tokenizer(
+        models.WordLevel({t: i for i, t in enumerate(["one", "two", *extra])}, unk_token="one")
+    )
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return made
+
+
+@pytest.fixture(scope="module")
+def bpe() -> JsonTokenizer:
+    return JsonTokenizer(train_bpe([SOURCE], 600).to_str(), "bpe", "test")
+
+
+@pytest.fixture(scope="module")
+def world() -> WorldTokenizer:
+    return WorldTokenizer()
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe", "world", "file"])
+def tokenizer(request, bpe, world):
+    return {
+        "bytes": ByteTokenizer(),
+        "bpe": bpe,
+        "world": world,
+        "file": JsonTokenizer(metaspace().to_str(), "file", "test"),
+    }[request.param]
+
+
+@given(text=TEXT)
+def test_any_text_comes_back(tokenizer, text):
+    if tokenizer.kind == "file":
+        text = text.replace("\u2581", "")  # its mark for the space reads as a space
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode_bytes(ids) == text.encode()
+    assert tokenizer.decode_bytes(np.array(ids, np.uint16)) == text.encode()
+    assert all(0 <= i < tokenizer.vocab_size and i != tokenizer.eod for i in ids)
+
+
+@given(texts=st.lists(TEXT, max_size=5))
+def test_batches_encode_as_one_by_one(tokenizer, texts):
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+@given(text=TEXT, sizes=st.lists(st.integers(0, 3), max_size=20))
+def test_stream_gives_the_text_whole_characters_at_a_time(tokenizer, text, sizes):
+    if tokenizer.kind == "file":
+        text = text.replace("\u2581", "")
+    ids, stream, said = tokenizer.encode(text), StreamDecoder(tokenizer), ""
+    for size in [*sizes, len(ids)]:
+        said += stream.push(ids[:size])
+        ids = ids[size:]
+        assert text.startswith(said)
+    assert said == text
+    assert stream.finish() == ""
+
+
+def test_stream_marks_what_is_no_character():
+    stream, encode = StreamDecoder(ByteTokenizer()), ByteTokenizer().encode
+    assert stream.push(encode("é")[:1]) == ""
+    assert stream.push(encode("a")) == "\ufffda"
+    assert stream.push(encode("中")[:2]) == ""
+    assert stream.finish() == "\ufffd"
+    assert stream.push(encode("中")) == "中"
+
+
+@given(text=TEXT)
+def test_end_of_document_says_nothing(tokenizer, text):
+    ids = tokenizer.encode(text)
+    with_ends = [tokenizer.eod, *ids, tokenizer.eod]
+    assert tokenizer.decode_bytes(with_ends) == tokenizer.decode_bytes(ids)
+
+
+def test_its_name_in_a_text_is_text(tokenizer):
+    text = f"a {END_OF_DOCUMENT}</s> b"
+    ids = tokenizer.encode(text)
+    assert tokenizer.eod not in ids
+    assert tokenizer.decode_bytes(ids) == text.encode()
+
+
+def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer")
+    loaded = load_tokenizer(tmp_path / "tokenizer")
+    for name in ("kind", "vocab_size", "eod"):
+        assert getattr(loaded, name) == getattr(tokenizer, name)
+    assert loaded.identity() == tokenizer.identity()
+    assert loaded.encode(SOURCE) == tokenizer.encode(SOURCE)
+
+
+def test_identities_differ(bpe, world):
+    other = JsonTokenizer(train_bpe([SOURCE], 601).to_str(), "bpe", "test")
+    assert len({t.identity() for t in (ByteTokenizer(), bpe, world, other)}) == 4
+
+
+def test_byte_ids_are_those_of_world(world):
+    for byte in range(256):
+        assert ByteTokenizer().decode_bytes([byte + 1]) == world.decode_bytes([byte + 1])
+    assert ByteTokenizer().encode("\0A\x7f") == world.encode("\0A\x7f")
+
+
+def test_world_gives_the_official_ids(world):
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    assert len(golden) == 26
+    for case in golden:
+        assert world.encode(case["text"]) == case["ids"]
+        assert world.decode_bytes(case["ids"]) == case["text"].encode()
+
+
+def test_every_world_token_is_its_own_bytes(world):
+    tokens = [world.decode_bytes([i]) for i in range(1, 65530)]
+    assert len(set(tokens)) == 65529
+    assert tokens == sorted(tokens, key=lambda token: (len(token), token))
+    for i in range(1, 65530, 97):
+        if (token := tokens[i - 1]).decode(errors="replace").encode() == token:
+            assert world.encode(token.decode()) == [i]
+    assert world.decode_bytes([65530, 65535]) == "\ufffd\ufffd".encode()
+
+
+def test_bpe_has_the_ids_it_promises(bpe):
+    assert (bpe.vocab_size, bpe.eod) == (600, 0)
+    # The alphabet alone covers any text; a text with few pairs gives few more.
+    small = JsonTokenizer(train_bpe(["ab"], 600).to_str(), "bpe", "test")
+    assert 257 <= small.vocab_size <= 259
+
+
+def test_bpe_takes_indentation_as_one_token():
+    made = JsonTokenizer(
+        train_bpe(["if x:\n        return y\n" * 50] * 20, 512).to_str(), "bpe", ""
+    )
+    tokens = [made.decode_bytes([i]) for i in made.encode("if x:\n        return y\n")]
+    assert b":\n        " in tokens
+
+
+def test_bpe_training_repeats_itself():
+    assert train_bpe([SOURCE], 700).to_str() == train_bpe([SOURCE], 700).to_str()
+
+
+def test_file_is_encoded_whole_whatever_it_says(bpe, tmp_path):
+    made = Tokenizer.from_str(train_bpe([SOURCE], 600).to_str())
+    made.enable_truncation(5)
+    made.enable_padding(length=50)
+    made.save(str(tmp_path / "tokenizer.json"))
+    loaded = open_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert loaded.encode(SOURCE) == bpe.encode(SOURCE)
+    assert loaded.encode_batch(["ab", SOURCE]) == bpe.encode_batch(["ab", SOURCE])
+    assert open_tokenizer(str(tmp_path)).identity() == loaded.identity()
+
+
+def test_vocabularies_of_words_decode_by_their_own_rules():
+    made = JsonTokenizer(words("[SEP]").to_str(), "file", "test")
+    assert made.decode_bytes([0, 2, 1]) == b"one two"
+
+
+def fault(call, *arguments) -> str:
+    with pytest.raises(TokenizerError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_no_such_tokenizer(tmp_path):
+    assert fault(open_tokenizer, f"{tmp_path}/no.json") == (
+        f"data.tokenizer = {tmp_path}/no.json: no such file, and not 'bytes', 'bpe' or 'world'"
+    )
+
+
+def test_not_a_tokenizer_file(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text('{"model":\n 5}', encoding="utf-8")
+    assert fault(open_tokenizer, str(path)).startswith(f"{path}: not a tokenizer.json (")
+    path.write_bytes(b"\xff")
+    assert "not UTF-8" in fault(open_tokenizer, str(path))
+
+
+def test_no_end_of_document_token(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    words().save(str(path))
+    message = fault(open_tokenizer, str(path))
+    assert "no end-of-document token; add one of <|endoftext|>, " in message
+
+
+def test_missing_folder(tmp_path):
+    message = fault(load_tokenizer, tmp_path / "tokenizer")
+    assert message.startswith(f"{tmp_path}/tokenizer/meta.json: cannot be read (No such file")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '"bytes"'])
+def test_damaged_meta(tmp_path, content):
+    (tmp_path / "meta.json").write_text(content, encoding="utf-8")
+    assert "meta.json: damaged" in fault(load_tokenizer, tmp_path)
+
+
+def test_unknown_kind(tmp_path):
+    (tmp_path / "meta.json").write_text('{"kind": "future"}', encoding="utf-8")
+    assert "unknown kind 'future'" in fault(load_tokenizer, tmp_path)
+
+
+def test_truncated_or_missing_vocabulary(tmp_path, bpe):
+    bpe.save(tmp_path)
+    content = (tmp_path / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(content[:-100])
+    assert "tokenizer.json: damaged or changed since it was saved" in fault(
+        load_tokenizer, tmp_path
+    )
+    (tmp_path / "tokenizer.json").unlink()
+    assert "tokenizer.json: cannot be read" in fault(load_tokenizer, tmp_path)
+
+
+def test_another_world_vocabulary(tmp_path, world):
+    world.save(tmp_path)
+    (tmp_path / "meta.json").write_text('{"kind": "world", "checksum": "0"}', encoding="utf-8")
+    assert "differs from the installed one" in fault(load_tokenizer, tmp_path)
+
+
+def test_world_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyrwkv_tokenizer", None)
+    assert "pip install pyrwkv-tokenizer" in fault(WorldTokenizer)
