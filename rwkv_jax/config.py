@@ -1,15 +1,26 @@
-"""The schema and the defaults of a run: frozen dataclasses; TOML files and dotted overrides fill them.
+"""The schema and the defaults of a run: frozen dataclasses that TOML files and overrides fill.
 
-A config file only names what differs from the defaults below. `load_config` is strict: an unknown key, a
-wrong type or an impossible combination raises `ConfigError`, which names the key, the value and what is
-allowed, before anything is compiled or written.
+A config file only names what differs from the defaults below. `load_config` is strict: an unknown
+key, a wrong type or an impossible combination raises `ConfigError`, which names the key, the value
+and what is allowed, before anything is compiled or written.
+
+Importing this module needs the standard library alone: pydantic is imported by the first parse.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args, get_origin
+
+from rwkv_jax.errors import UserError
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A config that cannot be run: the message names the key, the value and what is allowed."""
 
 
@@ -18,9 +29,15 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+class _Strict:
+    """What every table has in common: how pydantic reads it."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+
+
 @dataclass(frozen=True)
-class ModelConfig:
-    """The architecture: everything that decides shapes, and nothing else. It travels with the checkpoint."""
+class ModelConfig(_Strict):
+    """The architecture: all that decides shapes, and nothing else; it travels with checkpoints."""
 
     version: Literal["4", "7"] = "7"
     layers: int = 12
@@ -32,7 +49,8 @@ class ModelConfig:
     head_size: int = 64
     """Version 7: channels per head."""
     rank_w: int = 0
-    """Version 7: ranks of the low-rank decay, in-context learning rate, value and gate; 0 is the official rule."""
+    """Version 7: ranks of the low-rank decay, in-context learning rate, value and gate; 0 is the
+    official rule."""
     rank_a: int = 0
     rank_v: int = 0
     rank_g: int = 0
@@ -41,16 +59,22 @@ class ModelConfig:
         for name in ("layers", "width"):
             _require(getattr(self, name) >= 1, f"model.{name} = {getattr(self, name)}: at least 1")
         for name in ("vocab_size", "ffn_width", "rank_w", "rank_a", "rank_v", "rank_g"):
-            _require(getattr(self, name) >= 0, f"model.{name} = {getattr(self, name)}: 0 (automatic) or more")
+            value = getattr(self, name)
+            _require(value >= 0, f"model.{name} = {value}: 0 (automatic) or more")
         if self.version == "7":
             _require(
                 self.head_size >= 1 and self.width % self.head_size == 0,
-                f"model.width = {self.width} is not a multiple of model.head_size = {self.head_size}",
+                f"model.width = {self.width} is not a multiple of "
+                f"model.head_size = {self.head_size}",
             )
         else:
             given = [f for f in ("rank_w", "rank_a", "rank_v", "rank_g") if getattr(self, f)]
             given += ["head_size"] if self.head_size != 64 else []
-            _require(not given, f"model.{', model.'.join(given)}: only version 7 has it, model.version = {self.version}")
+            _require(
+                not given,
+                f"model.{', model.'.join(given)}: only version 7 has this, and model.version = "
+                f'"{self.version}"; leave it out',
+            )
 
     @property
     def ffn(self) -> int:
@@ -59,15 +83,17 @@ class ModelConfig:
 
     @property
     def heads(self) -> int:
+        """Version 7: heads of the time mix."""
         return self.width // self.head_size
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Strict):
     """Which text, cut into which tokens."""
 
     source: str = "stdlib"
-    """`stdlib` (this interpreter's own library), a file, a folder, a glob, or `.jsonl[.gz|.zst]`."""
+    """`stdlib` (this interpreter's own library), a file, a folder, a glob, or
+    `.jsonl[.gz|.zst]`."""
     field: str = "text"
     """The field of a JSON line that holds the text."""
     document: Literal["file", "line"] = "file"
@@ -75,14 +101,15 @@ class DataConfig:
     heldout: float = 0.03
     """Share of the documents held out for evaluation, chosen by a hash of their path (or text)."""
     tokenizer: str = "bpe"
-    """`bytes`, `bpe` (trained on the training documents), `world` (RWKV World), or a path to a `tokenizer.json`."""
+    """`bytes`, `bpe` (trained on the training documents), `world` (RWKV World), or a path to a
+    `tokenizer.json`."""
     bpe_vocab_size: int = 4096
     cache: str = ""
     """Folder of the token cache; empty: `$XDG_CACHE_HOME/rwkv_jax`, or `~/.cache/rwkv_jax`."""
 
     def __post_init__(self):
         _require(bool(self.source), "data.source is empty: a path, a glob or 'stdlib'")
-        _require(0.0 <= self.heldout < 1.0, f"data.heldout = {self.heldout}: at least 0 and below 1")
+        _require(0 <= self.heldout < 1, f"data.heldout = {self.heldout}: at least 0 and below 1")
         _require(
             512 <= self.bpe_vocab_size <= 65536,
             f"data.bpe_vocab_size = {self.bpe_vocab_size}: between 512 and 65536",
@@ -90,8 +117,11 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and its schedule; the defaults are the official version-7 recipe (RWKV-LM, RWKV-v7/train_temp)."""
+class OptimizerConfig(_Strict):
+    """AdamW and its schedule; the defaults are the official version-7 recipe.
+
+    Source: RWKV-LM, `RWKV-v7/train_temp`.
+    """
 
     peak_lr: float = 6e-4
     final_lr: float = 6e-5
@@ -105,15 +135,18 @@ class OptimizerConfig:
 
     def __post_init__(self):
         for name in ("peak_lr", "final_lr", "eps"):
-            _require(getattr(self, name) > 0, f"optimizer.{name} = {getattr(self, name)}: above 0")
+            value = getattr(self, name)
+            _require(value > 0, f"optimizer.{name} = {value}: above 0")
         for name in ("warmup_steps", "weight_decay", "clip"):
-            _require(getattr(self, name) >= 0, f"optimizer.{name} = {getattr(self, name)}: 0 or more")
+            value = getattr(self, name)
+            _require(value >= 0, f"optimizer.{name} = {value}: 0 or more")
         for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, f"optimizer.{name} = {getattr(self, name)}: at least 0 and below 1")
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name} = {value}: at least 0 and below 1")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Strict):
     """How the run goes: its length, batch, precision, and what it leaves on disk."""
 
     output: str = "runs/demo"
@@ -145,19 +178,21 @@ class TrainConfig:
     """Checkpoints kept: the newest ones."""
 
     def __post_init__(self):
-        for name in ("steps", "batch", "context", "accumulate", "log_every", "eval_tokens", "checkpoint_every", "keep"):
+        counts = ("steps", "batch", "context", "accumulate", "log_every", "eval_tokens")
+        for name in (*counts, "checkpoint_every", "keep"):
             _require(getattr(self, name) >= 1, f"train.{name} = {getattr(self, name)}: at least 1")
         for name in ("seed", "eval_every", "l2wrap", "z_loss"):
             _require(getattr(self, name) >= 0, f"train.{name} = {getattr(self, name)}: 0 or more")
         _require(
             self.batch % self.accumulate == 0,
-            f"train.batch = {self.batch} does not divide into train.accumulate = {self.accumulate} equal parts",
+            f"train.batch = {self.batch} does not divide into train.accumulate = {self.accumulate} "
+            "equal parts",
         )
         _require(bool(self.output), "train.output is empty: the run's folder")
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(_Strict):
     """The text printed at the end of a run."""
 
     prompt: str = ""
@@ -172,7 +207,7 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(_Strict):
     """One run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -180,3 +215,176 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
+    """The run that a TOML file describes (None: the defaults), with overrides on top.
+
+    An override is `section.key=value`, as typed on a command line; the value is TOML, and what is
+    not valid TOML is taken as text, so that `data.tokenizer=bytes` needs no quotes.
+    Raises `ConfigError` for a file that cannot be read and for whatever `parse_config` rejects.
+    """
+    tables = {} if path is None else _read_toml(Path(path))
+    # The file on its own first, so that an error says which of the two to mend.
+    config = parse_config(tables, origin="" if path is None else str(path))
+    if not overrides:
+        return config
+    for override in overrides:
+        _apply(tables, override)
+    return parse_config(tables, origin="overrides" if path is None else f"{path} with overrides")
+
+
+def parse_config(tables: Mapping[str, Any], *, origin: str = "") -> Config:
+    """The run described by nested mappings, as read from TOML; `origin` opens the error message.
+
+    Raises `ConfigError`, one line that joins every problem found, each with its key, its value and
+    what is allowed. An integer is a fine float, and an integer may name one of a list of strings
+    (`model.version = 7`).
+
+    >>> parse_config({"model": {"layers": 2}}).model.layers
+    2
+    """
+    from pydantic import ValidationError
+
+    try:
+        # By way of JSON: in strict mode pydantic fills a dataclass from Python instances only.
+        return _adapter().validate_json(json.dumps(_spell_choices(tables), default=_unknown_value))
+    except ValidationError as error:
+        problems = [_problem(details, tables) for details in error.errors(include_url=False)]
+        raise ConfigError((f"{origin}: " if origin else "") + "; ".join(problems)) from None
+
+
+def to_toml(config: Config) -> str:
+    """The whole config as TOML, defaults written out; parsing it again gives an equal config."""
+    blocks = []
+    for section in fields(config):
+        table = getattr(config, section.name)
+        lines = [f"{key.name} = {_literal(getattr(table, key.name))}" for key in fields(table)]
+        blocks.append("\n".join([f"[{section.name}]", *lines, ""]))
+    return "\n".join(blocks)
+
+
+_SCHEMA = {
+    section.name: {key.name: key.type for key in fields(getattr(Config(), section.name))}
+    for section in fields(Config)
+}
+"""Section -> key -> type."""
+
+_NEEDED = {
+    "int_type": "an integer is needed",
+    "float_type": "a number is needed",
+    "finite_number": "a finite number is needed",
+    "bool_type": "true or false is needed",
+    "string_type": "a string is needed",
+}
+"""pydantic's names of wrong types, in words."""
+
+
+@cache
+def _adapter():
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Config)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
+        hint = f"; did you mean {path.with_name(near[0])}?" if near else "; give a TOML file"
+        raise ConfigError(f"{path}: no such file{hint}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; TOML is UTF-8 text") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def _apply(tables: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    section, dot, key = (part.strip() for part in name.partition("."))
+    if not (equals and dot):
+        bare = equals and section and section not in _SCHEMA
+        why = _unknown(section) if bare else "written section.key=value"
+        raise ConfigError(f"override {_literal(override)}: {why}")
+    value = _parse_value(text)
+    kind = _SCHEMA.get(section, {}).get(key)
+    if (kind is str or get_origin(kind) is Literal) and not isinstance(value, str):
+        value = text  # sample.prompt=42 is the text "42"
+    tables[section] = {**tables.get(section, {}), key: value}
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if parsed.keys() == {"value"} else text
+
+
+def _spell_choices(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables, with an integer that names one of a list of strings written as that string."""
+    spelled = dict(tables)
+    for section, table in tables.items():
+        if isinstance(table, Mapping):
+            listed = {key: get_args(kind) for key, kind in _SCHEMA.get(section, {}).items()}
+            spelled[section] = {
+                key: str(value)
+                if type(value) is int and str(value) in listed.get(key, ())
+                else value
+                for key, value in table.items()
+            }
+    return spelled
+
+
+def _unknown_value(value: Any) -> Any:
+    return [str(value)]  # a date, say: no setting takes it, and as a list it fails every type
+
+
+def _problem(details: Any, tables: Mapping[str, Any]) -> str:
+    """One of pydantic's errors as `key = value: what is needed`."""
+    where, kind = details["loc"], details["type"]
+    if kind == "value_error":
+        return str(details["ctx"]["error"])  # from a __post_init__ above, already in our words
+    if kind == "unexpected_keyword_argument":
+        return _unknown(*where)
+    if not where:
+        return details["msg"]
+    value: Any = tables
+    for step in where:
+        value = value[step]
+    if kind == "dataclass_type":
+        needed = f"a table [{where[0]}] is needed"
+    elif kind == "literal_error":
+        choices = get_args(_SCHEMA[where[0]][where[1]])
+        needed = "one of " + ", ".join(_literal(choice) for choice in choices)
+    else:
+        needed = _NEEDED.get(kind, details["msg"])
+    return f"{'.'.join(where)} = {_literal(value)}: {needed}"
+
+
+def _unknown(section: str, key: str | None = None) -> str:
+    """Says that a name is not in the schema, and which one was probably meant."""
+    name = section if key is None else key
+    allowed = list(_SCHEMA) if key is None else list(_SCHEMA[section])
+    elsewhere = [f"{other}.{name}" for other, keys in _SCHEMA.items() if name in keys]
+    likely = elsewhere[:1] or get_close_matches(name, allowed, n=1)
+    remedy = f"did you mean {likely[0]}? (allowed: {{}})" if likely else "allowed: {}"
+    written = ".".join(_key(part) for part in (section, key) if part is not None)
+    noun = "section" if key is None else "setting"
+    return f"{written} is not a {noun}; {remedy.format(', '.join(allowed))}"
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else _literal(name)
+
+
+def _literal(value: Any) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):  # TOML's escapes are JSON's, and it wants DEL escaped too
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value)

@@ -1,0 +1,26 @@
+"""The room every test runs in: CPU, eight virtual devices, and JAX at its strictest."""
+
+import os
+
+# Read when JAX is first imported; subprocesses of a test inherit them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+).strip()
+
+import hypothesis
+import jax
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Every annotation of the package is checked on every call, in tests only.
+install_import_hook("rwkv_jax", "beartype.beartype")
+
+# Compiling takes longer than any test's arithmetic: no deadline. Repeatable: a failure that only
+# some seeds show is a new test, not a rerun.
+hypothesis.settings.register_profile(
+    "suite", deadline=None, max_examples=20, derandomize=True, print_blob=True
+)
+hypothesis.settings.load_profile("suite")

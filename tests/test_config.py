@@ -1,0 +1,390 @@
+"""The loader is strict, says in one line what to mend, and `to_toml` is its inverse."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from rwkv_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SampleConfig,
+    TrainConfig,
+    load_config,
+    parse_config,
+    to_toml,
+)
+from rwkv_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+TABLES = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+    "sample": SampleConfig,
+}
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """Writes x.toml into an empty working directory and gives its name back."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str | bytes) -> str:
+        Path("x.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return "x.toml"
+
+    return write
+
+
+def message(*arguments) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(*arguments)
+    assert isinstance(caught.value, UserError)
+    text = str(caught.value)
+    assert text.splitlines() == [text], "an error is one line"
+    return text
+
+
+# What is read
+
+
+def test_nothing_given_is_the_defaults(file):
+    assert load_config(None) == load_config(file("")) == parse_config({}) == Config()
+
+
+def test_a_file_names_only_what_differs(file):
+    path = file('[model]\nversion = "4"\nlayers = 3\n\n[optimizer]\npeak_lr = 1e-3\n')
+    expected = Config(
+        model=ModelConfig(version="4", layers=3), optimizer=OptimizerConfig(peak_lr=1e-3)
+    )
+    assert load_config(path) == load_config(Path(path)) == expected
+
+
+def test_every_setting_can_be_read():
+    """One value other than the default for each, so that none is ignored or crossed."""
+    other = {
+        "model": dict(version="7", layers=2, width=96, vocab_size=7, ffn_width=5, head_size=32)
+        | dict(rank_w=1, rank_a=2, rank_v=3, rank_g=4),
+        "data": dict(source="a", field="b", document="line", heldout=0.5, tokenizer="c")
+        | dict(bpe_vocab_size=600, cache="d"),
+        "optimizer": dict(peak_lr=1.0, final_lr=2.0, warmup_steps=3, beta1=0.4, beta2=0.5)
+        | dict(eps=6.0, weight_decay=7.0, clip=8.0),
+        "train": dict(output="a", seed=1, steps=2, batch=12, context=4, accumulate=3)
+        | dict(dtype="bfloat16", remat=True, wkv="scan", l2wrap=0.5, z_loss=0.25, log_every=6)
+        | dict(eval_every=7, eval_tokens=8, checkpoint_every=9, keep=10),
+        "sample": dict(prompt="p", tokens=1, temperature=0.5, top_p=0.25),
+    }
+    config = parse_config(other)
+    assert dataclasses.asdict(config) == other
+    for section, table in TABLES.items():
+        assert set(other[section]) == {f.name for f in dataclasses.fields(table)}
+
+
+def test_an_integer_is_a_fine_float():
+    clip = parse_config({"optimizer": {"clip": 2}}).optimizer.clip
+    assert clip == 2.0 and isinstance(clip, float)
+
+
+@pytest.mark.parametrize("version", [4, "4"])
+def test_a_version_may_be_written_as_an_integer(version):
+    assert parse_config({"model": {"version": version}}).model.version == "4"
+
+
+def test_reading_leaves_its_input_as_it_was():
+    tables = {"model": {"version": 7}}
+    parse_config(tables)
+    assert tables == {"model": {"version": 7}}
+
+
+# Overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("train.steps=12", "train", "steps", 12),
+        ("train.steps = 1_000", "train", "steps", 1000),
+        ("optimizer.peak_lr=3e-4", "optimizer", "peak_lr", 3e-4),
+        ("optimizer.clip=0", "optimizer", "clip", 0.0),
+        ("train.remat=true", "train", "remat", True),
+        ("model.version=4", "model", "version", "4"),
+        ('model.version="4"', "model", "version", "4"),
+        ("train.dtype=bfloat16", "train", "dtype", "bfloat16"),
+        ("data.source=my text/*.py", "data", "source", "my text/*.py"),
+        ("data.source=C:\\corpus", "data", "source", "C:\\corpus"),
+        ('data.source="quoted"', "data", "source", "quoted"),
+        ("data.source=a=b", "data", "source", "a=b"),
+        ("data.cache=", "data", "cache", ""),
+        ("sample.prompt=42", "sample", "prompt", "42"),
+        ("sample.prompt=true", "sample", "prompt", "true"),
+        ("sample.prompt=  return ", "sample", "prompt", "  return "),
+        ("sample.prompt=1\ntokens=2", "sample", "prompt", "1\ntokens=2"),
+        ('sample.prompt="a\\nb"', "sample", "prompt", "a\nb"),
+    ],
+)
+def test_an_override(override, section, key, value):
+    found = getattr(getattr(load_config(None, [override]), section), key)
+    assert found == value and type(found) is type(value)
+
+
+def test_overrides_win_over_the_file_and_the_last_one_wins(file):
+    path = file("[train]\nsteps = 5\nbatch = 6\n")
+    config = load_config(path, ["train.steps=7", "train.steps=8", "sample.tokens=9"])
+    assert (config.train.steps, config.train.batch, config.sample.tokens) == (8, 6, 9)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.steps", 'override "train.steps": written section.key=value'),
+        ("=3", 'override "=3": written section.key=value'),
+        ("train=3", 'override "train=3": written section.key=value'),
+        (
+            "steps=3",
+            'override "steps=3": steps is not a section; did you mean train.steps? '
+            "(allowed: model, data, optimizer, train, sample)",
+        ),
+        (
+            "trian.steps=3",
+            "overrides: trian is not a section; did you mean train? "
+            "(allowed: model, data, optimizer, train, sample)",
+        ),
+        (
+            "sample.top_q=0.5",
+            "overrides: sample.top_q is not a setting; did you mean top_p? "
+            "(allowed: prompt, tokens, temperature, top_p)",
+        ),
+        (
+            "sample.a.b=1",
+            'overrides: sample."a.b" is not a setting; allowed: prompt, tokens, temperature, top_p',
+        ),
+        ("train.steps=many", 'overrides: train.steps = "many": an integer is needed'),
+        ("train.steps=", 'overrides: train.steps = "": an integer is needed'),
+        ("train.steps=1e3", "overrides: train.steps = 1000.0: an integer is needed"),
+        ("train.steps=1\nx=2", 'overrides: train.steps = "1\\nx=2": an integer is needed'),
+        ("train.remat=True", 'overrides: train.remat = "True": true or false is needed'),
+        ("optimizer.clip=nan", "overrides: optimizer.clip = nan: a finite number is needed"),
+        ("model.version=5", 'overrides: model.version = "5": one of "4", "7"'),
+        ("train.steps=0", "overrides: train.steps = 0: at least 1"),
+    ],
+)
+def test_a_wrong_override(override, expected):
+    assert message(None, [override]) == expected
+
+
+def test_an_error_says_whether_file_or_overrides_are_wrong(file):
+    path = file("[model]\nwidth = 128\n")
+    wrong = "model.width = 100 is not a multiple of model.head_size = 64"
+    assert message(path, ["model.width=100"]) == f"x.toml with overrides: {wrong}"
+    path = file("[model]\nwidth = 100\n")
+    assert message(path, ["train.steps=3"]) == f"x.toml: {wrong}"
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "[optimizer]\npeek_lr = 1",
+            "optimizer.peek_lr is not a setting; did you mean peak_lr? (allowed: peak_lr, "
+            "final_lr, warmup_steps, beta1, beta2, eps, weight_decay, clip)",
+        ),
+        (
+            "[sample]\ncontext = 1",
+            "sample.context is not a setting; did you mean train.context? "
+            "(allowed: prompt, tokens, temperature, top_p)",
+        ),
+        (
+            "[sample]\nzzz = 1",
+            "sample.zzz is not a setting; allowed: prompt, tokens, temperature, top_p",
+        ),
+        (
+            '[sample]\n"a\\nb" = 1',
+            'sample."a\\nb" is not a setting; allowed: prompt, tokens, temperature, top_p',
+        ),
+        (
+            "steps = 3",
+            "steps is not a section; did you mean train.steps? "
+            "(allowed: model, data, optimizer, train, sample)",
+        ),
+        ("train = 3", "train = 3: a table [train] is needed"),
+        ('[train]\nsteps = "many"', 'train.steps = "many": an integer is needed'),
+        ("[train]\nsteps = 1.0", "train.steps = 1.0: an integer is needed"),
+        ("[train]\nsteps = true", "train.steps = true: an integer is needed"),
+        ("[train]\nsteps = [1]", "train.steps = [1]: an integer is needed"),
+        ("[train]\nremat = 1", "train.remat = 1: true or false is needed"),
+        ("[data]\nheldout = '0.1'", 'data.heldout = "0.1": a number is needed'),
+        ("[data]\nheldout = true", "data.heldout = true: a number is needed"),
+        ("[data]\nsource = 3", "data.source = 3: a string is needed"),
+        ("[data]\nsource = 1979-05-27", "data.source = 1979-05-27: a string is needed"),
+        ("[optimizer]\neps = inf", "optimizer.eps = inf: a finite number is needed"),
+        ('[model]\nversion = "5"', 'model.version = "5": one of "4", "7"'),
+        ("[model]\nversion = 5", 'model.version = 5: one of "4", "7"'),
+        ("[model]\nversion = true", 'model.version = true: one of "4", "7"'),
+        ("[train]\ndtype = 'float16'", 'train.dtype = "float16": one of "float32", "bfloat16"'),
+        (
+            "[sample]\ntokens = 1.5\n\n[train]\nbatch = 3\naccumulate = 2",
+            "train.batch = 3 does not divide into train.accumulate = 2 equal parts; "
+            "sample.tokens = 1.5: an integer is needed",
+        ),
+        ("[train]\nsteps = many\n", "not valid TOML: Invalid value (at line 2, column 9)"),
+        (b"# caf\xe9", "byte 5 is not UTF-8; TOML is UTF-8 text"),
+    ],
+)
+def test_a_wrong_file(file, text, expected):
+    assert message(file(text)) == f"x.toml: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "expected"),
+    [
+        ("model", {"layers": 0}, "model.layers = 0: at least 1"),
+        ("model", {"width": -64}, "model.width = -64: at least 1"),
+        ("model", {"vocab_size": -1}, "model.vocab_size = -1: 0 (automatic) or more"),
+        (
+            "model",
+            {"head_size": 0},
+            "model.width = 768 is not a multiple of model.head_size = 0",
+        ),
+        (
+            "model",
+            {"version": "4", "rank_w": 8, "head_size": 32},
+            "model.rank_w, model.head_size: only version 7 has this, and model.version = "
+            '"4"; leave it out',
+        ),
+        ("data", {"source": ""}, "data.source is empty: a path, a glob or 'stdlib'"),
+        ("data", {"heldout": 1.0}, "data.heldout = 1.0: at least 0 and below 1"),
+        ("data", {"bpe_vocab_size": 511}, "data.bpe_vocab_size = 511: between 512 and 65536"),
+        ("optimizer", {"peak_lr": 0.0}, "optimizer.peak_lr = 0.0: above 0"),
+        ("optimizer", {"clip": -1.0}, "optimizer.clip = -1.0: 0 or more"),
+        ("optimizer", {"beta2": 1.0}, "optimizer.beta2 = 1.0: at least 0 and below 1"),
+        ("train", {"keep": 0}, "train.keep = 0: at least 1"),
+        ("train", {"seed": -1}, "train.seed = -1: 0 or more"),
+        ("train", {"output": ""}, "train.output is empty: the run's folder"),
+        ("sample", {"top_p": 1.5}, "sample.top_p = 1.5: between 0 and 1"),
+        ("sample", {"temperature": -0.5}, "sample.temperature = -0.5: 0 or more"),
+    ],
+)
+def test_impossible_values_fail_in_python_and_in_a_file_alike(section, settings, expected):
+    with pytest.raises(ConfigError) as caught:
+        TABLES[section](**settings)
+    assert str(caught.value) == expected
+    with pytest.raises(ConfigError) as caught:
+        parse_config({section: settings}, origin="here")
+    assert str(caught.value) == f"here: {expected}"
+
+
+def test_a_file_that_cannot_be_read(file):
+    assert message("configs/nowhere.toml") == (
+        "configs/nowhere.toml: no such file; give a TOML file"
+    )
+    file("")
+    assert message("y.toml") == "y.toml: no such file; did you mean x.toml?"
+    Path("folder").mkdir()
+    assert message("folder").startswith("folder: cannot be read (")
+
+
+# Writing
+
+
+def number(low: float, high: float, **bounds):
+    return st.floats(low, high, allow_nan=False, **bounds)
+
+
+def drawn(table: type, **strategies):
+    """Instances of a config table: bounded numbers, any text, unless a strategy is given."""
+    chosen = {}
+    for field in dataclasses.fields(table):
+        if get_origin(field.type) is Literal:
+            chosen[field.name] = st.sampled_from(get_args(field.type))
+        else:
+            chosen[field.name] = {
+                bool: st.booleans(),
+                int: st.integers(1, 10**9),
+                float: number(0, 1, exclude_min=True, exclude_max=True),
+                str: st.text(min_size=1),
+            }[field.type]
+    return st.builds(table, **chosen | strategies)
+
+
+MODELS = st.one_of(
+    drawn(ModelConfig, version=st.just("7"), head_size=st.just(32), width=st.just(96)),
+    st.builds(ModelConfig, version=st.just("4"), layers=st.integers(1, 99)),
+)
+CONFIG = st.builds(
+    Config,
+    model=MODELS,
+    data=drawn(DataConfig, bpe_vocab_size=st.integers(512, 65536), cache=st.text()),
+    optimizer=drawn(OptimizerConfig, peak_lr=number(0, 1e300, exclude_min=True)),
+    train=drawn(TrainConfig, accumulate=st.just(1)),
+    sample=drawn(SampleConfig, prompt=st.text()),
+)
+
+
+@given(CONFIG)
+def test_written_and_read_again_is_the_same(tmp_path_factory, config):
+    path = tmp_path_factory.mktemp("config") / "config.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize("text", ['"', "\\", "\x7f", "\x00\x1f", "a\r\nb\n", "\u2028\x85", "é 🙂"])
+def test_awkward_text_survives_writing(tmp_path, text):
+    config = Config(sample=SampleConfig(prompt=text))
+    (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    assert load_config(tmp_path / "config.toml").sample.prompt == text
+
+
+@given(st.text(), st.text(st.characters(exclude_characters="=")), st.text())
+def test_any_override_is_taken_or_refused_in_one_line(section, key, value):
+    assume(section not in TABLES)
+    for override in (f"{section}.{key}={value}", f"train.{key}={value}", f"train.seed={value}"):
+        try:
+            load_config(None, [override])
+        except ConfigError as error:
+            assert "\n" not in str(error) and str(error)
+
+
+# The files that come with the project
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_of_the_project_loads_and_says_how_to_run_it(path):
+    config = load_config(path)
+    assert config.train.output == f"runs/{path.stem}", "two configs must not share a folder"
+    name = "" if path.stem == "demo" else f" configs/{path.name}"
+    assert path.read_text().startswith(f"# python train.py{name}")
+
+
+def test_the_configs_that_must_be_there():
+    assert {"demo", "demo-rwkv4", "rwkv7-0.1b"} <= {path.stem for path in CONFIGS}
+
+
+def test_the_rwkv4_demo_is_the_demo_but_for_its_version():
+    demo = load_config(ROOT / "configs/demo.toml")
+    sibling = load_config(ROOT / "configs/demo-rwkv4.toml")
+    assert (demo.model.version, sibling.model.version) == ("7", "4")
+    assert sibling.data == demo.data
+    assert (sibling.train.batch, sibling.train.context) == (demo.train.batch, demo.train.context)
+
+
+def test_the_0_1b_config_is_the_official_recipe():
+    config = load_config(ROOT / "configs/rwkv7-0.1b.toml")
+    model, train, optimizer = config.model, config.train, config.optimizer
+    assert (model.layers, model.width, model.vocab_size, model.head_size) == (12, 768, 65536, 64)
+    assert (train.context, train.batch, train.dtype) == (512, 16, "bfloat16")
+    tokens_a_step = train.batch * train.context
+    assert train.steps == 1_498_226_207 // tokens_a_step, "one pass over MiniPile"
+    assert optimizer == OptimizerConfig(6e-4, 6e-5, 10, 0.9, 0.99, 1e-18, 0.001, 1.0)
+    assert config.data.tokenizer == "world"

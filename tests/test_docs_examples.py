@@ -1,0 +1,66 @@
+"""The examples in README.md and in docstrings run as they stand."""
+
+import ast
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def python_blocks(markdown: str) -> list[tuple[int, str]]:
+    """The ```python blocks with the line each starts on."""
+    blocks = re.finditer(r"^```python\n(.*?)^```$", markdown, re.MULTILINE | re.DOTALL)
+    return [(markdown[: block.start(1)].count("\n"), block[1]) for block in blocks]
+
+
+def docstrings_with_examples() -> list[tuple[str, str, int, str]]:
+    """Module, name, line and text of each docstring that holds an example.
+
+    They are read from the source, since doctest's own finder passes over functions that are
+    wrapped, by `jax.jit` or by the import hook of conftest.py.
+    """
+    found = []
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in sorted((ROOT / "rwkv_jax").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = ast.get_docstring(node) if isinstance(node, documented) else None
+            if text and ">>>" in text:
+                found.append((module, getattr(node, "name", ""), node.body[0].lineno, text))
+    return found
+
+
+BLOCKS = python_blocks(README.read_text(encoding="utf-8"))
+DOCSTRINGS = docstrings_with_examples()
+
+
+def test_there_are_examples():
+    assert BLOCKS, "README.md shows no python block"
+    assert DOCSTRINGS, "no docstring of the package holds an example"
+
+
+@pytest.mark.parametrize(("line", "code"), BLOCKS, ids=[f"line {line}" for line, _ in BLOCKS])
+def test_readme_block_runs(line, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    padded = "\n" * line + code  # so that a traceback names README's own lines
+    exec(compile(padded, str(README), "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "line", "text"),
+    DOCSTRINGS,
+    ids=[f"{module}.{name}".rstrip(".") for module, name, *_ in DOCSTRINGS],
+)
+def test_docstring_example_runs(module, name, line, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = dict(vars(importlib.import_module(module)))
+    example = doctest.DocTestParser().get_doctest(text, names, name or module, module, line)
+    report: list[str] = []
+    doctest.DocTestRunner(optionflags=OPTIONS).run(example, out=report.append)
+    assert not report, "".join(report)
