@@ -12,6 +12,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from rwkv_jax.typing import Array, Callable, Float, PRNGKeyArray, PyTree
 
@@ -88,7 +89,8 @@ def _init_one(key: PRNGKeyArray, spec: ParamSpec) -> Array:
         depth = Depth(index, spec.layers)
         return spec.init(jax.random.fold_in(key, index), spec.shape, depth)
 
-    return jax.vmap(layer)(jnp.arange(spec.layers))
+    # Not vmap: jaxlib 0.10 on CPU deadlocks when a program has several batched QR factorisations.
+    return lax.map(layer, jnp.arange(spec.layers))
 
 
 def path_name(path: tuple) -> str:

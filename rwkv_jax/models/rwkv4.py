@@ -128,9 +128,9 @@ def channel_mix(
     """`sigma(x_r W_r) * (relu(x_k W_k)^2 W_v)`, and the token-shift state to hand on."""
     p = params
     previous, last = nn.token_shift(x, last, reset)
-    hidden = jnp.square(jax.nn.relu(nn.linear(interpolate(x, previous, p.time_mix_k), p.key)))
+    hidden = nn.linear(interpolate(x, previous, p.time_mix_k), p.key)
     r = jax.nn.sigmoid(nn.linear(interpolate(x, previous, p.time_mix_r), p.receptance))
-    return r * nn.linear(hidden, p.value), last
+    return r * nn.squared_relu_linear(hidden, p.value), last
 
 
 def init_carry(x: Float[Array, "b t c"]) -> None:

@@ -163,8 +163,7 @@ def channel_mix(
     """`relu(x_k W_k)^2 W_v`, and the token-shift state to hand on."""
     previous, last = nn.token_shift(x, last, reset)
     x_k = x + (previous - x) * nn.along(params.x_k, x)
-    hidden = jnp.square(jax.nn.relu(nn.linear(x_k, params.key)))
-    return nn.linear(hidden, params.value), last
+    return nn.squared_relu_linear(nn.linear(x_k, params.key), params.value), last
 
 
 def init_carry(x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:

@@ -25,10 +25,12 @@ class Shape:
 
     @property
     def heads_shape(self) -> tuple[int, int, int, int]:
+        """`[b, t, h, n]`."""
         return (self.batch, self.time, self.heads, self.size)
 
     @property
     def width(self) -> int:
+        """Channels over all heads: version 4's c."""
         return self.heads * self.size
 
     def __str__(self) -> str:
@@ -76,7 +78,10 @@ RESETS = ("none", "first", "last", "random", "every")
 
 
 def wkv7_inputs(regime: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarray]:
-    """Inputs `r log_w k v a b`, each `[b, t, h, n]`, made as the model makes them: a = -kk, b = kk alpha, |kk| = 1."""
+    """Inputs `r log_w k v a b`, each `[b, t, h, n]`.
+
+    Made as the model makes them: a = -kk and b = kk alpha with |kk| = 1.
+    """
     rng = np.random.default_rng([seed, WKV7_REGIMES.index(regime)])
     size = shape.heads_shape
     time = np.arange(shape.time)[:, None, None]
@@ -111,7 +116,14 @@ def wkv7_inputs(regime: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarra
             log_w, alpha = nearly_one, np.zeros(size)
 
     kk = kk / np.linalg.norm(kk, axis=-1, keepdims=True)
-    arrays = {"r": r, "log_w": np.broadcast_to(log_w, size), "k": k, "v": v, "a": -kk, "b": kk * alpha}
+    arrays = {
+        "r": r,
+        "log_w": np.broadcast_to(log_w, size),
+        "k": k,
+        "v": v,
+        "a": -kk,
+        "b": kk * alpha,
+    }
     arrays = {name: np.array(x, np.float32) for name, x in arrays.items()}
     if regime == "silent head":
         for x in arrays.values():
@@ -139,13 +151,13 @@ def wkv4_inputs(regime: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarra
     if regime == "silent":
         k, v, u = np.zeros_like(k), np.zeros_like(v), np.zeros_like(u)
     if regime == "strong bonus":
-        u = rng.choice([-20.0, 20.0], size=width)
+        u = np.where(rng.random(width) < 0.5, u, rng.choice([-20.0, 20.0], size=width))
     arrays = {"log_w": -np.exp(decay), "k": k, "v": v, "u": u}
     return {name: x.astype(np.float32) for name, x in arrays.items()}
 
 
 def wkv4_state(shape: Shape, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A state `(num, den, max_exp)`, each `[b, c]`: the sums are `num exp(max_exp)` and `den exp(max_exp)`."""
+    """A state `(num, den, max_exp)`, each `[b, c]`; the sums are num and den times e^max_exp."""
     rng = np.random.default_rng([seed, 1004])
     size = (shape.batch, shape.width)
     den = rng.uniform(0.5, 3.0, size=size)
