@@ -1,0 +1,238 @@
+"""Checkpoints of a run (Orbax), and a run's folder read back for sampling.
+
+    RUN/config.toml        the resolved config
+    RUN/tokenizer/         the tokenizer it was trained with
+    RUN/checkpoints/STEP/  `params`, `rest` (step, optimizer) and `meta` (JSON)
+    RUN/metrics.jsonl, RUN/loss.png
+
+A checkpoint appears under its name only when all of it is on disk, so whatever kills the process
+leaves the ones before it whole; what an interrupted save left behind is swept up at the next start.
+Parameters are an item of their own: sampling reads them and not the optimizer's moments, which are
+twice as large.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from rwkv_jax import models
+from rwkv_jax.config import Config, ConfigError, ModelConfig, load_config
+from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
+from rwkv_jax.errors import UserError
+from rwkv_jax.training.state import TrainState
+from rwkv_jax.typing import Array, PyTree
+
+CONFIG, TOKENIZER, CHECKPOINTS = "config.toml", "tokenizer", "checkpoints"
+
+
+class StoreError(UserError):
+    """A run or a checkpoint that cannot be read or written."""
+
+
+class Store:
+    """The newest `keep` checkpoints of one run; `keep` 0 opens them for reading only.
+
+    Saving is asynchronous: an error in one shows at the next `save`, `wait` or `close`.
+    """
+
+    def __init__(self, folder: Path, keep: int = 0):
+        self.folder = folder.absolute()
+        # Orbax tells absl at length what it does; what fails is raised as well.
+        absl_logging.set_verbosity(absl_logging.FATAL)
+        options = ocp.CheckpointManagerOptions(read_only=True)
+        if keep:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.LatestN(keep), cleanup_tmp_directories=True
+            )
+        with _writing(self.folder):
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=options, item_names=("params", "rest", "meta")
+            )
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+        """Starts to write a checkpoint; `state` may be changed or donated as soon as this returns.
+
+        Raises `StoreError` if it, or the one before it, cannot be written.
+        """
+        rest = {"step": state.step, "opt_state": state.opt_state}
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            rest=ocp.args.StandardSave(rest),
+            meta=ocp.args.JsonSave(meta),
+        )
+        with _writing(self.folder):
+            # Of two saves at once the second would be skipped without a word.
+            self._manager.wait_until_finished()
+            self._manager.save(step, args=items)
+
+    def wait(self) -> None:
+        """Returns when everything is on disk. Raises `StoreError` if it cannot be."""
+        with _writing(self.folder):
+            self._manager.wait_until_finished()
+
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def path(self, step: int) -> Path:
+        """The folder of a checkpoint."""
+        return self.folder / str(step)
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays. Raises `StoreError` if it cannot be read."""
+        with _reading(self.path(step)):
+            return self._manager.restore(
+                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+            ).meta
+
+    def restore(self, abstract: TrainState, step: int) -> TrainState:
+        """The training state of a step; `abstract` gives its shapes.
+
+        Raises `StoreError` if it cannot be read or does not fit.
+        """
+        rest = {"step": abstract.step, "opt_state": abstract.opt_state}
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(_placed(abstract.params)),
+            rest=ocp.args.StandardRestore(_placed(rest)),
+        )
+        with _reading(self.path(step)):
+            found = self._manager.restore(step, args=items)
+        return TrainState(params=found.params, **found.rest)
+
+    def restore_params(self, abstract: PyTree, step: int) -> PyTree:
+        """Only the parameters of a step. Raises `StoreError` as `restore` does."""
+        items = ocp.args.Composite(params=ocp.args.StandardRestore(_placed(abstract)))
+        with _reading(self.path(step)):
+            return self._manager.restore(step, args=items).params
+
+    def close(self) -> None:
+        """Waits for what is being written, then lets go of the folder."""
+        with _writing(self.folder):
+            self._manager.close()
+
+
+def _placed(abstract: PyTree) -> PyTree:
+    """Where the arrays shall be, which need not be where they were saved: the first device."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turns a failure of the file system, whatever exception it arrives as, into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(sign in str(error) for sign in ("No space left", "Disk quota")):
+            raise StoreError(
+                f"{folder}: no space left on the disk for a checkpoint; the ones before are whole:"
+                " free some space and start again"
+            ) from error
+        if isinstance(error, OSError):
+            raise StoreError(
+                f"{folder}: cannot be written ({error.strerror}); choose another train.output"
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    """Turns whatever a damaged checkpoint raises into one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise StoreError(
+            f"{checkpoint}: damaged or of another shape ({reason[:120]});"
+            " delete this folder to go on from the checkpoint before it"
+        ) from error
+
+
+def versions() -> dict[str, str]:
+    """The versions that a checkpoint names, for whoever has to read it later."""
+    found = {}
+    for name in ("rwkv_jax", "jax", "orbax-checkpoint"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def read_config(folder: Path) -> Config:
+    """The config of the run in `folder`.
+
+    Raises `StoreError` if there is no run, or one that this version of the package cannot read.
+    """
+    if not folder.is_dir():
+        raise StoreError(f"{folder}: no such folder; give that of a run (its train.output)")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise StoreError(f"{folder}: holds no run (no {CONFIG}); give the folder of a run")
+    try:
+        return load_config(path)
+    except ConfigError as error:
+        version = versions().get("rwkv_jax", "this one")
+        raise StoreError(
+            f"{error}; the run is of another version of rwkv_jax, or its config was edited: use the"
+            f" version that made it (here: {version})"
+        ) from error
+
+
+def load_run(folder: Path | str) -> tuple[models.Model[Array], ModelConfig, Tokenizer]:
+    """The parameters of a run's newest checkpoint, its model and its tokenizer.
+
+    Raises `UserError`, one line, if any of them is missing, damaged, or does not belong to the
+    rest.
+    """
+    folder = Path(folder)
+    cfg = read_config(folder)
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    if not (folder / CHECKPOINTS).is_dir():
+        raise _no_checkpoint(folder, cfg)
+    with contextlib.closing(Store(folder / CHECKPOINTS)) as store:
+        step = store.latest()
+        if step is None:
+            raise _no_checkpoint(folder, cfg)
+        _check_belongs(folder, cfg, tokenizer, store.meta(step))
+        return store.restore_params(models.abstract_params(cfg.model), step), cfg.model, tokenizer
+
+
+def load(folder: Path | str) -> tuple[models.Model[Array], ModelConfig]:
+    """The parameters and the model config of a run's newest checkpoint. Raises as `load_run`."""
+    params, cfg, _ = load_run(folder)
+    return params, cfg
+
+
+def _no_checkpoint(folder: Path, cfg: Config) -> StoreError:
+    return StoreError(
+        f"{folder}: has no checkpoint yet; the run writes one every"
+        f" {cfg.train.checkpoint_every} steps and when it is stopped with Ctrl-C"
+    )
+
+
+def _check_belongs(folder: Path, cfg: Config, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
+    """Raises `StoreError` if config or tokenizer are not those the checkpoint was made with."""
+    saved, now = meta["model"], dataclasses.asdict(cfg.model)
+    for key in sorted({*saved, *now}):
+        if saved.get(key) != now.get(key):
+            raise StoreError(
+                f"{folder / CONFIG}: model.{key} = {now.get(key)!r}, but the checkpoint was made"
+                f" with {saved.get(key)!r}; put it back"
+            )
+    if tokenizer.identity() != meta["tokenizer"] or tokenizer.vocab_size > cfg.model.vocab_size:
+        raise StoreError(
+            f"{folder / TOKENIZER}: {tokenizer.identity()} ({tokenizer.vocab_size} ids) is not the"
+            f" tokenizer of the checkpoint, {meta['tokenizer']} ({cfg.model.vocab_size} ids);"
+            " put that one back"
+        )

@@ -1,0 +1,92 @@
+"""What a run prints: a header, its progress, and the tables at the end.
+
+On a terminal progress is a bar; elsewhere (a log file, a pipe) it is a plain line for each line of
+`metrics.jsonl`.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+
+def header(console: Console, title: str, rows: Mapping[str, str]) -> None:
+    """A table of two columns: what the run is."""
+    table = Table(title=escape(title), show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    console.print(table)
+
+
+def comparison(console: Console, rows: Mapping[str, float], best: str) -> None:
+    """Bits per byte side by side, least first."""
+    table = Table(title="held-out text, bits per byte", title_justify="left")
+    table.add_column("compressed by")
+    table.add_column("bits per byte", justify="right")
+    for name, value in sorted(rows.items(), key=lambda item: item[1]):
+        table.add_row(escape(name), f"{value:.3f}", style="bold" if name == best else None)
+    console.print(table)
+
+
+class Ticker:
+    """The progress of a run, in steps."""
+
+    def __init__(self, console: Console, steps: int):
+        self._console = console
+        self._steps = steps
+        self._bar: Progress | None = None
+
+    @contextlib.contextmanager
+    def running(self, step: int) -> Iterator["Ticker"]:
+        """Shows progress from `step` on while the context lasts."""
+        if not self._console.is_terminal:
+            yield self
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+        )
+        with Progress(*columns, console=self._console, expand=True) as self._bar:
+            self._task = self._bar.add_task(
+                "compiling", total=self._steps, completed=step, numbers=""
+            )
+            yield self
+
+    def doing(self, what: str) -> None:
+        """Says what goes on now."""
+        if self._bar:
+            self._bar.update(self._task, description=what)
+
+    def step(self, step: int, loss: float, bpb: float, tokens_per_s: float, seconds: float) -> None:
+        """Shows a step; `seconds` are those that are left."""
+        if self._bar:
+            numbers = _numbers(loss, bpb, tokens_per_s, seconds)
+            self._bar.update(self._task, completed=step, numbers=numbers, description="training")
+
+    def log(self, step: int, loss: float, bpb: float, tokens_per_s: float, seconds: float) -> None:
+        """A plain line, where there is no bar."""
+        if not self._bar:
+            self.line(f"step {step}/{self._steps}  {_numbers(loss, bpb, tokens_per_s, seconds)}")
+
+    def line(self, text: str) -> None:
+        """A line of its own, above the bar if there is one."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _numbers(loss: float, bpb: float, tokens_per_s: float, seconds: float) -> str:
+    speed = f"  {tokens_per_s:,.0f} tokens/s  ETA {duration(seconds)}" if tokens_per_s else ""
+    return f"loss {loss:.3f}  bpb {bpb:.3f}{speed}"
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

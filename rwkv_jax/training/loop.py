@@ -1,0 +1,398 @@
+"""`train(cfg)`: the whole of a run, from a config to a sample of what the model has learnt.
+
+A step is dispatched, the next batch is read while the device computes, and what the step before it
+reports is looked at: the device never waits for the host. All that decides what comes next is in the
+checkpoint (arrays, and a few numbers beside them), and batches follow from seed and step; so a run that
+is stopped anywhere and started again is, bit for bit, the run that never stopped.
+"""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from rwkv_jax import generate, models, params as tables
+from rwkv_jax.checkpoint.store import CHECKPOINTS, Store, versions
+from rwkv_jax.config import Config
+from rwkv_jax.data.loader import Batch, batch, epoch_windows
+from rwkv_jax.data.prepare import Tokens, prepare
+from rwkv_jax.errors import UserError
+from rwkv_jax.training import console as show
+from rwkv_jax.training.evaluate import compressors, evaluate
+from rwkv_jax.training.metrics import MetricsLog, read_metrics
+from rwkv_jax.training.plot import plot
+from rwkv_jax.training.run import RunError, claim, describe, fingerprint, resolve, writing
+from rwkv_jax.training.state import TrainState, abstract_train_state, init_train_state
+from rwkv_jax.training.step import Metrics, make_train_step, what_is_not_finite
+
+
+class NonFiniteError(UserError):
+    """Training diverged: a loss or a gradient is infinite or not a number."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop and has saved; the message is one line that says how to go on."""
+
+
+def train(cfg: Config, *, console: Console | None = None) -> Path:
+    """Trains as `cfg` says, going on where the run in `train.output` stopped, and returns that folder.
+
+    Raises `UserError` for whatever the user can mend (`NonFiniteError` if training diverged), and
+    `Interrupted` after the first SIGINT or SIGTERM, once a checkpoint is saved.
+    """
+    console = console or Console()
+    tokens = prepare(cfg.data)
+    cfg = resolve(cfg, tokens)
+    epoch_windows(len(tokens.train), cfg.train.context)  # raises if the corpus is too short
+    with claim(cfg, tokens) as folder:
+        store = Store(folder / CHECKPOINTS, cfg.train.keep)
+        with contextlib.closing(store):
+            run = _open(cfg, tokens, folder, store, console)
+            with contextlib.closing(run.log):
+                _print_header(run)
+                with writing(folder), _stop_requests() as stop:
+                    _train_steps(run, stop)
+                try:
+                    _finish(run)
+                except KeyboardInterrupt:
+                    raise Interrupted(
+                        f"Stopped after the last step, which is saved in {folder};"
+                        " the same command evaluates it."
+                    ) from None
+    return folder
+
+
+@dataclass
+class _Run:
+    """What the parts of a run share."""
+
+    cfg: Config
+    tokens: Tokens
+    folder: Path
+    store: Store
+    log: MetricsLog
+    ticker: show.Ticker
+    console: Console
+    state: TrainState
+    step: int
+    data: str
+    """Fingerprint of the text."""
+    window: list[list[float]]
+    """Loss and gradient norm of the steps since the last line of metrics.jsonl."""
+    earlier: float
+    """Seconds that the run took before this start."""
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken, over all its starts."""
+        return self.earlier + time.monotonic() - self.began
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.cfg.train.batch * self.cfg.train.context
+
+    def bits_per_byte(self, loss: float) -> float:
+        """A training loss in the unit that does not depend on the tokenizer."""
+        return loss / math.log(2) * len(self.tokens.train) / self.tokens.train_bytes
+
+
+def _open(cfg: Config, tokens: Tokens, folder: Path, store: Store, console: Console) -> _Run:
+    """The run as its newest checkpoint left it, or a new one."""
+    data = fingerprint(tokens)
+    step, meta = store.latest(), {"window": [], "seconds": 0.0}
+    if step is not None:
+        meta = store.meta(step)
+        if meta["data"] != data:
+            raise RunError(
+                f"{folder}: was trained on other text than data.source = {cfg.data.source} gives now;"
+                " put that text back, or choose another train.output"
+            )
+        if step > cfg.train.steps:
+            raise RunError(
+                f"train.steps = {cfg.train.steps}: {folder} is at step {step} already;"
+                " give more steps, or choose another train.output"
+            )
+        state = store.restore(abstract_train_state(cfg, cfg.model), step)
+    else:
+        state = init_train_state(cfg, cfg.model)
+    describe(folder, cfg, tokens)
+    return _Run(
+        cfg=cfg,
+        tokens=tokens,
+        folder=folder,
+        store=store,
+        log=MetricsLog(folder / "metrics.jsonl", step or 0),
+        ticker=show.Ticker(console, cfg.train.steps),
+        console=console,
+        state=state,
+        step=step or 0,
+        data=data,
+        window=meta["window"],
+        earlier=meta["seconds"],
+    )
+
+
+def _print_header(run: _Run) -> None:
+    cfg, train = run.cfg, run.cfg.train
+    count = tables.count(models.specs(cfg.model))
+    seen = train.steps * run.tokens_per_step
+    device = jax.devices()[0]
+    rows = {
+        "model": f"RWKV-{cfg.model.version}, {cfg.model.layers} layers of width {cfg.model.width},"
+        f" {count:,} parameters",
+        **run.tokens.describe(),
+        "training": f"{train.steps:,} steps of {train.batch} x {train.context} tokens:"
+        f" {seen:,} tokens, {seen / len(run.tokens.train):.2f} epochs",
+        "device": f"{device.device_kind}, {train.dtype}",
+        "output": str(run.folder) + (f", going on from step {run.step:,}" if run.step else ""),
+    }
+    show.header(run.console, "rwkv_jax", rows)
+
+
+class _Stop:
+    """Whether a signal has asked the run to stop."""
+
+    requested = False
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[_Stop]:
+    """Turns the first SIGINT or SIGTERM into a request; the second ends the process at once."""
+    stop, kinds = _Stop(), (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may set handlers
+        return
+
+    def request(*_: Any) -> None:
+        stop.requested = True
+        for kind in kinds:
+            signal.signal(kind, signal.SIG_DFL)
+
+    before = {kind: signal.signal(kind, request) for kind in kinds}
+    try:
+        yield stop
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+class _Pace:
+    """Tokens per second of training, without compiling, evaluating and saving."""
+
+    def __init__(self):
+        self.tokens, self.seconds, self._last = 0, 0.0, None
+
+    def pause(self) -> None:
+        """What happens until the next step is not training."""
+        self._last = None
+
+    def step(self, tokens: int) -> None:
+        """A step is done."""
+        now = time.perf_counter()
+        if self._last is not None:
+            self.tokens, self.seconds = self.tokens + tokens, self.seconds + now - self._last
+        self._last = now
+
+    def start_over(self) -> None:
+        """Begins to count anew."""
+        self.tokens, self.seconds = 0, 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """0 before there are two steps."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def _train_steps(run: _Run, stop: _Stop) -> None:
+    train, pace = run.cfg.train, _Pace()
+    train_step = make_train_step(run.cfg, run.cfg.model)
+    waiting: tuple[int, Metrics] | None = None
+    with run.ticker.running(run.step):
+        coming = _batch(run, run.step) if run.step < train.steps else None
+        while run.step < train.steps:
+            assert coming is not None
+            run.state, metrics = train_step(run.state, coming)
+            run.step += 1
+            coming = _batch(run, run.step) if run.step < train.steps else None
+            if waiting:
+                _record(run, pace, *waiting)
+            waiting = run.step, metrics
+            last = run.step == train.steps
+            evaluates = not last and _due(run.step, train.eval_every)
+            saves = last or stop.requested or _due(run.step, train.checkpoint_every)
+            if not (evaluates or saves):
+                continue
+            _record(run, pace, *waiting)
+            waiting = None
+            if evaluates and not stop.requested:
+                run.ticker.doing("evaluating")
+                _evaluate(run, limit=train.eval_tokens)
+            if saves:
+                _save(run)
+            pace.pause()
+            if stop.requested and not last:
+                run.store.wait()
+                raise Interrupted(
+                    f"Stopped after step {run.step:,} of {train.steps:,}, saved in {run.folder};"
+                    " the same command goes on from there."
+                )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _batch(run: _Run, step: int) -> Batch:
+    train = run.cfg.train
+    return batch(
+        run.tokens.train,
+        seed=train.seed,
+        step=step,
+        batch=train.batch,
+        context=train.context,
+        eod=run.tokens.tokenizer.eod,
+    )
+
+
+def _record(run: _Run, pace: _Pace, step: int, metrics: Metrics) -> None:
+    """Looks at what a step reports (waiting until it is done), shows it, and logs it when due."""
+    metrics = jax.device_get(metrics)
+    if not metrics.finite:
+        raise NonFiniteError(_diverged(run, step, metrics))
+    pace.step(run.tokens_per_step)
+    run.window.append([float(metrics.loss), float(metrics.grad_norm)])
+    losses, norms = zip(*run.window, strict=True)
+    loss = math.fsum(losses) / len(losses)
+    bpb = run.bits_per_byte(loss)
+    speed = pace.tokens_per_s
+    left = (run.cfg.train.steps - step) * run.tokens_per_step / speed if speed else 0.0
+    run.ticker.step(step, loss, bpb, speed, left)
+    if not _due(step, run.cfg.train.log_every):
+        return
+    run.log.write(
+        step=step,
+        tokens=step * run.tokens_per_step,
+        loss=loss,
+        bpb=bpb,
+        lr=float(metrics.lr),
+        grad_norm=math.fsum(norms) / len(norms),
+        tokens_per_s=round(speed, 1),
+        seconds=round(run.seconds, 2),
+    )
+    run.ticker.log(step, loss, bpb, speed, left)
+    run.window = []
+    pace.start_over()
+
+
+def _diverged(run: _Run, step: int, metrics: Metrics) -> str:
+    run.store.wait()
+    good = run.store.latest()
+    saved = "no checkpoint was saved yet"
+    if good is not None:
+        saved = f"the last good checkpoint is {run.folder / CHECKPOINTS / str(good)}"
+    return (
+        f"step {step}: {what_is_not_finite(metrics, run.state.params)}; {saved}:"
+        " lower optimizer.peak_lr or optimizer.clip (another train.output), or raise warmup_steps"
+    )
+
+
+def _save(run: _Run) -> None:
+    """Starts a checkpoint and draws the curve up to it."""
+    meta = {
+        "step": run.step,
+        "seed": run.cfg.train.seed,
+        "data": run.data,
+        "window": run.window,
+        "seconds": run.seconds,
+        "model": dataclasses.asdict(run.cfg.model),
+        "tokenizer": run.tokens.tokenizer.identity(),
+        "versions": versions(),
+    }
+    if run.store.latest() != run.step:
+        run.store.save(run.step, run.state, meta)
+    _plot(run)
+
+
+def _plot(run: _Run) -> None:
+    model = run.cfg.model
+    title = f"RWKV-{model.version}, {model.layers} layers of width {model.width}"
+    plot(read_metrics(run.folder / "metrics.jsonl"), run.folder / "loss.png", title)
+
+
+def _evaluate(run: _Run, *, limit: int = 0, **extra: Any) -> float:
+    """Held-out bits per byte, logged and shown."""
+    train = run.cfg.train
+    if not run.tokens.heldout_bytes:
+        return math.nan
+    result = evaluate(
+        run.state.params,
+        run.tokens,
+        cfg=run.cfg.model,
+        lanes=train.batch // train.accumulate,
+        window=train.context,
+        limit=limit,
+        dtype=jnp.dtype(train.dtype),
+        implementation=None if train.wkv == "auto" else train.wkv,
+    )
+    run.log.write(
+        step=run.step,
+        tokens=run.step * run.tokens_per_step,
+        heldout_bpb=result.bits_per_byte,
+        heldout_loss=result.loss,
+        heldout_tokens=result.tokens,
+        seconds=round(run.seconds, 2),
+        **extra,
+    )
+    run.ticker.line(
+        f"step {run.step}  held-out bits per byte {result.bits_per_byte:.3f}"
+        f" ({result.tokens:,} tokens)"
+    )
+    return result.bits_per_byte
+
+
+def _finish(run: _Run) -> None:
+    """The final evaluation, beside compressors on the same text, and a sample."""
+    if run.tokens.heldout_bytes:
+        with run.console.status(f"evaluating {len(run.tokens.heldout):,} held-out tokens"):
+            marks = compressors(run.tokens.heldout_text())
+            bpb = _evaluate(run, final=True, compressors=marks)
+        name = f"RWKV-{run.cfg.model.version} (this run)"
+        show.comparison(run.console, {name: bpb, **marks}, best=name)
+    with writing(run.folder):
+        _plot(run)
+    _sample(run)
+    run.ticker.line(f"\n{run.folder}: checkpoints, metrics.jsonl, loss.png")
+
+
+def _sample(run: _Run) -> None:
+    sample = run.cfg.sample
+    if not sample.tokens:
+        return
+    run.ticker.line(f"\nSample ({sample.tokens} tokens, temperature {sample.temperature}):\n")
+    # The parameters alone: there is no room for the moments beside the copy that decoding makes.
+    weights, run.state = run.state.params, None
+    pieces = generate.generate(
+        weights,
+        run.cfg.model,
+        run.tokens.tokenizer,
+        [sample.prompt],
+        max_tokens=sample.tokens,
+        temperature=sample.temperature,
+        top_p=sample.top_p,
+        seed=run.cfg.train.seed,
+    )
+    run.console.out(sample.prompt, end="", highlight=False)
+    for piece in pieces:
+        run.console.out(piece.text, end="", highlight=False)
+    run.console.out("")

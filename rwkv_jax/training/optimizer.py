@@ -1,0 +1,60 @@
+"""AdamW with the parameter table's groups, and the official learning-rate schedule.
+
+    p <- p - lr(step) lr_scale (m / (sqrt(v) + eps) + weight_decay p)
+
+with bias-corrected moments m and v, `lr_scale` and whether `weight_decay` applies from the
+parameter's `ParamSpec`, and gradients clipped by their global norm before. As in torch, `eps`
+stands outside the root. The official 1e-18 is a normal float32, so a parameter that never had a
+gradient gets 0 / (0 + eps) = 0. A gradient so small (below 1e-18) that its square underflows moves
+its parameter by at most about lr, like any other; nothing divides by zero.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rwkv_jax.config import OptimizerConfig
+from rwkv_jax.params import is_spec
+from rwkv_jax.typing import Array, Callable, Float, Int, PyTree
+
+Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
+
+WARMUP_START = {"4": 0.2, "7": 0.01}
+"""The share of the peak that official trainers start from: version 4 its own, 5 and later 0.01."""
+
+
+def schedule(cfg: OptimizerConfig, steps: int | float, *, version: str) -> Schedule:
+    """The learning rate of a step (the first is 0): warm-up, then a half cosine to `final_lr`.
+
+    The official schedule counts tokens; with one batch shape that is the same in `steps`, which
+    then need not be whole. It also warms up again after every restart. Here the step alone decides:
+    a resumed run is the run that never stopped, and its second-moment estimates are restored, so
+    there is nothing to warm.
+    """
+    peak, final, warmup, start = cfg.peak_lr, cfg.final_lr, cfg.warmup_steps, WARMUP_START[version]
+
+    def learning_rate(step: Int[Array, ""] | int) -> Float[Array, ""]:
+        s = jnp.asarray(step, jnp.float32)
+        progress = jnp.clip((s - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        cosine = (peak + final) / 2 + (peak - final) / 2 * jnp.cos(jnp.pi * progress)
+        return cosine * jnp.where(s < warmup, start + (1 - start) * s / max(warmup, 1), 1.0)
+
+    return learning_rate
+
+
+def adamw(
+    cfg: OptimizerConfig, specs: PyTree, learning_rate: Schedule
+) -> optax.GradientTransformation:
+    """The update above, for the parameters that `specs` (a tree of `ParamSpec`) describes."""
+    decayed = jax.tree.map(lambda spec: spec.decay, specs, is_leaf=is_spec)
+    lr_scales = jax.tree.map(lambda spec: spec.lr_scale, specs, is_leaf=is_spec)
+    scale_groups = optax.stateless(
+        lambda updates, _: jax.tree.map(lambda u, scale: u * scale, updates, lr_scales)
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity(),
+        optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps),
+        optax.add_decayed_weights(cfg.weight_decay, mask=decayed),
+        scale_groups,
+        optax.scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,141 @@
+"""The folder of a run: made once, taken up again by the same run only, one process at a time."""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_jax.checkpoint.store import CONFIG, TOKENIZER, read_config
+from rwkv_jax.config import Config, to_toml
+from rwkv_jax.data.prepare import Tokens
+from rwkv_jax.errors import UserError
+
+FREE = {
+    "train.output",
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_tokens",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.accumulate",
+    "train.remat",
+    "train.wkv",
+    "data.cache",
+}
+"""What a run may change when it goes on, beside `sample.*`: its length, what it reports and keeps,
+and how (not what) a step computes. The schedule is then that of the new length."""
+
+LOCK = ".lock"
+
+
+class RunError(UserError):
+    """A run that cannot be started or taken up in this folder."""
+
+
+def resolve(cfg: Config, tokens: Tokens) -> Config:
+    """The config, vocabulary size filled in. Raises `RunError` if the tokenizer needs more."""
+    needed, given = tokens.tokenizer.vocab_size, cfg.model.vocab_size
+    if given and given < needed:
+        raise RunError(
+            f"model.vocab_size = {given}: the tokenizer (data.tokenizer = {cfg.data.tokenizer})"
+            f" has {needed} ids; give at least that, or 0"
+        )
+    model = dataclasses.replace(cfg.model, vocab_size=given or needed)
+    return dataclasses.replace(cfg, model=model)
+
+
+@contextlib.contextmanager
+def claim(cfg: Config, tokens: Tokens) -> Iterator[Path]:
+    """The folder `train.output`, ours while the context lasts.
+
+    `cfg` is resolved. Raises `RunError` if the folder holds anything but this run, or another
+    process trains in it; nothing in it is touched then.
+    """
+    folder = Path(cfg.train.output)
+    with contextlib.ExitStack() as stack:
+        with writing(folder):
+            _check_free(folder, cfg)
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((folder / LOCK).open("w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"{folder}: another process is training in it; wait for it,"
+                " or choose another train.output"
+            ) from None
+        yield folder
+
+
+def describe(folder: Path, cfg: Config, tokens: Tokens) -> None:
+    """Writes the resolved config and the tokenizer into the run's folder.
+
+    At every start: a kill may have left half of them, and what a run may change has to be kept.
+    """
+    with writing(folder):
+        new = folder / f"{CONFIG}.tmp"
+        new.write_text(to_toml(cfg), encoding="utf-8")
+        os.replace(new, folder / CONFIG)
+        tokens.tokenizer.save(folder / TOKENIZER)
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns a failure of the file system into one line."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space and start again" if full else "choose another train.output"
+        raise RunError(f"{error.filename or folder}: {error.strerror}; {remedy}") from error
+
+
+def _check_free(folder: Path, cfg: Config) -> None:
+    """Raises `RunError` unless the folder is empty, not there, or this run's."""
+    if not folder.exists():
+        return
+    if not (folder / CONFIG).is_file():
+        strangers = [
+            path.name for path in folder.iterdir() if path.name not in (LOCK, f"{CONFIG}.tmp")
+        ]
+        if strangers:
+            raise RunError(
+                f"{folder}: not empty and not a run ({strangers[0]}); choose another train.output"
+            )
+        return
+    found = read_config(folder)
+    for name, there, here in differences(found, cfg):
+        if name not in FREE and not name.startswith("sample."):
+            raise RunError(
+                f"{folder}: holds another run ({name} is {there!r} there and {here!r} here);"
+                f" choose another train.output, or delete {folder} to start over"
+            )
+
+
+def differences(there: Config, here: Config) -> Iterator[tuple[str, object, object]]:
+    """The settings in which two configs differ: name and both values."""
+    for section in dataclasses.fields(Config):
+        one, other = (getattr(cfg, section.name) for cfg in (there, here))
+        for key in dataclasses.fields(one):
+            values = getattr(one, key.name), getattr(other, key.name)
+            if values[0] != values[1]:
+                yield f"{section.name}.{key.name}", *values
+
+
+def fingerprint(tokens: Tokens) -> str:
+    """The same for two runs if they read the same text: tokenizer, sizes, a sample of the tokens."""
+    train = tokens.train
+    sizes = [len(train), len(tokens.heldout), tokens.train_bytes, tokens.heldout_bytes]
+    places = np.linspace(0, len(train) - 1, min(len(train), 1 << 16)).astype(np.int64)
+    digest = hashlib.blake2b(digest_size=12)
+    digest.update(json.dumps([tokens.tokenizer.identity(), sizes]).encode())
+    digest.update(np.asarray(train[places], "<u4").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,46 @@
+"""What a training run carries from step to step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from rwkv_jax import models
+from rwkv_jax.config import Config, ModelConfig
+from rwkv_jax.training.optimizer import adamw, schedule
+from rwkv_jax.typing import Array, Int
+
+
+@struct.dataclass
+class TrainState:
+    """Steps taken, parameters and the optimizer's moments; the step decides the data's order."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+
+
+def optimizer_for(cfg: Config, model_cfg: ModelConfig) -> optax.GradientTransformation:
+    """The optimizer of a run, its schedule and its parameter groups."""
+    learning_rate = schedule(cfg.optimizer, cfg.train.steps, version=model_cfg.version)
+    return adamw(cfg.optimizer, models.specs(model_cfg), learning_rate)
+
+
+def init_train_state(cfg: Config, model_cfg: ModelConfig) -> TrainState:
+    """The state before the first step: parameters drawn from `train.seed`, moments zero."""
+
+    def init(key):
+        params = models.init_params(model_cfg, key)
+        opt_state = optimizer_for(cfg, model_cfg).init(params)
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+    return jax.jit(init)(jax.random.key(cfg.train.seed))
+
+
+def abstract_train_state(cfg: Config, model_cfg: ModelConfig) -> TrainState:
+    """The state's shapes and dtypes, without making it."""
+    params = models.abstract_params(model_cfg)
+    opt_state = jax.eval_shape(optimizer_for(cfg, model_cfg).init, params)
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
