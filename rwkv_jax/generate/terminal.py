@@ -1,0 +1,200 @@
+"""Sampling in a terminal: several texts in order, their speed, and a dialogue with one text."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from rwkv_jax.errors import UserError
+from rwkv_jax.generate.session import Finish, Piece, Sampling, Session, check_tokens
+
+HELP = """\
+What you type is appended to the text, and the model writes on. An empty line just goes on.
+A line that ends with a backslash goes on in the next one, so \\ and Enter type a new line.
+
+  :set                 shows the settings
+  :set NAME VALUE      changes one: temperature, top_p, top_k, presence, frequency, decay, tokens
+  :seed N              starts the random numbers again; the text stays
+  :reset               forgets the text
+  :help   :quit
+
+Ctrl-C stops the writing, Ctrl-D leaves.
+"""
+
+Number = TypeVar("Number", int, float)
+
+REASONS: dict[Finish, str] = {"stop": "stop string", "end": "end of document"}
+
+
+class Meter:
+    """Counts tokens, and their rate after the first piece, which waited for the compiler."""
+
+    def __init__(self):
+        self._tokens, self._later = 0, 0
+        self._first: float | None = None
+        self._last = 0.0
+
+    def count(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        """The pieces, counted as they pass."""
+        for piece in pieces:
+            self._last = time.perf_counter()
+            self._tokens += piece.tokens
+            if self._first is None:
+                self._first = self._last
+            else:
+                self._later += piece.tokens
+            yield piece
+
+    def summary(self) -> str:
+        """`200 tokens, 35.1 tokens/s`; without a rate if there is nothing to tell it from."""
+        tokens = f"{self._tokens} token{'s' * (self._tokens != 1)}"
+        seconds = self._last - (self._first or 0.0)
+        return f"{tokens}, {self._later / seconds:.1f} tokens/s" if self._later else tokens
+
+
+def print_texts(pieces: Iterable[Piece], prompts: Sequence[str], *, echo: bool = True) -> None:
+    """Prints each prompt (unless `echo` is false) and its text to stdout, as they come.
+
+    Of several prompts, the first is shown while it is written, the others wait their turn; each has
+    a heading.
+    """
+    waiting = [[] for _ in prompts]
+    done = [False] * len(prompts)
+    current = -1
+
+    def show_next() -> None:
+        nonlocal current
+        current += 1
+        heading = f"==> {current + 1}/{len(prompts)} <==\n" if len(prompts) > 1 else ""
+        _print(("\n" if current else "") + heading + (prompts[current] if echo else ""))
+        _print("".join(waiting[current]))
+        if done[current]:
+            _print("\n")
+
+    show_next()
+    for piece in pieces:
+        done[piece.index] = bool(piece.finish)
+        if piece.index != current:
+            waiting[piece.index].append(piece.text)
+            continue
+        _print(piece.text)
+        if piece.finish:
+            _print("\n")
+            while done[current] and current + 1 < len(prompts):
+                show_next()
+
+
+def _print(text: str) -> None:
+    if text:
+        print(text, end="", flush=True)
+
+
+@dataclass
+class Dialogue:
+    """A text that a person and the model write in turns.
+
+    Generated text goes to stdout, everything about it to stderr. What cannot be done is said in one
+    line, and the dialogue goes on.
+    """
+
+    session: Session
+    sampling: Sampling
+    max_tokens: int
+    stop: Sequence[str] = ()
+
+    def run(self, opening: str | None = None) -> None:
+        """Until the input ends or `:quit`; `opening`, if given, is taken as typed first."""
+        _note("Type :help for the commands.")
+        line = opening
+        while True:
+            try:
+                line = _read_lines() if line is None else line
+                if line is None or not self._obey(line):
+                    return
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
+            except UserError as error:
+                _note(str(error))
+            line = None
+
+    def _obey(self, line: str) -> bool:
+        """Whether to go on after a line."""
+        command, *words = line.split() if line.startswith(":") else ("",)
+        match command, words:
+            case "", _:
+                self._write(line)
+            case ((":quit" | ":q"), []):
+                return False
+            case ":help", []:
+                print(HELP, file=sys.stderr)
+            case ":reset", []:
+                self.session.reset()
+            case ":seed", [number]:
+                self.session.reseed(_number(number, int))
+            case ":set", []:
+                settings = {**dataclasses.asdict(self.sampling), "tokens": self.max_tokens}
+                _note(", ".join(f"{name} {value}" for name, value in settings.items()))
+            case ":set", [name, value]:
+                self._set(name, value)
+            case _:
+                raise UserError(f"{line}: no such command; :help lists them")
+        return True
+
+    def _set(self, name: str, value: str) -> None:
+        names = [field.name for field in dataclasses.fields(Sampling)]
+        if name == "tokens":
+            tokens = _number(value, int)
+            check_tokens(tokens)
+            self.max_tokens = tokens
+        elif name in names:
+            number = _number(value, int) if name == "top_k" else _number(value, float)
+            self.sampling = dataclasses.replace(self.sampling, **{name: number})
+        else:
+            raise UserError(f"{name}: no such setting; one of {', '.join(names)}, tokens")
+
+    def _write(self, text: str) -> None:
+        meter, finish, last = Meter(), "", "\n"
+        try:
+            self.session.feed(text)
+            pieces = self.session.stream(
+                max_tokens=self.max_tokens, sampling=self.sampling, stop=self.stop
+            )
+            for piece in meter.count(pieces):
+                _print(piece.text)
+                finish, last = piece.finish, (piece.text or last)[-1]
+        except KeyboardInterrupt:
+            _print("\n")
+            _note(f"stopped after {meter.summary()}")
+            return
+        _print("" if last == "\n" else "\n")
+        _note(", ".join(filter(None, [meter.summary(), REASONS.get(finish)])))
+
+
+def _number(text: str, kind: type[Number]) -> Number:
+    try:
+        return kind(text)
+    except ValueError:
+        raise UserError(
+            f"{text}: {'an integer' if kind is int else 'a number'} is needed"
+        ) from None
+
+
+def _note(text: str) -> None:
+    print(f"[{text}]", file=sys.stderr, flush=True)
+
+
+def _read_lines() -> str | None:
+    """What is typed next, continued after each backslash at the end of a line; None at the end."""
+    lines: list[str] = []
+    while True:
+        prompt = ("... " if lines else "> ") if sys.stdin.isatty() else ""
+        try:
+            line = input(prompt)
+        except EOFError:
+            print(file=sys.stderr)
+            return "\n".join(lines) if lines else None
+        if not line.endswith("\\"):
+            return "\n".join([*lines, line])
+        lines.append(line[:-1])

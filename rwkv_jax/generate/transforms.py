@@ -1,0 +1,188 @@
+"""From logits to the next token, by the official conventions (PyPI `rwkv`, `PIPELINE`).
+
+1. Penalties: logit[n] -= presence * [n was generated] + frequency * occurrence[n].
+2. p = softmax(logits), at temperature 1.
+3. Top-p: with p sorted downwards, the cutoff is the first value at which the running sum reaches
+   `top_p`; everything below it goes, ties with it stay. Top-k: the same with a running count, so
+   the cutoff is the k-th largest value (official code drops arbitrary ones of its ties).
+4. The draw is from p^(1/temperature) over what is left, renormalised. Temperature 0 is the arg-max.
+5. occurrence *= decay, then occurrence[token] += 1 (0 for digits and blanks, see `Vocabulary`).
+
+Every setting is an array of one value per row: rows of a batch may differ, no setting recompiles.
+"""
+
+import math
+from typing import Generic
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Key
+
+from rwkv_jax.typing import Array, Float, Int, Leaf
+
+FEW = 128
+"""How many of the largest probabilities are looked at first."""
+
+ONE_BITS = 0x3F800000
+"""The bit pattern of the float32 1.0."""
+
+
+@struct.dataclass
+class Settings(Generic[Leaf]):
+    """How each row of a batch is sampled: [b] each, float32 but `top_k` int32, where 0 is no limit.
+
+    `session.Sampling` is the same for people, with its limits checked.
+    """
+
+    temperature: Leaf
+    top_p: Leaf
+    top_k: Leaf
+    presence: Leaf
+    frequency: Leaf
+    decay: Leaf
+
+
+@struct.dataclass
+class Vocabulary(Generic[Leaf]):
+    """What sampling knows about the tokens, [V] each.
+
+    `allowed`: the tokenizer has it; a model may have more rows than its tokenizer has tokens.
+    `increment`: what one occurrence adds to the count, 1, or 0 for tokens whose text is a substring
+    of " \\t0123456789" (numbers and tables repeat by nature; they still count as present).
+    """
+
+    allowed: Leaf
+    increment: Leaf
+
+
+@struct.dataclass
+class Counts(Generic[Leaf]):
+    """What was generated so far, [b, V] each: decayed occurrences, and whether there were any."""
+
+    occurrence: Leaf
+    seen: Leaf
+
+
+def no_counts(batch: int, vocab_size: int) -> Counts[Array]:
+    """Nothing generated yet."""
+    shape = (batch, vocab_size)
+    return Counts(occurrence=jnp.zeros(shape), seen=jnp.zeros(shape, bool))
+
+
+def apply_penalties(
+    logits: Float[Array, "b V"], counts: Counts[Array], settings: Settings[Array]
+) -> Float[Array, "b V"]:
+    """Logits less the presence and frequency penalties of their tokens."""
+    presence = settings.presence[:, None] * counts.seen.astype(jnp.float32)
+    return logits - presence - settings.frequency[:, None] * counts.occurrence
+
+
+def count_tokens(
+    counts: Counts[Array],
+    tokens: Int[Array, " b"],
+    settings: Settings[Array],
+    vocabulary: Vocabulary[Array],
+) -> Counts[Array]:
+    """The counts after one more token a row: all decay, then the token's own is increased."""
+    rows = jnp.arange(tokens.shape[0])
+    occurrence = counts.occurrence * settings.decay[:, None]
+    occurrence = occurrence.at[rows, tokens].add(vocabulary.increment[tokens])
+    return Counts(occurrence=occurrence, seen=counts.seen.at[rows, tokens].set(True))
+
+
+def sample(
+    logits: Float[Array, "b V"], keys: Key[Array, " b"], settings: Settings[Array]
+) -> Int[Array, " b"]:
+    """One token a row, drawn with the row's own key.
+
+    A row's draw depends on its logits, key and settings alone. Logits of -inf are never drawn.
+    """
+    weights = truncate(logits, settings)
+    logs = jnp.log(weights) / jnp.maximum(settings.temperature, 1e-6)[:, None]
+    drawn = jax.vmap(_draw)(keys, logs)
+    return jnp.where(settings.temperature == 0, _argmax(logits), drawn)
+
+
+def truncate(logits: Float[Array, "b V"], settings: Settings[Array]) -> Float[Array, "b V"]:
+    """Probabilities relative to the largest, so in [0, 1], with those outside top-p and top-k 0."""
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    return jnp.where(weights >= _cutoff(weights, settings)[:, None], weights, 0.0)
+
+
+def _cutoff(weights: Float[Array, "b V"], settings: Settings[Array]) -> Float[Array, " b"]:
+    """The smallest weight kept, or a number so close below it that none lies between.
+
+    The largest few weights decide nearly always; only if they don't, all are searched. To sort all
+    65,536 of a World vocabulary takes a CPU core 12 ms, half of a 0.1B model's time for a token.
+    """
+    goal = settings.top_p * _total(_tiles(weights, 0.0))
+    # A sum may round to less than 1, and top_p = 1 keeps everything in any case.
+    goal = jnp.where(settings.top_p >= 1, jnp.inf, goal)
+    top_k = jnp.where(settings.top_k > 0, settings.top_k, jnp.iinfo(jnp.int32).max)
+    largest = lax.top_k(weights, min(FEW, weights.shape[1]))[0]
+    rank = jnp.arange(1, largest.shape[1] + 1)
+    enough = (jnp.cumsum(largest, axis=1) >= goal[:, None]) | (rank[None] >= top_k[:, None])
+    cutoff = jnp.max(jnp.where(enough, largest, 0.0), axis=1)
+    # The least of the few may have ties among the others. (Not `largest[:, -1]`: XLA makes a whole
+    # sort of a slice of a top-k.)
+    decided = jnp.all(cutoff > jnp.min(largest, axis=1))
+    return lax.cond(decided, lambda: cutoff, lambda: _bisect(weights, goal, top_k))
+
+
+def _bisect(
+    weights: Float[Array, "b V"], goal: Float[Array, " b"], top_k: Int[Array, " b"]
+) -> Float[Array, " b"]:
+    """`_cutoff` in 30 passes, whatever is kept.
+
+    With mass(c) and count(c) those of all weights >= c, it is the largest c with mass(c) >= goal or
+    count(c) >= top_k, found by halving a bracket of bit patterns: those of positive floats are
+    ordered as the floats are.
+    """
+    tiles = _tiles(weights, 0.0)
+
+    def halve(_: Array | int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bracket
+        middle = (low + high) // 2
+        kept = tiles >= lax.bitcast_convert_type(middle, jnp.float32)[:, None, None]
+        count = _total(kept.astype(jnp.float32)).astype(jnp.int32)
+        enough = (_total(jnp.where(kept, tiles, 0.0)) >= goal) | (count >= top_k)
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low = jnp.zeros(weights.shape[0], jnp.int32)  # the bits of 0.0: keeps everything
+    high = jnp.full(weights.shape[0], ONE_BITS + 1)  # just above the largest: keeps nothing
+    low, _ = lax.fori_loop(0, ONE_BITS.bit_length(), halve, (low, high))
+    return lax.bitcast_convert_type(low, jnp.float32)
+
+
+def _draw(key: Key[Array, ""], logs: Float[Array, " V"]) -> Int[Array, ""]:
+    """A token with probability proportional to exp(logs): its column of a square, then its row.
+
+    Two draws among sqrt(V) need that many random numbers; V of them cost more than the softmax.
+    """
+    column_key, row_key = jax.random.split(key)
+    tiles = _tiles(logs[None], -jnp.inf)[0]
+    column = jax.random.categorical(column_key, jax.nn.logsumexp(tiles, axis=0))
+    row = jax.random.categorical(row_key, tiles[:, column])
+    return (row * tiles.shape[1] + column).astype(jnp.int32)
+
+
+def _argmax(logits: Float[Array, "b V"]) -> Int[Array, " b"]:
+    """The first of the largest, as the least index with the maximum: XLA's own is slow on CPU."""
+    tiles = _tiles(logits, -jnp.inf)
+    index = jnp.arange(tiles[0].size, dtype=jnp.int32).reshape(tiles.shape[1:])
+    largest = tiles == jnp.max(logits, axis=-1)[:, None, None]
+    return jnp.min(jnp.where(largest, index[None], index.size), axis=(1, 2))
+
+
+def _tiles(x: Float[Array, "b V"], fill: float) -> Float[Array, "b rows columns"]:
+    """Each row as a near-square: summing along its first axis is what CPUs vectorise."""
+    columns = math.isqrt(max(x.shape[1] - 1, 0)) + 1
+    rows = -(-x.shape[1] // columns)
+    padding = ((0, 0), (0, rows * columns - x.shape[1]))
+    return jnp.pad(x, padding, constant_values=fill).reshape(x.shape[0], rows, columns)
+
+
+def _total(tiles: Float[Array, "b rows columns"]) -> Float[Array, " b"]:
+    return jnp.sum(jnp.sum(tiles, axis=1), axis=1)

@@ -1,0 +1,43 @@
+"""A tiny model of each version with weights that make it talk, though nonsense."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rwkv_jax import models
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.data.tokenizers import ByteTokenizer
+from rwkv_jax.generate import Writer
+
+VOCAB = 260  # three more than the tokenizer has
+
+
+def config(version):
+    head = {"head_size": 16} if version == "7" else {}
+    return ModelConfig(version=version, layers=2, width=32, vocab_size=VOCAB, **head)
+
+
+def weights(version):
+    """Random, and with a head that much prefers a token that the tokenizer doesn't have."""
+    rng = np.random.default_rng(int(version))
+    shapes = models.abstract_params(config(version))
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes
+    )
+    bias = jnp.ones_like(params.ln_out.bias)
+    return params.replace(
+        ln_out=params.ln_out.replace(bias=bias), head=params.head.at[:, VOCAB - 2].set(1.0)
+    )
+
+
+@pytest.fixture(scope="session", params=["4", "7"])
+def writer(request):
+    """A model of each version, ready to write bytes."""
+    return Writer(weights(request.param), config(request.param), ByteTokenizer())
+
+
+@pytest.fixture(scope="session")
+def writer7():
+    """Version 7 alone, where the version makes no difference."""
+    return Writer(weights("7"), config("7"), ByteTokenizer())

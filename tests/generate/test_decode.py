@@ -1,0 +1,136 @@
+"""Prefill and the decode loop against plain `forward`, and the properties that sampling rests on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rwkv_jax import models
+from rwkv_jax.generate import Sampling
+from rwkv_jax.generate.decode import BLOCK, NO_TOKEN, decode, decoding_layout, extend, prefill
+from tests.generate.conftest import VOCAB, config, weights
+
+PROMPT = [5, 33, 200, 49, 1]
+
+
+def write(writer, rows, sampling, tokens, end=0):
+    written, rows = decode(
+        writer.params,
+        rows,
+        sampling.rows(rows.ended.shape[0]),
+        writer.vocabulary,
+        tokens,
+        cfg=writer.cfg,
+        end=end,
+    )
+    return np.asarray(written), rows
+
+
+def start(writer, prompts, seeds):
+    return prefill(writer.params, prompts, seeds, cfg=writer.cfg, end=0)
+
+
+@pytest.fixture(scope="module")
+def next_logits(writer):
+    """Float64 logits after a sequence of tokens, by one call of `forward` over all of it."""
+    version = writer.cfg.version
+    params, cfg = weights(version), config(version)
+    forward = jax.jit(lambda tokens: models.forward(params, tokens, cfg=cfg)[0])
+
+    def after(tokens):
+        # Causal, so that one length serves all.
+        padded = np.zeros((1, 300), np.int32)
+        padded[0, : len(tokens)] = tokens
+        return np.float64(forward(padded)[0, len(tokens) - 1])
+
+    return after
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, []])
+def test_greedy_with_penalties_against_forward(writer, next_logits, prompt):
+    """The whole loop, state, penalties and bookkeeping, replayed token by token."""
+    sampling = Sampling(temperature=0.0, presence=0.5, frequency=0.7, decay=0.9)
+    written, rows = write(writer, start(writer, [prompt], [0]), sampling, 40, end=-2)
+    blanks = [1 + byte for byte in b" \t0123456789"]
+    table, text = {}, list(prompt)
+    for token in written[0, :40]:
+        logits = next_logits(text or [0])[:257]
+        for seen, occurrence in table.items():
+            logits[seen] -= 0.5 + 0.7 * occurrence
+        assert logits[token] > logits.max() - 1e-4
+        for seen in table:
+            table[seen] *= 0.9
+        # The empty text of the end-of-document token is a substring of anything.
+        table[token] = table.get(token, 0) + (token not in [0, *blanks])
+        text.append(token)
+    assert len(table) > 5
+    occurrence = np.zeros(VOCAB)
+    occurrence[list(table)] = list(table.values())
+    np.testing.assert_allclose(rows.counts.occurrence[0], occurrence, rtol=1e-5)
+    assert set(np.flatnonzero(rows.counts.seen[0])) == set(table)
+
+
+def test_a_token_that_the_tokenizer_lacks_is_never_drawn(writer, next_logits):
+    assert np.argmax(next_logits(PROMPT)) == VOCAB - 2
+    written, _ = write(writer, start(writer, [PROMPT], [0]), Sampling(top_p=1.0), BLOCK, end=-2)
+    assert written.max() < 257
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 275])
+def test_prefill_in_chunks_is_one_forward(writer, next_logits, length):
+    prompt = np.random.default_rng(length).integers(0, 257, length + 1).tolist()
+    rows = start(writer, [prompt[:-1]], [0])
+    np.testing.assert_allclose(rows.logits[0], next_logits(prompt[:-1]), rtol=1e-4, atol=1e-4)
+    rows = extend(writer.params, rows, prompt[-1:], cfg=writer.cfg)
+    np.testing.assert_allclose(rows.logits[0], next_logits(prompt), rtol=1e-4, atol=1e-4)
+
+
+def test_the_cut_into_calls_makes_no_difference(writer7):
+    rows = start(writer7, [PROMPT, [7], []], [3, 4, 5])
+    whole, after = write(writer7, rows, Sampling(), 40)
+    parts = []
+    for tokens in (1, 1, 30, 8):
+        written, rows = write(writer7, rows, Sampling(), tokens)
+        assert (written[:, tokens:] == NO_TOKEN).all()
+        parts.append(written[:, :tokens])
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole[:, :40])
+    for one, other in zip(jax.tree.leaves(rows.state), jax.tree.leaves(after.state), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(writer):
+    prompts = [PROMPT, [], PROMPT]
+    together, _ = write(writer, start(writer, prompts, [5, 6, 7]), Sampling(), 50)
+    for index, prompt in enumerate(prompts):
+        alone, _ = write(writer, start(writer, [prompt], [5 + index]), Sampling(), 50)
+        np.testing.assert_array_equal(together[index], alone[0])
+    assert (together[0] != together[2]).any()  # another seed
+
+
+def test_a_row_ends_with_its_end_token(writer7):
+    rows = start(writer7, [PROMPT, [7], []], [3, 4, 5])
+    free, _ = write(writer7, rows, Sampling(), 40, end=-2)
+    first, *others = free[:, :40].tolist()
+    end = next(token for token in first if token not in sum(others, []))
+    written, rows = write(writer7, rows, Sampling(), 40, end=end)
+    length = first.index(end) + 1
+    assert written[0, :length].tolist() == first[:length]
+    assert (written[0, length:] == NO_TOKEN).all()
+    assert written[1:, :40].tolist() == others
+    assert rows.ended.tolist() == [True, False, False]
+    # Alone, the loop stops with the row.
+    alone, rows = write(writer7, start(writer7, [PROMPT], [3]), Sampling(), 40, end=end)
+    assert rows.written.tolist() == [length]
+    after, _ = write(writer7, rows, Sampling(), 40, end=end)
+    assert (after == NO_TOKEN).all()
+
+
+def test_bfloat16_layout_computes_what_casting_at_use_does(writer7):
+    cfg, tokens = writer7.cfg, jnp.asarray([PROMPT])
+    params = weights(cfg.version)
+    stored = decoding_layout(params, cfg, jnp.bfloat16)
+    assert stored.head.dtype == jnp.bfloat16 and stored.ln_out.weight.dtype == jnp.float32
+    forward = jax.jit(models.forward, static_argnames=("cfg", "dtype"))
+    logits = forward(stored, tokens, cfg=cfg, dtype=jnp.bfloat16)[0]
+    expected = forward(models.unstack(params), tokens, cfg=cfg, dtype=jnp.bfloat16)[0]
+    np.testing.assert_allclose(logits, expected, rtol=1e-2, atol=1e-2)

@@ -1,0 +1,216 @@
+"""Text in, text out: streaming, stops, seeds, and the state that a session carries."""
+
+import numpy as np
+import pytest
+
+from rwkv_jax.data.tokenizers import ByteTokenizer
+from rwkv_jax.errors import UserError
+from rwkv_jax.generate import Sampling, Session, Writer, generate, generate_with, session
+from tests.generate.conftest import config, weights
+
+PROMPTS = ["def", "", "é"]
+WILD = Sampling(top_p=1.0)
+
+
+class Ascii(ByteTokenizer):
+    """Every token is printable, so that texts compare character by character."""
+
+    def decode_bytes(self, ids):
+        return bytes(33 + i % 90 for i in map(int, ids) if i != self.eod)
+
+
+@pytest.fixture(scope="module")
+def ascii_writer():
+    return Writer(weights("7"), config("7"), Ascii())
+
+
+def texts(pieces, count):
+    joined = [""] * count
+    for piece in pieces:
+        joined[piece.index] += piece.text
+    return joined
+
+
+def text(pieces):
+    return "".join(piece.text for piece in pieces)
+
+
+@pytest.fixture(params=[0.0, 1e9], ids=["a token a call", "as many as fit a call"])
+def pace(request, monkeypatch):
+    monkeypatch.setattr(session, "CALL_SECONDS", request.param)
+
+
+def test_pieces_are_the_text_of_the_tokens(writer7, pace):
+    """Streamed bytes, many of them halves of characters, equal those decoded at once."""
+    rows = writer7.start(PROMPTS, [1, 2, 3])
+    tokens, _ = writer7.write(rows, WILD.rows(3), 60)
+    pieces = list(generate_with(writer7, PROMPTS, max_tokens=60, sampling=WILD, seed=1))
+    assert len(pieces) > 10
+    for index, joined in enumerate(texts(pieces, 3)):
+        mine = [p for p in pieces if p.index == index]
+        assert [p.finish for p in mine[:-1]] == [""] * (len(mine) - 1)
+        used = sum(p.tokens for p in mine)
+        row = tokens[index, :used].tolist()
+        if mine[-1].finish == "end":
+            assert row.index(0) == used - 1
+        else:
+            assert mine[-1].finish == "length" and used == 60 and 0 not in row
+        whole = writer7.tokenizer.decode_bytes(row).decode(errors="replace")
+        # A character cut off by the length is left out.
+        assert whole.startswith(joined) and set(whole[len(joined) :]) <= {"\ufffd"}
+        assert len(whole) - len(joined) <= 1
+
+
+def test_seeds(writer7):
+    first = texts(generate_with(writer7, PROMPTS, max_tokens=30, seed=7), 3)
+    assert first == texts(generate_with(writer7, PROMPTS, max_tokens=30, seed=7), 3)
+    assert first[1] == text(generate_with(writer7, [""], max_tokens=30, seed=8))
+    assert first[1] != text(generate_with(writer7, [""], max_tokens=30, seed=9))
+    assert text(generate_with(writer7, [""], max_tokens=3, seed=2**32 - 1))
+
+
+def test_generate_is_the_front_door():
+    params, cfg = weights("4"), config("4")
+    pieces = generate(
+        params, cfg, Ascii(), ["a", "b"], max_tokens=20, temperature=0.5, top_k=5, seed=3
+    )
+    sampling = Sampling(temperature=0.5, top_k=5)
+    again = generate_with(
+        Writer(params, cfg, Ascii()), ["a", "b"], max_tokens=20, sampling=sampling, seed=3
+    )
+    assert texts(pieces, 2) == texts(again, 2)
+
+
+def test_stop_strings(ascii_writer, pace):
+    free = text(generate_with(ascii_writer, ["x"], max_tokens=60, seed=1, sampling=WILD))
+    stops = [free[20:23], free[40:42]]
+    *_, last = pieces = list(
+        generate_with(ascii_writer, ["x"], max_tokens=60, seed=1, sampling=WILD, stop=stops)
+    )
+    assert last.finish == "stop"
+    assert text(pieces) == free[: free.index(stops[0])]
+    assert sum(piece.tokens for piece in pieces) == free.index(stops[0]) + 3
+
+
+def test_a_held_back_beginning_is_printed_at_the_end(ascii_writer):
+    free = text(generate_with(ascii_writer, ["x"], max_tokens=10, seed=1))
+    stop = [free[-2:] + "\n"]
+    assert text(generate_with(ascii_writer, ["x"], max_tokens=10, seed=1, stop=stop)) == free
+
+
+def test_one_row_stopping_leaves_the_others(ascii_writer):
+    free = texts(generate_with(ascii_writer, ["x", "y"], max_tokens=40, seed=1), 2)
+    stop = next(c for c in free[0] if c not in free[1])
+    stopped = texts(generate_with(ascii_writer, ["x", "y"], max_tokens=40, seed=1, stop=[stop]), 2)
+    assert stopped == [free[0][: free[0].index(stop)], free[1]]
+
+
+def test_a_session_continues_the_same_text(ascii_writer, pace):
+    whole = text(generate_with(ascii_writer, ["once"], max_tokens=50, seed=4, sampling=WILD))
+    talk = Session(ascii_writer, seed=4)
+    talk.feed("on")
+    talk.feed("")
+    talk.feed("ce")
+    parts = [text(talk.stream(max_tokens=n, sampling=WILD)) for n in (1, 20, 0, 29)]
+    assert "".join(parts) == whole
+
+
+def test_after_a_stop_string_the_session_goes_on_behind_it(ascii_writer, pace):
+    whole = text(generate_with(ascii_writer, ["once"], max_tokens=50, seed=4, sampling=WILD))
+    stop = whole[17:20]
+    talk = Session(ascii_writer, seed=4)
+    talk.feed("once")
+    before = text(talk.stream(max_tokens=50, sampling=WILD, stop=[stop]))
+    rest = text(talk.stream(max_tokens=50 - len(before + stop), sampling=WILD))
+    assert before + stop + rest == whole
+
+
+def test_a_stream_left_early_leaves_the_state_behind_what_was_shown(ascii_writer):
+    whole = text(generate_with(ascii_writer, ["once"], max_tokens=50, seed=4, sampling=WILD))
+    talk = Session(ascii_writer, seed=4)
+    talk.feed("once")
+    shown = ""
+    for piece in talk.stream(max_tokens=50, sampling=WILD):
+        shown += piece.text
+        if len(shown) > 5:
+            break
+    assert len(shown) < 50
+    assert shown + text(talk.stream(max_tokens=50 - len(shown), sampling=WILD)) == whole
+
+
+def test_reset_and_reseed(ascii_writer):
+    talk = Session(ascii_writer, seed=4)
+    first = text(talk.stream(max_tokens=20))
+    talk.reset()
+    assert text(talk.stream(max_tokens=20)) == first
+    talk.reset(5)
+    other = text(talk.stream(max_tokens=20))
+    talk.reset()
+    talk.reseed(4)
+    assert text(talk.stream(max_tokens=20)) == first != other
+    with pytest.raises(UserError, match="seed -1: between 0"):
+        talk.reset(-1)
+    assert talk.seed == 4
+
+
+def test_after_the_end_of_a_document_a_new_one_starts():
+    """The end token is made one that the model is sure to write."""
+    tokenizer = Ascii()
+    writer = Writer(weights("7"), config("7"), tokenizer)
+    greedy = Sampling(temperature=0.0, presence=0.0, frequency=0.0)
+    rows = writer.start(["once"], [0])
+    tokenizer.eod = int(writer.write(rows, greedy.rows(1), 5)[0][0, 4])
+    talk = Session(writer, seed=0)
+    talk.feed("once")
+    *_, last = list(talk.stream(max_tokens=50, sampling=greedy))
+    assert last.finish == "end"
+    talk.feed("twice")
+    fresh = Session(writer, seed=0)
+    fresh.feed("twice")
+    assert text(talk.stream(max_tokens=20, sampling=greedy)) == text(
+        fresh.stream(max_tokens=20, sampling=greedy)
+    )
+
+
+def test_zero_tokens(writer7):
+    pieces = list(generate_with(writer7, ["a"], max_tokens=0))
+    assert [(p.text, p.tokens, p.finish) for p in pieces] == [("", 0, "length")]
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_p", 1.1),
+        ("top_p", -0.1),
+        ("top_p", float("nan")),
+        ("top_k", -1),
+        ("top_k", 2**31),
+        ("decay", 1.5),
+        ("presence", float("inf")),
+        ("frequency", float("nan")),
+    ],
+)
+def test_settings_out_of_range(setting, value):
+    with pytest.raises(UserError, match=f"^{setting} {value}: .+$"):
+        Sampling(**{setting: value})
+
+
+def test_other_bad_input(writer7):
+    for seed in (-1, 2**32):
+        with pytest.raises(UserError, match=f"seed {seed}"):
+            generate_with(writer7, ["a"], seed=seed)
+    with pytest.raises(UserError, match="tokens -1"):
+        generate_with(writer7, ["a"], max_tokens=-1)
+    small = ByteTokenizer()
+    small.vocab_size = 300
+    with pytest.raises(UserError, match="300 tokens and the model 260"):
+        Writer(weights("7"), config("7"), small)
+
+
+def test_counted_as_nothing_are_blanks_and_digits(writer7):
+    increment = np.asarray(writer7.vocabulary.increment)
+    nothing = [0, *(1 + byte for byte in b" \t0123456789")]
+    assert sorted(np.flatnonzero(increment == 0)) == sorted(nothing)
