@@ -1,0 +1,74 @@
+"""Worker: the project's own training step, on the shape and batch of the peers."""
+
+import time
+
+from benchmarks.worker import serve
+
+
+def start(options: dict):
+    import jax
+    import numpy
+
+    from rwkv_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+    from rwkv_jax.data.loader import Batch
+    from rwkv_jax.training.state import init_train_state
+    from rwkv_jax.training.step import make_train_step
+
+    jax.config.update("jax_compilation_cache_dir", options["cache"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+    shape, version = options["shape"], options["version"]
+    of_version_7 = {f"rank_{name}": shape[f"rank_{name}"] for name in "wavg"} | {
+        "head_size": shape["head_size"]
+    }
+    model = ModelConfig(
+        version=version,
+        layers=shape["layers"],
+        width=shape["width"],
+        vocab_size=shape["vocab"],
+        **(of_version_7 if version == "7" else {}),
+    )
+    # As the peers do it: one learning rate, clipping at 1, no L2Wrap.
+    cfg = Config(
+        model=model,
+        optimizer=OptimizerConfig(peak_lr=1e-4, final_lr=1e-4, eps=1e-8),
+        train=TrainConfig(
+            batch=shape["batch"],
+            context=shape["context"],
+            l2wrap=0.0,
+            wkv=options["implementation"] or "auto",
+        ),
+    )
+    rng = numpy.random.default_rng(0)
+    tokens = rng.integers(0, shape["vocab"], (shape["batch"], shape["context"] + 1)).astype(
+        numpy.int32
+    )
+    reset = numpy.zeros((shape["batch"], shape["context"]), bool)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], reset)
+
+    train_step = make_train_step(cfg, model)
+    state, metrics = train_step(init_train_state(cfg, model), batch)
+    about = {
+        "loss": float(metrics.loss),
+        "first_step_at": time.time(),
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+    }
+
+    def handle(request: dict) -> dict:
+        nonlocal state
+        seconds = []
+        for _ in range(request["steps"]):
+            began = time.perf_counter()
+            state, metrics = train_step(state, batch)
+            loss = float(
+                metrics.loss
+            )  # waits for the whole step: its outputs come from one program
+            seconds.append(time.perf_counter() - began)
+        return {"seconds": seconds, "loss": loss}
+
+    return handle, about
+
+
+if __name__ == "__main__":
+    serve(start)

@@ -1,0 +1,285 @@
+"""Whole models: resets, gradients, precision and options, on small random dense weights."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from compiling import quick_jit
+from tolerances import GOLDEN_LOGITS, assert_close, bar, relative_rms
+
+from rwkv_jax import models
+from rwkv_jax.checkpoint.keymaps import from_official, to_official
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.wkv import IMPLEMENTATIONS
+
+LENGTH = 41
+CONFIGS = {
+    "4": ModelConfig(version="4", layers=2, width=32, vocab_size=67),
+    "7": ModelConfig(
+        version="7",
+        layers=2,
+        width=32,
+        vocab_size=67,
+        head_size=8,
+        rank_w=6,
+        rank_a=5,
+        rank_v=4,
+        rank_g=7,
+    ),
+}
+ORACLES = {"4": oracles.model4, "7": oracles.model7}
+
+every_version = pytest.mark.parametrize("version", ["4", "7"])
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+@functools.cache
+def dense(version):
+    """Official tensors without a zero (initial ones have many): every path carries signal."""
+    rng = np.random.default_rng(int(version))
+    cfg = CONFIGS[version]
+    table = models.abstract_params(cfg)
+    shapes = {name: x.shape for name, x in to_official(jax.tree.map(zeros_of, table), cfg).items()}
+    tensors = {}
+    for name, shape in shapes.items():
+        x = rng.normal(size=shape)
+        if ".x_" in name or "time_mix" in name:
+            x = rng.uniform(0.1, 0.9, size=shape)
+        elif "ln" in name and name.endswith(".weight"):
+            x = 1 + 0.2 * x
+        elif len(shape) == 2 and "r_k" not in name and "emb" not in name:
+            x = x / np.sqrt(shape[1] if name.endswith(".weight") else shape[0])
+        else:
+            x = 0.5 * x
+        tensors[name] = x.astype(np.float32)
+    return tensors
+
+
+def zeros_of(spec):
+    return jnp.zeros(spec.shape, spec.dtype)
+
+
+@functools.cache
+def weights(version):
+    return from_official(dense(version))
+
+
+def tokens_of(version, seed=0, length=LENGTH):
+    """`[1, length]`, all different: an embedding row's gradient is then one token's."""
+    rng = np.random.default_rng([seed, int(version)])
+    return jnp.asarray(rng.permutation(CONFIGS[version].vocab_size)[None, :length], jnp.int32)
+
+
+@functools.cache
+def forward(version, **options):
+    _, cfg = weights(version)
+    return quick_jit(functools.partial(models.forward, cfg=cfg, **options))
+
+
+def reset_at(*starts):
+    return jnp.zeros((1, LENGTH), bool).at[0, jnp.asarray(starts)].set(True)
+
+
+STARTS = (9, 10, 33)
+
+
+@every_version
+@every_implementation
+def test_a_reset_is_a_separate_run(version, implementation):
+    """Four documents in one row, one of a single token, against the oracle run on each alone.
+
+    Token shift and WKV must both forget, also the state that the row came with.
+    """
+    params, _ = weights(version)
+    tokens = tokens_of(version)
+    _, state = forward(version)(params, tokens_of(version, seed=1))
+    run = forward(version, implementation=implementation)
+    logits, after = run(params, tokens, state, reset=reset_at(0, *STARTS))
+    for start, stop in zip((0, *STARTS), (*STARTS, LENGTH), strict=True):
+        expected = ORACLES[version](dense(version), np.asarray(tokens)[0, start:stop])
+        np.testing.assert_allclose(logits[0, start:stop], expected, rtol=0, atol=GOLDEN_LOGITS)
+    # The state handed on is the last document's.
+    _, alone = run(params, tokens[:, STARTS[-1] :], None)
+    more = tokens_of(version, seed=2)
+    expected, _ = run(params, more, alone)
+    np.testing.assert_allclose(run(params, more, after)[0], expected, rtol=0, atol=GOLDEN_LOGITS)
+
+
+@every_version
+def test_no_state_is_the_fresh_one(version):
+    params, cfg = weights(version)
+    tokens = tokens_of(version)
+    implied, _ = forward(version)(params, tokens)
+    given, state = forward(version)(params, tokens, models.init_state(cfg, 1))
+    assert np.array_equal(implied, given)
+    fresh = models.init_state(cfg, 1)
+    assert jax.tree.structure(state) == jax.tree.structure(fresh)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, fresh)
+
+
+@functools.cache
+def embedding_gradient(version):
+    """(tokens, reset, position) -> each token's largest |gradient| of the logits there."""
+    params, cfg = weights(version)
+    direction = jnp.asarray(np.random.default_rng(3).normal(size=cfg.vocab_size), jnp.float32)
+
+    @quick_jit
+    def gradient(tokens, reset, position):
+        def loss(emb):
+            logits, _ = models.forward(params.replace(emb=emb), tokens, cfg=cfg, reset=reset)
+            return jnp.sum(logits[0, position] * direction)
+
+        return jnp.max(jnp.abs(jax.grad(loss)(params.emb)), axis=1)[tokens[0]]
+
+    return gradient
+
+
+@every_version
+@pytest.mark.parametrize(
+    ("starts", "position"), [((), 40), ((), 20), ((), 0), ((9, 10, 33), 32), ((9, 10, 33), 9)]
+)
+def test_causality_by_gradient(version, starts, position):
+    """Logits see every token from their document's start up to their own, and no other."""
+    reset = reset_at(*starts) if starts else jnp.zeros((1, LENGTH), bool)
+    seen = np.asarray(embedding_gradient(version)(tokens_of(version), reset, position))
+    first = max((start for start in starts if start <= position), default=0)
+    visible = [first <= t <= position for t in range(LENGTH)]
+    assert np.all(seen[visible] > 0)
+    # In chunks the decay's gradient is a difference of sums, of which rounding may remain.
+    assert np.all(seen[np.logical_not(visible)] <= 1e-6 * seen.max())
+
+
+@every_version
+def test_gradients_against_the_oracle(version):
+    """Every tensor's gradient along a random direction, against the oracle's differences."""
+    params, cfg = weights(version)
+    tokens = tokens_of(version, length=12)
+    rng = np.random.default_rng(5)
+    cotangent = rng.normal(size=(12, cfg.vocab_size))
+
+    @quick_jit
+    def gradient(params):
+        def loss(params):
+            logits, _ = models.forward(params, tokens, cfg=cfg, implementation="chunked")
+            return jnp.sum(logits[0] * jnp.asarray(cotangent, jnp.float32))
+
+        return jax.grad(loss)(params)
+
+    gradients = to_official(gradient(params), cfg)
+    tensors = {name: x.astype(np.float64) for name, x in dense(version).items()}
+    step = 1e-5
+    for name, x in tensors.items():
+        direction = rng.normal(size=x.shape)
+        up, down = (
+            (
+                ORACLES[version](
+                    tensors | {name: x + sign * step * direction}, np.asarray(tokens)[0]
+                )
+                * cotangent
+            ).sum()
+            for sign in (1, -1)
+        )
+        expected, actual = (up - down) / (2 * step), (gradients[name] * direction).sum()
+        size = np.linalg.norm(gradients[name])
+        if version == "7" and name.startswith("blocks.0.att.v") and name[-1] in "012":
+            assert size == 0 and expected == 0, f"{name} takes no part"
+            continue
+        assert size > 0, name
+        # The scale of a directional derivative is the gradient's norm; it may itself be near 0.
+        assert abs(actual - expected) < 2e-4 * size, f"{name}: {actual} against {expected}"
+
+
+@functools.cache
+def loss_gradient(version, remat, layout, implementation="chunked"):
+    params, cfg = weights(version)
+    params = models.unstack(params) if layout == "unstacked" else params
+    tokens = tokens_of(version)
+
+    def loss(params):
+        options = {
+            "cfg": cfg,
+            "remat": remat,
+            "implementation": implementation,
+            "reset": reset_at(9, 33),
+        }
+        logits, _ = models.forward(params, tokens, **options)
+        return -jnp.mean(
+            jnp.sum(
+                jax.nn.log_softmax(logits[0, :-1]) * jax.nn.one_hot(tokens[0, 1:], cfg.vocab_size),
+                -1,
+            )
+        )
+
+    gradient = quick_jit(jax.grad(loss))(params)
+    return to_official(models.stack(gradient) if layout == "unstacked" else gradient, cfg)
+
+
+@every_version
+@pytest.mark.parametrize(
+    ("remat", "layout", "implementation"),
+    [(True, "stacked", "chunked"), (True, "unstacked", "chunked"), (False, "stacked", "scan")],
+)
+def test_options_leave_the_gradient_alone(version, remat, layout, implementation):
+    """Rematerialised or not, layers scanned or in a loop, chunks or tokens: one gradient."""
+    expected = loss_gradient(version, False, "stacked")
+    for name, x in loss_gradient(version, remat, layout, implementation).items():
+        assert_close(x, expected[name], "float32", name=name)
+
+
+@every_version
+def test_remat_keeps_less(version):
+    """With `remat` the backward pass holds one layer's intermediates, not every layer's."""
+    cfg = ModelConfig(version=version, layers=8, width=64, ffn_width=64, vocab_size=32)
+    abstract = models.abstract_params(cfg)
+    tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+
+    def temporaries(remat):
+        def loss(params, tokens):
+            return jnp.sum(models.forward(params, tokens, cfg=cfg, remat=remat)[0])
+
+        compiled = quick_jit(jax.grad(loss)).lower(abstract, tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(True) < 0.5 * temporaries(False)
+
+
+@every_version
+@pytest.mark.parametrize("layout", ["stacked", "unstacked"])
+def test_bfloat16_keeps_the_state_in_float32(version, layout):
+    """Logits near the float32 ones, and a float32 state that float32 code can take on."""
+    params, cfg = weights(version)
+    tokens = tokens_of(version)
+    exact, _ = forward(version)(params, tokens)
+    mine = models.unstack(params) if layout == "unstacked" else params
+    logits, state = forward(version, dtype=jnp.bfloat16)(mine, tokens)
+    assert logits.dtype == jnp.float32
+    assert {x.dtype for x in jax.tree.leaves(state)} == {np.dtype("float32")}
+    assert 1e-3 < relative_rms(logits, exact) < bar("bfloat16")
+    state = models.stack(state) if layout == "unstacked" else state
+    more, _ = forward(version)(params, tokens_of(version, seed=1), state)
+    assert np.isfinite(more).all()
+
+    backbone = quick_jit(functools.partial(models.backbone, cfg=cfg, dtype=jnp.bfloat16))
+    hidden, _ = backbone(params, tokens)
+    assert hidden.dtype == jnp.bfloat16
+    assert models.head(params, hidden).dtype == jnp.float32
+
+
+@every_version
+def test_forward_is_head_of_backbone(version):
+    params, cfg = weights(version)
+    tokens = tokens_of(version)
+    hidden, _ = quick_jit(functools.partial(models.backbone, cfg=cfg))(params, tokens)
+    np.testing.assert_allclose(
+        models.head(params, hidden), forward(version)(params, tokens)[0], atol=1e-5
+    )
+
+
+@every_version
+def test_unknown_implementation(version):
+    params, cfg = weights(version)
+    with pytest.raises(ValueError, match="scan, chunked, associative"):
+        models.forward(params, tokens_of(version), cfg=cfg, implementation="flash")

@@ -1,0 +1,482 @@
+"""Every implementation of every WKV operator against float64: values, states, all gradients.
+
+One body for all. A `Version` says how to draw inputs, call the operator and ask the oracle; what is
+compared is always a dict of named arrays: the output, the final state and every gradient.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from compiling import quick_jit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import assert_close, bar, relative_rms
+
+from rwkv_jax.wkv import IMPLEMENTATIONS, Wkv4State, cases, wkv4, wkv4_step, wkv7, wkv7_step
+
+SHAPES = {name: shape for name, shape in cases.SHAPES.items() if name != "benchmark"}
+LONG, SMALL = cases.SHAPES["long"], cases.Shape(2, 101, 2, 8)
+"""Both cross the borders of chunks of any implementation, and end inside one."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """One operator. Final states are compared gauge-free: what they stand for, over e^scale."""
+
+    name: str
+    regimes: tuple[str, ...]
+    inputs: Callable
+    state: Callable
+    call: Callable  # (inputs, state, reset, implementation) -> y, state
+    final: Callable  # (state, scale) -> named arrays
+    expected: Callable  # (inputs, state, reset) -> y, named arrays, scale
+    gradients: (
+        Callable  # (inputs, state, reset, dy, cotangents of `final`, scale) -> named gradients
+    )
+
+
+def _call4(inputs, state, reset, implementation):
+    state = None if state is None else Wkv4State(*state)
+    return wkv4(**inputs, state=state, reset=reset, implementation=implementation)
+
+
+def _final4(state, scale):
+    factor = jnp.exp(state.max_exp - scale)
+    return {"final N": state.num * factor, "final D": state.den * factor}
+
+
+def _expected4(inputs, state, reset):
+    sums = None if state is None else oracles.wkv4_sums(*state)
+    y, (n, d) = oracles.wkv4(**inputs, sums=sums, reset=reset)
+    scale = np.log(d).astype(np.float32)
+    factor = np.exp(-scale.astype(np.float64))
+    return y, {"final N": n * factor, "final D": d * factor}, scale
+
+
+def _gradients4(inputs, state, reset, dy, dfinal, scale):
+    factor = np.exp(-scale.astype(np.float64))
+    dsums = dfinal["final N"] * factor, dfinal["final D"] * factor
+    grads = oracles.wkv4_grad(
+        **inputs, sums=oracles.wkv4_sums(*state), reset=reset, dy=dy, dsums=dsums
+    )
+    weight = np.exp(state[2].astype(np.float64))
+    return grads | {"num": grads.pop("N") * weight, "den": grads.pop("D") * weight}
+
+
+def _call7(inputs, state, reset, implementation):
+    return wkv7(**inputs, state=state, reset=reset, implementation=implementation)
+
+
+def _expected7(inputs, state, reset):
+    y, state = oracles.wkv7(**inputs, state=state, reset=reset)
+    return y, {"final state": state}, np.zeros((), np.float32)
+
+
+def _gradients7(inputs, state, reset, dy, dfinal, scale):
+    return oracles.wkv7_grad(
+        **inputs, state=state, reset=reset, dy=dy, dstate=dfinal["final state"]
+    )
+
+
+VERSIONS = {
+    "4": Version(
+        "4",
+        cases.WKV4_REGIMES,
+        cases.wkv4_inputs,
+        cases.wkv4_state,
+        _call4,
+        _final4,
+        _expected4,
+        _gradients4,
+    ),
+    "7": Version(
+        "7",
+        cases.WKV7_REGIMES,
+        cases.wkv7_inputs,
+        cases.wkv7_state,
+        _call7,
+        lambda state, scale: {"final state": state},
+        _expected7,
+        _gradients7,
+    ),
+}
+
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+every_version = pytest.mark.parametrize(
+    "version", VERSIONS.values(), ids=lambda version: f"wkv{version.name}"
+)
+
+
+@functools.cache
+def compiled(version, implementation, jit=jax.jit):
+    """(inputs, state, reset, scale, dy, dfinal) -> all values and gradients, by one program."""
+
+    @jit
+    def everything(inputs, state, reset, scale, dy, dfinal):
+        def run(inputs, state):
+            y, after = version.call(inputs, state, reset, implementation)
+            return {"y": y} | version.final(after, scale)
+
+        values, pull_back = jax.vjp(run, inputs, state)
+        dinputs, dstate = pull_back({"y": dy} | dfinal)
+        dstate = {"num": dstate[0], "den": dstate[1]} if version.name == "4" else {"state": dstate}
+        return values, dinputs | dstate
+
+    return everything
+
+
+@functools.cache
+def forward(version, implementation):
+    """(inputs, state, reset) -> y and the state as it is; state and reset may be None."""
+    return quick_jit(
+        lambda inputs, state, reset: version.call(inputs, state, reset, implementation)
+    )
+
+
+def cotangents(version, shape, final, seed=0):
+    rng = np.random.default_rng([seed, 2])
+    size = (shape.batch, shape.time, shape.width) if version.name == "4" else shape.heads_shape
+    dfinal = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in final.items()}
+    return rng.normal(size=size).astype(np.float32), dfinal
+
+
+def compare(version, implementation, regime, shape, reset):
+    """Values and gradients of one case against the oracle's; an error names the array."""
+    inputs, state = version.inputs(regime, shape), version.state(shape)
+    y, final, scale = version.expected(inputs, state, reset)
+    dy, dfinal = cotangents(version, shape, final)
+    gradients = version.gradients(inputs, state, reset, dy, dfinal, scale)
+    run = compiled(version, implementation, jax.jit if shape == LONG else quick_jit)
+    values, dinputs = run(inputs, state, reset, scale, dy, dfinal)
+    assert {x.dtype for x in jax.tree.leaves((values, dinputs))} == {np.dtype("float32")}
+    expected = {"y": y} | final | {f"d {name}": x for name, x in gradients.items()}
+    actual = values | {f"d {name}": x for name, x in dinputs.items()}
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        # Where the true gradient is zero the oracle may hold its own float64 rounding.
+        x = np.where(np.abs(x) < 1e-12, 0.0, x)
+        error, allowed = relative_rms(actual[name], x), slack(inputs) * bar("float32", shape.time)
+        assert error <= allowed, (
+            f"{name} of {regime}, {shape}: error {error:.2e}, bar {allowed:.1e}"
+        )
+
+
+def slack(inputs):
+    """Factor on the bar for large exponents: rounding x is a relative error of |x| eps in e^x.
+
+    Version 4 keeps its sums as a mantissa and an exponent as large as the largest key; the bars are
+    measured with keys of standard deviation 1, which stay below 4 or so.
+    """
+    return max(1.0, np.abs(inputs["k"]).max() / 4) if "u" in inputs else 1.0
+
+
+@every_implementation
+@every_version
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+def test_lengths_and_head_sizes(version, implementation, shape):
+    compare(version, implementation, "typical", shape, cases.reset_pattern("random", shape))
+
+
+REGIMES = [
+    pytest.param(version, regime, id=f"wkv{version.name}-{regime.replace(' ', '-')}")
+    for version in VERSIONS.values()
+    for regime in version.regimes
+]
+
+
+@every_implementation
+@pytest.mark.parametrize(("version", "regime"), REGIMES)
+def test_hard_regimes(version, implementation, regime):
+    compare(version, implementation, regime, LONG, cases.reset_pattern("none", LONG))
+
+
+@every_implementation
+@every_version
+@pytest.mark.parametrize("pattern", cases.RESETS)
+def test_resets(version, implementation, pattern):
+    compare(version, implementation, "typical", LONG, cases.reset_pattern(pattern, LONG, seed=1))
+
+
+@every_implementation
+@every_version
+def test_no_state_and_no_reset_are_the_defaults(version, implementation):
+    inputs = version.inputs("typical", SMALL)
+    y, final, scale = version.expected(inputs, None, None)
+    actual_y, after = forward(version, implementation)(inputs, None, None)
+    assert_close(actual_y, y, "float32", name="y")
+    for name, x in version.final(after, scale).items():
+        assert_close(x, final[name], "float32", name=name)
+
+
+def halves(inputs, cut):
+    """Inputs of the first `cut` tokens, and of the others; version 4's log_w and u are in both."""
+    whole = {name: x for name, x in inputs.items() if x.ndim == 1}
+    first = {name: x[:, :cut] for name, x in inputs.items() if x.ndim > 1}
+    second = {name: x[:, cut:] for name, x in inputs.items() if x.ndim > 1}
+    return first | whole, second | whole
+
+
+@every_implementation
+@every_version
+@settings(max_examples=4)
+@given(cut=st.integers(1, SMALL.time - 1), seed=st.integers(0, 99))
+def test_cut_anywhere_and_carry_the_state(version, implementation, cut, seed):
+    """Two calls with the state between them are one call; a fresh state there is a reset."""
+    inputs, run = version.inputs("typical", SMALL, seed), forward(version, implementation)
+    whole, _, scale = version.expected(inputs, version.state(SMALL), None)
+    reset = np.zeros((SMALL.batch, SMALL.time), bool)
+    reset[:, cut] = True
+    restarted, final, fresh_scale = version.expected(inputs, None, reset)
+
+    first, second = halves(inputs, cut)
+    y1, state = run(first, version.state(SMALL), None)
+    y2, carried = run(second, state, None)
+    assert_close(np.concatenate([y1, y2], 1), whole, "float32", name=f"y, cut at {cut}")
+    _, expected, scale = version.expected(inputs, version.state(SMALL), None)
+    for name, x in version.final(carried, scale).items():
+        assert_close(x, expected[name], "float32", name=f"{name}, cut at {cut}")
+
+    y2, fresh = run(second, None, None)
+    assert_close(y2, restarted[:, cut:], "float32", name=f"y after a reset at {cut}")
+    for name, x in version.final(fresh, fresh_scale).items():
+        assert_close(x, final[name], "float32", name=f"{name}, fresh at {cut}")
+
+
+@every_implementation
+@every_version
+def test_states_pass_between_implementations(version, implementation):
+    """One implementation's state goes on in any other, and gradients come back through it."""
+    inputs = version.inputs("typical", SMALL)
+    y, final, scale = version.expected(inputs, None, None)
+    dy, dfinal = cotangents(version, SMALL, final)
+    dy, dfinal = (
+        np.where(np.arange(SMALL.time).reshape(-1, *(1,) * (dy.ndim - 2)) < 70, 0, dy),
+        jax.tree.map(np.zeros_like, dfinal),
+    )
+    fresh = jax.tree.map(np.zeros_like, version.state(SMALL))
+    gradients = version.gradients(inputs, fresh, None, dy, dfinal, scale)
+
+    @partial(quick_jit, static_argnums=(1, 2))
+    def two_calls(inputs, one, other):
+        def run(inputs):
+            first, second = halves(inputs, 70)
+            _, state = version.call(first, None, None, one)
+            return version.call(second, state, None, other)[0]
+
+        y2, pull_back = jax.vjp(run, inputs)
+        return y2, pull_back(jnp.asarray(dy[:, 70:], jnp.float32))[0]
+
+    for one, other in {
+        ("scan", implementation),
+        (implementation, "scan"),
+        (implementation, implementation),
+    }:
+        y2, dinputs = two_calls(inputs, one, other)
+        assert_close(y2, y[:, 70:], "float32", name=f"y, {one} then {other}")
+        for name, x in dinputs.items():
+            assert_close(x, gradients[name], "float32", name=f"d {name}, {one} then {other}")
+
+
+STARTS = (85, 131)
+"""Where the second document of row 0 and of row 1 starts in the next test."""
+
+
+@every_implementation
+@every_version
+@pytest.mark.parametrize("changed", ["first", "second"])
+def test_a_document_ignores_its_neighbour(version, implementation, changed):
+    """With other neighbours a document keeps its outputs and gradients.
+
+    Bit for bit, unless the neighbour's decay changes in a form that shares cumulative decays
+    inside a chunk: there rounding differs, and the bar is the usual one.
+    """
+    reset = np.zeros((LONG.batch, LONG.time), bool)
+    reset[np.arange(2), STARTS] = True
+    mine = np.arange(LONG.time)[None] >= np.array(STARTS)[:, None]
+    mine = mine if changed == "first" else ~mine
+    inputs, others = version.inputs("typical", LONG), version.inputs("typical", LONG, seed=1)
+    state = version.state(LONG) if changed == "second" else version.state(LONG, seed=0)
+    _, final, scale = version.expected(inputs, state, reset)
+    dy, dfinal = cotangents(version, LONG, final)
+    if changed == "second":
+        dfinal = jax.tree.map(np.zeros_like, dfinal)
+
+    def document(inputs, dy):
+        values, grads = compiled(version, implementation)(inputs, state, reset, scale, dy, dfinal)
+        arrays = {"y": values["y"]} | {
+            f"d {name}": grads[name] for name in inputs if inputs[name].ndim > 1
+        }
+        found = {name: np.asarray(x)[mine] for name, x in arrays.items()}
+        if changed == "first":
+            found |= {name: np.asarray(x) for name, x in values.items() if name != "y"}
+        return found
+
+    def swap(names):
+        return {
+            name: np.where(mine.reshape(*mine.shape, *(1,) * (x.ndim - 2)), x, others[name])
+            if name in names
+            else x
+            for name, x in inputs.items()
+        }
+
+    tokenwise = [name for name, x in inputs.items() if x.ndim > 1]
+    other_dy = np.where(mine.reshape(*mine.shape, *(1,) * (dy.ndim - 2)), dy, -3 * dy)
+    before = document(inputs, dy)
+    # The decay's gradient may be a difference of sums that run over the whole chunk.
+    exact = [name for name in before if name != "d log_w" or implementation == "scan"]
+    undecayed = document(swap([name for name in tokenwise if name != "log_w"]), other_dy)
+    for name in exact:
+        assert np.array_equal(undecayed[name], before[name]), f"{name} depends on the neighbour"
+    after = document(swap(tokenwise), other_dy)
+    for name, x in before.items():
+        if implementation == "scan":
+            assert np.array_equal(after[name], x), f"{name} depends on the neighbour"
+        assert_close(after[name], x, "float32", name=name)
+
+
+@every_implementation
+@every_version
+def test_causality_by_gradient(version, implementation):
+    """A token's output has a gradient at all earlier tokens of its document, at no later one."""
+    inputs, state, at = version.inputs("typical", LONG), version.state(LONG), 141
+    reset = np.zeros((LONG.batch, LONG.time), bool)
+    reset[1, 115] = True
+    _, final, scale = version.expected(inputs, state, reset)
+    dy, dfinal = cotangents(version, LONG, final)
+    dy[:, :at], dy[:, at + 1 :] = 0, 0
+    dfinal = jax.tree.map(np.zeros_like, dfinal)
+    _, grads = compiled(version, implementation)(inputs, state, reset, scale, dy, dfinal)
+    for name in ("k", "v"):
+        seen = np.abs(np.asarray(grads[name])).reshape(LONG.batch, LONG.time, -1).max(-1) > 0
+        assert seen[0].tolist() == [t <= at for t in range(LONG.time)], f"{name}, row 0"
+        assert seen[1].tolist() == [115 <= t <= at for t in range(LONG.time)], f"{name}, row 1"
+    for name, x in grads.items():
+        if name in inputs and x.ndim > 1:
+            later = np.abs(np.asarray(x)[:, at + 1 :]).max()
+            # Chunks share cumulative decays: there the gradient is a difference, of which
+            # rounding may remain.
+            rounding = 1e-5 * np.abs(x).max() if name == "log_w" and implementation != "scan" else 0
+            assert later <= rounding, f"{name} of a later token"
+
+
+@every_version
+def test_steps_equal_the_sequence(version):
+    inputs, state = version.inputs("typical", SMALL), version.state(SMALL)
+    y, final, scale = version.expected(inputs, state, None)
+    step = jax.jit(wkv4_step if version.name == "4" else wkv7_step)
+    state = Wkv4State(*map(jnp.asarray, state)) if version.name == "4" else state
+    outputs = []
+    for t in range(SMALL.time):
+        token = {name: x[:, t] if x.ndim > 1 else x for name, x in inputs.items()}
+        out, state = step(**token, state=state)
+        outputs.append(out)
+    assert_close(np.stack(outputs, 1), y, "float32", name="y")
+    for name, x in version.final(state, scale).items():
+        assert_close(x, final[name], "float32", name=name)
+
+
+@every_implementation
+@every_version
+def test_bfloat16_inputs_accumulate_in_float32(version, implementation):
+    """Outputs carry one rounding to bfloat16, and the state, a sum of 200 terms, none."""
+    shape = cases.SHAPES["long"]
+    inputs = version.inputs("pure sum" if version.name == "7" else "typical", shape)
+    low = {
+        name: x if name in ("log_w", "u") else jnp.asarray(x, jnp.bfloat16)
+        for name, x in inputs.items()
+    }
+    same = {name: np.asarray(x).astype(np.float32) for name, x in low.items()}
+    y, final, scale = version.expected(same, version.state(shape), None)
+    actual, after = forward(version, implementation)(low, version.state(shape), None)
+    assert actual.dtype == jnp.bfloat16
+    assert {x.dtype for x in jax.tree.leaves(after)} == {np.dtype("float32")}
+    # Rounding to 8 bits has a relative RMS error of 1.7e-3; sums in bfloat16 show 1e-2.
+    assert relative_rms(np.asarray(actual).astype(np.float32), y) < 2.5e-3
+    for name, x in version.final(after, scale).items():
+        assert_close(x, final[name], "float32", shape.time, name=name)
+
+
+@every_implementation
+@every_version
+def test_float64_is_exact(version, implementation):
+    """In float64 nothing hides: an approximation, a clamp, a term left out would show."""
+    reset = cases.reset_pattern("random", SMALL)
+    with jax.enable_x64(True):
+        inputs = {
+            name: x.astype(np.float64) for name, x in version.inputs("typical", SMALL).items()
+        }
+        state = jax.tree.map(lambda x: x.astype(np.float64), version.state(SMALL))
+        y, final, scale = version.expected(inputs, state, reset)
+        dy, dfinal = jax.tree.map(lambda x: x.astype(np.float64), cotangents(version, SMALL, final))
+        gradients = version.gradients(inputs, state, reset, dy, dfinal, scale)
+        scale = scale.astype(np.float64)
+        run = compiled(version, implementation, quick_jit)
+        values, dinputs = run(inputs, state, reset, scale, dy, dfinal)
+        for name, x in ({"y": y} | final).items():
+            assert_close(values[name], x, "float64", name=name)
+        for name, x in gradients.items():
+            assert_close(dinputs[name], x, "float64", name=f"d {name}")
+
+
+@every_implementation
+@every_version
+def test_vmap_is_a_loop(version, implementation):
+    """The operators are functions like any other: a mapped axis in front is a loop."""
+    draws = [version.inputs("typical", SMALL, seed) for seed in range(2)]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *draws)
+    mapped, _ = quick_jit(jax.vmap(lambda x: version.call(x, None, None, implementation)))(stacked)
+    for index, inputs in enumerate(draws):
+        y, _, _ = version.expected(inputs, None, None)
+        assert_close(mapped[index], y, "float32", name=f"y of {index}")
+
+
+@every_version
+def test_chunked_backward_keeps_less_than_scan(version):
+    """The gradient of `scan` keeps a state per token; that of `chunked` at most one per chunk."""
+    shape = cases.Shape(1, 512, 2, 64)
+    inputs, state = version.inputs("typical", shape), version.state(shape)
+    reset = cases.reset_pattern("none", shape)
+    _, final, scale = version.expected(inputs, state, reset)
+    dy, dfinal = cotangents(version, shape, final)
+
+    def temporaries(implementation):
+        lowered = compiled(version, implementation).lower(inputs, state, reset, scale, dy, dfinal)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    # The scan's states alone, against which the chunked form is measured.
+    states = shape.time * shape.heads * shape.size * (shape.size if version.name == "7" else 3) * 4
+    assert temporaries("scan") > states
+    assert temporaries("chunked") < (
+        states / 3 if version.name == "7" else temporaries("scan") / 1.5
+    )
+
+
+@every_version
+def test_errors_name_the_mistake(version):
+    inputs = jax.tree.map(jnp.asarray, version.inputs("typical", SMALL))
+    with pytest.raises(ValueError, match=r"'flash'.*scan, chunked, associative"):
+        version.call(inputs, None, None, "flash")
+
+    # The package's own checks, without the annotations' that only tests switch on.
+    operator = inspect.unwrap(wkv4 if version.name == "4" else wkv7)
+    for name in inputs:
+        wrong = inputs | {name: jnp.repeat(inputs[name], 2, axis=-1)}
+        if version.name == "7" and name == "v":
+            wrong = inputs | {"v": inputs["v"][:, 1:]}
+        with pytest.raises(ValueError, match=rf"wkv{version.name}: shapes.*\b{name} \["):
+            operator(**wrong)
+    with pytest.raises(ValueError, match="reset"):
+        operator(**inputs, reset=jnp.zeros((SMALL.batch, 3), bool))
+    state = jax.tree.map(
+        jnp.asarray, version.state(cases.Shape(SMALL.batch + 1, 1, SMALL.heads, SMALL.size))
+    )
+    with pytest.raises(ValueError, match="state"):
+        operator(**inputs, state=Wkv4State(*state) if version.name == "4" else state)
