@@ -64,12 +64,12 @@ def _sample(args: argparse.Namespace) -> None:
     check_seed(seed)
     check_tokens(args.tokens)
     prompts, stop = [_text(x) for x in args.prompt], [_text(x) for x in args.stop]
+    if args.interactive and args.prompt_file == "-":
+        raise UserError("--interactive reads what you type: --prompt-file cannot be stdin as well")
     if args.prompt_file:
         prompts.append(_read(args.prompt_file))
     if args.interactive and len(prompts) > 1:
         raise UserError(f"--interactive is one text: give it one prompt, not {len(prompts)}")
-    if args.interactive and args.prompt_file == "-":
-        raise UserError("--interactive reads what you type: --prompt-file cannot be stdin as well")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # any terminal shows any text
     writer = _load(args.run)

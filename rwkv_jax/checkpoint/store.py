@@ -15,6 +15,8 @@ import contextlib
 import dataclasses
 import errno
 import importlib.metadata
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from rwkv_jax.training.state import TrainState
 from rwkv_jax.typing import Array, PyTree
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.toml", "tokenizer", "checkpoints"
+UNFINISHED = ".orbax-checkpoint-tmp"
+"""In the name of a checkpoint until all of it is on disk."""
 
 
 class StoreError(UserError):
@@ -50,10 +54,11 @@ class Store:
         absl_logging.set_verbosity(absl_logging.FATAL)
         options = ocp.CheckpointManagerOptions(read_only=True)
         if keep:
-            options = ocp.CheckpointManagerOptions(
-                preservation_policy=preservation_policy.LatestN(keep), cleanup_tmp_directories=True
-            )
+            newest = preservation_policy.LatestN(keep)
+            options = ocp.CheckpointManagerOptions(preservation_policy=newest)
         with _writing(self.folder):
+            for left in self.folder.glob(f"*{UNFINISHED}*") if keep else ():
+                shutil.rmtree(left)
             self._manager = ocp.CheckpointManager(
                 self.folder, options=options, item_names=("params", "rest", "meta")
             )
@@ -153,11 +158,25 @@ def _reading(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        _ignore_stragglers()
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise StoreError(
             f"{checkpoint}: damaged or of another shape ({reason[:120]});"
             " delete this folder to go on from the checkpoint before it"
         ) from error
+
+
+def _ignore_stragglers() -> None:
+    """Keeps quiet reads that are still under way when one has failed: Orbax does not await them."""
+    report = sys.unraisablehook
+
+    def hook(what: Any) -> None:
+        if not (
+            isinstance(what.exc_value, RuntimeError) and "loop is closed" in str(what.exc_value)
+        ):
+            report(what)
+
+    sys.unraisablehook = hook
 
 
 def versions() -> dict[str, str]:

@@ -92,15 +92,15 @@ def prefill(
     """Rows that have read their prompts; `params` in `decoding_layout`.
 
     Each prompt is read by itself, so rows may differ in length and none depends on its neighbours.
-    An empty one starts a document: its logits are those after `end`, the token between documents,
-    and its state is fresh, as training resets the state after that token.
+    An empty one starts a document: it reads `end`, the token between documents, from a fresh state, as
+    every document does in training.
     """
     fresh = _fresh_state(cfg, 1)
     logits, states = [], []
     for prompt in prompts:
         row_logits, state = _read(params, prompt or [end], fresh, cfg)
         logits.append(row_logits)
-        states.append(state if prompt else fresh)
+        states.append(state)
     return _side_by_side(logits, states, _keys(seeds))
 
 
@@ -132,14 +132,13 @@ def extend(
     return replace(rows, logits=logits, state=state, ended=jnp.zeros_like(rows.ended))
 
 
-def new_document(rows: Rows[Array], *, cfg: ModelConfig) -> Rows[Array]:
-    """Rows that have just read the token between documents, with all before it forgotten."""
-    batch, vocab_size = rows.logits.shape
-    return replace(
-        rows,
-        state=_fresh_state(cfg, batch),
-        counts=no_counts(batch, vocab_size),
-        ended=jnp.zeros_like(rows.ended),
+def new_document(
+    params: Model[Array], rows: Rows[Array], *, cfg: ModelConfig, end: int
+) -> Rows[Array]:
+    """A single row at the start of a document: `end` read from a fresh state, all before forgotten."""
+    counts = no_counts(1, rows.logits.shape[1])
+    return extend(
+        params, replace(rows, state=_fresh_state(cfg, 1), counts=counts), [end], cfg=cfg
     )
 
 

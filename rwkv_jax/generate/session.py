@@ -330,7 +330,10 @@ class Session:
                 # The block ran past the stop string: the same tokens again, up to it.
                 _, after = self._writer.write(before, settings, piece.tokens)
             if piece.finish == "end":
-                after = new_document(after, cfg=self._writer.cfg)
+                writer = self._writer
+                after = new_document(
+                    writer.params, after, cfg=writer.cfg, end=writer.tokenizer.eod
+                )
             self._rows = after
             left -= piece.tokens
             yield piece

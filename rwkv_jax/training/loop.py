@@ -1,9 +1,9 @@
 """`train(cfg)`: the whole of a run, from a config to a sample of what the model has learnt.
 
-A step is dispatched, the next batch is read while the device computes, and what the step before it
-reports is looked at: the device never waits for the host. All that decides what comes next is in the
-checkpoint (arrays, and a few numbers beside them), and batches follow from seed and step; so a run that
-is stopped anywhere and started again is, bit for bit, the run that never stopped.
+A step is dispatched, the next batch is read while the device computes, and what the step before
+reports is looked at: the device never waits for the host. All that decides what comes next is in
+the checkpoint (arrays, and a few numbers beside them), and batches follow from seed and step; so a
+run that is stopped anywhere and started again is, bit for bit, the run that never stopped.
 """
 
 import contextlib
@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from rwkv_jax import generate, models, params as tables
+from rwkv_jax import generate, models
+from rwkv_jax import params as tables
 from rwkv_jax.checkpoint.store import CHECKPOINTS, Store, versions
 from rwkv_jax.config import Config
 from rwkv_jax.data.loader import Batch, batch, epoch_windows
@@ -45,7 +46,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def train(cfg: Config, *, console: Console | None = None) -> Path:
-    """Trains as `cfg` says, going on where the run in `train.output` stopped, and returns that folder.
+    """Trains as `cfg` says, going on where the run in `train.output` stopped; returns that folder.
 
     Raises `UserError` for whatever the user can mend (`NonFiniteError` if training diverged), and
     `Interrupted` after the first SIGINT or SIGTERM, once a checkpoint is saved.
@@ -115,8 +116,8 @@ def _open(cfg: Config, tokens: Tokens, folder: Path, store: Store, console: Cons
         meta = store.meta(step)
         if meta["data"] != data:
             raise RunError(
-                f"{folder}: was trained on other text than data.source = {cfg.data.source} gives now;"
-                " put that text back, or choose another train.output"
+                f"{folder}: was trained on other text than data.source = {cfg.data.source} gives"
+                " now; put that text back, or choose another train.output"
             )
         if step > cfg.train.steps:
             raise RunError(

@@ -1,8 +1,8 @@
 """`metrics.jsonl`: one JSON object a line, appended as the run goes, and never a step twice.
 
 Training lines hold `step, tokens, loss, bpb, lr, grad_norm, tokens_per_s, seconds`; `loss` and
-`grad_norm` are means over the steps since the line before. Evaluations hold `heldout_bpb` and its like,
-the last one `final` and the compressors' bits per byte.
+`grad_norm` are means over the steps since the line before. Evaluations hold `heldout_bpb` and its
+like, the last one `final` and the compressors' bits per byte.
 """
 
 import contextlib

@@ -51,10 +51,17 @@ def adamw(
     scale_groups = optax.stateless(
         lambda updates, _: jax.tree.map(lambda u, scale: u * scale, updates, lr_scales)
     )
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity(),
         optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps),
         optax.add_decayed_weights(cfg.weight_decay, mask=decayed),
         scale_groups,
         optax.scale_by_learning_rate(learning_rate),
     )
+
+    def update(grads: PyTree, state: PyTree, params: PyTree | None = None) -> tuple:
+        # optax raises floats to integer powers, which JAX refuses where it is set to be strict.
+        with jax.numpy_dtype_promotion("standard"):
+            return chain.update(grads, state, params)
+
+    return optax.GradientTransformation(chain.init, update)

@@ -115,7 +115,7 @@ def _check_free(folder: Path, cfg: Config) -> None:
     for name, there, here in differences(found, cfg):
         if name not in FREE and not name.startswith("sample."):
             raise RunError(
-                f"{folder}: holds another run ({name} is {there!r} there and {here!r} here);"
+                f"{folder}: holds another run ({name} is {there!r} there, {here!r} here);"
                 f" choose another train.output, or delete {folder} to start over"
             )
 
@@ -131,7 +131,7 @@ def differences(there: Config, here: Config) -> Iterator[tuple[str, object, obje
 
 
 def fingerprint(tokens: Tokens) -> str:
-    """The same for two runs if they read the same text: tokenizer, sizes, a sample of the tokens."""
+    """Equal for runs that read the same text: tokenizer, sizes, and a sample of the tokens."""
     train = tokens.train
     sizes = [len(train), len(tokens.heldout), tokens.train_bytes, tokens.heldout_bytes]
     places = np.linspace(0, len(train) - 1, min(len(train), 1 << 16)).astype(np.int64)

@@ -1,6 +1,6 @@
 """What a training run carries from step to step."""
 
-from typing import Any
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,14 @@ from flax import struct
 from rwkv_jax import models
 from rwkv_jax.config import Config, ModelConfig
 from rwkv_jax.training.optimizer import adamw, schedule
-from rwkv_jax.typing import Array, Int
+from rwkv_jax.typing import Array, Leaf
 
 
 @struct.dataclass
-class TrainState:
+class TrainState(Generic[Leaf]):
     """Steps taken, parameters and the optimizer's moments; the step decides the data's order."""
 
-    step: Int[Array, ""]
+    step: Leaf
     params: Any
     opt_state: Any
 
@@ -28,7 +28,7 @@ def optimizer_for(cfg: Config, model_cfg: ModelConfig) -> optax.GradientTransfor
     return adamw(cfg.optimizer, models.specs(model_cfg), learning_rate)
 
 
-def init_train_state(cfg: Config, model_cfg: ModelConfig) -> TrainState:
+def init_train_state(cfg: Config, model_cfg: ModelConfig) -> TrainState[Array]:
     """The state before the first step: parameters drawn from `train.seed`, moments zero."""
 
     def init(key):
@@ -39,7 +39,7 @@ def init_train_state(cfg: Config, model_cfg: ModelConfig) -> TrainState:
     return jax.jit(init)(jax.random.key(cfg.train.seed))
 
 
-def abstract_train_state(cfg: Config, model_cfg: ModelConfig) -> TrainState:
+def abstract_train_state(cfg: Config, model_cfg: ModelConfig) -> TrainState[jax.ShapeDtypeStruct]:
     """The state's shapes and dtypes, without making it."""
     params = models.abstract_params(model_cfg)
     opt_state = jax.eval_shape(optimizer_for(cfg, model_cfg).init, params)

@@ -1,6 +1,6 @@
 """One optimizer step, compiled once: gradients of a batch (in parts, if asked), then the update."""
 
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from rwkv_jax.params import path_name
 from rwkv_jax.training.loss import cross_entropy
 from rwkv_jax.training.optimizer import schedule
 from rwkv_jax.training.state import TrainState, optimizer_for
-from rwkv_jax.typing import Array, Bool, Callable, Float, PyTree
+from rwkv_jax.typing import Array, Callable, Float, Leaf, PyTree
 
 
 class Batch(Protocol):
@@ -26,17 +26,17 @@ class Batch(Protocol):
 
 
 @struct.dataclass
-class Metrics:
+class Metrics(Generic[Leaf]):
     """What one step reports; scalars but the last."""
 
-    loss: Float[Array, ""]
+    loss: Leaf
     """Cross entropy in nats per token, without regularisers."""
-    grad_norm: Float[Array, ""]
+    grad_norm: Leaf
     """Global norm, before clipping."""
-    lr: Float[Array, ""]
-    finite: Bool[Array, ""]
+    lr: Leaf
+    finite: Leaf
     """Loss and gradient are finite. If not, the step changed nothing."""
-    bad_gradients: Bool[Array, " leaves"]
+    bad_gradients: Leaf
     """Which parameters, in `jax.tree.leaves` order, had a non-finite gradient."""
 
 

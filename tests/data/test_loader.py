@@ -120,11 +120,12 @@ def test_rows_are_the_same_however_they_are_shared_out(parts):
 
 @given(lengths=st.lists(st.integers(0, 12), min_size=20, max_size=60), seed=st.integers(0, 1000))
 def test_targets_and_resets_against_brute_force(lengths, seed):
-    """Each token carries its document's number: where it changes, and only there, a state ends."""
+    """Each token carries its document's number, the id between two that of the second: where it changes,
+    and only there, a state ends."""
     stream, owner = [], []
     for number, length in enumerate(lengths):
         stream += [1 + number] * length + [EOD]
-        owner += [number] * (length + 1)
+        owner += [number] * length + [number + 1]
     tokens = np.array(stream, np.uint16)
     for step in range(6):
         inputs, targets, reset = read(tokens, step, batch=2, context=9, seed=seed)
@@ -136,8 +137,8 @@ def test_targets_and_resets_against_brute_force(lengths, seed):
             assert (inputs[row] == tokens[places]).all()
             assert (targets[row] == tokens[places + 1]).all()
             for t, place in enumerate(places):
-                expected = t > 0 and owner[place] != owner[place - 1]
-                assert reset[row, t] == expected
+                starts = place > 0 and owner[place] != owner[place - 1]
+                assert reset[row, t] == starts
 
 
 def test_too_short_for_one_window():

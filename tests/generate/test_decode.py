@@ -1,4 +1,4 @@
-"""Prefill and the decode loop against plain `forward`, and the properties that sampling rests on."""
+"""Prefill and the decode loop against plain `forward`, and what sampling rests on."""
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +111,7 @@ def test_a_row_ends_with_its_end_token(writer7):
     rows = start(writer7, [PROMPT, [7], []], [3, 4, 5])
     free, _ = write(writer7, rows, Sampling(), 40, end=-2)
     first, *others = free[:, :40].tolist()
-    end = next(token for token in first if token not in sum(others, []))
+    end = next(token for token in first if not any(token in other for other in others))
     written, rows = write(writer7, rows, Sampling(), 40, end=end)
     length = first.index(end) + 1
     assert written[0, :length].tolist() == first[:length]
@@ -119,7 +119,7 @@ def test_a_row_ends_with_its_end_token(writer7):
     assert written[1:, :40].tolist() == others
     assert rows.ended.tolist() == [True, False, False]
     # Alone, the loop stops with the row.
-    alone, rows = write(writer7, start(writer7, [PROMPT], [3]), Sampling(), 40, end=end)
+    _, rows = write(writer7, start(writer7, [PROMPT], [3]), Sampling(), 40, end=end)
     assert rows.written.tolist() == [length]
     after, _ = write(writer7, rows, Sampling(), 40, end=end)
     assert (after == NO_TOKEN).all()

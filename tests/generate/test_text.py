@@ -1,7 +1,8 @@
 """Stop strings: never printed, not even in part, wherever the text was cut."""
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rwkv_jax.generate.text import StopStrings
 

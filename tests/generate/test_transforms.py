@@ -9,7 +9,6 @@ import scipy.stats
 from rwkv_jax.generate import transforms
 from rwkv_jax.generate.transforms import Settings
 
-
 truncate, sample = jax.jit(transforms.truncate), jax.jit(transforms.sample)
 
 

@@ -1,0 +1,313 @@
+"""The command: what it prints, how it stops, what it says when it can't; and the dialogue."""
+
+import builtins
+import dataclasses
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+import sample
+from rwkv_jax.checkpoint.store import Store
+from rwkv_jax.config import Config, to_toml
+from rwkv_jax.data.tokenizers import ByteTokenizer
+from rwkv_jax.generate import Piece, Sampling, Session, Writer, generate, terminal
+from rwkv_jax.training.state import TrainState
+from tests.generate.conftest import config, weights
+
+ROOT = Path(sample.__file__).parent
+FLAGS = ["--tokens", "20", "--seed", "3"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run, as train.py leaves it."""
+    folder, cfg, tokenizer = tmp_path_factory.mktemp("run"), config("7"), ByteTokenizer()
+    (folder / "config.toml").write_text(to_toml(Config(model=cfg)))
+    tokenizer.save(folder / "tokenizer")
+    store = Store(folder / "checkpoints", keep=1)
+    state = TrainState(jnp.zeros((), jnp.int32), weights("7"), {"m": jnp.zeros(1)})
+    meta = {"model": dataclasses.asdict(cfg), "tokenizer": tokenizer.identity()}
+    store.save(1, state, meta)
+    store.close()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+
+
+def sample_py(*arguments):
+    return sample.main([str(argument) for argument in arguments])
+
+
+def written(prompt, seed):
+    """What the command should write, from the function that it calls."""
+    pieces = generate(
+        weights("7"), config("7"), ByteTokenizer(), [prompt], max_tokens=20, seed=seed
+    )
+    return "".join(piece.text for piece in pieces)
+
+
+def test_one_prompt(run, capsys):
+    assert sample_py(run, "def", *FLAGS) == 0
+    out, err = capsys.readouterr()
+    assert out == f"def{written('def', 3)}\n"
+    assert re.fullmatch(r"\[20 tokens, [\d.]+ tokens/s, seed 3\]\n", err)
+
+
+def test_several_prompts_and_a_file(run, capsys, tmp_path):
+    text = "é\r\n"
+    (tmp_path / "prompt").write_bytes(text.encode())
+    arguments = ["a", *FLAGS, "", "--prompt-file", tmp_path / "prompt"]
+    assert sample_py(run, *arguments) == 0
+    blocks = [
+        f"==> 1/3 <==\na{written('a', 3)}\n",
+        f"==> 2/3 <==\n{written('', 4)}\n",
+        f"==> 3/3 <==\n{text}{written(text, 5)}\n",
+    ]
+    assert capsys.readouterr().out == "\n".join(blocks)
+
+
+def test_no_prompt_no_echo_and_a_random_seed(run, capsys):
+    assert sample_py(run, "--tokens", "20") == 0
+    out, err = capsys.readouterr()
+    seed = int(re.search(r"seed (\d+)", err)[1])
+    assert out == written("", seed) + "\n"
+    assert sample_py(run, "def", "--no-echo", *FLAGS) == 0
+    assert capsys.readouterr().out == written("def", 3) + "\n"
+
+
+def test_stop(run, capsys):
+    free = written("def", 3)
+    assert sample_py(run, "def", *FLAGS, "--stop", "never", "--stop", free[7:9]) == 0
+    assert capsys.readouterr().out == f"def{free[: free.index(free[7:9])]}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["RUN", "--top-p", "1.5"], "top_p 1.5: between 0 and 1"),
+        (["RUN", "--temperature", "-1"], "temperature -1.0: 0"),
+        (["RUN", "--top-k", "-1"], "top_k -1: 0"),
+        (["RUN", "--decay", "2"], "decay 2.0: between"),
+        (["RUN", "--presence", "nan"], "presence nan: a finite number"),
+        (["RUN", "--tokens", "-1"], "tokens -1: 0 or more"),
+        (["RUN", "--seed", "-1"], "seed -1: between"),
+        (["RUN", "--seed", "x"], "argument --seed: invalid int value: 'x'; see --help"),
+        (["RUN", "--no-such"], "unrecognized arguments: --no-such; see --help"),
+        ([], "the following arguments are required: RUN.*; see --help"),
+        (["RUN", "a", "b", "-i"], "--interactive is one text: give it one prompt, not 2"),
+        (["RUN", "-i", "--prompt-file", "-"], "--interactive reads what you type"),
+        (["RUN", "--prompt-file", "TMP/none"], "--prompt-file .*none: No such file"),
+        (["RUN", "--prompt-file", "TMP/latin"], "--prompt-file .*latin: byte 2 is not UTF-8"),
+        (["TMP/none"], "none: no such folder"),
+        (["TMP"], "holds no run"),
+        (["TMP/fresh"], "has no checkpoint yet"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, arguments, message, tmp_path, capsys):
+    (tmp_path / "latin").write_bytes("caé".encode("latin-1"))
+    (tmp_path / "fresh").mkdir()
+    (tmp_path / "fresh" / "config.toml").write_text((run / "config.toml").read_text())
+    ByteTokenizer().save(tmp_path / "fresh" / "tokenizer")
+    filled = [a.replace("TMP", str(tmp_path)).replace("RUN", str(run)) for a in arguments]
+    try:
+        code = sample_py(*filled)
+    except SystemExit as leave:  # argparse
+        code = leave.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert re.fullmatch(f"sample.py: .*{message}.*\n", err)
+
+
+def test_help_imports_no_jax():
+    code = "import sys, sample\ntry: sample.main(['--help'])\nexcept SystemExit: pass\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "assert 'jax' not in sys.modules"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--interactive" in done.stdout and "python sample.py runs/demo" in done.stdout
+
+
+def test_a_reader_that_leaves_is_no_error(run):
+    command = [sys.executable, "sample.py", run, "def", "--tokens", "100000"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.read(40)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_texts_in_order(capsys):
+    """The first text as it comes, the others when it is their turn."""
+    shown = []
+
+    def pieces():
+        for piece in [
+            Piece(1, "b1 ", 1),
+            Piece(0, "a1 ", 1),
+            Piece(1, "b2", 1, "stop"),
+            Piece(0, "a2", 1, "length"),
+            Piece(2, "c1 ", 1),
+            Piece(2, "c2", 1, "end"),
+        ]:
+            yield piece
+            shown.append(capsys.readouterr().out)
+
+    terminal.print_texts(pieces(), ["A ", "B ", "C "])
+    assert shown == [
+        "==> 1/3 <==\nA ",
+        "a1 ",
+        "",
+        "a2\n\n==> 2/3 <==\nB b1 b2\n\n==> 3/3 <==\nC ",
+        "c1 ",
+        "c2\n",
+    ]
+
+
+class Typist:
+    """Stands in for the keyboard: what is typed line by line, then Ctrl-D; or Ctrl-C."""
+
+    def __init__(self, monkeypatch, *lines):
+        self._lines = list(lines)
+        monkeypatch.setattr(builtins, "input", self)
+
+    def __call__(self, prompt):
+        if not self._lines:
+            raise EOFError
+        line = self._lines.pop(0)
+        if line is KeyboardInterrupt:
+            raise line
+        return line
+
+
+@pytest.fixture(scope="module")
+def printable():
+    class Printable(ByteTokenizer):
+        def decode_bytes(self, ids):
+            return bytes(33 + i % 90 for i in map(int, ids) if i != self.eod)
+
+    return Writer(weights("7"), config("7"), Printable())
+
+
+def talk(writer, tokens=8):
+    return terminal.Dialogue(Session(writer, 3), Sampling(), tokens)
+
+
+def expected(writer, *turns, seed=3, sampling=None):
+    """What a session writes that is fed each text and then writes so many tokens."""
+    session, out = Session(writer, seed), ""
+    for fed, tokens in turns:
+        session.feed(fed)
+        pieces = session.stream(max_tokens=tokens, sampling=sampling)
+        out += "".join(piece.text for piece in pieces) + "\n"
+    return out
+
+
+def test_dialogue_continues_one_text(printable, monkeypatch, capsys):
+    Typist(monkeypatch, "one\\", "two", KeyboardInterrupt, "", ":set tokens 5", "three", ":q", "x")
+    talk(printable).run()
+    out, err = capsys.readouterr()
+    assert out == expected(printable, ("one\ntwo", 8), ("", 8), ("three", 5))
+    assert err.count("[8 tokens") == 2 and err.count("[5 tokens") == 1
+
+
+def test_dialogue_opening_and_end_of_input(printable, monkeypatch, capsys):
+    Typist(monkeypatch, "last\\")
+    talk(printable).run("def")
+    assert capsys.readouterr().out == expected(printable, ("def", 8), ("last", 8))
+
+
+def test_dialogue_commands(printable, monkeypatch, capsys):
+    Typist(monkeypatch, ":seed 9", "a", ":reset", ":set temperature 0", "a", ":set", ":help")
+    talk(printable).run()
+    out, err = capsys.readouterr()
+    greedy = Sampling(temperature=0.0)
+    assert out == expected(printable, ("a", 8), seed=9) + expected(
+        printable, ("a", 8), sampling=greedy
+    )
+    assert "[temperature 0.0, top_p 0.85, top_k 0," in err and "tokens 8]" in err
+    assert terminal.HELP in err
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (":no such", "no such command"),
+        (":seed x", "x: an integer is needed"),
+        (":seed -1", "seed -1: between"),
+        (":set top_p 2", "top_p 2.0: between"),
+        (":set top_k 1.5", "1.5: an integer is needed"),
+        (":set tokens -1", "tokens -1: 0 or more"),
+        (":set colour 1", "colour: no such setting; one of temperature,"),
+    ],
+)
+def test_dialogue_goes_on_after_a_mistake(printable, monkeypatch, capsys, line, message):
+    Typist(monkeypatch, line, "a")
+    talk(printable).run()
+    out, err = capsys.readouterr()
+    assert message in err
+    assert out == expected(printable, ("a", 8))
+
+
+def test_interactive_on_a_terminal(run, tmp_path):
+    """A prompt, a text that Ctrl-C stops, and Ctrl-D, typed at a pseudo-terminal."""
+    master, slave = pty.openpty()
+    # Whoever opens a terminal first in a new session gets its Ctrl-C.
+    take = "import os, sys; os.open(os.ttyname(0), os.O_RDWR); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "sample.py", run, "--interactive", "--tokens", "1000000"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", take, *command],
+        cwd=ROOT,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+    )
+    os.close(slave)
+    screen = Screen(master)
+    try:
+        screen.until(r"> $")
+        os.write(master, b"def\n")
+        screen.until(r"def\r\n.{200}")
+        os.write(master, b"\x03")
+        screen.until(r"\[stopped after \d+ tokens.*\]\r\n> $")
+        os.write(master, b":set tokens 3\n\n")
+        screen.until(r"\[3 tokens.*\]\r\n> $")
+        os.write(master, b"\x04")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+
+
+class Screen:
+    """What a terminal has shown since it was last looked at."""
+
+    def __init__(self, master):
+        self._master = master
+        self._text = b""
+
+    def until(self, pattern, seconds=120):
+        deadline = time.monotonic() + seconds
+        while not re.search(pattern.encode(), self._text, re.DOTALL):
+            left = deadline - time.monotonic()
+            assert left > 0, f"no {pattern} in {self._text[-500:]!r}"
+            if select.select([self._master], [], [], min(left, 1))[0]:
+                self._text += os.read(self._master, 65536)
+        self._text = b""

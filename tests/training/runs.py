@@ -1,0 +1,44 @@
+"""A corpus and a config so small that a whole run takes seconds."""
+
+from pathlib import Path
+
+from rwkv_jax.config import Config, load_config
+
+LINES = (
+    "def add(a, b):\n    return a + b\n\n",
+    "for name in names:\n    print(name)\n",
+    "class Point:\n    x = 0\n    y = 0\n",
+    "if value is None:\n    raise ValueError(value)\n",
+    "while True:\n    step += 1\n",
+)
+
+
+def settings(folder: Path, **overrides: object) -> list[str]:
+    """Overrides for a tiny run in `folder`, which also holds the corpus and the cache."""
+    corpus = folder / "corpus"
+    corpus.mkdir(exist_ok=True)
+    for i in range(40):
+        lines = (LINES[(i * j + j // 3) % len(LINES)] for j in range(12 + i % 5))
+        (corpus / f"{i}.py").write_text("".join(lines))
+    values = {
+        "model.layers": 1,
+        "model.width": 64,
+        "data.source": corpus,
+        "data.tokenizer": "bytes",
+        "data.heldout": 0.2,
+        "data.cache": folder / "cache",
+        "train.output": folder / "run",
+        "train.steps": 12,
+        "train.batch": 2,
+        "train.context": 32,
+        "train.log_every": 3,
+        "train.eval_every": 6,
+        "train.eval_tokens": 300,
+        "train.checkpoint_every": 5,
+        "sample.tokens": 0,
+    }
+    return [f"{key}={value}" for key, value in {**values, **overrides}.items()]
+
+
+def config(folder: Path, **overrides: object) -> Config:
+    return load_config(None, settings(folder, **overrides))

@@ -1,0 +1,267 @@
+"""Whole runs: resumed exactly, stopped by signals and kills, refused where they do not belong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+from training.runs import config, settings
+
+from rwkv_jax.errors import UserError
+from rwkv_jax.training import loop
+from rwkv_jax.training.loop import Interrupted, NonFiniteError, train
+from rwkv_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+TIMES = ("seconds", "tokens_per_s")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Every run compiles the same programs."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0, 0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield jax.config.jax_compilation_cache_dir
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def console(tmp_path):
+    with (tmp_path / "stdout").open("w") as file:
+        yield Console(file=file, width=100)
+
+
+def metrics(folder):
+    """What is in metrics.jsonl, without what a clock decides."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [{key: line[key] for key in line if key not in TIMES} for line in lines]
+
+
+def interrupt_at(monkeypatch, step, kind=signal.SIGINT):
+    """Sends this process a signal when the batch of a step is read."""
+    original = loop._batch
+
+    def batch(run, wanted):
+        if wanted == step:
+            os.kill(os.getpid(), kind)
+        return original(run, wanted)
+
+    monkeypatch.setattr(loop, "_batch", batch)
+
+
+@pytest.mark.parametrize("version", ["4", "7"])
+def test_resumed_run_is_the_run_that_never_stopped(version, tmp_path, console, monkeypatch):
+    parts = {"model.version": version, "train.accumulate": 2}
+    whole = config(tmp_path, **parts, **{"train.output": tmp_path / "whole"})
+    expected = metrics(train(whole, console=console))
+    cut = config(tmp_path, **parts)
+    # Between log lines, before an evaluation; then right at a checkpoint; then SIGTERM.
+    for step, kind in ((4, signal.SIGINT), (10, signal.SIGINT), (11, signal.SIGTERM)):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, step, kind)
+            with pytest.raises(Interrupted, match=r"Stopped after step \d+ of 12, saved in"):
+                train(cut, console=console)
+    folder = train(cut, console=console)
+    assert metrics(folder) == expected
+    assert [line["step"] for line in expected if "loss" in line] == [3, 6, 9, 12]
+    assert [line["step"] for line in expected if "heldout_bpb" in line] == [6, 12]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_finished_run_is_evaluated_again_and_may_be_made_longer(tmp_path, console):
+    first = metrics(train(config(tmp_path), console=console))
+    assert metrics(train(config(tmp_path), console=console)) == first
+    longer = config(tmp_path, **{"train.steps": 15, "train.log_every": 5, "sample.tokens": 4})
+    lines = metrics(train(longer, console=console))
+    assert [line["step"] for line in lines if "loss" in line] == [3, 6, 9, 12, 15]
+    assert [line["step"] for line in lines if "final" in line] == [15]
+    shorter = config(tmp_path, **{"train.steps": 5})
+    with pytest.raises(UserError, match=r"train.steps = 5: .* is at step 15 already"):
+        train(shorter, console=console)
+
+
+def test_final_table_curve_and_checkpoints(tmp_path, console):
+    folder = train(config(tmp_path, **{"train.keep": 1}), console=console)
+    console.file.flush()
+    printed = (tmp_path / "stdout").read_text()
+    final = metrics(folder)[-1]
+    assert f"{final['heldout_bpb']:.3f}" in printed
+    for name, value in final["compressors"].items():
+        assert name in printed
+        assert f"{value:.3f}" in printed
+    assert "step 12/12  loss" in printed
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["12"]
+    assert not list(folder.glob("*.tmp"))
+    # Learning shows: the corpus is the same five lines again and again.
+    losses = [line["loss"] for line in metrics(folder) if "loss" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_divergence_names_the_step_the_gradient_and_the_last_good_checkpoint(
+    tmp_path, console, monkeypatch
+):
+    original = loop.make_train_step
+
+    def poisoned(cfg, model_cfg):
+        step = original(cfg, model_cfg)
+
+        def train_step(state, batch):
+            if int(state.step) == 7:
+                emb = state.params.emb.at[:].set(jnp.nan)
+                state = state.replace(params=state.params.replace(emb=emb))
+            return step(state, batch)
+
+        return train_step
+
+    monkeypatch.setattr(loop, "make_train_step", poisoned)
+    with pytest.raises(NonFiniteError) as caught:
+        train(config(tmp_path), console=console)
+    message = str(caught.value)
+    assert message.startswith("step 8: the loss is nan; the gradient is not finite in emb")
+    assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / '5'}" in message
+    assert "\n" not in message
+    assert max(line["step"] for line in metrics(tmp_path / "run")) <= 7
+
+
+def test_refuses_a_folder_that_is_not_this_runs(tmp_path, console):
+    folder = train(config(tmp_path), console=console)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"holds another run \(optimizer.beta2 is 0.99 there, 0.9"):
+        train(config(tmp_path, **{"optimizer.beta2": 0.9}), console=console)
+    other = settings(tmp_path)[2].removeprefix("data.source=") + "/7.py"
+    Path(other).write_text("x = 1\n" * 50)
+    with pytest.raises(UserError, match=r"was trained on other text than data\.source"):
+        train(config(tmp_path, **{"data.tokenizer": "bytes"}), console=console)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    (stranger / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match=r"not empty and not a run \(thesis.tex\)"):
+        train(config(tmp_path, **{"train.output": stranger}), console=console)
+    assert [path.name for path in stranger.iterdir()] == ["thesis.tex"]
+
+
+def start(tmp_path, cache, *extra):
+    """`train.py` as a user starts it."""
+    toml = tmp_path / "empty.toml"
+    toml.write_text("")
+    env = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", toml, *settings(tmp_path), *extra],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        cwd=tmp_path,
+    )
+
+
+def wait_for(condition, process, seconds=120):
+    """Waits until something is so, while the process lives."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "too slow"
+        time.sleep(0.01)
+
+
+def test_kill_9_leaves_a_run_that_goes_on_exactly(tmp_path, compiled_once):
+    many = ("train.steps=400", "train.checkpoint_every=20", "train.eval_every=100")
+    whole = start(tmp_path, compiled_once, *many, f"train.output={tmp_path / 'whole'}")
+    out, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
+    assert "xz -9" in out
+    folder, log = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    reached = []
+    for lines in (10, 60):  # killed when so many lines are there, wherever that is
+        process = start(tmp_path, compiled_once, *many)
+        wait_for(lambda n=lines: log.exists() and len(log.read_text().splitlines()) > n, process)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        reached.append(max(line["step"] for line in read_metrics(log)))
+        with log.open("a") as file:
+            file.write('{"step": 399, "lo')  # the half line of a kill while writing
+    assert reached[0] < reached[1] < 400
+    last = start(tmp_path, compiled_once, *many)
+    out, err = last.communicate(timeout=300)
+    assert last.returncode == 0, err
+    assert "going on from step" in out
+    assert metrics(folder) == metrics(tmp_path / "whole")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, compiled_once):
+    process = start(tmp_path, compiled_once, "train.steps=1000000")
+    log = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.read_text(), process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in err
+    assert len(err.strip().splitlines()) == 1
+    step = int(err.split("step ")[1].split(" ")[0].replace(",", ""))
+    assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
+
+
+@pytest.mark.parametrize(
+    "extra, expected",
+    [
+        (["model.widht=3"], "model.widht is not a setting; did you mean width?"),
+        (["train.context=100000"], "lower train.context or add text"),
+        (["data.source=/nowhere"], "/nowhere"),
+        (["model.vocab_size=100"], "model.vocab_size = 100: the tokenizer"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(extra, expected, tmp_path, compiled_once):
+    process = start(tmp_path, compiled_once, *extra)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert expected in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_is_instant_and_shows_the_uses():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / "train.py", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "data.source=~/notes" in done.stdout
+    assert "import time:" in done.stderr
+    assert "jax" not in done.stderr
+
+
+def test_metrics_are_json_that_any_reader_takes(tmp_path, console):
+    folder = train(config(tmp_path), console=console)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
