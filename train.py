@@ -66,8 +66,8 @@ def _parse(arguments: list[str]) -> tuple[Path, list[str]]:
 def _use_huge_pages() -> None:
     """Starts this program once more with glibc's malloc on huge pages.
 
-    On CPU XLA maps its temporaries anew at every step; in pages of 4 KiB a sixth of the step goes into
-    the kernel. The setting is read when a process starts and by glibc only.
+    On CPU XLA maps its temporaries anew at every step; in pages of 4 KiB a sixth of the step goes
+    into the kernel. The setting is read when a process starts and by glibc only.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform == "linux" and "glibc.malloc.hugetlb" not in tunables:
@@ -81,7 +81,7 @@ def _keep_compiled_programs(cache: str) -> None:
 
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = (Path(cache).expanduser() if cache else Path(root) / "rwkv_jax") / "compiled"
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 

@@ -28,7 +28,7 @@ __all__ = [
     "unstack",
     "wkv4",
     "wkv7",
-]  # noqa: F822
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """The few layers every RWKV version is made of, as pure functions over arrays.
 
-Parameters are float32; each function casts them to the dtype of its input, which is the compute dtype.
-Normalisations compute in float32 whatever the input is.
+Parameters are float32; each function casts them to the dtype of its input, which is the compute
+dtype. Normalisations compute in float32 whatever the input is.
 """
 
 from typing import Generic
@@ -33,8 +33,8 @@ def along(vector: Float[Array, " c"], x: Float[Array, "*shape c"]) -> Float[Arra
 def linear(x: Float[Array, "*shape i"], weight: Float[Array, "i o"]) -> Float[Array, "*shape o"]:
     """`x @ weight`; weights are stored [in, out].
 
-    As one matrix product over all tokens: of a product with several token axes XLA's CPU backend makes a
-    gradient that transposes both operands first, a sixth of a training step.
+    As one matrix product over all tokens: of a product with several token axes XLA's CPU backend
+    makes a gradient that transposes both operands first, a sixth of a training step.
     """
     y = x.reshape(-1, x.shape[-1]) @ weight.astype(x.dtype)
     return y.reshape(*x.shape[:-1], -1)
@@ -44,7 +44,8 @@ def linear(x: Float[Array, "*shape i"], weight: Float[Array, "i o"]) -> Float[Ar
 def squared_relu_linear(
     x: Float[Array, "*shape f"], weight: Float[Array, "f o"]
 ) -> Float[Array, "*shape o"]:
-    """`relu(x)^2 @ weight`, keeping only `x` for the gradient: the widest array of a layer, once not thrice."""
+    """`relu(x)^2 @ weight`, keeping only `x` for the gradient: the widest array of a layer, once
+    not thrice."""
     return linear(jnp.square(jax.nn.relu(x)), weight)
 
 
@@ -70,7 +71,8 @@ def layer_norm(x: Float[Array, "*shape c"], norm: Norm[Array]) -> Float[Array, "
 def group_norm(
     x: Float[Array, "*shape h n"], norm: Norm[Array], eps: float
 ) -> Float[Array, "*shape h*n"]:
-    """Normalise every head on its own in float32, then join the heads; `norm` spans all channels."""
+    """Normalise every head on its own in float32, then join the heads; `norm` spans all
+    channels."""
     x32 = x.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
@@ -93,8 +95,8 @@ def token_shift(
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b c"]]:
     """The previous token's `x` for every token, and the `last` to hand on.
 
-    `last` (float32) is what the token before the first one left; a token at which `reset` holds starts a
-    document, so its previous token is zero.
+    `last` (float32) is what the token before the first one left; a token at which `reset` holds
+    starts a document, so its previous token is zero.
     """
     previous = jnp.concatenate([last.astype(x.dtype)[:, None], x[:, :-1]], axis=1)
     if reset is not None:

@@ -1,7 +1,8 @@
-"""One table states every parameter once; initial values, shapes, counts and optimizer groups come from it.
+"""One table states every parameter once; initial values, shapes, counts and optimizer groups come
+from it.
 
-A table is a tree of `ParamSpec` with the structure of the parameters themselves. Random keys are folded by
-the parameter's path and layer, so adding a parameter reshuffles no other.
+A table is a tree of `ParamSpec` with the structure of the parameters themselves. Random keys are
+folded by the parameter's path and layer, so adding a parameter reshuffles no other.
 """
 
 import math
@@ -21,7 +22,8 @@ from rwkv_jax.typing import Array, Callable, Float, PRNGKeyArray, PyTree
 class Depth:
     """Where a layer stands in its stack; official initialisations depend on it.
 
-    `index` may be traced. `layers == 1`, for which the official ratio divides by zero, counts as layer 0.
+    `index` may be traced. `layers == 1`, for which the official ratio divides by zero, counts as
+    layer 0.
     """
 
     index: int | Array
@@ -45,10 +47,10 @@ Init = Callable[[PRNGKeyArray, tuple[int, ...], Depth], Float[Array, "..."]]
 class ParamSpec:
     """One parameter: its shape, initial value, optimizer group and place in official checkpoints.
 
-    `layers` stacks as many independent copies on a leading axis, one per layer; `shape` is one copy's.
-    `lr_scale` multiplies the learning rate; `decay` says whether weight decay applies.
-    `layout` is how official files keep it: `linear` is `NAME.weight`, [out, in] there and [in, out] here;
-    `table` is `NAME.weight` as it is; `row` is [1, 1, c]; `plain` is as it is.
+    `layers` stacks as many independent copies on a leading axis, one per layer; `shape` is one
+    copy's. `lr_scale` multiplies the learning rate; `decay` says whether weight decay applies.
+    `layout` is how official files keep it: `linear` is `NAME.weight`, [out, in] there and [in, out]
+    here; `table` is `NAME.weight` as it is; `row` is [1, 1, c]; `plain` is as it is.
     """
 
     shape: tuple[int, ...]
@@ -133,5 +135,6 @@ def uniform(bound: float) -> Init:
 
 
 def orthogonal(gain: float = 1.0) -> Init:
-    """`gain` times a matrix with orthonormal rows or columns, whichever are fewer (torch `orthogonal_`)."""
+    """`gain` times a matrix with orthonormal rows or columns, whichever are fewer (torch
+    `orthogonal_`)."""
     return lambda key, shape, depth: jax.nn.initializers.orthogonal(gain)(key, shape, jnp.float32)

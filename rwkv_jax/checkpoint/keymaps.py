@@ -1,7 +1,9 @@
-"""Between our trees and official checkpoints: names, transposes and shapes, read off the spec table.
+"""Between our trees and official checkpoints: names, transposes and shapes, read off the spec
+table.
 
-Official files are flat: `blocks.3.att.receptance.weight` -> array. Linear weights are [out, in] there and
-[in, out] here; shift mixes are [1, 1, c] there and [c] here; layers are separate there and stacked here.
+Official files are flat: `blocks.3.att.receptance.weight` -> array. Linear weights are [out, in]
+there and [in, out] here; shift mixes are [1, 1, c] there and [c] here; layers are separate there
+and stacked here.
 """
 
 from collections.abc import Mapping

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import errno
 import importlib.metadata
+import inspect
 import shutil
 import sys
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ class Store:
         with _reading(self.path(step)):
             return self._manager.restore(
                 step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-            ).meta
+            )["meta"]
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
         """The training state of a step; `abstract` gives its shapes.
@@ -111,13 +112,13 @@ class Store:
         )
         with _reading(self.path(step)):
             found = self._manager.restore(step, args=items)
-        return TrainState(params=found.params, **found.rest)
+        return TrainState(params=found["params"], **found["rest"])
 
     def restore_params(self, abstract: PyTree, step: int) -> PyTree:
         """Only the parameters of a step. Raises `StoreError` as `restore` does."""
         items = ocp.args.Composite(params=ocp.args.StandardRestore(_placed(abstract)))
         with _reading(self.path(step)):
-            return self._manager.restore(step, args=items).params
+            return self._manager.restore(step, args=items)["params"]
 
     def close(self) -> None:
         """Waits for what is being written, then lets go of the folder."""
@@ -159,7 +160,10 @@ def _reading(checkpoint: Path) -> Iterator[None]:
         yield
     except Exception as error:
         _ignore_stragglers()
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause: BaseException = error
+        while inner := cause.__cause__ or cause.__context__:
+            cause = inner
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise StoreError(
             f"{checkpoint}: damaged or of another shape ({reason[:120]});"
             " delete this folder to go on from the checkpoint before it"
@@ -167,13 +171,13 @@ def _reading(checkpoint: Path) -> Iterator[None]:
 
 
 def _ignore_stragglers() -> None:
-    """Keeps quiet reads that are still under way when one has failed: Orbax does not await them."""
+    """Keeps quiet the other reads of a checkpoint when one has failed: Orbax does not await
+    them."""
     report = sys.unraisablehook
 
     def hook(what: Any) -> None:
-        if not (
-            isinstance(what.exc_value, RuntimeError) and "loop is closed" in str(what.exc_value)
-        ):
+        file = what.object.cr_code.co_filename if inspect.iscoroutine(what.object) else ""
+        if "orbax" not in file and "Event loop is closed" not in str(what.exc_value):
             report(what)
 
     sys.unraisablehook = hook

@@ -30,7 +30,8 @@ class Batch(NamedTuple):
     """int32 [b, t]: the token after each input."""
     reset: np.ndarray
     """bool [b, t]: a document starts here. The end-of-document id between two documents belongs to
-    the second, so that its first token is predicted from that id and a fresh state, as in sampling."""
+    the second, so that its first token is predicted from that id and a fresh state, as in
+    sampling."""
 
 
 def batch(

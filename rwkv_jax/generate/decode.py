@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Key
 
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.generate.compiler import jit_for_decoding
 from rwkv_jax.generate.transforms import (
     Counts,
     Settings,
@@ -92,8 +93,8 @@ def prefill(
     """Rows that have read their prompts; `params` in `decoding_layout`.
 
     Each prompt is read by itself, so rows may differ in length and none depends on its neighbours.
-    An empty one starts a document: it reads `end`, the token between documents, from a fresh state, as
-    every document does in training.
+    An empty one starts a document: it reads `end`, the token between documents, from a fresh state,
+    as every document does in training.
     """
     fresh = _fresh_state(cfg, 1)
     logits, states = [], []
@@ -132,14 +133,10 @@ def extend(
     return replace(rows, logits=logits, state=state, ended=jnp.zeros_like(rows.ended))
 
 
-def new_document(
-    params: Model[Array], rows: Rows[Array], *, cfg: ModelConfig, end: int
-) -> Rows[Array]:
-    """A single row at the start of a document: `end` read from a fresh state, all before forgotten."""
-    counts = no_counts(1, rows.logits.shape[1])
-    return extend(
-        params, replace(rows, state=_fresh_state(cfg, 1), counts=counts), [end], cfg=cfg
-    )
+def forget(rows: Rows[Array], *, cfg: ModelConfig) -> Rows[Array]:
+    """Rows that have read and written nothing, but don't draw the same numbers once more."""
+    batch, vocab_size = rows.logits.shape
+    return replace(rows, state=_fresh_state(cfg, batch), counts=no_counts(batch, vocab_size))
 
 
 def reseed(rows: Rows[Array], seeds: Sequence[int]) -> Rows[Array]:
@@ -164,7 +161,7 @@ def _read(
     return logits, state
 
 
-@partial(jax.jit, static_argnames="cfg")
+@jit_for_decoding
 def _chunk(
     params: Model[Array], tokens: Int[Array, "b t"], state: State, *, cfg: ModelConfig
 ) -> tuple[Float[Array, "b V"], State]:
@@ -173,7 +170,7 @@ def _chunk(
     return head(params, hidden[:, -1]), state
 
 
-@partial(jax.jit, static_argnames="cfg")
+@jit_for_decoding
 def decode(
     params: Model[Array],
     rows: Rows[Array],

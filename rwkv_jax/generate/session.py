@@ -23,7 +23,7 @@ from rwkv_jax.generate.decode import (
     decode,
     decoding_layout,
     extend,
-    new_document,
+    forget,
     prefill,
     reseed,
 )
@@ -292,6 +292,7 @@ class Session:
         """Forgets the text, and starts the random numbers again, with another seed if given."""
         seed = self.seed if seed is None else seed
         self._rows = self._writer.start([""], [seed])
+        self._begun = False
         self._decoder = StreamDecoder(self._writer.tokenizer)
         self.seed = seed
 
@@ -305,8 +306,15 @@ class Session:
         """Appends text to what the model has read."""
         tokens = self._writer.tokenizer.encode(text)
         if tokens:
-            self._rows = extend(self._writer.params, self._rows, tokens, cfg=self._writer.cfg)
+            self._read(tokens)
             self._decoder = StreamDecoder(self._writer.tokenizer)
+
+    def _read(self, tokens: Sequence[int]) -> None:
+        """As a prompt if nothing came before, else as more of the text."""
+        writer = self._writer
+        rows = self._rows if self._begun else forget(self._rows, cfg=writer.cfg)
+        self._rows = extend(writer.params, rows, tokens, cfg=writer.cfg)
+        self._begun = True
 
     def stream(
         self,
@@ -322,6 +330,8 @@ class Session:
     def _stream(self, left: int, settings: Settings[Array], stop: Sequence[str]) -> Iterator[Piece]:
         reader = _Reader(self._decoder, self._writer.tokenizer.eod, stop)
         pace = _Pace()
+        if left and not self._begun:
+            self._read([self._writer.tokenizer.eod])
         while left and not reader.finish:
             before = self._rows
             block, after = self._writer.write(before, settings, pace.next(left))
@@ -329,12 +339,7 @@ class Session:
             if piece.finish == "stop" and piece.tokens < block.shape[1]:
                 # The block ran past the stop string: the same tokens again, up to it.
                 _, after = self._writer.write(before, settings, piece.tokens)
-            if piece.finish == "end":
-                writer = self._writer
-                after = new_document(
-                    writer.params, after, cfg=writer.cfg, end=writer.tokenizer.eod
-                )
-            self._rows = after
+            self._rows, self._begun = after, piece.finish != "end"
             left -= piece.tokens
             yield piece
         if not reader.finish:

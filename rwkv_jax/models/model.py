@@ -1,21 +1,24 @@
 """What all versions share: embedding, ln0, a stack of blocks, ln_out, head.
 
-The blocks come in two layouts and `forward` takes both. Stacked: every leaf has a leading layer axis and
-`lax.scan` runs over it, so the program does not grow with depth; this is how parameters are made, trained
-and saved. Unstacked: a tuple of per-layer trees under a Python loop, which spares the copy of each layer's
-slice; decoding on CPU is over twice as fast for it.
+The blocks come in two layouts and `forward` takes both. Stacked: every leaf has a leading layer
+axis and `lax.scan` runs over it, so the program does not grow with depth; this is how parameters
+are made, trained and saved. Unstacked: a tuple of per-layer trees under a Python loop, which spares
+the copy of each layer's slice; decoding on CPU is over twice as fast for it.
 """
 
+from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from types import ModuleType
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from rwkv_jax import nn, params as tables
+from rwkv_jax import nn
+from rwkv_jax import params as tables
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import rwkv4, rwkv7
 from rwkv_jax.nn import Norm
@@ -26,9 +29,13 @@ VERSIONS: dict[str, ModuleType] = {"4": rwkv4, "7": rwkv7}
 """The version table: each module has `specs`, `init_state`, `init_carry` and `block`."""
 
 
+Tree = TypeVar("Tree", "Model", "State")
+
+
 @struct.dataclass
 class Model(Generic[Leaf]):
-    """A whole model's parameters (or specs, or shapes); `blocks` is stacked, or a tuple of layers."""
+    """A whole model's parameters (or specs, or shapes); `blocks` is stacked, or a tuple of
+    layers."""
 
     emb: Leaf
     ln0: Norm[Leaf]
@@ -82,17 +89,16 @@ def init_state(cfg: ModelConfig, batch: int) -> State:
     return State(jax.tree.map(lambda x: jnp.broadcast_to(x, (cfg.layers, *x.shape)), block))
 
 
-def unstack(tree: Any) -> Any:
+def unstack(tree: Tree) -> Tree:
     """The same parameters or state with `blocks` as a tuple of layers (decoding's layout)."""
     layers = jax.tree.leaves(tree.blocks)[0].shape[0]
-    return tree.replace(
-        blocks=tuple(jax.tree.map(lambda x: x[i], tree.blocks) for i in range(layers))
-    )
+    blocks = tuple(jax.tree.map(itemgetter(i), tree.blocks) for i in range(layers))
+    return replace(tree, blocks=blocks)
 
 
-def stack(tree: Any) -> Any:
+def stack(tree: Tree) -> Tree:
     """The inverse of `unstack`."""
-    return tree.replace(blocks=jax.tree.map(lambda *xs: jnp.stack(xs), *tree.blocks))
+    return replace(tree, blocks=jax.tree.map(lambda *xs: jnp.stack(xs), *tree.blocks))
 
 
 def backbone(
@@ -108,9 +114,10 @@ def backbone(
 ) -> tuple[Float[Array, "b t c"], State]:
     """Hidden vectors after `ln_out` [b, t, c] in `dtype`, and the state after the last token.
 
-    `state` None starts a document. `reset[b, t]` starts one before token t. `dtype` is the compute type;
-    states, decays, norms and the WKV accumulation are float32 whatever it is. `remat` keeps only each
-    layer's input for the backward pass. `implementation` names a WKV form (`rwkv_jax.wkv`).
+    `state` None starts a document. `reset[b, t]` starts one before token t. `dtype` is the compute
+    type; states, decays, norms and the WKV accumulation are float32 whatever it is. `remat` keeps
+    only each layer's input for the backward pass. `implementation` names a WKV form
+    (`rwkv_jax.wkv`).
     """
     module = VERSIONS[cfg.version]
     unstacked = isinstance(params.blocks, tuple)

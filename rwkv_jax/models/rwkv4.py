@@ -3,13 +3,13 @@
 With x' the previous token and x_j = x * mu_j + x' * (1 - mu_j):
 
     r = sigma(x_r W_r)    k = x_k W_k    v = x_v W_v
-    wkv_t = (sum_{s<t} e^{(t-1-s)w + k_s} v_s + e^{u+k_t} v_t) / (sum_{s<t} e^{(t-1-s)w + k_s} + e^{u+k_t})
-    out = (r * wkv) W_o             w = -exp(time_decay), u = time_first
+    wkv_t = (sum_{s<t} e^{(t-1-s)w + k_s} v_s + e^{u+k_t} v_t) / (sum_{s<t} e^{(t-1-s)w + k_s} +
+    e^{u+k_t}) out = (r * wkv) W_o             w = -exp(time_decay), u = time_first
 
 The channel mix is sigma(x_r W_r) * (relu(x_k W_k)^2 W_v).
 
-Source: arXiv:2305.13048 and RWKV-LM `RWKV-v4neo/src/model.py`, whose parameter names, initial values and
-optimizer groups these are.
+Source: arXiv:2305.13048 and RWKV-LM `RWKV-v4neo/src/model.py`, whose parameter names, initial
+values and optimizer groups these are.
 """
 
 import math
@@ -65,7 +65,8 @@ class Block(Generic[Leaf]):
 
 @struct.dataclass
 class BlockState(Generic[Leaf]):
-    """What one layer remembers, float32: two token shifts [b, c] and the WKV state of three [b, c]."""
+    """What one layer remembers, float32: two token shifts [b, c] and the WKV state of three [b,
+    c]."""
 
     att_x: Leaf
     wkv: Wkv4State
@@ -94,7 +95,8 @@ def time_mix(
     reset: Bool[Array, "b t"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b c"], Wkv4State]:
-    """The time mix of `x`, and the two states to hand on (`last` for the token shift, `state` for the WKV)."""
+    """The time mix of `x`, and the two states to hand on (`last` for the token shift, `state` for
+    the WKV)."""
     p = params
     with jax.named_scope("token_shift"):
         previous, last = nn.token_shift(x, last, reset)
@@ -163,17 +165,15 @@ def block(
         )
         x = x + out
     with jax.named_scope("channel_mix"):
-        out, ffn_x = channel_mix(
-            params.ffn, nn.layer_norm(x, params.ln2), state.ffn_x, reset=reset
-        )
+        out, ffn_x = channel_mix(params.ffn, nn.layer_norm(x, params.ln2), state.ffn_x, reset=reset)
     return x + out, carry, BlockState(att_x=att_x, wkv=wkv, ffn_x=ffn_x)
 
 
 def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     """The table of one layer's parameters, stacked over `cfg.layers`.
 
-    Optimizer groups (RWKV-v4neo trainer): mixes 1x without decay, `time_decay` 2x without, `time_first` 3x
-    without, matrices with decay.
+    Optimizer groups (RWKV-v4neo trainer): mixes 1x without decay, `time_decay` 2x without,
+    `time_first` 3x without, matrices with decay.
     """
     c, f = cfg.width, cfg.ffn
 

@@ -1,16 +1,17 @@
-"""RWKV-7 "Goose" (x070): the delta rule with a decay, a removal key and a learning rate per channel.
+"""RWKV-7 "Goose" (x070): the delta rule with a decay, a removal key and a learning rate per
+channel.
 
 With x' the previous token, x_j = x + (x' - x) * mu_j, sigma the logistic function:
 
     r = x_r W_r                     w = exp(-exp(-1/2) sigma(w0 + tanh(x_w w1) w2))
     k = x_k W_k   v = x_v W_v       a = sigma(a0 + x_a a1 a2)      g = sigma(x_g g1) g2
-    v <- v + (v_first - v) sigma(v0 + x_v v1 v2)        v_first: the first layer's v of the same token
-    kk = normalise(k * k_k) per head                    k <- k * (1 + (a - 1) * k_a)
+    v <- v + (v_first - v) sigma(v0 + x_v v1 v2)        v_first: the first layer's v of the same
+    token kk = normalise(k * k_k) per head                    k <- k * (1 + (a - 1) * k_a)
     S_t = S_{t-1} diag(w) - (S_{t-1} kk) (kk * a)^T + v k^T        y = S_t r
     out = ((GroupNorm(y) + (r . (k * r_k)) v) * g) W_o
 
-Source: arXiv:2503.14456 §4 and RWKV-LM `RWKV-v7/train_temp/src/model.py`, whose parameter names, initial
-values and optimizer groups these are.
+Source: arXiv:2503.14456 §4 and RWKV-LM `RWKV-v7/train_temp/src/model.py`, whose parameter names,
+initial values and optimizer groups these are.
 """
 
 import math
@@ -86,7 +87,8 @@ class Block(Generic[Leaf]):
 
 @struct.dataclass
 class BlockState(Generic[Leaf]):
-    """What one layer remembers, float32: two token shifts [b, c] and the matrix state [b, h, v, k]."""
+    """What one layer remembers, float32: two token shifts [b, c] and the matrix state [b, h, v,
+    k]."""
 
     att_x: Leaf
     wkv: Leaf
@@ -110,11 +112,13 @@ def time_mix(
     first: Bool[Array, ""] | bool,
     reset: Bool[Array, "b t"] | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "b t c"], Float[Array, "b t c"], Float[Array, "b c"], Float[Array, "b h v k"]]:
+) -> tuple[
+    Float[Array, "b t c"], Float[Array, "b t c"], Float[Array, "b c"], Float[Array, "b h v k"]
+]:
     """The time mix of `x`: its output, `v_first`, and the two states to hand on.
 
-    `first` says that this is the first layer, which defines `v_first` (what is passed in is then ignored).
-    `last` and `state` come from the tokens before `x`; zeros start a document.
+    `first` says that this is the first layer, which defines `v_first` (what is passed in is then
+    ignored). `last` and `state` come from the tokens before `x`; zeros start a document.
     """
     p, n = params, params.r_k.shape[-1]
     with jax.named_scope("token_shift"):
@@ -195,14 +199,13 @@ def block(
         )
         x = x + out
     with jax.named_scope("channel_mix"):
-        out, ffn_x = channel_mix(
-            params.ffn, nn.layer_norm(x, params.ln2), state.ffn_x, reset=reset
-        )
+        out, ffn_x = channel_mix(params.ffn, nn.layer_norm(x, params.ln2), state.ffn_x, reset=reset)
     return x + out, v_first, BlockState(att_x=att_x, wkv=wkv, ffn_x=ffn_x)
 
 
 def rank(factor: float, width: int) -> int:
-    """Official LoRA rank of a new model: `factor * sqrt(width)`, rounded to a multiple of 32, at least 32."""
+    """Official LoRA rank of a new model: `factor * sqrt(width)`, rounded to a multiple of 32, at
+    least 32."""
     return max(32, round(factor * width**0.5 / 32) * 32)
 
 

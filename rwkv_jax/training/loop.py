@@ -382,7 +382,8 @@ def _sample(run: _Run) -> None:
         return
     run.ticker.line(f"\nSample ({sample.tokens} tokens, temperature {sample.temperature}):\n")
     # The parameters alone: there is no room for the moments beside the copy that decoding makes.
-    weights, run.state = run.state.params, None
+    weights = run.state.params
+    run.state = None  # pyright: ignore[reportAttributeAccessIssue]
     pieces = generate.generate(
         weights,
         run.cfg.model,
@@ -391,6 +392,8 @@ def _sample(run: _Run) -> None:
         max_tokens=sample.tokens,
         temperature=sample.temperature,
         top_p=sample.top_p,
+        presence=0.0,
+        frequency=0.0,
         seed=run.cfg.train.seed,
     )
     run.console.out(sample.prompt, end="", highlight=False)

@@ -21,6 +21,7 @@ the dtype of `hidden`.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,9 +49,9 @@ def cross_entropy(
     `chunk_tokens`: tokens whose logits exist at once; None chooses. Only reverse-mode derivatives
     exist, and only of the loss with respect to `hidden` and `head`.
     """
-    loss, metrics = _objective(
-        hidden, head, targets, l2wrap, z_loss, _chunks(hidden, head, chunk_tokens)
-    )
+    chunks = _chunks(hidden, head, chunk_tokens)
+    outputs: Any = _objective(hidden, head, targets, l2wrap, z_loss, chunks)
+    loss, metrics = outputs
     return loss, jax.tree.map(lax.stop_gradient, metrics)
 
 

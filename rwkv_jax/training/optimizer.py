@@ -56,7 +56,7 @@ def adamw(
         optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps),
         optax.add_decayed_weights(cfg.weight_decay, mask=decayed),
         scale_groups,
-        optax.scale_by_learning_rate(learning_rate),
+        optax.scale_by_learning_rate(learning_rate),  # pyright: ignore[reportArgumentType]
     )
 
     def update(grads: PyTree, state: PyTree, params: PyTree | None = None) -> tuple:
@@ -64,4 +64,4 @@ def adamw(
         with jax.numpy_dtype_promotion("standard"):
             return chain.update(grads, state, params)
 
-    return optax.GradientTransformation(chain.init, update)
+    return optax.GradientTransformation(chain.init, update)  # pyright: ignore[reportArgumentType]

@@ -33,7 +33,7 @@ def init_train_state(cfg: Config, model_cfg: ModelConfig) -> TrainState[Array]:
 
     def init(key):
         params = models.init_params(model_cfg, key)
-        opt_state = optimizer_for(cfg, model_cfg).init(params)
+        opt_state = optimizer_for(cfg, model_cfg).init(params)  # pyright: ignore[reportArgumentType]
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
     return jax.jit(init)(jax.random.key(cfg.train.seed))

@@ -20,9 +20,20 @@ from rwkv_jax.typing import Array, Callable, Float, Leaf, PyTree
 class Batch(Protocol):
     """What a step reads (`rwkv_jax.data.loader.Batch`): three [b, t] arrays."""
 
-    inputs: Any
-    targets: Any
-    reset: Any
+    @property
+    def inputs(self) -> Any:
+        """int32."""
+        ...
+
+    @property
+    def targets(self) -> Any:
+        """int32."""
+        ...
+
+    @property
+    def reset(self) -> Any:
+        """bool."""
+        ...
 
 
 @struct.dataclass

@@ -1,6 +1,7 @@
 """The WKV recurrences: what makes RWKV an RNN, in forms that train like attention.
 
-Every operator takes a state and returns one; a state made by one implementation may be handed to another.
+Every operator takes a state and returns one; a state made by one implementation may be handed to
+another.
 
 **Version 4** (`wkv4`). Per channel, decay log w <= 0 and bonus u:
 
@@ -21,7 +22,8 @@ The state layout is [b, h, v, k], float32.
     chunked      matrix products inside chunks, states handed from chunk to chunk; the training form
     associative  the same chunk summaries combined by `lax.associative_scan`: log depth
 
-`implementation=None` picks one for the length at hand; a name is that one, or an error that says why not.
+`implementation=None` picks one for the length at hand; a name is that one, or an error that says
+why not.
 
 Sources: arXiv:2305.13048 (version 4), arXiv:2503.14456 (version 7), RWKV-LM `cuda/`.
 """

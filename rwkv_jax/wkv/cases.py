@@ -161,8 +161,8 @@ def wkv4_state(shape: Shape, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.
     rng = np.random.default_rng([seed, 1004])
     size = (shape.batch, shape.width)
     den = rng.uniform(0.5, 3.0, size=size)
-    state = (rng.normal(size=size) * den, den, rng.normal(size=size))
-    return tuple(x.astype(np.float32) for x in state)
+    num, max_exp = rng.normal(size=size) * den, rng.normal(size=size)
+    return num.astype(np.float32), den.astype(np.float32), max_exp.astype(np.float32)
 
 
 def reset_pattern(name: str, shape: Shape, seed: int = 0) -> np.ndarray:

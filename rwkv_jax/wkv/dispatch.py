@@ -43,10 +43,10 @@ def wkv4(
 ) -> tuple[Float[Array, "b t c"], Wkv4State]:
     """The WKV of version 4: `y` in `v`'s dtype, and the state after the last token.
 
-    `log_w <= 0` is the log of the decay per token (official `-exp(time_decay)`), `u` the bonus of the
-    current token (`time_first`). `state` None starts a document; `reset[b, t]` starts one before token t.
-    Computes in float32, or float64 for float64 inputs. The gradient of the final state flows through `num`
-    and `den`; `max_exp` is their scale, not a quantity of its own.
+    `log_w <= 0` is the log of the decay per token (official `-exp(time_decay)`), `u` the bonus of
+    the current token (`time_first`). `state` None starts a document; `reset[b, t]` starts one
+    before token t. Computes in float32, or float64 for float64 inputs. The gradient of the final
+    state flows through `num` and `den`; `max_exp` is their scale, not a quantity of its own.
 
     Raises `ValueError` for an unknown implementation, or shapes that do not belong together.
     """
@@ -60,8 +60,8 @@ def wkv4(
     _check_shapes("wkv4", state.num.shape == (b, c), state=state.num, k=k)
     _check_reset("wkv4", reset, k)
     state = Wkv4State(*(x.astype(dtype) for x in state))
-    y, state = run(*(x.astype(dtype) for x in (log_w, k, v, u)), state, reset)
-    return y.astype(v.dtype), state
+    y, after = run(*(x.astype(dtype) for x in (log_w, k, v, u)), state, reset)
+    return y.astype(v.dtype), after
 
 
 def wkv7(
@@ -78,10 +78,10 @@ def wkv7(
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """The WKV of version 7: `y` in `v`'s dtype, and the state after the last token.
 
-    `log_w <= 0` is the log of the decay, in (-0.6066, 0) in the model; the chunked forms are exact down to
-    -4 a token, `scan` for any decay. The model passes `a = -kk` and `b = kk * (learning rate)` with |kk| = 1.
-    `state` None starts a document; `reset[b, t]` starts one before token t. Computes in float32, or float64
-    for float64 inputs.
+    `log_w <= 0` is the log of the decay, in (-0.6066, 0) in the model; the chunked forms are exact
+    down to -4 a token, `scan` for any decay. The model passes `a = -kk` and `b = kk * (learning
+    rate)` with |kk| = 1. `state` None starts a document; `reset[b, t]` starts one before token t.
+    Computes in float32, or float64 for float64 inputs.
 
     Raises `ValueError` for an unknown implementation, or shapes that do not belong together.
     """
@@ -96,8 +96,8 @@ def wkv7(
         state = jnp.zeros(shape, dtype)
     _check_shapes("wkv7", state.shape == shape, state=state, r=r, v=v)
     _check_reset("wkv7", reset, r)
-    y, state = run(*(x.astype(dtype) for x in (r, log_w, k, v, a, b)), state.astype(dtype), reset)
-    return y.astype(v.dtype), state
+    y, after = run(*(x.astype(dtype) for x in (r, log_w, k, v, a, b)), state.astype(dtype), reset)
+    return y.astype(v.dtype), after
 
 
 def _choose(table: dict[str, Callable], implementation: str | None, length: int) -> Callable:

@@ -120,8 +120,8 @@ def test_rows_are_the_same_however_they_are_shared_out(parts):
 
 @given(lengths=st.lists(st.integers(0, 12), min_size=20, max_size=60), seed=st.integers(0, 1000))
 def test_targets_and_resets_against_brute_force(lengths, seed):
-    """Each token carries its document's number, the id between two that of the second: where it changes,
-    and only there, a state ends."""
+    """Each token carries its document's number, the id between two that of the second: where it
+    changes, and only there, a state ends."""
     stream, owner = [], []
     for number, length in enumerate(lengths):
         stream += [1 + number] * length + [EOD]

@@ -1,6 +1,7 @@
 """RWKV-4's WKV with the chunks' summaries joined by `lax.associative_scan`: log depth in time.
 
-A chunk is the map "decay the state by e^d, then add (num, den) e^max_exp"; two maps in a row are one again.
+A chunk is the map "decay the state by e^d, then add (num, den) e^max_exp"; two maps in a row are
+one again.
 """
 
 import jax
@@ -8,7 +9,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Float
-from rwkv_jax.wkv.v4.chunked import Steps, advance, chunk_decay, combine, join, meet, steps, summaries
+from rwkv_jax.wkv.v4.chunked import (
+    Steps,
+    advance,
+    chunk_decay,
+    combine,
+    join,
+    meet,
+    steps,
+    summaries,
+)
 from rwkv_jax.wkv.v4.scan import Wkv4State, read
 
 

@@ -1,20 +1,20 @@
 """RWKV-4's WKV by chunks: every chunk swept at once, in two sweeps of C steps instead of one of T.
 
-Sweep 1 starts every chunk from the empty state and leaves its summary. The summaries are joined in order,
-which gives the state that enters each chunk. Sweep 2 starts from those and emits y.
+Sweep 1 starts every chunk from the empty state and leaves its summary. The summaries are joined in
+order, which gives the state that enters each chunk. Sweep 2 starts from those and emits y.
 
 The backward pass keeps the states that enter chunks and nothing else of the recurrence. With
 q_t = dy_t / denominator_t and G_t the gradient of the (numerator, denominator) that token t meets,
 
-    G_t  = (q_t, -q_t y_t) + w G_{t+1}                              the same recurrence, run backwards
-    dk_t = e^{k_t} <(v_t, 1), G_{t+1}> + e^{u+k_t} q_t (v_t - y_t)
+    G_t  = (q_t, -q_t y_t) + w G_{t+1}                              the same recurrence, run
+    backwards dk_t = e^{k_t} <(v_t, 1), G_{t+1}> + e^{u+k_t} q_t (v_t - y_t)
     dv_t = e^{k_t} G_{t+1}[numerator] + e^{u+k_t} q_t
     du   = sum_t e^{u+k_t} q_t (v_t - y_t)
     d log w = sum_t f_t,   f_t = w <S_t, G_{t+1}>
 
-where f_t, what flows through step t, needs no state: <S_t, G_t> = f_t - e^{u+k_t} q_t (v_t - y_t), because
-numerator - y * denominator is zero, and f_t = <S_{t+1}, G_{t+1}> - e^{k_t} <(v_t, 1), G_{t+1}>. One scalar
-is carried, restarted exactly at every chunk so that rounding does not pile up.
+where f_t, what flows through step t, needs no state: <S_t, G_t> = f_t - e^{u+k_t} q_t (v_t - y_t),
+because numerator - y * denominator is zero, and f_t = <S_{t+1}, G_{t+1}> - e^{k_t} <(v_t, 1),
+G_{t+1}>. One scalar is carried, restarted exactly at every chunk so that rounding does not pile up.
 """
 
 from typing import NamedTuple
@@ -28,11 +28,13 @@ from rwkv_jax.wkv.v4.scan import LOG_ZERO, Wkv4State, absorb, blend, forget, rea
 
 CHUNK = 64
 LARGEST_EXPONENT = 80.0
-"""Products that cannot exceed e^80 are cut there: a float32 overflow would make 0 * inf of a masked one."""
+"""Products that cannot exceed e^80 are cut there: a float32 overflow would make 0 * inf of a masked
+one."""
 
 
 class Steps(NamedTuple):
-    """Tokens as C steps over all chunks: k, v [C, b, chunks, c]; the masks [C, b, chunks, 1] or None."""
+    """Tokens as C steps over all chunks: k, v [C, b, chunks, c]; the masks [C, b, chunks, 1] or
+    None."""
 
     k: Array
     v: Array
@@ -153,7 +155,8 @@ def _forward(log_w, k, v, u, state, reset):
 
 
 class Readings(NamedTuple):
-    """What the backward sweeps need of each token's reading; exponents kept apart to avoid overflow."""
+    """What the backward sweeps need of each token's reading; exponents kept apart to avoid
+    overflow."""
 
     exponent: Array  # of the denominator
     q: Array  # dy / denominator, without e^-exponent
@@ -176,9 +179,7 @@ def readings(log_w: Array, u: Array, x: Steps, dy: Array, entering: Wkv4State) -
     return lax.scan(step, entering, (x, dy))[1]
 
 
-def retreat(
-    grad: Wkv4State, token: Steps, y: Array, reading: Readings, log_w: Array
-) -> Wkv4State:
+def retreat(grad: Wkv4State, token: Steps, y: Array, reading: Readings, log_w: Array) -> Wkv4State:
     """The gradient of the state before a step, from that of the state after it."""
     decay = decay_of(log_w, token.padding)
     before = absorb(grad, decay, -reading.exponent, reading.q, -reading.q * y)
@@ -199,7 +200,8 @@ def _backward(kept, cotangents):
     reading = readings(log_w, u, x, cut(dy), entering)
 
     def summarise(grad: Wkv4State, inputs: tuple) -> tuple[Wkv4State, None]:
-        return retreat(grad, *inputs, log_w), None
+        token, y, reading = inputs
+        return retreat(grad, token, y, reading, log_w), None
 
     empty = Wkv4State.empty(x.k.shape[1:], k.dtype)
     parts, _ = lax.scan(summarise, empty, (x, y, reading), reverse=True)
@@ -224,7 +226,11 @@ def _backward(kept, cotangents):
         flow = through - current
         if token.starts is not None:
             flow = jnp.where(token.starts, jnp.zeros_like(flow), flow)
-        return (retreat(grad, token, y, reading, log_w), flow, dlog_w), (stored + current, dv, current)
+        return (retreat(grad, token, y, reading, log_w), flow, dlog_w), (
+            stored + current,
+            dv,
+            current,
+        )
 
     carry = (leaving, pair(ends, leaving), jnp.zeros_like(empty.num))
     (_, _, dlog_w), (dk, dv, du) = lax.scan(step, carry, (x, y, reading), reverse=True)

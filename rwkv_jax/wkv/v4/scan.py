@@ -8,7 +8,8 @@ from jax import lax
 from rwkv_jax.typing import Array, Bool, Float
 
 LOG_ZERO = -1e38
-"""Stands for log 0: survives additions in float32 without becoming -inf, whose differences are NaN."""
+"""Stands for log 0: survives additions in float32 without becoming -inf, whose differences are
+NaN."""
 
 
 class Wkv4State(NamedTuple):
@@ -26,7 +27,8 @@ class Wkv4State(NamedTuple):
 
 
 def blend(p: Array, q: Array) -> tuple[Array, Array, Array]:
-    """`max(p, q)` and the factors that bring values with exponents p and q to it. One exponential."""
+    """`max(p, q)` and the factors that bring values with exponents p and q to it. One
+    exponential."""
     small = jnp.exp(-jnp.abs(p - q))
     one = jnp.ones_like(small)
     return jnp.maximum(p, q), jnp.where(p >= q, one, small), jnp.where(p >= q, small, one)

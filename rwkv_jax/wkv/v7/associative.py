@@ -1,7 +1,8 @@
 """RWKV-7's WKV with the chunks' summaries joined by `lax.associative_scan`: log depth in time.
 
-A chunk is the map S -> S M + X, and two in a row are one again: (M1 M2, X1 M2 + X2). With chunks of one
-token this is the textbook token-level scan, which stores a matrix a token and is 20 to 80 times slower.
+A chunk is the map S -> S M + X, and two in a row are one again: (M1 M2, X1 M2 + X2). With chunks of
+one token this is the textbook token-level scan, which stores a matrix a token and is 20 to 80 times
+slower.
 """
 
 import jax

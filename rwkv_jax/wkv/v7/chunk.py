@@ -1,7 +1,7 @@
 """The algebra of one chunk of RWKV-7's WKV, forward and backward.
 
-C tokens, rows = time, entered with state S [v, k]. With g the cumulative log decay, m its value in the
-middle of the chunk and u_t = S_{t-1} a_t the removed vectors:
+C tokens, rows = time, entered with state S [v, k]. With g the cumulative log decay, m its value in
+the middle of the chunk and u_t = S_{t-1} a_t the removed vectors:
 
     left  = [a e^{g - log w - m}; r e^{g - m}]   [2C, k]        right = [b; k] e^{m - g}   [2C, k]
     A     = left right^T, causal (strictly in the a rows)       Sm = S e^m
@@ -9,13 +9,13 @@ middle of the chunk and u_t = S_{t-1} a_t the removed vectors:
     Y     = left_r Sm^T + [A_rb A_rk] [U; V]
     S'    = (Sm + [U; V]^T right) e^{g_C - m}
 
-Centring on m keeps every exponent within half a chunk's decay, so the products neither overflow nor lose
-what they need; the upper triangle, which may be huge, is masked, never multiplied. The triangular inverse
-is by exact block doubling: the usual product (I + L)(I + L^2)(I + L^4)... forms powers of L that grow like
-binomials when a key repeats, and is wrong by 100 % in float32 at C = 32.
+Centring on m keeps every exponent within half a chunk's decay, so the products neither overflow nor
+lose what they need; the upper triangle, which may be huge, is masked, never multiplied. The
+triangular inverse is by exact block doubling: the usual product (I + L)(I + L^2)(I + L^4)... forms
+powers of L that grow like binomials when a key repeats, and is wrong by 100 % in float32 at C = 32.
 
-A document that starts inside the chunk masks A where document numbers differ, the rows that may not see S,
-the columns that may not reach S', and S itself; the cumulative decay stays as it is.
+A document that starts inside the chunk masks A where document numbers differ, the rows that may not
+see S, the columns that may not reach S', and S itself; the cumulative decay stays as it is.
 """
 
 from functools import partial
@@ -65,7 +65,8 @@ class Scores(NamedTuple):
 
 
 def cut(x: Float[Array, "b t h n"], size: int) -> Float[Array, "chunks b h C n"]:
-    """Cut time into chunks, the last padded with zeros: decay 1, nothing removed, nothing written."""
+    """Cut time into chunks, the last padded with zeros: decay 1, nothing removed, nothing
+    written."""
     b, t, h, n = x.shape
     if t % size:
         x = jnp.pad(x, ((0, 0), (0, -t % size), (0, 0), (0, 0)))
@@ -78,10 +79,9 @@ def join(x: Float[Array, "chunks b h C n"], t: int) -> Float[Array, "b t h n"]:
     return x.transpose(1, 0, 3, 2, 4).reshape(b, chunks * size, h, n)[:, :t]
 
 
-def documents(
-    reset: Bool[Array, "b t"] | None, size: int, dtype: jnp.dtype
-) -> Documents | None:
-    """The masks of every chunk [chunks, b, 1, ...]; None if nothing resets. Padding starts no document."""
+def documents(reset: Bool[Array, "b t"] | None, size: int, dtype: jnp.dtype) -> Documents | None:
+    """The masks of every chunk [chunks, b, 1, ...]; None if nothing resets. Padding starts no
+    document."""
     if reset is None:
         return None
     b, t = reset.shape
@@ -100,7 +100,8 @@ def documents(
 
 
 def causal(size: int) -> np.ndarray:
-    """[2C, 2C]: which columns (b; k) each row (a; r) sees: the a rows before, the r rows up to, their token."""
+    """[2C, 2C]: which columns (b; k) each row (a; r) sees: the a rows before, the r rows up to,
+    their token."""
     row, column = np.arange(size)[:, None], np.arange(size)[None, :]
     before, upto = row > column, row >= column
     return np.block([[before, before], [upto, upto]])
@@ -130,8 +131,8 @@ def cumulative_from_end(x: Float[Array, "*lanes C n"]) -> Float[Array, "*lanes C
 def unit_inverse(lower: Float[Array, "*lanes C C"]) -> Float[Array, "*lanes C C"]:
     """(I - lower)^-1 of a strictly lower triangle, C a power of two, by block doubling.
 
-    [[T1, 0], [T2 L21 T1, T2]] inverts [[I - L11, 0], [-L21, I - L22]] exactly, so no entry that is not one
-    of the result's is ever formed.
+    [[T1, 0], [T2 L21 T1, T2]] inverts [[I - L11, 0], [-L21, I - L22]] exactly, so no entry that is
+    not one of the result's is ever formed.
     """
     size = lower.shape[-1]
     row, column = np.arange(size)[:, None], np.arange(size)[None, :]
@@ -160,12 +161,20 @@ def relate(x: Inputs, docs: Documents | None) -> Scores:
         scores = scores * docs.same
     inverse = unit_inverse(scores[..., :size, :size])
     return Scores(
-        left_scale, right_scale, left, right, scores, inverse, jnp.exp(m), jnp.exp(g[..., -1:, :] - m)
+        left_scale,
+        right_scale,
+        left,
+        right,
+        scores,
+        inverse,
+        jnp.exp(m),
+        jnp.exp(g[..., -1:, :] - m),
     )
 
 
 def written(x: Inputs, s: Scores, sm: Array, docs: Documents | None) -> tuple[Array, Array]:
-    """[U; V], what the right columns carry, and what the left rows read from the state (both [2C, v])."""
+    """[U; V], what the right columns carry, and what the left rows read from the state (both [2C,
+    v])."""
     size = x.v.shape[-2]
     reading = dot(s.left, transpose(sm))
     if docs is not None:
@@ -188,10 +197,12 @@ def forward(x: Inputs, s: Scores, state: Array, docs: Documents | None) -> tuple
 def backward(
     x: Inputs, s: Scores, state: Array, dy: Array, dstate: Array, docs: Documents | None
 ) -> tuple[Inputs, Array]:
-    """Gradients of the chunk's inputs and of the state that entered it, from those of `y` and the state after.
+    """Gradients of the chunk's inputs and of the state that entered it, from those of `y` and the
+    state after.
 
-    The decay's gradient is a conservation law: log w_t gets whatever flows through step t, which is what
-    enters the chunk's exponents at or after t, restarted at every chunk so that rounding does not pile up.
+    The decay's gradient is a conservation law: log w_t gets whatever flows through step t, which is
+    what enters the chunk's exponents at or after t, restarted at every chunk so that rounding does
+    not pile up.
     """
     size = x.v.shape[-2]
     sm = state * s.enter

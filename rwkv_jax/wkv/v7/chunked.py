@@ -1,13 +1,13 @@
 """RWKV-7's WKV by chunks: matrix products inside a chunk, the state handed from chunk to chunk.
 
-The backward pass recomputes each chunk from its inputs and the state that entered it, so one state a chunk
-is kept, not one a token. The algebra is in `chunk.py`.
+The backward pass recomputes each chunk from its inputs and the state that entered it, so one state
+a chunk is kept, not one a token. The algebra is in `chunk.py`.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Float
@@ -28,8 +28,8 @@ def wkv7(
     reset: Bool[Array, "b t"] | None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """`rwkv_jax.wkv.wkv7` by chunks."""
-    y, state = _over_chunks(CHUNK, Inputs(r, log_w, k, v, a, b), state, reset)
-    return y, state
+    outputs: Any = _over_chunks(CHUNK, Inputs(r, log_w, k, v, a, b), state, reset)
+    return outputs
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

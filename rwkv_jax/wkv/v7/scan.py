@@ -15,7 +15,8 @@ def step(
     b: Float[Array, "b h k"],
     state: Float[Array, "b h v k"],
 ) -> tuple[Float[Array, "b h v"], Float[Array, "b h v k"]]:
-    """One token: `y` and the state after it. The removal `state @ a` reads the state before its decay."""
+    """One token: `y` and the state after it. The removal `state @ a` reads the state before its
+    decay."""
     removed = jnp.sum(state * a[:, :, None], axis=-1)
     state = (
         state * jnp.exp(log_w)[:, :, None]
@@ -38,17 +39,17 @@ def wkv7(
     """`rwkv_jax.wkv.wkv7` by `lax.scan`. Its gradient keeps every state: O(t) of them."""
 
     def token(state: Array, inputs: tuple) -> tuple[Array, Array]:
-        *x, starts = inputs
+        x, starts = inputs
         if starts is not None:
             state = jnp.where(starts[:, None, None, None], jnp.zeros_like(state), state)
-        y, state = step(*x, state)
+        y, state = step(*x, state=state)
         return state, y
 
     if r.shape[1] == 1:
         starts = None if reset is None else reset[:, 0]
-        state, y = token(state, (*(x[:, 0] for x in (r, log_w, k, v, a, b)), starts))
+        state, y = token(state, (tuple(x[:, 0] for x in (r, log_w, k, v, a, b)), starts))
         return y[:, None], state
-    time_first = [jnp.moveaxis(x, 1, 0) for x in (r, log_w, k, v, a, b)]
+    time_first = tuple(jnp.moveaxis(x, 1, 0) for x in (r, log_w, k, v, a, b))
     starts = None if reset is None else reset.T
-    state, y = lax.scan(token, state, (*time_first, starts))
+    state, y = lax.scan(token, state, (time_first, starts))
     return jnp.moveaxis(y, 0, 1), state
