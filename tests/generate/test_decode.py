@@ -52,9 +52,9 @@ def test_greedy_with_penalties_against_forward(writer, next_logits, prompt):
     sampling = Sampling(temperature=0.0, presence=0.5, frequency=0.7, decay=0.9)
     written, rows = write(writer, start(writer, [prompt], [0]), sampling, 40, end=-2)
     blanks = [1 + byte for byte in b" \t0123456789"]
-    table, text = {}, list(prompt)
+    table, text = {}, list(prompt) or [0]
     for token in written[0, :40]:
-        logits = next_logits(text or [0])[:257]
+        logits = next_logits(text)[:257]
         for seen, occurrence in table.items():
             logits[seen] -= 0.5 + 0.7 * occurrence
         assert logits[token] > logits.max() - 1e-4

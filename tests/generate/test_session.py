@@ -6,6 +6,7 @@ import pytest
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.errors import UserError
 from rwkv_jax.generate import Sampling, Session, Writer, generate, generate_with, session
+from rwkv_jax.generate.decode import prefill
 from tests.generate.conftest import config, weights
 
 PROMPTS = ["def", "", "é"]
@@ -160,14 +161,17 @@ def test_after_the_end_of_a_document_a_new_one_starts():
     greedy = Sampling(temperature=0.0, presence=0.0, frequency=0.0)
     rows = writer.start(["once"], [0])
     tokenizer.eod = int(writer.write(rows, greedy.rows(1), 5)[0][0, 4])
-    for document in ("twice", ""):
+    for text_after in ("twice", ""):
         talk = Session(writer, seed=0)
         talk.feed("once")
         *_, last = list(talk.stream(max_tokens=50, sampling=greedy))
         assert last.finish == "end"
-        talk.feed(document)
-        fresh = text(generate_with(writer, [document], max_tokens=20, sampling=greedy))
-        assert text(talk.stream(max_tokens=20, sampling=greedy)) == fresh != ""
+        talk.feed(text_after)
+        document = [tokenizer.eod, *tokenizer.encode(text_after)]
+        rows = prefill(writer.params, [document], [0], cfg=writer.cfg, end=tokenizer.eod)
+        ids = writer.write(rows, greedy.rows(1), 20)[0][0].tolist()
+        expected = tokenizer.decode_bytes(ids[: [*ids, tokenizer.eod].index(tokenizer.eod)])
+        assert text(talk.stream(max_tokens=20, sampling=greedy)) == expected.decode()
 
 
 def test_zero_tokens(writer7):

@@ -147,7 +147,7 @@ def test_refuses_a_folder_that_is_not_this_runs(tmp_path, console):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"holds another run \(optimizer.beta2 is 0.99 there, 0.9"):
         train(config(tmp_path, **{"optimizer.beta2": 0.9}), console=console)
-    other = settings(tmp_path)[2].removeprefix("data.source=") + "/7.py"
+    other = settings(tmp_path)[2].removeprefix("data.source=") + "/more.py"
     Path(other).write_text("x = 1\n" * 50)
     with pytest.raises(UserError, match=r"was trained on other text than data\.source"):
         train(config(tmp_path, **{"data.tokenizer": "bytes"}), console=console)

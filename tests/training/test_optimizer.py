@@ -38,12 +38,12 @@ def test_version_4_warms_up_from_a_fifth():
     assert [float(lr(s)) for s in (0, 5, 10, 99)] == pytest.approx([2e-4, 6e-4, 1e-3, 1e-3])
 
 
-@pytest.mark.parametrize("warmup, steps", [(0, 10), (10, 10), (20, 10)])
-def test_schedule_without_room_for_a_cosine(warmup, steps):
+@pytest.mark.parametrize("warmup, steps, end", [(0, 10, 6e-5), (10, 10, 6e-4), (20, 10, 3.03e-4)])
+def test_schedule_without_room_for_a_cosine(warmup, steps, end):
     lr = schedule(OptimizerConfig(warmup_steps=warmup), steps, version="7")
     rates = [float(lr(s)) for s in range(steps)]
     assert all(0 < rate <= 6.001e-4 for rate in rates)
-    assert float(lr(steps)) == pytest.approx(6e-5 if warmup == 0 else rates[-1], rel=1) > 0
+    assert float(lr(steps)) == pytest.approx(end, rel=1e-5)
 
 
 def run(cfg, specs, params, gradients, rates):
@@ -94,4 +94,4 @@ def test_official_epsilon_survives_zero_and_vanishing_gradients():
     # A constant gradient moves its parameter by lr a step, or less where it is as small as eps.
     assert jnp.all(jnp.isfinite(moved))
     assert jnp.max(jnp.abs(moved)) <= 3.3
-    np.testing.assert_allclose(moved[sizes > 1e-16], -3.0, rtol=1e-3)
+    np.testing.assert_allclose(moved[sizes > 1e4 * cfg.eps], -3.0, rtol=1e-3)

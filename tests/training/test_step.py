@@ -40,7 +40,7 @@ def test_accumulated_gradient_is_the_whole_batchs(version):
         cfg = dataclasses.replace(
             config(accumulate=parts, l2wrap=0.1, z_loss=0.1),
             # With a large eps the update is lr * gradient / eps: no normalisation hides a factor.
-            optimizer=OptimizerConfig(eps=1e3, peak_lr=1e3, final_lr=1e3, warmup_steps=0, clip=0),
+            optimizer=OptimizerConfig(eps=1e3, peak_lr=1e3, final_lr=1e3, warmup_steps=0, clip=0.0),
         )
         state = init_train_state(cfg, MODELS[version])
         before = jax.tree.map(np.asarray, state.params)
