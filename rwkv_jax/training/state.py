@@ -30,13 +30,9 @@ def optimizer_for(cfg: Config, model_cfg: ModelConfig) -> optax.GradientTransfor
 
 def init_train_state(cfg: Config, model_cfg: ModelConfig) -> TrainState[Array]:
     """The state before the first step: parameters drawn from `train.seed`, moments zero."""
-
-    def init(key):
-        params = models.init_params(model_cfg, key)
-        opt_state = optimizer_for(cfg, model_cfg).init(params)  # pyright: ignore[reportArgumentType]
-        return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
-
-    return jax.jit(init)(jax.random.key(cfg.train.seed))
+    params = models.init_params(model_cfg, jax.random.key(cfg.train.seed))
+    opt_state = jax.jit(optimizer_for(cfg, model_cfg).init)(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
 def abstract_train_state(cfg: Config, model_cfg: ModelConfig) -> TrainState[jax.ShapeDtypeStruct]:

@@ -69,7 +69,7 @@ def test_every_document_is_scored_once_and_alone(version, lengths, lanes):
 
 
 def test_a_part_is_the_same_documents_each_time_and_counts_their_bytes():
-    cfg = ModelConfig(layers=1, width=64, vocab_size=16)
+    cfg = ModelConfig(version="4", layers=1, width=64, vocab_size=16)
     params = lively_params(cfg)
     documents, tokens = corpus((9, 4, 30, 7, 12))
     results = [
@@ -87,7 +87,7 @@ def test_a_part_is_the_same_documents_each_time_and_counts_their_bytes():
 
 
 def test_reports_progress_to_the_end():
-    cfg = ModelConfig(layers=1, width=64, vocab_size=16)
+    cfg = ModelConfig(version="4", layers=1, width=64, vocab_size=16)
     _, tokens = corpus((9, 4, 30))
     seen = []
     evaluate(

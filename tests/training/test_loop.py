@@ -73,8 +73,8 @@ def test_resumed_run_is_the_run_that_never_stopped(version, tmp_path, console, m
     whole = config(tmp_path, **parts, **{"train.output": tmp_path / "whole"})
     expected = metrics(train(whole, console=console))
     cut = config(tmp_path, **parts)
-    # Between log lines, before an evaluation; then right at a checkpoint; then SIGTERM.
-    for step, kind in ((4, signal.SIGINT), (10, signal.SIGINT), (11, signal.SIGTERM)):
+    # Between log lines and before an evaluation; then right at a checkpoint.
+    for step, kind in ((4, signal.SIGINT), (10, signal.SIGTERM)):
         with monkeypatch.context() as patch:
             interrupt_at(patch, step, kind)
             with pytest.raises(Interrupted, match=r"Stopped after step \d+ of 12, saved in"):
@@ -196,17 +196,14 @@ def test_kill_9_leaves_a_run_that_goes_on_exactly(tmp_path, compiled_once):
     assert whole.returncode == 0, err
     assert "xz -9" in out
     folder, log = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
-    reached = []
-    for lines in (10, 60):  # killed when so many lines are there, wherever that is
-        process = start(tmp_path, compiled_once, *many)
-        wait_for(lambda n=lines: log.exists() and len(log.read_text().splitlines()) > n, process)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        reached.append(max(line["step"] for line in read_metrics(log)))
-        with log.open("a") as file:
-            file.write('{"step": 399, "lo')  # the half line of a kill while writing
-    assert reached[0] < reached[1] < 400
+    process = start(tmp_path, compiled_once, *many)
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 40, process)
+    process.kill()  # wherever it is
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert 120 <= max(line["step"] for line in read_metrics(log)) < 400
+    with log.open("a") as file:
+        file.write('{"step": 399, "lo')  # the half line of a kill while writing
     last = start(tmp_path, compiled_once, *many)
     out, err = last.communicate(timeout=300)
     assert last.returncode == 0, err
