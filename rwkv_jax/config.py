@@ -161,8 +161,8 @@ class TrainConfig(_Strict):
     """Parts that a batch is computed in; the gradient is that of the whole batch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type; parameters, optimizer, decay, recurrent state and loss are float32 always."""
-    remat: bool = False
-    """Keep only each layer's input and recompute the rest in the backward pass."""
+    remat: Literal["none", "dots", "full"] = "dots"
+    """What the backward pass keeps: everything, matrix products' results, each layer's input."""
     wkv: Literal["auto", "scan", "chunked", "associative"] = "auto"
     l2wrap: float = 1e-4
     """Official pull on the largest logit (RWKV-LM `L2Wrap`); 0 is off."""
@@ -274,7 +274,6 @@ _NEEDED = {
     "int_type": "an integer is needed",
     "float_type": "a number is needed",
     "finite_number": "a finite number is needed",
-    "bool_type": "true or false is needed",
     "string_type": "a string is needed",
 }
 """pydantic's names of wrong types, in words."""

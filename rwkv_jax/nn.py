@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from rwkv_jax.remat import keep
 from rwkv_jax.typing import Array, Bool, Callable, Float, Leaf
 
 LAYER_NORM_EPS = 1e-5
@@ -37,7 +38,7 @@ def linear(x: Float[Array, "*shape i"], weight: Float[Array, "i o"]) -> Float[Ar
     makes a gradient that transposes both operands first, a sixth of a training step.
     """
     y = x.reshape(-1, x.shape[-1]) @ weight.astype(x.dtype)
-    return y.reshape(*x.shape[:-1], -1)
+    return keep(y.reshape(*x.shape[:-1], -1))
 
 
 @jax.checkpoint

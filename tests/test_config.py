@@ -79,7 +79,7 @@ def test_every_setting_can_be_read():
         "optimizer": dict(peak_lr=1.0, final_lr=2.0, warmup_steps=3, beta1=0.4, beta2=0.5)
         | dict(eps=6.0, weight_decay=7.0, clip=8.0),
         "train": dict(output="a", seed=1, steps=2, batch=12, context=4, accumulate=3)
-        | dict(dtype="bfloat16", remat=True, wkv="scan", l2wrap=0.5, z_loss=0.25, log_every=6)
+        | dict(dtype="bfloat16", remat="full", wkv="scan", l2wrap=0.5, z_loss=0.25, log_every=6)
         | dict(eval_every=7, eval_tokens=8, checkpoint_every=9, keep=10),
         "sample": dict(prompt="p", tokens=1, temperature=0.5, top_p=0.25),
     }
@@ -115,7 +115,7 @@ def test_reading_leaves_its_input_as_it_was():
         ("train.steps = 1_000", "train", "steps", 1000),
         ("optimizer.peak_lr=3e-4", "optimizer", "peak_lr", 3e-4),
         ("optimizer.clip=0", "optimizer", "clip", 0.0),
-        ("train.remat=true", "train", "remat", True),
+        ("train.remat=full", "train", "remat", "full"),
         ("model.version=4", "model", "version", "4"),
         ('model.version="4"', "model", "version", "4"),
         ("train.dtype=bfloat16", "train", "dtype", "bfloat16"),
@@ -171,7 +171,7 @@ def test_overrides_win_over_the_file_and_the_last_one_wins(file):
         ("train.steps=", 'overrides: train.steps = "": an integer is needed'),
         ("train.steps=1e3", "overrides: train.steps = 1000.0: an integer is needed"),
         ("train.steps=1\nx=2", 'overrides: train.steps = "1\\nx=2": an integer is needed'),
-        ("train.remat=True", 'overrides: train.remat = "True": true or false is needed'),
+        ("train.remat=true", 'overrides: train.remat = "true": one of "none", "dots", "full"'),
         ("optimizer.clip=nan", "overrides: optimizer.clip = nan: a finite number is needed"),
         ("model.version=5", 'overrides: model.version = "5": one of "4", "7"'),
         ("train.steps=0", "overrides: train.steps = 0: at least 1"),
@@ -223,7 +223,7 @@ def test_an_error_says_whether_file_or_overrides_are_wrong(file):
         ("[train]\nsteps = 1.0", "train.steps = 1.0: an integer is needed"),
         ("[train]\nsteps = true", "train.steps = true: an integer is needed"),
         ("[train]\nsteps = [1]", "train.steps = [1]: an integer is needed"),
-        ("[train]\nremat = 1", "train.remat = 1: true or false is needed"),
+        ("[train]\nremat = 1", 'train.remat = 1: one of "none", "dots", "full"'),
         ("[data]\nheldout = '0.1'", 'data.heldout = "0.1": a number is needed'),
         ("[data]\nheldout = true", "data.heldout = true: a number is needed"),
         ("[data]\nsource = 3", "data.source = 3: a string is needed"),

@@ -23,6 +23,7 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import rwkv4, rwkv7
 from rwkv_jax.nn import Norm
 from rwkv_jax.params import ParamSpec, ones, orthogonal, uniform, zeros
+from rwkv_jax.remat import Remat, rematerialise
 from rwkv_jax.typing import Array, Bool, Float, Int, Leaf, PRNGKeyArray
 
 VERSIONS: dict[str, ModuleType] = {"4": rwkv4, "7": rwkv7}
@@ -109,14 +110,14 @@ def backbone(
     cfg: ModelConfig,
     reset: Bool[Array, "b t"] | None = None,
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t c"], State]:
     """Hidden vectors after `ln_out` [b, t, c] in `dtype`, and the state after the last token.
 
     `state` None starts a document. `reset[b, t]` starts one before token t. `dtype` is the compute
-    type; states, decays, norms and the WKV accumulation are float32 whatever it is. `remat` keeps
-    only each layer's input for the backward pass. `implementation` names a WKV form
+    type; states, decays, norms and the WKV accumulation are float32 whatever it is. `remat` says
+    what the backward pass keeps (`rwkv_jax.remat`). `implementation` names a WKV form
     (`rwkv_jax.wkv`).
     """
     module = VERSIONS[cfg.version]
@@ -133,8 +134,7 @@ def backbone(
         *stream, block_state = block(block_params, *stream, block_state, first=first)
         return tuple(stream), block_state
 
-    if remat:
-        layer = jax.checkpoint(layer, prevent_cse=unstacked)
+    layer = rematerialise(layer, remat, prevent_cse=unstacked)
     stream = (x, module.init_carry(x))
     if unstacked:
         states = []
@@ -162,7 +162,7 @@ def forward(
     cfg: ModelConfig,
     reset: Bool[Array, "b t"] | None = None,
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t V"], State]:
     """Float32 logits [b, t, V] of the next token at every position, and the state after the last.

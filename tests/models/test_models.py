@@ -220,18 +220,22 @@ def loss_gradient(version, remat, layout, implementation="chunked"):
 @every_version
 @pytest.mark.parametrize(
     ("remat", "layout", "implementation"),
-    [(True, "stacked", "chunked"), (True, "unstacked", "chunked"), (False, "stacked", "scan")],
+    [
+        ("dots", "stacked", "chunked"),
+        ("full", "unstacked", "chunked"),
+        ("dots", "stacked", "scan"),
+    ],
 )
 def test_options_leave_the_gradient_alone(version, remat, layout, implementation):
     """Rematerialised or not, layers scanned or in a loop, chunks or tokens: one gradient."""
-    expected = loss_gradient(version, False, "stacked")
+    expected = loss_gradient(version, "none", "stacked")
     for name, x in loss_gradient(version, remat, layout, implementation).items():
         assert_close(x, expected[name], "float32", name=name)
 
 
 @every_version
 def test_remat_keeps_less(version):
-    """With `remat` the backward pass holds one layer's intermediates, not every layer's."""
+    """ "full" holds one layer's intermediates and not every layer's, "dots" little more."""
     cfg = ModelConfig(version=version, layers=8, width=64, ffn_width=64, vocab_size=32)
     abstract = models.abstract_params(cfg)
     tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)
@@ -243,7 +247,9 @@ def test_remat_keeps_less(version):
         compiled = quick_jit(jax.grad(loss)).lower(abstract, tokens).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporaries(True) < 0.5 * temporaries(False)
+    none, dots, full = (temporaries(remat) for remat in ("none", "dots", "full"))
+    assert dots < 0.75 * none
+    assert full < 0.75 * dots
 
 
 @every_version

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rwkv_jax.remat import keep
 from rwkv_jax.typing import Array, Bool, Float
 from rwkv_jax.wkv.v4.scan import LOG_ZERO, Wkv4State, absorb, blend, forget, read
 
@@ -151,6 +152,7 @@ def _forward(log_w, k, v, u, state, reset):
         return advance(state, token, log_w), y
 
     y = join(lax.scan(step, entering, x)[1], k.shape[1])
+    y, entering, last = keep((y, entering, last))
     return (y, last), (log_w, k, v, u, state, reset, y, entering, last)
 
 

@@ -28,7 +28,7 @@ def wkv7(
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """`rwkv_jax.wkv.wkv7` by an associative scan over chunks of 32; differentiated by JAX."""
     x = Inputs(*(chunk.cut(array, CHUNK) for array in (r, log_w, k, v, a, b)))
-    docs = chunk.documents(reset, CHUNK, state.dtype)
+    docs = chunk.documents(chunk.document_ids(reset, CHUNK), state.dtype)
     maps, sums = jax.checkpoint(summarise)(x, docs)
     maps, sums = lax.associative_scan(compose, (maps, sums))
     after = dot(state[None], maps) + sums

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from rwkv_jax.typing import Array, Bool, Float
+from rwkv_jax.typing import Array, Bool, Float, Int
 
 dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 transpose = jnp.matrix_transpose
@@ -64,13 +64,27 @@ class Scores(NamedTuple):
     leave: Array  # e^{g_C - m} [1, k]
 
 
+def pad(x: Float[Array, "b t h n"], size: int) -> Float[Array, "b padded h n"]:
+    """Fill the last chunk up with zeros: decay 1, nothing removed, nothing written."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)))
+
+
+def take(x: Float[Array, "b padded h n"], i: Int[Array, ""], size: int) -> Float[Array, "b h C n"]:
+    """Chunk `i`."""
+    return lax.dynamic_slice_in_dim(x, i * size, size, axis=1).swapaxes(1, 2)
+
+
+def put(
+    into: Float[Array, "b padded h n"], x: Float[Array, "b h C n"], i: Int[Array, ""]
+) -> Float[Array, "b padded h n"]:
+    """`into` with `x` as its chunk `i`: the inverse of `take`."""
+    return lax.dynamic_update_slice_in_dim(into, x.swapaxes(1, 2), i * x.shape[2], axis=1)
+
+
 def cut(x: Float[Array, "b t h n"], size: int) -> Float[Array, "chunks b h C n"]:
-    """Cut time into chunks, the last padded with zeros: decay 1, nothing removed, nothing
-    written."""
-    b, t, h, n = x.shape
-    if t % size:
-        x = jnp.pad(x, ((0, 0), (0, -t % size), (0, 0), (0, 0)))
-    return x.reshape(b, -1, size, h, n).transpose(1, 0, 3, 2, 4)
+    """All chunks at once."""
+    b, _, h, n = x.shape
+    return pad(x, size).reshape(b, -1, size, h, n).transpose(1, 0, 3, 2, 4)
 
 
 def join(x: Float[Array, "chunks b h C n"], t: int) -> Float[Array, "b t h n"]:
@@ -79,24 +93,37 @@ def join(x: Float[Array, "chunks b h C n"], t: int) -> Float[Array, "b t h n"]:
     return x.transpose(1, 0, 3, 2, 4).reshape(b, chunks * size, h, n)[:, :t]
 
 
-def documents(reset: Bool[Array, "b t"] | None, size: int, dtype: jnp.dtype) -> Documents | None:
-    """The masks of every chunk [chunks, b, 1, ...]; None if nothing resets. Padding starts no
-    document."""
+class DocumentIds(NamedTuple):
+    """Which document the tokens of every chunk belong to."""
+
+    before: Int[Array, "chunks b 1"]
+    """Of the token before the chunk: the state's."""
+    tokens: Int[Array, "chunks b C"]
+
+
+def document_ids(reset: Bool[Array, "b t"] | None, size: int) -> DocumentIds | None:
+    """Documents numbered as they start; None if nothing resets. Padding starts no document."""
     if reset is None:
         return None
     b, t = reset.shape
     ids = jnp.pad(jnp.cumsum(reset.astype(jnp.int32), axis=1), ((0, 0), (0, -t % size)), "edge")
-    ids = ids.reshape(b, -1, size)
-    entering = jnp.pad(ids[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
-    last = ids[..., -1:]
-    twice = jnp.concatenate([ids, ids], axis=-1)
+    ids = jnp.moveaxis(ids.reshape(b, -1, size), 1, 0)
+    return DocumentIds(before=jnp.pad(ids[:-1, :, -1:], ((1, 0), (0, 0), (0, 0))), tokens=ids)
+
+
+def documents(ids: DocumentIds | None, dtype: jnp.dtype) -> Documents | None:
+    """The masks of a chunk, or of all, with an axis for the heads: [..., b, 1, ...]."""
+    if ids is None:
+        return None
+    last = ids.tokens[..., -1:]
+    twice = jnp.concatenate([ids.tokens, ids.tokens], axis=-1)
     masks = Documents(
         same=twice[..., :, None] == twice[..., None, :],
-        sees_state=(twice == entering)[..., None],
+        sees_state=(twice == ids.before)[..., None],
         reaches_end=(twice == last)[..., None],
-        carries_on=(entering == last)[..., None],
+        carries_on=(ids.before == last)[..., None],
     )
-    return Documents(*(jnp.moveaxis(x, 1, 0)[:, :, None].astype(dtype) for x in masks))
+    return Documents(*(jnp.expand_dims(x, -3).astype(dtype) for x in masks))
 
 
 def causal(size: int) -> np.ndarray:
@@ -112,20 +139,11 @@ def keep(mask: np.ndarray, x: Float[Array, "*lanes i j"]) -> Float[Array, "*lane
     return jnp.where(jnp.broadcast_to(mask, x.shape), x, jnp.zeros((), x.dtype))
 
 
-def triangle(x: Float[Array, "*lanes C n"]) -> Float[Array, "*lanes C C"]:
-    """Ones on and below the diagonal."""
-    size = x.shape[-2]
-    return jnp.broadcast_to(jnp.tri(size, dtype=x.dtype), (*x.shape[:-2], size, size))
-
-
-def cumulative(x: Float[Array, "*lanes C n"]) -> Float[Array, "*lanes C n"]:
-    """Inclusive sums over time, as a product with a triangle of ones."""
-    return dot(triangle(x), x)
-
-
-def cumulative_from_end(x: Float[Array, "*lanes C n"]) -> Float[Array, "*lanes C n"]:
-    """Inclusive sums from the end."""
-    return dot(transpose(triangle(x)), x)
+def summed(which: np.ndarray, x: Float[Array, "*lanes j n"]) -> Float[Array, "*lanes i n"]:
+    """Sums over rows, each over those `j` where `which` [i, j] holds: a product with ones, which
+    takes less time than running sums or slices do."""
+    ones = jnp.asarray(which, x.dtype)
+    return dot(jnp.broadcast_to(ones, (*x.shape[:-2], *ones.shape)), x)
 
 
 def unit_inverse(lower: Float[Array, "*lanes C C"]) -> Float[Array, "*lanes C C"]:
@@ -149,7 +167,7 @@ def unit_inverse(lower: Float[Array, "*lanes C C"]) -> Float[Array, "*lanes C C"
 def relate(x: Inputs, docs: Documents | None) -> Scores:
     """The state-free part of a chunk."""
     size = x.r.shape[-2]
-    g = cumulative(x.log_w)
+    g = summed(np.tri(size, dtype=bool), x.log_w)
     # Nothing depends on m but rounding, so its gradient, which is zero, need not be computed.
     m = lax.stop_gradient(g[..., (size - 1) // 2, None, :])
     left_scale = jnp.exp(jnp.concatenate([g - x.log_w, g], -2) - m)
@@ -229,9 +247,11 @@ def backward(
     flow_end = jnp.sum(sm * dkept, -2, keepdims=True) + jnp.sum(
         s.right * dright_end, -2, keepdims=True
     )
-    flow = flow_left[..., :size, :] + flow_left[..., size:, :]
-    flow = flow - flow_right[..., :size, :] - flow_right[..., size:, :]
-    dlog_w = cumulative_from_end(flow) - flow_left[..., :size, :] + flow_end
+    # An a row has token t's exponent before its decay, the others after it: at or after t counts.
+    from_t = np.tri(size, dtype=bool).T
+    after_t = np.tri(size, k=-1, dtype=bool).T
+    dlog_w = summed(np.hstack([after_t, from_t]), flow_left)
+    dlog_w = dlog_w - summed(np.hstack([from_t, from_t]), flow_right) + flow_end
     dleft = dleft * s.left_scale
     gradients = Inputs(
         r=dleft[..., size:, :],

@@ -8,11 +8,13 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
+from rwkv_jax.remat import keep
 from rwkv_jax.typing import Array, Bool, Float
 from rwkv_jax.wkv.v7 import chunk
-from rwkv_jax.wkv.v7.chunk import Documents, Inputs
+from rwkv_jax.wkv.v7.chunk import Inputs
 
 CHUNK = 32
 
@@ -38,32 +40,49 @@ def _over_chunks(size: int, x: Inputs, state: Array, reset: Array | None) -> tup
 
 
 def _forward(size: int, x: Inputs, state: Array, reset: Array | None) -> tuple[tuple, tuple]:
-    docs = chunk.documents(reset, size, state.dtype)
+    padded, steps = _in_chunks(size, x, reset)
 
-    def body(state: Array, inputs: tuple[Inputs, Documents | None]) -> tuple[Array, tuple]:
-        x, docs = inputs
-        y, after = chunk.forward(x, chunk.relate(x, docs), state, docs)
-        return after, (y, state)
+    # Chunks are sliced from the time axis as they are needed: cutting all of them beforehand would
+    # transpose and so copy every array.
+    def body(carry: tuple[Array, Array], step: tuple) -> tuple[tuple, Array]:
+        state, y = carry
+        i, ids = step
+        x = Inputs(*(chunk.take(array, i, size) for array in padded))
+        docs = chunk.documents(ids, state.dtype)
+        out, after = chunk.forward(x, chunk.relate(x, docs), state, docs)
+        return (after, chunk.put(y, out, i)), state
 
-    cut = Inputs(*(chunk.cut(array, size) for array in x))
-    after, (y, entering) = lax.scan(body, state, (cut, docs))
-    return (chunk.join(y, x.r.shape[1]), after), (x, entering, reset)
+    (after, y), entering = lax.scan(body, (state, jnp.zeros_like(padded.v)), steps)
+    y, entering = keep(y[:, : x.v.shape[1]]), keep(entering)
+    return (y, after), (x, entering, reset)
 
 
 def _backward(size: int, kept: tuple, cotangents: tuple) -> tuple[Inputs, Array, None]:
     x, entering, reset = kept
     dy, dstate = cotangents
-    docs = chunk.documents(reset, size, dstate.dtype)
+    padded, steps = _in_chunks(size, x, reset)
+    dy = chunk.pad(dy, size)
 
-    def body(dstate: Array, inputs: tuple) -> tuple[Array, Inputs]:
-        x, docs, state, dy = inputs
-        gradients, dstate = chunk.backward(x, chunk.relate(x, docs), state, dy, dstate, docs)
-        return dstate, gradients
+    def body(carry: tuple[Array, Inputs], step: tuple) -> tuple[tuple, None]:
+        dstate, out = carry
+        (i, ids), state = step
+        x = Inputs(*(chunk.take(array, i, size) for array in padded))
+        docs = chunk.documents(ids, state.dtype)
+        scores = chunk.relate(x, docs)
+        gradients, dstate = chunk.backward(x, scores, state, chunk.take(dy, i, size), dstate, docs)
+        out = jax.tree.map(lambda into, x: chunk.put(into, x, i), out, gradients)
+        return (dstate, out), None
 
-    cut = Inputs(*(chunk.cut(array, size) for array in x))
-    inputs = (cut, docs, entering, chunk.cut(dy, size))
-    dstate, gradients = lax.scan(body, dstate, inputs, reverse=True)
-    return Inputs(*(chunk.join(array, dy.shape[1]) for array in gradients)), dstate, None
+    carry = (dstate, Inputs(*(jnp.zeros_like(array) for array in padded)))
+    (dstate, gradients), _ = lax.scan(body, carry, (steps, entering), reverse=True)
+    return Inputs(*(array[:, : x.v.shape[1]] for array in gradients)), dstate, None
+
+
+def _in_chunks(size: int, x: Inputs, reset: Array | None) -> tuple[Inputs, tuple]:
+    """The inputs padded to whole chunks, and what a scan over those reads: their numbers, their
+    documents."""
+    padded = Inputs(*(chunk.pad(array, size) for array in x))
+    return padded, (jnp.arange(padded.v.shape[1] // size), chunk.document_ids(reset, size))
 
 
 _over_chunks.defvjp(_forward, _backward)
