@@ -23,13 +23,16 @@ Then: python sample.py runs/demo "def main("
 DEFAULT = Path(__file__).parent / "configs" / "demo.toml"
 
 
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
+MALLOC = "glibc.malloc." + ":glibc.malloc.".join(
+    ("hugetlb=1", "mmap_max=0", f"trim_threshold={1 << 36}", f"top_pad={1 << 28}")
+)
+"""Huge pages, and memory once had is kept: XLA asks anew for the temporaries of every step."""
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit code: 2 for bad input, 130 when interrupted."""
     config, overrides = _parse(arguments)
-    _use_huge_pages()
+    _keep_memory()
     # Below, so that --help and a mistyped setting answer at once.
     from rwkv_jax.config import load_config
     from rwkv_jax.errors import UserError
@@ -63,15 +66,16 @@ def _parse(arguments: list[str]) -> tuple[Path, list[str]]:
     return Path(config) if config else DEFAULT, overrides
 
 
-def _use_huge_pages() -> None:
-    """Starts this program once more with glibc's malloc on huge pages.
+def _keep_memory() -> None:
+    """Starts this program once more with `MALLOC`, unless the user's environment sets malloc up.
 
-    On CPU XLA maps its temporaries anew at every step; in pages of 4 KiB a sixth of the step goes
-    into the kernel. The setting is read when a process starts and by glibc only.
+    By default XLA's temporaries are mapped anew at every step, in pages of 4 KiB: on CPU a fifth of
+    a training step then goes into the kernel. The settings are read when a process starts, by glibc
+    only.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform == "linux" and "glibc.malloc.hugetlb" not in tunables:
-        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, HUGE_PAGES)))
+    if sys.platform == "linux" and "glibc.malloc." not in tunables:
+        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, MALLOC)))
         os.execv(sys.executable, sys.orig_argv)
 
 

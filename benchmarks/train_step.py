@@ -4,7 +4,7 @@
 
 Everyone does the same step in float32: forward, backward, gradient clipping at norm 1, AdamW, on
 the same tokens. Contestants are processes that take turns; the start-up time of each is taken
-while the others are idle.
+while the others are idle. Ours runs with the malloc settings that train.py starts itself with.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from functools import partial
 from benchmarks import harness
 from benchmarks.harness import GIB, Worker, console, shown, spread
 from benchmarks.worker import versions
+from train import MALLOC
 
 SHAPE = {"layers": 6, "width": 512, "head_size": 64, "vocab": 512, "batch": 4, "context": 512}
 SHAPE |= {"rank_w": 64, "rank_a": 64, "rank_v": 32, "rank_g": 128}
@@ -70,10 +71,18 @@ def parse() -> argparse.Namespace:
         help="interpreter with benchmarks/requirements.txt (default: this)",
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="steps a contestant does at its turn")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="steps at a turn, after one that is not timed"
+    )
     parser.add_argument("--threads", type=int, default=harness.device()["cores"])
     parser.add_argument(
         "--implementation", default=None, help="WKV form of ours: scan, chunked, associative"
+    )
+    parser.add_argument("--remat", default="dots", help="remat of ours: none, dots, full")
+    parser.add_argument(
+        "--peer-malloc",
+        action="store_true",
+        help="start the peers, too, with the malloc settings that train.py gives itself",
     )
     parser.add_argument(
         "--peers",
@@ -112,16 +121,19 @@ def makers(args: argparse.Namespace, cache: str) -> dict:
         "version": args.version,
         "cache": cache,
         "implementation": args.implementation,
+        "remat": args.remat,
     }
-    every = {OURS: partial(Worker, "train_ours.py", ours)}
+    malloc = {"env": {"GLIBC_TUNABLES": MALLOC}}
+    every = {OURS: partial(Worker, "train_ours.py", ours, **malloc)}
+    peer = args.peer | (malloc if args.peer_malloc else {})
     shape = {**SHAPE, "gpt2_inner": None}
     for name, kind in (PEERS[args.version] | GPT2).items():
         every[name] = partial(
-            Worker, "train_torch.py", {**base, "shape": shape, "kind": kind}, **args.peer
+            Worker, "train_torch.py", {**base, "shape": shape, "kind": kind}, **peer
         )
     widened = {**shape, "gpt2_inner": GPT2_WIDENED[args.version]}
     every["GPT-2, sdpa, widened"] = partial(
-        Worker, "train_torch.py", {**base, "shape": widened, "kind": "gpt2-sdpa"}, **args.peer
+        Worker, "train_torch.py", {**base, "shape": widened, "kind": "gpt2-sdpa"}, **peer
     )
     wanted = [part.lower() for part in args.peers] if args.peers is not None else [""]
     chosen = {
