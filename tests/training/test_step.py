@@ -1,6 +1,7 @@
 """One training step: accumulation, non-finite values, and that it learns."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,12 @@ def config(**train):
         optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=0),
         train=TrainConfig(**{"steps": 50, "batch": 4, "context": 16, **train}),
     )
+
+
+@functools.cache
+def compiled_step(version):
+    """The step of the plain config, compiled once."""
+    return make_train_step(config(), MODELS[version])
 
 
 def batch(seed=0, b=4, t=16, vocab=32):
@@ -60,7 +67,7 @@ def test_accumulated_gradient_is_the_whole_batchs(version):
 def test_learns_a_batch_by_heart(version):
     cfg = config()
     state = init_train_state(cfg, MODELS[version])
-    step = make_train_step(cfg, MODELS[version])
+    step = compiled_step(version)
     losses = []
     for _ in range(50):
         state, metrics = step(state, batch())
@@ -78,7 +85,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_says_what():
     blocks = state.params.blocks.replace(att=att)
     state = state.replace(params=state.params.replace(blocks=blocks))
     before = jax.tree.map(np.asarray, state)
-    after, metrics = make_train_step(cfg, MODELS["7"])(state, batch())
+    after, metrics = compiled_step("7")(state, batch())
     assert not metrics.finite
     assert "the loss is nan" in what_is_not_finite(metrics, after.params)
     assert "the gradient is not finite in" in what_is_not_finite(metrics, after.params)
@@ -87,7 +94,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_says_what():
 
 def test_names_the_parameter_whose_gradient_is_not_finite():
     state = init_train_state(config(), MODELS["4"])
-    step = make_train_step(config(), MODELS["4"])
+    step = compiled_step("4")
     state, metrics = step(state, batch())
     names = [
         jax.tree_util.keystr(path, simple=True, separator=".")
