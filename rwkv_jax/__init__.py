@@ -4,7 +4,13 @@
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rwkv_jax.checkpoint.store import load
+    from rwkv_jax.config import ModelConfig
+    from rwkv_jax.models import forward, init_params, init_state, stack, unstack
+    from rwkv_jax.wkv import wkv4, wkv7
 
 _HOMES = {
     "ModelConfig": "rwkv_jax.config",

@@ -7,7 +7,7 @@ the copy of each layer's slice; decoding on CPU is over twice as fast for it.
 """
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from operator import itemgetter
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -52,14 +52,22 @@ class State:
     blocks: Any
 
 
+@cache
 def specs(cfg: ModelConfig) -> Model[ParamSpec]:
-    """The table of every parameter of `cfg`'s model.
+    """The table of every parameter of `cfg`'s model; one object for one `cfg`, so that what is
+    compiled for it is compiled once.
+
+    Embeddings start in [-1e-4, 1e-4], whatever the version: the official trainers of version 4 take
+    their learning rate there, a few times more, which `ln0` undoes.
 
     Raises `ValueError` if `cfg.vocab_size` is still open (0).
     """
     c, vocab = cfg.width, cfg.vocab_size
     if vocab < 1:
         raise ValueError("cfg.vocab_size is 0: set it to the tokenizer's vocabulary size")
+
+    with jax.ensure_compile_time_eval():  # kept beyond the trace that may ask first
+        blocks = VERSIONS[cfg.version].specs(cfg)
 
     def norm() -> Norm[ParamSpec]:
         return Norm(ParamSpec((c,), ones), ParamSpec((c,), zeros))
@@ -68,7 +76,7 @@ def specs(cfg: ModelConfig) -> Model[ParamSpec]:
     return Model(
         emb=ParamSpec((vocab, c), uniform(1e-4), decay=True, layout="table"),
         ln0=norm(),
-        blocks=VERSIONS[cfg.version].specs(cfg),
+        blocks=blocks,
         ln_out=norm(),
         head=ParamSpec((c, vocab), orthogonal(head_gain), decay=True, layout="linear"),
     )

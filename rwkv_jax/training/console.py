@@ -5,11 +5,17 @@ On a terminal progress is a bar; elsewhere (a log file, a pipe) it is a plain li
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 
@@ -31,6 +37,21 @@ def comparison(console: Console, rows: Mapping[str, float], best: str) -> None:
     for name, value in sorted(rows.items(), key=lambda item: item[1]):
         table.add_row(escape(name), f"{value:.3f}", style="bold" if name == best else None)
     console.print(table)
+
+
+@contextlib.contextmanager
+def evaluating(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Shows how much of the held-out text is read; yields what `evaluate` reports it to."""
+    columns = (
+        TextColumn("evaluating"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("held-out tokens  ETA"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=console, expand=True, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class Ticker:

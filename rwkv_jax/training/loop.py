@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -331,7 +331,9 @@ def _plot(run: _Run) -> None:
     plot(read_metrics(run.folder / "metrics.jsonl"), run.folder / "loss.png", title)
 
 
-def _evaluate(run: _Run, *, limit: int = 0, **extra: Any) -> float:
+def _evaluate(
+    run: _Run, *, limit: int = 0, report: Callable[[int, int], None] | None = None, **extra: Any
+) -> float:
     """Held-out bits per byte, logged and shown."""
     train = run.cfg.train
     if not run.tokens.heldout_bytes:
@@ -345,6 +347,7 @@ def _evaluate(run: _Run, *, limit: int = 0, **extra: Any) -> float:
         limit=limit,
         dtype=jnp.dtype(train.dtype),
         implementation=None if train.wkv == "auto" else train.wkv,
+        report=report,
     )
     run.log.write(
         step=run.step,
@@ -365,9 +368,10 @@ def _evaluate(run: _Run, *, limit: int = 0, **extra: Any) -> float:
 def _finish(run: _Run) -> None:
     """The final evaluation, beside compressors on the same text, and a sample."""
     if run.tokens.heldout_bytes:
-        with run.console.status(f"evaluating {len(run.tokens.heldout):,} held-out tokens"):
+        with run.console.status("compressing the held-out text with gzip -9 and xz -9"):
             marks = compressors(run.tokens.heldout_text())
-            bpb = _evaluate(run, final=True, compressors=marks)
+        with show.evaluating(run.console) as report:
+            bpb = _evaluate(run, report=report, final=True, compressors=marks)
         name = f"RWKV-{run.cfg.model.version} (this run)"
         show.comparison(run.console, {name: bpb, **marks}, best=name)
     with writing(run.folder):

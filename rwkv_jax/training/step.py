@@ -1,6 +1,6 @@
 """One optimizer step, compiled once: gradients of a batch (in parts, if asked), then the update."""
 
-from typing import Any, Generic, Protocol
+from typing import Generic
 
 import jax
 import jax.numpy as jnp
@@ -10,30 +10,12 @@ from jax import lax
 
 from rwkv_jax import models
 from rwkv_jax.config import Config, ModelConfig
+from rwkv_jax.data.loader import Batch
 from rwkv_jax.params import path_name
 from rwkv_jax.training.loss import cross_entropy
 from rwkv_jax.training.optimizer import schedule
 from rwkv_jax.training.state import TrainState, optimizer_for
 from rwkv_jax.typing import Array, Callable, Float, Leaf, PyTree
-
-
-class Batch(Protocol):
-    """What a step reads (`rwkv_jax.data.loader.Batch`): three [b, t] arrays."""
-
-    @property
-    def inputs(self) -> Any:
-        """int32."""
-        ...
-
-    @property
-    def targets(self) -> Any:
-        """int32."""
-        ...
-
-    @property
-    def reset(self) -> Any:
-        """bool."""
-        ...
 
 
 @struct.dataclass
@@ -51,11 +33,8 @@ class Metrics(Generic[Leaf]):
     """Which parameters, in `jax.tree.leaves` order, had a non-finite gradient."""
 
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-
-
-def make_train_step(cfg: Config, model_cfg: ModelConfig) -> TrainStep:
-    """The compiled `train_step(state, batch) -> (state, metrics)`; it consumes its `state`."""
+def make_train_step(cfg: Config, model_cfg: ModelConfig) -> jax.stages.Wrapped:
+    """The jitted `train_step(state, batch) -> (state, metrics)`; it consumes its `state`."""
     train = cfg.train
     dtype = jnp.dtype(train.dtype)
     optimizer = optimizer_for(cfg, model_cfg)
@@ -78,7 +57,7 @@ def make_train_step(cfg: Config, model_cfg: ModelConfig) -> TrainStep:
             )
         return loss, parts["cross_entropy"]
 
-    def train_step(state: TrainState, *batch: Array) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, grads = _gradients(loss_fn, state.params, batch, train.accumulate)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -93,12 +72,11 @@ def make_train_step(cfg: Config, model_cfg: ModelConfig) -> TrainStep:
         lr = learning_rate(updated.step - 1)
         return state, Metrics(loss, grad_norm, lr, finite, ~jnp.isfinite(squares))
 
-    jitted = jax.jit(train_step, donate_argnums=0)
-    return lambda state, batch: jitted(state, batch.inputs, batch.targets, batch.reset)
+    return jax.jit(train_step, donate_argnums=0)
 
 
 def _gradients(
-    loss_fn: Callable, params: PyTree, batch: tuple[Array, ...], parts: int
+    loss_fn: Callable, params: PyTree, batch: Batch, parts: int
 ) -> tuple[Float[Array, ""], PyTree]:
     """Loss and gradient of the whole batch, computed in `parts` equal parts after each other.
 

@@ -151,7 +151,7 @@ def wkv4_inputs(regime: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarra
     if regime == "silent":
         k, v, u = np.zeros_like(k), np.zeros_like(v), np.zeros_like(u)
     if regime == "strong bonus":
-        u = np.where(rng.random(width) < 0.5, u, rng.choice([-20.0, 20.0], size=width))
+        u = rng.choice([-20.0, 20.0], size=width)
     arrays = {"log_w": -np.exp(decay), "k": k, "v": v, "u": u}
     return {name: x.astype(np.float32) for name, x in arrays.items()}
 

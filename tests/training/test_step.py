@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 
 from rwkv_jax import models
-from rwkv_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+from rwkv_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig, load_config
 from rwkv_jax.data.loader import Batch
 from rwkv_jax.training.state import abstract_train_state, init_train_state
 from rwkv_jax.training.step import make_train_step, what_is_not_finite
 
+ROOT = Path(__file__).parents[2]
 MODELS = {
     version: ModelConfig(version=version, layers=2, width=64, vocab_size=32)
     for version in ("4", "7")
@@ -121,3 +123,18 @@ def test_initial_parameters_depend_on_the_seed_only():
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(first, models.init_params(MODELS["7"], jax.random.key(1)).head)
     assert not np.array_equal(first, other)
+
+
+@pytest.mark.slow
+def test_the_official_0_1b_step_compiles_in_the_memory_its_config_states():
+    cfg = load_config(ROOT / "configs" / "rwkv7-0.1b.toml")
+    state = abstract_train_state(cfg, cfg.model)
+    assert sum(x.size for x in jax.tree.leaves(state.params)) == 191_084_544
+    shape = cfg.train.batch, cfg.train.context
+    ints = jax.ShapeDtypeStruct(shape, jnp.int32)
+    step = make_train_step(cfg, cfg.model)
+    compiled = step.lower(state, Batch(ints, ints, jax.ShapeDtypeStruct(shape, jnp.bool_)))
+    memory = compiled.compile().memory_analysis()
+    assert memory.argument_size_in_bytes < 2.15 * 2**30
+    assert memory.alias_size_in_bytes > 2.13 * 2**30, "the state is not updated in place"
+    assert memory.temp_size_in_bytes < 3.5 * 2**30
