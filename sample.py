@@ -199,4 +199,7 @@ def _edit_lines() -> None:
 
 
 if __name__ == "__main__":
+    from rwkv_jax import malloc
+
+    malloc.set_up()
     sys.exit(main(sys.argv[1:]))

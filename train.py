@@ -23,16 +23,9 @@ Then: python sample.py runs/demo "def main("
 DEFAULT = Path(__file__).parent / "configs" / "demo.toml"
 
 
-MALLOC = "glibc.malloc." + ":glibc.malloc.".join(
-    ("hugetlb=1", "mmap_max=0", f"trim_threshold={1 << 36}", f"top_pad={1 << 28}")
-)
-"""Huge pages, and memory once had is kept: XLA asks anew for the temporaries of every step."""
-
-
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit code: 2 for bad input, 130 when interrupted."""
     config, overrides = _parse(arguments)
-    _keep_memory()
     # Below, so that --help and a mistyped setting answer at once.
     from rwkv_jax.config import load_config
     from rwkv_jax.errors import UserError
@@ -66,19 +59,6 @@ def _parse(arguments: list[str]) -> tuple[Path, list[str]]:
     return Path(config) if config else DEFAULT, overrides
 
 
-def _keep_memory() -> None:
-    """Starts this program once more with `MALLOC`, unless the user's environment sets malloc up.
-
-    By default XLA's temporaries are mapped anew at every step, in pages of 4 KiB: on CPU a fifth of
-    a training step then goes into the kernel. The settings are read when a process starts, by glibc
-    only.
-    """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform == "linux" and "glibc.malloc." not in tunables:
-        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, MALLOC)))
-        os.execv(sys.executable, sys.orig_argv)
-
-
 def _keep_compiled_programs(cache: str) -> None:
     """A run that is started again, or again with another length, need not compile again."""
     import jax
@@ -90,4 +70,7 @@ def _keep_compiled_programs(cache: str) -> None:
 
 
 if __name__ == "__main__":
+    from rwkv_jax import malloc
+
+    malloc.set_up()
     sys.exit(main(sys.argv[1:]))

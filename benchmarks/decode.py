@@ -5,7 +5,8 @@
 Everyone loads the same random float32 weights (12 layers, 768 wide, vocabulary 65,536), and their
 logits after a prompt are compared. Writing one token reads every weight but the embedding table
 once; that many bytes over the time a token takes is what is held against the bandwidth of one
-matrix-vector product over as many bytes.
+matrix-vector product over as many bytes, both the mean over a turn. Ours and the products of numpy
+and jax run with the malloc settings that sample.py gives itself.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from functools import partial
 from benchmarks import harness
 from benchmarks.harness import GIB, Worker, console, shown, spread
 from benchmarks.worker import versions
+from rwkv_jax.malloc import SETTINGS as MALLOC
 
 SHAPE = {"layers": 12, "width": 768, "head_size": 64, "vocab": 65536}
 SHAPE |= {"rank_w": 64, "rank_a": 64, "rank_v": 32, "rank_g": 128}
@@ -44,7 +46,8 @@ def main() -> None:
     args = parse()
     peer = {"python": args.peer_python} if args.peer_python else {}
     base = {"threads": args.threads, "shape": SHAPE, "prompt": PROMPT}
-    makers = {OURS: partial(Worker, "decode_ours.py", base)}
+    malloc = {"GLIBC_TUNABLES": MALLOC}
+    makers = {OURS: partial(Worker, "decode_ours.py", base, env=malloc)}
     for name, strategy in STRATEGIES.items():
         makers[name] = partial(Worker, "decode_rwkv.py", {**base, "strategy": strategy}, **peer)
     writers = harness.start_all(makers)
@@ -53,9 +56,12 @@ def main() -> None:
     readers = harness.start_all(
         {
             "numpy": partial(
-                Worker, "matvec_rate.py", {**rate, "library": "numpy"}, env=NO_OPENBLAS_SETTINGS
+                Worker,
+                "matvec_rate.py",
+                {**rate, "library": "numpy"},
+                env=NO_OPENBLAS_SETTINGS | malloc,
             ),
-            "jax": partial(Worker, "matvec_rate.py", {**rate, "library": "jax"}),
+            "jax": partial(Worker, "matvec_rate.py", {**rate, "library": "jax"}, env=malloc),
             "torch": partial(Worker, "matvec_rate.py", {**rate, "library": "torch"}, **peer),
         }
     )
@@ -63,7 +69,10 @@ def main() -> None:
     for index in range(args.rounds):
         console.print(f"[dim]round {index + 1} of {args.rounds}[/]")
         bandwidth.append(
-            {name: worker.ask({"repeats": 5})["gb_per_s"] for name, worker in readers.items()}
+            {
+                name: worker.ask({"repeats": args.tokens})["gb_per_s"]
+                for name, worker in readers.items()
+            }
         )
         for answers, is_greedy in ((sampled, False), (greedy, True)):
             request = {"tokens": args.tokens, "greedy": is_greedy}

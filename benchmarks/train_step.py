@@ -4,7 +4,7 @@
 
 Everyone does the same step in float32: forward, backward, gradient clipping at norm 1, AdamW, on
 the same tokens. Contestants are processes that take turns; the start-up time of each is taken
-while the others are idle. Ours runs with the malloc settings that train.py starts itself with.
+while the others are idle. Ours runs with the malloc settings that train.py gives itself.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from functools import partial
 from benchmarks import harness
 from benchmarks.harness import GIB, Worker, console, shown, spread
 from benchmarks.worker import versions
-from train import MALLOC
+from rwkv_jax.malloc import SETTINGS as MALLOC
 
 SHAPE = {"layers": 6, "width": 512, "head_size": 64, "vocab": 512, "batch": 4, "context": 512}
 SHAPE |= {"rank_w": 64, "rank_a": 64, "rank_v": 32, "rank_g": 128}

@@ -43,7 +43,7 @@ def start(options: dict):
             began = time.perf_counter()
             product()
             seconds.append(time.perf_counter() - began)
-        return {"gb_per_s": 4e-9 * rows * COLUMNS / min(seconds)}
+        return {"gb_per_s": 4e-9 * rows * COLUMNS * len(seconds) / sum(seconds)}
 
     return handle, {}
 

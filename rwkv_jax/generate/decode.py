@@ -29,6 +29,7 @@ from rwkv_jax.generate.transforms import (
     sample,
 )
 from rwkv_jax.models import Model, State, backbone, forward, head, init_state, specs, unstack
+from rwkv_jax.nn import Transposed
 from rwkv_jax.params import ParamSpec, is_spec
 from rwkv_jax.typing import Array, Float, Int, Leaf
 
@@ -65,7 +66,8 @@ def decoding_dtype() -> Any:
 
 
 def decoding_layout(params: Model[Array], cfg: ModelConfig, dtype: Any = None) -> Model[Array]:
-    """The parameters as decoding wants them: layers unstacked, matrices stored in `dtype`.
+    """The parameters as decoding wants them: layers unstacked, matrices stored in `dtype` and, on
+    CPU, the large ones transposed.
 
     None is `decoding_dtype()`. Logits are those of the parameters given, computed in `dtype`: a
     matrix is cast once instead of at each use. Vectors stay float32.
@@ -79,7 +81,14 @@ def _lay_out(params: Model[Array], cfg: ModelConfig, dtype: Any) -> Model[Array]
     def store(spec: ParamSpec, value: Array) -> Array:
         return value.astype(dtype if len(spec.shape) > 1 else jnp.float32)
 
-    return unstack(jax.tree.map(store, specs(cfg), params, is_leaf=is_spec))
+    def turn(spec: ParamSpec, value: Array) -> Array | Transposed:
+        return Transposed(value.swapaxes(-1, -2)) if spec.layout == "linear" else value
+
+    table = specs(cfg)
+    params = jax.tree.map(store, table, params, is_leaf=is_spec)
+    if jax.default_backend() == "cpu":
+        params = jax.tree.map(turn, table, params, is_leaf=is_spec)
+    return unstack(params)
 
 
 def prefill(
