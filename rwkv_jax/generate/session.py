@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -121,6 +122,8 @@ class Writer:
         self, rows: Rows[Array], settings: Settings[Array], tokens: int
     ) -> tuple[np.ndarray, Rows[Array]]:
         """Up to `tokens` more tokens in every row, int32 [b, tokens], and the rows after them."""
+        # JAX compiles again when some arrays are bound to a device that were not before.
+        rows = jax.device_put(rows, rows.logits.sharding)
         written, rows = decode(
             self.params,
             rows,

@@ -1,5 +1,6 @@
 """Text in, text out: streaming, stops, seeds, and the state that a session carries."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -216,3 +217,23 @@ def test_counted_as_nothing_are_blanks_and_digits(writer7):
     increment = np.asarray(writer7.vocabulary.increment)
     nothing = [0, *(1 + byte for byte in b" \t0123456789")]
     assert sorted(np.flatnonzero(increment == 0)) == sorted(nothing)
+
+
+@pytest.mark.parametrize("committed", [False, True], ids=["anywhere", "bound to a device"])
+def test_decoding_is_compiled_once_whatever_happens_in_between(committed, caplog):
+    """Weights of a checkpoint are bound to a device, fresh ones are not."""
+    params = weights("7")
+    params = jax.device_put(params, jax.devices()[0]) if committed else params
+    writer = Writer(params, config("7"), Ascii())
+    jax.clear_caches()
+    with jax.log_compiles():
+        own = Session(writer, seed=1)
+        for _ in range(2):
+            own.feed("def")
+            list(own.stream(max_tokens=9))
+            list(own.stream(max_tokens=9))
+            own.reseed(5)
+            list(own.stream(max_tokens=9))
+            own.reset()
+    done = [r.getMessage() for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
+    assert sum("jit(decode)" in message for message in done) == 1
