@@ -136,7 +136,7 @@ def device() -> dict:
         "cpu": model,
         "cores": cores,
         "memory_gib": round(memory, 1),
-        "system": platform.platform(terse=True),
+        "system": f"{platform.system()} {platform.machine()}",
     }
 
 
