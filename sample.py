@@ -37,6 +37,9 @@ def main(arguments: list[str]) -> int:
     # Below, so that --help and a mistyped option answer at once.
     from rwkv_jax.errors import UserError
 
+    if sys.stdout is None:
+        print("sample.py: stdout is closed; text needs somewhere to go", file=sys.stderr)
+        return 2
     try:
         _sample(args)
         sys.stdout.flush()
@@ -167,7 +170,7 @@ def _load(run: str):
     from rwkv_jax.generate import Writer
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        # Where train.py keeps its own: the second time starts in a fraction of the first.
+        # Where train.py keeps its own unless data.cache says where: the second time starts at once.
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "rwkv_jax" / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

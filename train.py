@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 HELP = """
 Train an RWKV model on your text, and see what it has learnt.
@@ -23,6 +24,12 @@ Then: python sample.py runs/demo "def main("
 DEFAULT = Path(__file__).parent / "configs" / "demo.toml"
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, instead of a page of usage."""
+        self.exit(2, f"train.py: {message}; see --help\n")
+
+
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit code: 2 for bad input, 130 when interrupted."""
     config, overrides = _parse(arguments)
@@ -40,15 +47,13 @@ def main(arguments: list[str]) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"\n{interrupt or 'Interrupted; nothing was trained yet.'}", file=sys.stderr)
+        print(f"\n{str(interrupt) or 'Interrupted; nothing was trained yet.'}", file=sys.stderr)
         return 130
     return 0
 
 
 def _parse(arguments: list[str]) -> tuple[Path, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", help="a TOML file (default: configs/demo.toml)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="TOML values")
     parsed = parser.parse_args(arguments)

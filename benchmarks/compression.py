@@ -2,19 +2,16 @@
 
     python -m benchmarks.compression [runs/demo]
 
-The model's number is the run's last evaluation (all held-out tokens); the compressors see the
-held-out documents in one piece, as bytes.
+As the run's last evaluation found them: the model read all held-out tokens, the compressors the
+same documents in one piece, as bytes.
 """
 
 import argparse
-import gzip
-import lzma
 from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.worker import versions
 from rwkv_jax.checkpoint.store import read_config
-from rwkv_jax.data.prepare import prepare
 from rwkv_jax.errors import UserError
 from rwkv_jax.training.metrics import read_metrics
 
@@ -43,22 +40,19 @@ def compare(folder: Path) -> None:
             f"{folder}: no final evaluation in metrics.jsonl; let the run finish (python train.py)"
         )
     last = evaluations[-1]
-    tokens = prepare(cfg.data)
-    text = tokens.heldout_text()
     bits = {
         f"rwkv_jax, version {cfg.model.version}, step {last['step']:,}": last["heldout_bpb"],
-        "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text),
-        "gzip -9": 8 * len(gzip.compress(text, 9, mtime=0)) / len(text),
+        **last["compressors"],
     }
     harness.table(
-        f"Held-out text of {folder}: {len(text) / 1e6:.2f} MB, {tokens.heldout_documents:,} files",
+        f"Held-out text of {folder}: {last['heldout_tokens']:,} tokens",
         ["", "bits per byte", "of xz"],
         [[name, f"{value:.3f}", f"{value / bits['xz -9']:.1%}"] for name, value in bits.items()],
     )
     found = {"ours": versions("jax", "numpy", "tokenizers")}
     result = {
         "run": str(folder),
-        "heldout_bytes": len(text),
+        "heldout_tokens": last["heldout_tokens"],
         "bits_per_byte": bits,
         "versions": found,
     }

@@ -5,8 +5,8 @@
 Everyone loads the same random float32 weights (12 layers, 768 wide, vocabulary 65,536), and their
 logits after a prompt are compared. Writing one token reads every weight but the embedding table
 once; that many bytes over the time a token takes is what is held against the bandwidth of one
-matrix-vector product over as many bytes, both the mean over a turn. Ours and the products of numpy
-and jax run with the malloc settings that sample.py gives itself.
+matrix-vector product over as many bytes, both the mean over a turn. All run with the malloc
+settings that sample.py gives itself.
 """
 
 import argparse
@@ -49,7 +49,9 @@ def main() -> None:
     malloc = {"GLIBC_TUNABLES": MALLOC}
     makers = {OURS: partial(Worker, "decode_ours.py", base, env=malloc)}
     for name, strategy in STRATEGIES.items():
-        makers[name] = partial(Worker, "decode_rwkv.py", {**base, "strategy": strategy}, **peer)
+        makers[name] = partial(
+            Worker, "decode_rwkv.py", {**base, "strategy": strategy}, env=malloc, **peer
+        )
     writers = harness.start_all(makers)
     size = writers[OURS].about["weight_bytes"]
     rate = {"threads": args.threads, "bytes": size}
@@ -62,7 +64,9 @@ def main() -> None:
                 env=NO_OPENBLAS_SETTINGS | malloc,
             ),
             "jax": partial(Worker, "matvec_rate.py", {**rate, "library": "jax"}, env=malloc),
-            "torch": partial(Worker, "matvec_rate.py", {**rate, "library": "torch"}, **peer),
+            "torch": partial(
+                Worker, "matvec_rate.py", {**rate, "library": "torch"}, env=malloc, **peer
+            ),
         }
     )
     sampled, greedy, bandwidth = [], [], []

@@ -148,7 +148,7 @@ def makers(args: argparse.Namespace, cache: str) -> dict:
         "ffn": 4 * SHAPE["width"],
     }
     return chosen | {
-        "matrix rate, jax": partial(Worker, "matrix_rate.py", {**rate, "library": "jax"}),
+        "matrix rate, jax": partial(Worker, "matrix_rate.py", {**rate, "library": "jax"}, **malloc),
         "matrix rate, torch": partial(
             Worker, "matrix_rate.py", {**rate, "library": "torch"}, **args.peer
         ),

@@ -181,7 +181,8 @@ class TrainConfig(_Strict):
         counts = ("steps", "batch", "context", "accumulate", "log_every", "eval_tokens")
         for name in (*counts, "checkpoint_every", "keep"):
             _require(getattr(self, name) >= 1, f"train.{name} = {getattr(self, name)}: at least 1")
-        for name in ("seed", "eval_every", "l2wrap", "z_loss"):
+        _require(0 <= self.seed < 2**32, f"train.seed = {self.seed}: between 0 and {2**32 - 1}")
+        for name in ("eval_every", "l2wrap", "z_loss"):
             _require(getattr(self, name) >= 0, f"train.{name} = {getattr(self, name)}: 0 or more")
         _require(
             self.batch % self.accumulate == 0,

@@ -21,6 +21,14 @@ def set_up() -> None:
     as programs only, before all else.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform == "linux" and "glibc.malloc." not in tunables:
+    if _has_glibc() and "glibc.malloc." not in tunables:
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, SETTINGS)))
-        os.execv(sys.executable, sys.orig_argv)
+        # Not orig_argv[0]: Python finds its virtual environment by the name it is started under.
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _has_glibc() -> bool:
+    try:
+        return bool(os.confstr("CS_GNU_LIBC_VERSION"))
+    except (AttributeError, OSError, ValueError):
+        return False

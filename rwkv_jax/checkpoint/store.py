@@ -93,12 +93,18 @@ class Store:
         """The folder of a checkpoint."""
         return self.folder / str(step)
 
-    def meta(self, step: int) -> dict[str, Any]:
-        """What was saved beside the arrays. Raises `StoreError` if it cannot be read."""
+    def meta(self, step: int, *needed: str) -> dict[str, Any]:
+        """What was saved beside the arrays.
+
+        Raises `StoreError` if it cannot be read, or something `needed` is not in it.
+        """
+        items = ocp.args.Composite(meta=ocp.args.JsonRestore())
         with _reading(self.path(step)):
-            return self._manager.restore(
-                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-            )["meta"]
+            found = self._manager.restore(step, args=items)["meta"]
+            for name in needed:
+                if name not in found:
+                    raise ValueError(f"its meta has no {name}")
+            return found
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
         """The training state of a step; `abstract` gives its shapes.
@@ -227,7 +233,7 @@ def load_run(folder: Path | str) -> tuple[models.Model[Array], ModelConfig, Toke
         step = store.latest()
         if step is None:
             raise _no_checkpoint(folder, cfg)
-        _check_belongs(folder, cfg, tokenizer, store.meta(step))
+        _check_belongs(folder, cfg, tokenizer, store.meta(step, "model", "tokenizer"))
         return store.restore_params(models.abstract_params(cfg.model), step), cfg.model, tokenizer
 
 

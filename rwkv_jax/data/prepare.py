@@ -298,7 +298,9 @@ def _pieces(text: str) -> list[str]:
 def _require_both(cfg: DataConfig, counts: dict[str, int]) -> None:
     train, heldout = (counts[f"{name}_documents"] for name in ARRAYS)
     if not train + heldout:
-        raise CorpusError(f"data.source = {cfg.source}: no text in it")
+        raise CorpusError(
+            f"data.source = {cfg.source}: no text in it; give a file, folder or glob that has some"
+        )
     if not train:
         raise CorpusError(
             f"data.heldout = {cfg.heldout} holds out every one of the {heldout:,} documents:"

@@ -5,6 +5,7 @@ On a terminal progress is a bar; elsewhere (a log file, a pipe) it is a plain li
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
@@ -17,6 +18,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+
+class LastingConsole(Console):
+    """Goes quiet when its reader leaves (`train.py | head`): the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich, whose own ends the program."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 def header(console: Console, title: str, rows: Mapping[str, str]) -> None:

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from rwkv_jax import generate, models
 from rwkv_jax import params as tables
-from rwkv_jax.checkpoint.store import CHECKPOINTS, Store, versions
+from rwkv_jax.checkpoint.store import CHECKPOINTS, CONFIG, Store, versions
 from rwkv_jax.config import Config
 from rwkv_jax.data.loader import Batch, batch, epoch_windows
 from rwkv_jax.data.prepare import Tokens, prepare
@@ -51,11 +51,13 @@ def train(cfg: Config, *, console: Console | None = None) -> Path:
     Raises `UserError` for whatever the user can mend (`NonFiniteError` if training diverged), and
     `Interrupted` after the first SIGINT or SIGTERM, once a checkpoint is saved.
     """
-    console = console or Console()
+    console = console or show.LastingConsole()
     tokens = prepare(cfg.data)
     cfg = resolve(cfg, tokens)
     epoch_windows(len(tokens.train), cfg.train.context)  # raises if the corpus is too short
     with claim(cfg, tokens) as folder:
+        if not (folder / CONFIG).exists():
+            describe(folder, cfg, tokens)  # first of all, so that whatever stops us leaves a run
         store = Store(folder / CHECKPOINTS, cfg.train.keep)
         with contextlib.closing(store):
             run = _open(cfg, tokens, folder, store, console)
@@ -113,7 +115,7 @@ def _open(cfg: Config, tokens: Tokens, folder: Path, store: Store, console: Cons
     data = fingerprint(tokens)
     step, meta = store.latest(), {"window": [], "seconds": 0.0}
     if step is not None:
-        meta = store.meta(step)
+        meta = store.meta(step, "data", "window", "seconds")
         if meta["data"] != data:
             raise RunError(
                 f"{folder}: was trained on other text than data.source = {cfg.data.source} gives"
@@ -304,7 +306,7 @@ def _diverged(run: _Run, step: int, metrics: Metrics) -> str:
         saved = f"the last good checkpoint is {run.folder / CHECKPOINTS / str(good)}"
     return (
         f"step {step}: {what_is_not_finite(metrics, run.state.params)}; {saved}:"
-        " lower optimizer.peak_lr or optimizer.clip (another train.output), or raise warmup_steps"
+        " lower optimizer.peak_lr (another train.output), or raise optimizer.warmup_steps"
     )
 
 

@@ -38,8 +38,8 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a metrics file, in order; none if there is no file."""
     lines = []
-    with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         for line in file:
-            with contextlib.suppress(json.JSONDecodeError):
+            with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
                 lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict) and "step" in line]
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]

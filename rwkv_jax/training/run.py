@@ -59,7 +59,7 @@ def claim(cfg: Config, tokens: Tokens) -> Iterator[Path]:
     `cfg` is resolved. Raises `RunError` if the folder holds anything but this run, or another
     process trains in it; nothing in it is touched then.
     """
-    folder = Path(cfg.train.output)
+    folder = Path(cfg.train.output).expanduser()
     with contextlib.ExitStack() as stack:
         with writing(folder):
             _check_free(folder, cfg)
@@ -72,6 +72,8 @@ def claim(cfg: Config, tokens: Tokens) -> Iterator[Path]:
                 f"{folder}: another process is training in it; wait for it,"
                 " or choose another train.output"
             ) from None
+        with writing(folder):
+            _check_free(folder, cfg)  # once more: another process may just have finished here
         yield folder
 
 

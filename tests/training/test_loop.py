@@ -265,3 +265,45 @@ def test_metrics_are_json_that_any_reader_takes(tmp_path, console):
 
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
+
+
+def test_stopped_while_starting_it_starts_again(tmp_path, console, monkeypatch):
+    """Whatever kills the process before the first step leaves a folder that is a run."""
+
+    class Killed(Exception):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    cfg = config(tmp_path)
+    for moment in ("Store", "init_train_state", "MetricsLog", "make_train_step"):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, moment, kill)
+            with pytest.raises(Killed):
+                train(cfg, console=console)
+    folder = train(cfg, console=console)
+    assert metrics(folder)[-1]["final"]
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(tmp_path, compiled_once):
+    process = start(tmp_path, compiled_once)
+    assert process.stdout.readline()
+    process.stdout.close()
+    with process.stderr as stderr:
+        message = stderr.read()
+    assert process.wait(timeout=300) == 0, message
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["final"]
+
+
+def test_a_home_is_a_home(tmp_path, console, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = train(config(tmp_path, **{"train.output": "~/there"}), console=console)
+    assert folder == tmp_path / "there"
+    assert (folder / "loss.png").exists()
+
+
+def test_a_damaged_metrics_file_keeps_its_whole_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": "x"}\n\xff\xfe\n[3]\n{"step": 2}\n{"ste')
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]

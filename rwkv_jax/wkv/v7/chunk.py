@@ -134,7 +134,7 @@ def causal(size: int) -> np.ndarray:
     return np.block([[before, before], [upto, upto]])
 
 
-def keep(mask: np.ndarray, x: Float[Array, "*lanes i j"]) -> Float[Array, "*lanes i j"]:
+def masked(mask: np.ndarray, x: Float[Array, "*lanes i j"]) -> Float[Array, "*lanes i j"]:
     """`x` where the [i, j] mask holds, zero elsewhere."""
     return jnp.where(jnp.broadcast_to(mask, x.shape), x, jnp.zeros((), x.dtype))
 
@@ -158,7 +158,7 @@ def unit_inverse(lower: Float[Array, "*lanes C C"]) -> Float[Array, "*lanes C C"
     block = 1
     while block < size:
         below = (row // block % 2 == 1) & (row // block == column // block + 1)
-        link = keep(below, lower)
+        link = masked(below, lower)
         inverse = inverse + (link if block == 1 else dot(dot(inverse, link), inverse))
         block *= 2
     return inverse
@@ -174,7 +174,7 @@ def relate(x: Inputs, docs: Documents | None) -> Scores:
     right_scale = jnp.exp(m - g)
     left = jnp.concatenate([x.a, x.r], -2) * left_scale
     right = jnp.concatenate([x.b * right_scale, x.k * right_scale], -2)
-    scores = keep(causal(size), dot(left, transpose(right)))
+    scores = masked(causal(size), dot(left, transpose(right)))
     if docs is not None:
         scores = scores * docs.same
     inverse = unit_inverse(scores[..., :size, :size])
@@ -231,7 +231,7 @@ def backward(
     z = dot(transpose(s.inverse), duv[..., :size, :])
     dv = duv[..., size:, :] + dot(transpose(s.scores[..., :size, size:]), z)
     zdy = jnp.concatenate([z, dy], -2)
-    dscores = keep(causal(size), dot(zdy, transpose(uv)))
+    dscores = masked(causal(size), dot(zdy, transpose(uv)))
     dright_end = dot(uv, dend)
     dkept = dend
     if docs is not None:
