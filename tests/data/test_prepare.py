@@ -272,7 +272,8 @@ def fault(config: DataConfig, kind: type[UserError]) -> str:
 def test_empty_corpus(cfg, source, tmp_path):
     for path in source.iterdir():
         path.write_text("")
-    assert fault(cfg(), CorpusError) == f"data.source = {source}: no text in it; give a file, folder or glob that has some"
+    remedy = "give a file, folder or glob that has some"
+    assert fault(cfg(), CorpusError) == f"data.source = {source}: no text in it; {remedy}"
     assert entries(tmp_path) == {".lock"}
 
 
