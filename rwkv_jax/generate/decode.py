@@ -78,17 +78,12 @@ def decoding_layout(params: Model[Array], cfg: ModelConfig, dtype: Any = None) -
 
 @partial(jax.jit, static_argnums=(1, 2))
 def _lay_out(params: Model[Array], cfg: ModelConfig, dtype: Any) -> Model[Array]:
-    def store(spec: ParamSpec, value: Array) -> Array:
-        return value.astype(dtype if len(spec.shape) > 1 else jnp.float32)
+    def store(spec: ParamSpec, value: Array) -> Array | Transposed:
+        value = value.astype(dtype if len(spec.shape) > 1 else jnp.float32)
+        turned = spec.layout == "linear" and jax.default_backend() == "cpu"
+        return Transposed(value.swapaxes(-1, -2)) if turned else value
 
-    def turn(spec: ParamSpec, value: Array) -> Array | Transposed:
-        return Transposed(value.swapaxes(-1, -2)) if spec.layout == "linear" else value
-
-    table = specs(cfg)
-    params = jax.tree.map(store, table, params, is_leaf=is_spec)
-    if jax.default_backend() == "cpu":
-        params = jax.tree.map(turn, table, params, is_leaf=is_spec)
-    return unstack(params)
+    return unstack(jax.tree.map(store, specs(cfg), params, is_leaf=is_spec))
 
 
 def prefill(
