@@ -7,7 +7,8 @@ import os
 import secrets
 import sys
 from pathlib import Path
-from typing import NoReturn
+
+from rwkv_jax.errors import Parser
 
 ABOUT = """
 Write on from a prompt with a trained model.
@@ -23,12 +24,6 @@ Write on from a prompt with a trained model.
   python sample.py runs/demo --interactive
       one text, written in turns with the model
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, instead of a page of usage."""
-        self.exit(2, f"sample.py: {message}; see --help\n")
 
 
 def main(arguments: list[str]) -> int:
@@ -90,7 +85,7 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="sample.py",
         usage="python sample.py RUN [PROMPT]... [options]",
         description=ABOUT,

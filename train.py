@@ -4,7 +4,8 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+
+from rwkv_jax.errors import Parser
 
 HELP = """
 Train an RWKV model on your text, and see what it has learnt.
@@ -22,12 +23,6 @@ Ctrl-C saves and stops; the same command goes on from there, and so it does afte
 Then: python sample.py runs/demo "def main("
 """
 DEFAULT = Path(__file__).parent / "configs" / "demo.toml"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, instead of a page of usage."""
-        self.exit(2, f"train.py: {message}; see --help\n")
 
 
 def main(arguments: list[str]) -> int:
@@ -53,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> tuple[Path, list[str]]:
-    parser = _Parser(description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", help="a TOML file (default: configs/demo.toml)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="TOML values")
     parsed = parser.parse_args(arguments)
