@@ -96,13 +96,18 @@ def start_all(makers: dict[str, Callable[[], Worker]]) -> dict[str, Worker]:
 def interleave(workers: dict[str, Worker], rounds: int, request: dict) -> dict[str, list[dict]]:
     """Ask every worker once a round, each round starting one further; return answers by worker."""
     answers: dict[str, list[dict]] = {name: [] for name in workers}
-    names = list(workers)
     for index in range(rounds):
         console.print(f"[dim]round {index + 1} of {rounds}[/]")
-        shift = index % max(len(names), 1)
-        for name in names[shift:] + names[:shift]:
-            answers[name].append(workers[name].ask(request))
+        for name, answer in in_turn(workers, request, index).items():
+            answers[name].append(answer)
     return answers
+
+
+def in_turn(workers: dict[str, Worker], request: dict, first: int) -> dict[str, dict]:
+    """Ask every worker once, from number `first` (modulo their number) on; answers by worker."""
+    names = list(workers)
+    shift = first % max(len(names), 1)
+    return {name: workers[name].ask(request) for name in names[shift:] + names[:shift]}
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:

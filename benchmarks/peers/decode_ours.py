@@ -14,6 +14,10 @@ def start(options: dict):
     from rwkv_jax.generate import Sampling
     from rwkv_jax.generate.decode import BLOCK, decode, decoding_layout, prefill
     from rwkv_jax.generate.transforms import Vocabulary
+    from rwkv_jax.nn import Transposed
+
+    def is_large(leaf) -> bool:
+        return isinstance(leaf, Transposed)
 
     params, cfg = from_official(random_rwkv7(options["shape"]))
     params = decoding_layout(params, cfg)
@@ -43,9 +47,11 @@ def start(options: dict):
 
     handle({"tokens": 2, "greedy": False})
     matrices = sum(x.nbytes for x in jax.tree.leaves(params)) - params.emb.nbytes
+    large = jax.tree.leaves((params.blocks, params.head), is_leaf=is_large)
     return handle, {
         "logits": logits,
         "weight_bytes": matrices + params.emb.nbytes // cfg.vocab_size,
+        "products": [x.rows.shape for x in large if is_large(x)],
     }
 
 
