@@ -159,16 +159,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _load(run: str):
-    import jax
-
     from rwkv_jax.checkpoint.store import load_run
+    from rwkv_jax.compiled import keep_compiled_programs
+    from rwkv_jax.config import DataConfig
     from rwkv_jax.generate import Writer
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        # Where train.py keeps its own unless data.cache says where: the second time starts at once.
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "rwkv_jax" / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    keep_compiled_programs(DataConfig().cache_root)
     return Writer(*load_run(run))
 
 

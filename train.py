@@ -1,7 +1,6 @@
 """Train an RWKV model: `python train.py [CONFIG] [section.key=value ...]`; `--help` tells more."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -34,9 +33,10 @@ def main(arguments: list[str]) -> int:
 
     try:
         cfg = load_config(config, overrides)
-        _keep_compiled_programs(cfg.data.cache)
+        from rwkv_jax.compiled import keep_compiled_programs
         from rwkv_jax.training.loop import train
 
+        keep_compiled_programs(cfg.data.cache_root)
         train(cfg)
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
@@ -57,16 +57,6 @@ def _parse(arguments: list[str]) -> tuple[Path, list[str]]:
     if config and "=" in config and not Path(config).exists():
         config, overrides = None, [config, *overrides]
     return Path(config) if config else DEFAULT, overrides
-
-
-def _keep_compiled_programs(cache: str) -> None:
-    """A run that is started again, or again with another length, need not compile again."""
-    import jax
-
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = (Path(cache).expanduser() if cache else Path(root) / "rwkv_jax") / "compiled"
-    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 if __name__ == "__main__":

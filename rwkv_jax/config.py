@@ -8,6 +8,7 @@ Importing this module needs the standard library alone: pydantic is imported by 
 """
 
 import json
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -107,6 +108,13 @@ class DataConfig(_Strict):
     cache: str = ""
     """Folder of the token cache; empty: `$XDG_CACHE_HOME/rwkv_jax`, or `~/.cache/rwkv_jax`."""
 
+    @property
+    def cache_root(self) -> Path:
+        """The folder that `cache` stands for."""
+        if self.cache:
+            return Path(self.cache).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv_jax"
+
     def __post_init__(self):
         _require(bool(self.source), "data.source is empty: a path, a glob or 'stdlib'")
         _require(0 <= self.heldout < 1, f"data.heldout = {self.heldout}: at least 0 and below 1")
@@ -143,6 +151,10 @@ class OptimizerConfig(_Strict):
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"optimizer.{name} = {value}: at least 0 and below 1")
+        _require(
+            self.final_lr <= self.peak_lr,
+            f"optimizer.final_lr = {self.final_lr}: at most optimizer.peak_lr = {self.peak_lr}",
+        )
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def test_every_setting_can_be_read():
         | dict(rank_w=1, rank_a=2, rank_v=3, rank_g=4),
         "data": dict(source="a", field="b", document="line", heldout=0.5, tokenizer="c")
         | dict(bpe_vocab_size=600, cache="d"),
-        "optimizer": dict(peak_lr=1.0, final_lr=2.0, warmup_steps=3, beta1=0.4, beta2=0.5)
+        "optimizer": dict(peak_lr=2.0, final_lr=1.0, warmup_steps=3, beta1=0.4, beta2=0.5)
         | dict(eps=6.0, weight_decay=7.0, clip=8.0),
         "train": dict(output="a", seed=1, steps=2, batch=12, context=4, accumulate=3)
         | dict(dtype="bfloat16", remat="full", wkv="scan", l2wrap=0.5, z_loss=0.25, log_every=6)
@@ -267,6 +267,11 @@ def test_a_wrong_file(file, text, expected):
         ("data", {"heldout": 1.0}, "data.heldout = 1.0: at least 0 and below 1"),
         ("data", {"bpe_vocab_size": 511}, "data.bpe_vocab_size = 511: between 512 and 65536"),
         ("optimizer", {"peak_lr": 0.0}, "optimizer.peak_lr = 0.0: above 0"),
+        (
+            "optimizer",
+            {"peak_lr": 1e-5},
+            "optimizer.final_lr = 6e-05: at most optimizer.peak_lr = 1e-05",
+        ),
         ("optimizer", {"clip": -1.0}, "optimizer.clip = -1.0: 0 or more"),
         ("optimizer", {"beta2": 1.0}, "optimizer.beta2 = 1.0: at least 0 and below 1"),
         ("train", {"keep": 0}, "train.keep = 0: at least 1"),
@@ -327,7 +332,7 @@ CONFIG = st.builds(
     Config,
     model=MODELS,
     data=drawn(DataConfig, bpe_vocab_size=st.integers(512, 65536), cache=st.text()),
-    optimizer=drawn(OptimizerConfig, peak_lr=number(0, 1e300, exclude_min=True)),
+    optimizer=drawn(OptimizerConfig, peak_lr=number(1, 1e300)),
     train=drawn(TrainConfig, accumulate=st.just(1)),
     sample=drawn(SampleConfig, prompt=st.text()),
 )

@@ -64,7 +64,8 @@ def find_files(source: str) -> list[SourceFile]:
         found = [SourceFile(p, p.relative_to(root).as_posix()) for p in paths if p.is_file()]
     else:
         raise CorpusError(
-            f"data.source = {source}: no such file or folder (and not 'stdlib' or a glob)"
+            f"data.source = {source}: no such file or folder; give one that exists, a quoted glob,"
+            " or stdlib"
         )
     if not found:
         raise CorpusError(f"data.source = {source}: no files there; hidden files are not read")

@@ -39,7 +39,7 @@ from rwkv_jax.data.corpus import Corpus, CorpusError, Document, hash_share, open
 from rwkv_jax.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer, open_tokenizer
 from rwkv_jax.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 ARRAYS = ("train", "heldout")
 BATCH_CHARACTERS = 1 << 22
 LONG_DOCUMENT = 1 << 22
@@ -58,6 +58,8 @@ class Tokens:
     tokenizer: Tokenizer
     train: np.ndarray
     heldout: np.ndarray
+    digest: str
+    """Hash of all ids of `train`, then all of `heldout`."""
     train_bytes: int
     """UTF-8 bytes of the documents that `train` holds."""
     heldout_bytes: int
@@ -106,7 +108,7 @@ def prepare(cfg: DataConfig, *, progress: bool = True) -> Tokens:
     key = hashlib.blake2b(
         json.dumps([FORMAT, corpus.fingerprint, recipe]).encode(), digest_size=12
     ).hexdigest()
-    folder = _cache_root(cfg) / key
+    folder = cfg.cache_root / key
     with _writing(folder), _locked(folder):
         if folder.exists():
             try:
@@ -125,12 +127,6 @@ def prepare(cfg: DataConfig, *, progress: bool = True) -> Tokens:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return _open(folder)
-
-
-def _cache_root(cfg: DataConfig) -> Path:
-    if cfg.cache:
-        return Path(cfg.cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv_jax"
 
 
 @contextlib.contextmanager
@@ -168,7 +164,13 @@ def _open(folder: Path) -> Tokens:
         if found != size:
             raise ValueError(f"{name} has {found:,} of {size:,} bytes")
     arrays = {name: _map(folder / f"{name}.bin", manifest["dtype"]) for name in ARRAYS}
-    return Tokens(folder, load_tokenizer(folder / "tokenizer"), **arrays, **manifest["counts"])
+    return Tokens(
+        folder,
+        load_tokenizer(folder / "tokenizer"),
+        **arrays,
+        digest=manifest["digest"],
+        **manifest["counts"],
+    )
 
 
 def _map(path: Path, dtype: str) -> np.ndarray:
@@ -189,10 +191,20 @@ def _build(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, show: bool
         "format": FORMAT,
         "source": corpus.cfg.source,
         "dtype": _dtype(tokenizer).str,
+        "digest": _digest(folder),
         "sizes": {path.relative_to(folder).as_posix(): path.stat().st_size for path in parts},
         "counts": counts | {"skipped_files": corpus.skipped},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.blake2b(digest_size=12)
+    for name in ARRAYS:
+        with (folder / f"{name}.bin").open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _bar(show: bool) -> Progress:

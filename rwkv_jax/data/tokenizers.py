@@ -268,7 +268,8 @@ def open_tokenizer(name: str) -> Tokenizer:
     path = path / HF_FILE if path.is_dir() else path
     if not path.is_file():
         raise TokenizerError(
-            f"data.tokenizer = {name}: no such file, and not 'bytes', 'bpe' or 'world'"
+            f"data.tokenizer = {name}: no such file; give a tokenizer.json,"
+            " or one of bytes, bpe, world"
         )
     return JsonTokenizer(_read_text(path), "file", path)
 

@@ -67,7 +67,7 @@ def decoding_dtype() -> Any:
 
 def decoding_layout(params: Model[Array], cfg: ModelConfig, dtype: Any = None) -> Model[Array]:
     """The parameters as decoding wants them: layers unstacked, matrices stored in `dtype` and, on
-    CPU, the large ones transposed.
+    CPU, the large ones transposed. Unstacked already, they come back as they are.
 
     None is `decoding_dtype()`. Logits are those of the parameters given, computed in `dtype`: a
     matrix is cast once instead of at each use. Vectors stay float32.

@@ -68,6 +68,22 @@ def entries(tmp_path: Path) -> set[str]:
     return {path.suffix or "entry" for path in (tmp_path / "cache").iterdir()}
 
 
+def test_one_byte_changed_anywhere_changes_the_digest(tmp_path):
+    text = bytearray(b"the same words again, " * 20000)
+    seen = set()
+    for place in (None, 123_457, 123_458):
+        changed = bytearray(text)
+        if place:
+            changed[place] ^= 1
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        (folder / "a.txt").write_bytes(changed)
+        setting = {"source": str(folder), "tokenizer": "bytes", "heldout": 0.0}
+        seen.add(prepare(DataConfig(**setting, cache=str(tmp_path / "one"))).digest)
+        seen.add(prepare(DataConfig(**setting, cache=str(tmp_path / "two"))).digest)
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe", "world"])
 def test_arrays_hold_every_document_of_their_side(cfg, tokenizer):
     config = cfg(tokenizer=tokenizer)

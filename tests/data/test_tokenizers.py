@@ -211,7 +211,8 @@ def fault(call, *arguments) -> str:
 
 def test_no_such_tokenizer(tmp_path):
     assert fault(open_tokenizer, f"{tmp_path}/no.json") == (
-        f"data.tokenizer = {tmp_path}/no.json: no such file, and not 'bytes', 'bpe' or 'world'"
+        f"data.tokenizer = {tmp_path}/no.json: no such file; give a tokenizer.json,"
+        " or one of bytes, bpe, world"
     )
 
 

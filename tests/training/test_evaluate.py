@@ -32,6 +32,7 @@ def corpus(lengths, seed=0):
         tokenizer=Letters(),
         train=np.zeros(0, np.uint16),
         heldout=np.concatenate(documents),
+        digest="",
         train_bytes=0,
         heldout_bytes=2 * sum(lengths),
         train_documents=0,

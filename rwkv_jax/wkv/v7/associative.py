@@ -27,14 +27,14 @@ def wkv7(
     reset: Bool[Array, "b t"] | None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """`rwkv_jax.wkv.wkv7` by an associative scan over chunks of 32; differentiated by JAX."""
-    x = Inputs(*(chunk.cut(array, CHUNK) for array in (r, log_w, k, v, a, b)))
+    x = Inputs(*(cut(array, CHUNK) for array in (r, log_w, k, v, a, b)))
     docs = chunk.documents(chunk.document_ids(reset, CHUNK), state.dtype)
     maps, sums = jax.checkpoint(summarise)(x, docs)
     maps, sums = lax.associative_scan(compose, (maps, sums))
     after = dot(state[None], maps) + sums
     entering = jnp.concatenate([state[None], after[:-1]])
     y = jax.checkpoint(read)(x, entering, docs)
-    return chunk.join(y, r.shape[1]), after[-1]
+    return join(y, r.shape[1]), after[-1]
 
 
 def summarise(x: Inputs, docs: Documents | None) -> tuple[Array, Array]:
@@ -63,3 +63,15 @@ def compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Ar
 def read(x: Inputs, entering: Array, docs: Documents | None) -> Array:
     """`y` of every chunk, given the state that enters it."""
     return chunk.forward(x, chunk.relate(x, docs), entering, docs)[0]
+
+
+def cut(x: Float[Array, "b t h n"], size: int) -> Float[Array, "chunks b h C n"]:
+    """All chunks at once."""
+    b, _, h, n = x.shape
+    return chunk.pad(x, size).reshape(b, -1, size, h, n).transpose(1, 0, 3, 2, 4)
+
+
+def join(x: Float[Array, "chunks b h C n"], t: int) -> Float[Array, "b t h n"]:
+    """The inverse of `cut`."""
+    chunks, b, h, size, n = x.shape
+    return x.transpose(1, 0, 3, 2, 4).reshape(b, chunks * size, h, n)[:, :t]

@@ -81,18 +81,6 @@ def put(
     return lax.dynamic_update_slice_in_dim(into, x.swapaxes(1, 2), i * x.shape[2], axis=1)
 
 
-def cut(x: Float[Array, "b t h n"], size: int) -> Float[Array, "chunks b h C n"]:
-    """All chunks at once."""
-    b, _, h, n = x.shape
-    return pad(x, size).reshape(b, -1, size, h, n).transpose(1, 0, 3, 2, 4)
-
-
-def join(x: Float[Array, "chunks b h C n"], t: int) -> Float[Array, "b t h n"]:
-    """The inverse of `cut`."""
-    chunks, b, h, size, n = x.shape
-    return x.transpose(1, 0, 3, 2, 4).reshape(b, chunks * size, h, n)[:, :t]
-
-
 class DocumentIds(NamedTuple):
     """Which document the tokens of every chunk belong to."""
 
