@@ -16,9 +16,13 @@ import dataclasses
 import errno
 import importlib.metadata
 import inspect
+import logging
+import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +57,7 @@ class Store:
         self.folder = folder.absolute()
         # Orbax tells absl at length what it does; what fails is raised as well.
         absl_logging.set_verbosity(absl_logging.FATAL)
+        _ignore_stragglers()
         options = ocp.CheckpointManagerOptions(read_only=True)
         if keep:
             newest = preservation_policy.LatestN(keep)
@@ -146,15 +151,17 @@ def _writing(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or any(sign in str(error) for sign in ("No space left", "Disk quota")):
+        # The library that writes arrays raises ValueError with the number in its text.
+        told = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(
                 f"{folder}: no space left on the disk for a checkpoint; the ones before are whole:"
                 " free some space and start again"
             ) from error
-        if isinstance(error, OSError):
+        if number:
             raise StoreError(
-                f"{folder}: cannot be written ({error.strerror}); choose another train.output"
+                f"{folder}: cannot be written ({os.strerror(number)}); choose another train.output"
             ) from error
         raise
 
@@ -165,7 +172,6 @@ def _reading(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _ignore_stragglers()
         cause: BaseException = error
         while inner := cause.__cause__ or cause.__context__:
             cause = inner
@@ -176,9 +182,10 @@ def _reading(checkpoint: Path) -> Iterator[None]:
         ) from error
 
 
+@cache
 def _ignore_stragglers() -> None:
-    """Keeps quiet the other reads of a checkpoint when one has failed: Orbax does not await
-    them."""
+    """Keeps quiet the other reads or writes of a checkpoint when one has failed: Orbax does not
+    await them, and Python reports them, pages long, when they are collected."""
     report = sys.unraisablehook
 
     def hook(what: Any) -> None:
@@ -186,7 +193,12 @@ def _ignore_stragglers() -> None:
         if "orbax" not in file and "Event loop is closed" not in str(what.exc_value):
             report(what)
 
+    def not_a_straggler(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not ("never retrieved" in text and ("tensorstore" in text or "orbax" in text))
+
     sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(not_a_straggler)
 
 
 def versions() -> dict[str, str]:

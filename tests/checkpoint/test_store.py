@@ -124,7 +124,7 @@ def test_a_state_of_another_shape_is_refused(run):
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), None])
 def test_a_full_disk_is_one_line_and_leaves_the_others(run, state, error, monkeypatch):
     # None: as the library that writes the arrays words it.
-    error = error or ValueError("RESOURCE_EXHAUSTED: Error writing ... No space left on device")
+    error = error or ValueError("RESOURCE_EXHAUSTED: Error writing ... [os_error_code='28']")
 
     def full(*_, **__):
         raise error

@@ -212,6 +212,35 @@ def test_kill_9_leaves_a_run_that_goes_on_exactly(tmp_path, compiled_once):
     assert metrics(folder) == metrics(tmp_path / "whole")
 
 
+LIMITED = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import train
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_disk_that_takes_no_checkpoint_is_one_line(tmp_path):
+    """Files may not grow beyond 20 kB: the writes fail inside the library, as on a full disk."""
+    train(config(tmp_path, **{"train.steps": 2, "train.output": tmp_path / "other"}))
+    (tmp_path / "empty.toml").write_text("")
+    code = LIMITED.format(root=str(ROOT))
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "empty.toml", *settings(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"},
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    folder = tmp_path / "run" / "checkpoints"
+    assert line == (
+        f"train.py: {folder}: cannot be written (File too large); choose another train.output"
+    )
+    assert not [path.name for path in folder.iterdir() if path.name.isdigit()]
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, compiled_once):
     process = start(tmp_path, compiled_once, "train.steps=1000000")
     log = tmp_path / "run" / "metrics.jsonl"
