@@ -15,22 +15,20 @@ def plot(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     # Slow to import, and a run draws for the first time when it has long begun.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     train = [line for line in lines if "loss" in line]
     heldout = [line for line in lines if "heldout_bpb" in line]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="tokens", ylabel="bits per byte", title=title)
+    axes.xaxis.set_major_formatter(EngFormatter())
     if train:
         tokens, bpb = (np.array([line[key] for line in train]) for key in ("tokens", "bpb"))
         axes.plot(tokens, bpb, color="tab:blue", alpha=0.25, linewidth=0.8)
         axes.plot(tokens, smooth(bpb), color="tab:blue", label=f"training {smooth(bpb)[-1]:.3f}")
     if heldout:
-        tokens, bpb = (
-            np.array([line[key] for line in heldout]) for key in ("tokens", "heldout_bpb")
-        )
-        label = f"held out {bpb[-1]:.3f}"
-        axes.plot(tokens, bpb, "o-", color="tab:orange", markersize=4, label=label)
+        _draw_heldout(axes, heldout)
         marks = heldout[-1].get("compressors", {})
         for (name, value), style in zip(marks.items(), ("--", ":", "-."), strict=False):
             axes.axhline(
@@ -40,6 +38,19 @@ def plot(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     new = path.with_suffix(".tmp")
     figure.savefig(new, format="png")
     os.replace(new, path)
+
+
+def _draw_heldout(axes: Any, lines: list[dict[str, Any]]) -> None:
+    """Evaluations on a part of the held-out text don't compare with one on all of it: no line
+    joins them."""
+    read = lines[-1]["heldout_tokens"]
+    alike = [line for line in lines if line["heldout_tokens"] == read]
+    others = [line for line in lines if line["heldout_tokens"] != read]
+    for some, label, style in ((alike, "held out", "o-"), (others, "a part of it", "o--")):
+        if some:
+            tokens, bpb = ([line[key] for line in some] for key in ("tokens", "heldout_bpb"))
+            label = f"{label} {bpb[-1]:.3f}"
+            axes.plot(tokens, bpb, style, color="tab:orange", markersize=5, label=label)
 
 
 def _frame(axes: Any, train: list[dict], heldout: list[dict]) -> None:
