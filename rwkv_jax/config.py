@@ -229,6 +229,12 @@ class Config(_Strict):
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
+    def __post_init__(self):
+        for section in fields(self):
+            for key, value in vars(getattr(self, section.name)).items():
+                large = isinstance(value, int) and value >= 2**31 and key != "seed"
+                _require(not large, f"{section.name}.{key} = {value}: at most {2**31 - 1}")
+
 
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
     """The run that a TOML file describes (None: the defaults), with overrides on top.
@@ -303,7 +309,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
+        near = get_close_matches(path.name, _configs(path.parent), n=1)
         hint = f"; did you mean {path.with_name(near[0])}?" if near else "; give a TOML file"
         raise ConfigError(f"{path}: no such file{hint}") from None
     except OSError as error:
@@ -312,6 +318,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8; TOML is UTF-8 text") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def _configs(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("*.toml") if path.name != "pyproject.toml"]
 
 
 def _apply(tables: dict[str, Any], override: str) -> None:

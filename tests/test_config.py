@@ -89,6 +89,14 @@ def test_every_setting_can_be_read():
         assert set(other[section]) == {f.name for f in dataclasses.fields(table)}
 
 
+@pytest.mark.parametrize("name", ["train.steps", "optimizer.warmup_steps", "model.layers"])
+def test_integers_that_no_array_can_hold_are_refused(name):
+    section, key = name.split(".")
+    with pytest.raises(ConfigError, match=f"{name} = 9{{20}}: at most 2147483647"):
+        parse_config({section: {key: int("9" * 20)}})
+    assert parse_config({"train": {"seed": 2**32 - 1}}).train.seed == 2**32 - 1
+
+
 def test_an_integer_is_a_fine_float():
     clip = parse_config({"optimizer": {"clip": 2}}).optimizer.clip
     assert clip == 2.0 and isinstance(clip, float)

@@ -59,7 +59,7 @@ def train(cfg: Config, *, console: Console | None = None) -> Path:
         if not (folder / CONFIG).exists():
             describe(folder, cfg, tokens)  # first of all, so that whatever stops us leaves a run
         store = Store(folder / CHECKPOINTS, cfg.train.keep)
-        with contextlib.closing(store):
+        with contextlib.closing(store), _within_memory():
             run = _open(cfg, tokens, folder, store, console)
             with contextlib.closing(run.log):
                 _print_header(run)
@@ -73,6 +73,21 @@ def train(cfg: Config, *, console: Console | None = None) -> Path:
                         " the same command evaluates it."
                     ) from None
     return folder
+
+
+@contextlib.contextmanager
+def _within_memory() -> Iterator[None]:
+    """Turns an allocation that fails into one line."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "MemoryError"
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason:
+            raise UserError(
+                f"not enough memory ({reason[:120]}); lower train.batch or model.width, raise"
+                " train.accumulate, or set train.remat=full"
+            ) from error
+        raise
 
 
 @dataclass

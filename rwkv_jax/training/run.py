@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from rwkv_jax.checkpoint.store import CONFIG, TOKENIZER, read_config
+from rwkv_jax.checkpoint.store import CHECKPOINTS, CONFIG, TOKENIZER, read_config
 from rwkv_jax.config import Config, to_toml
 from rwkv_jax.data.prepare import Tokens
 from rwkv_jax.errors import UserError
@@ -99,9 +99,12 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def _check_free(folder: Path, cfg: Config) -> None:
-    """Raises `RunError` unless the folder is empty, not there, or this run's."""
+    """Raises `RunError` unless the folder is empty, not there, this run's, or that of a run
+    without a checkpoint."""
     if not folder.exists():
         return
+    if not _trained(folder) and (folder / CONFIG).is_file():
+        return  # whatever stopped that run, nothing of it would be lost
     if not (folder / CONFIG).is_file():
         strangers = [
             path.name for path in folder.iterdir() if path.name not in (LOCK, f"{CONFIG}.tmp")
@@ -118,6 +121,10 @@ def _check_free(folder: Path, cfg: Config) -> None:
                 f"{folder}: holds another run ({name} is {there!r} there, {here!r} here);"
                 f" choose another train.output, or delete {folder} to start over"
             )
+
+
+def _trained(folder: Path) -> bool:
+    return any(path.name.isdigit() for path in (folder / CHECKPOINTS).glob("*"))
 
 
 def differences(there: Config, here: Config) -> Iterator[tuple[str, object, object]]:

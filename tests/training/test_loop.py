@@ -152,6 +152,12 @@ def test_refuses_a_folder_that_is_not_this_runs(tmp_path, console):
     Path(other).write_text("x = 1\n" * 50)
     with pytest.raises(UserError, match=r"was trained on other text than data\.source"):
         train(config(tmp_path, **{"data.tokenizer": "bytes"}), console=console)
+    document = Path(other).with_name("7.py")
+    Path(other).unlink()
+    same = config(tmp_path)  # which writes the corpus
+    document.write_text(document.read_text().replace("a", "b", 1))  # of the same size
+    with pytest.raises(UserError, match=r"was trained on other text than data\.source"):
+        train(same, console=console)
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     stranger = tmp_path / "stranger"
     stranger.mkdir()
@@ -159,6 +165,19 @@ def test_refuses_a_folder_that_is_not_this_runs(tmp_path, console):
     with pytest.raises(UserError, match=r"not empty and not a run \(thesis.tex\)"):
         train(config(tmp_path, **{"train.output": stranger}), console=console)
     assert [path.name for path in stranger.iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_that_never_came_to_a_checkpoint_gives_up_its_folder(tmp_path, console, monkeypatch):
+    def too_large(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_train_step", too_large)
+        with pytest.raises(UserError, match=r"^not enough memory \(.* 9 bytes.*lower train\.batch"):
+            train(config(tmp_path, **{"model.width": 128}), console=console)
+    assert "width = 128" in (tmp_path / "run" / "config.toml").read_text()
+    train(config(tmp_path, **{"train.steps": 2}), console=console)
+    assert "width = 64" in (tmp_path / "run" / "config.toml").read_text()
 
 
 def start(tmp_path, cache, *extra):
