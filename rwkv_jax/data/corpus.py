@@ -71,7 +71,10 @@ class Corpus:
 
     def _whole(self, file: SourceFile, text: str) -> Iterator[Document]:
         if text and self.alone:
-            cut = text.find("\n", int(len(text) * (1 - self.cfg.heldout))) + 1 or len(text)
+            place = int(len(text) * (1 - self.cfg.heldout))
+            cut = text.find("\n", place) + 1
+            if not 0 < cut < len(text):  # the last line, or the only one
+                cut = place or len(text)
             yield Document(file.name, text[:cut], False)
             if cut < len(text):
                 yield Document(f"{file.name} (end)", text[cut:], True)

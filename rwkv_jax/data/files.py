@@ -129,7 +129,9 @@ def _raw_chunks(path: Path, report: Callable[[int], None] | None = None) -> Iter
                     report(len(chunk))
                 yield chunk
     except OSError as error:
-        raise CorpusError(f"{path}: cannot be read ({error.strerror})") from error
+        raise CorpusError(
+            f"{path}: cannot be read ({error.strerror}); make it readable, or leave it out"
+        ) from error
 
 
 def _decompress(raw: Iterator[bytes], new_member: Callable) -> Iterator[bytes]:

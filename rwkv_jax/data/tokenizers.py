@@ -168,7 +168,8 @@ class JsonTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the Rust side raises nothing narrower
             raise TokenizerError(
-                f"{where}: not a tokenizer.json ({str(error).splitlines()[0]})"
+                f"{where}: not a tokenizer.json ({str(error).splitlines()[0]});"
+                " give one that the package tokenizers has saved"
             ) from error
         # A document is encoded whole and as plain text, whatever the file asks for.
         self._tokenizer.no_truncation()

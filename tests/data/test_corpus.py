@@ -84,6 +84,15 @@ def test_stdlib_is_this_interpreters_source_without_installed_packages():
     assert str(files[0].path).startswith(sysconfig.get_path("stdlib"))
 
 
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_file_of_one_line_has_a_heldout_end(tmp_path, end):
+    path = write(tmp_path / "a.txt", "é" * 1000 + end)
+    train, heldout = documents(path, heldout=0.25)
+    assert (train.text + heldout.text, heldout.heldout) == ("é" * 1000 + end, True)
+    assert 250 <= len(heldout.text) <= 251
+    assert [d.heldout for d in documents(path, heldout=0.0)] == [False]
+
+
 def test_what_is_not_utf8_text_is_left_out_of_a_folder_and_counted(tree):
     clean = open_corpus(DataConfig(source=str(tree)))
     write(tree / "latin.txt", "naïve".encode("latin-1"))
