@@ -8,7 +8,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from rwkv_jax.errors import Parser
+from rwkv_jax.errors import Parser, lost_output
 
 ABOUT = """
 Write on from a prompt with a trained model.
@@ -47,6 +47,9 @@ def main(arguments: list[str]) -> int:
     except BrokenPipeError:
         # The reader has what it wanted (`| head`). Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        lost_output(error, "sample.py")
+        return 2
     return 0
 
 
@@ -61,6 +64,8 @@ def _sample(args: argparse.Namespace) -> None:
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     check_seed(seed)
     check_tokens(args.tokens)
+    if "" in args.stop:
+        raise UserError("--stop is empty; give the text to stop before, or leave it out")
     prompts, stop = [_text(x) for x in args.prompt], [_text(x) for x in args.stop]
     if args.interactive and args.prompt_file == "-":
         raise UserError("--interactive reads what you type: --prompt-file cannot be stdin as well")

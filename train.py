@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rwkv_jax.errors import Parser
+from rwkv_jax.errors import Parser, lost_output
 
 HELP = """
 Train an RWKV model on your text, and see what it has learnt.
@@ -42,8 +42,11 @@ def main(arguments: list[str]) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"\n{str(interrupt) or 'Interrupted; nothing was trained yet.'}", file=sys.stderr)
+        print(f"\n{str(interrupt) or 'Interrupted before the first step.'}", file=sys.stderr)
         return 130
+    except OSError as error:
+        lost_output(error, "train.py")
+        return 2
     return 0
 
 

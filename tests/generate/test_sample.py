@@ -152,6 +152,21 @@ def test_a_reader_that_leaves_is_no_error(run):
     assert process.returncode == 0
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a Linux device")
+def test_output_without_room_is_one_line(run):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "sample.py", run, "def", "--tokens", "20"],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    *_, last = done.stderr.splitlines()
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert last.startswith("sample.py: the output: No space left on device; ")
+
+
 def test_texts_in_order(capsys):
     """The first text as it comes, the others when it is their turn."""
     shown = []
