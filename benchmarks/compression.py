@@ -51,12 +51,12 @@ def compare(folder: Path) -> None:
     )
     found = {"ours": versions("jax", "numpy", "tokenizers")}
     result = {
-        "run": str(folder),
+        "run": folder.resolve().name,
         "heldout_tokens": last["heldout_tokens"],
         "bits_per_byte": bits,
         "versions": found,
     }
-    harness.report("compression", result)
+    harness.report(f"compression_v{cfg.model.version}", result)
 
 
 if __name__ == "__main__":

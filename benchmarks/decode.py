@@ -6,9 +6,9 @@ Everyone loads the same random float32 weights (12 layers, 768 wide, vocabulary 
 logits after a prompt are compared. Writing one token reads every weight but the embedding table
 once; that many bytes over the time a token takes is what is held against the bandwidth of one
 matrix-vector product over as many bytes, both the mean over a turn. The model's own large matrices,
-one product after the other and nothing else, are timed as well: their rate falls short of the one
-product's by what it costs to start and join the threads for each. All run with the malloc settings
-that sample.py gives itself.
+one product after the other, each waiting for a sum over the one before, are timed as well: no
+decoder that multiplies by these matrices in this order can be expected to pass them. All run with
+the malloc settings that sample.py gives itself.
 """
 
 import argparse
@@ -161,6 +161,7 @@ def summarise(args, writers: dict, memory: dict, speeds: dict, bandwidth: list, 
         "threads": args.threads,
         "weight_bytes_per_token": size,
         "contestants": contestants,
+        "matvec_taken": best,
         "matvec_gb_per_s": {name: spread(r[name] for r in bandwidth) for name in bandwidth[0]},
         "versions": found,
     }
