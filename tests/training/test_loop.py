@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 from training.runs import config, settings
 
+from rwkv_jax.data.prepare import prepare
 from rwkv_jax.errors import UserError
 from rwkv_jax.training import loop
 from rwkv_jax.training.loop import Interrupted, NonFiniteError, train
@@ -67,7 +68,7 @@ def interrupt_at(monkeypatch, step, kind=signal.SIGINT):
     monkeypatch.setattr(loop, "_batch", batch)
 
 
-@pytest.mark.parametrize("version", ["4", "7"])
+@pytest.mark.parametrize("version", [pytest.param("4", marks=pytest.mark.slow), "7"])
 def test_resumed_run_is_the_run_that_never_stopped(version, tmp_path, console, monkeypatch):
     parts = {"model.version": version, "train.accumulate": 2}
     handler = signal.getsignal(signal.SIGINT)
@@ -242,7 +243,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 def test_a_disk_that_takes_no_checkpoint_is_one_line(tmp_path):
     """Files may not grow beyond 20 kB: the writes fail inside the library, as on a full disk."""
-    train(config(tmp_path, **{"train.steps": 2, "train.output": tmp_path / "other"}))
+    prepare(config(tmp_path).data)
     (tmp_path / "empty.toml").write_text("")
     code = LIMITED.format(root=str(ROOT))
     done = subprocess.run(
