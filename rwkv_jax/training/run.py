@@ -103,8 +103,6 @@ def _check_free(folder: Path, cfg: Config) -> None:
     without a checkpoint."""
     if not folder.exists():
         return
-    if not _trained(folder) and (folder / CONFIG).is_file():
-        return  # whatever stopped that run, nothing of it would be lost
     if not (folder / CONFIG).is_file():
         strangers = [
             path.name for path in folder.iterdir() if path.name not in (LOCK, f"{CONFIG}.tmp")
@@ -115,6 +113,8 @@ def _check_free(folder: Path, cfg: Config) -> None:
             )
         return
     found = read_config(folder)
+    if (folder / TOKENIZER).is_dir() and not _trained(folder):
+        return  # whatever stopped that run, nothing of it would be lost
     for name, there, here in differences(found, cfg):
         if name not in FREE and not name.startswith("sample."):
             raise RunError(

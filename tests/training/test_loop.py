@@ -168,6 +168,16 @@ def test_refuses_a_folder_that_is_not_this_runs(tmp_path, console):
     assert [path.name for path in stranger.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("text", ["[tool]\nx = 1\n", "[model]\nwidth = 128\n"])
+def test_a_config_alone_is_not_a_run_to_give_up(tmp_path, console, text):
+    (tmp_path / "run").mkdir()
+    mine = tmp_path / "run" / "config.toml"
+    mine.write_text(text)
+    with pytest.raises(UserError):
+        train(config(tmp_path), console=console)
+    assert mine.read_text() == text
+
+
 def test_a_run_that_never_came_to_a_checkpoint_gives_up_its_folder(tmp_path, console, monkeypatch):
     def too_large(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
