@@ -154,7 +154,8 @@ def _writing(folder: Path) -> Iterator[None]:
         # The library that writes arrays raises ValueError with the number in its text.
         told = re.search(r"os_error_code='(\d+)'", str(error))
         number = int(told[1]) if told else getattr(error, "errno", None)
-        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        full = number in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(sign in str(error) for sign in ("No space left", "Disk quota")):
             raise StoreError(
                 f"{folder}: no space left on the disk for a checkpoint; the ones before are whole:"
                 " free some space and start again"

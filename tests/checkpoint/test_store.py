@@ -115,17 +115,22 @@ def _restore(run, abstract):
         return store.restore(abstract, store.latest())
 
 
+FULL = (
+    OSError(errno.ENOSPC, "No space left on device"),
+    # As the library that writes the arrays words it.
+    ValueError("RESOURCE_EXHAUSTED: Error writing ... No space left on device"),
+    ValueError("RESOURCE_EXHAUSTED: Error writing ... [os_error_code='28']"),
+)
+
+
 def test_a_state_of_another_shape_is_refused(run):
     wider = dataclasses.replace(CFG, model=dataclasses.replace(CFG.model, width=32))
     with pytest.raises(StoreError, match="damaged or of another shape"):
         _restore(run, abstract_train_state(wider, wider.model))
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), None])
+@pytest.mark.parametrize("error", FULL)
 def test_a_full_disk_is_one_line_and_leaves_the_others(run, state, error, monkeypatch):
-    # None: as the library that writes the arrays words it.
-    error = error or ValueError("RESOURCE_EXHAUSTED: Error writing ... [os_error_code='28']")
-
     def full(*_, **__):
         raise error
 
