@@ -8,7 +8,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from rwkv_jax.errors import Parser, lost_output
+from rwkv_jax.errors import Parser, abandon_stdout, interruptible, lost_output
 
 ABOUT = """
 Write on from a prompt with a trained model.
@@ -36,7 +36,8 @@ def main(arguments: list[str]) -> int:
         print("sample.py: stdout is closed; text needs somewhere to go", file=sys.stderr)
         return 2
     try:
-        _sample(args)
+        with interruptible():
+            _sample(args)
         sys.stdout.flush()
     except UserError as error:
         print(f"sample.py: {error}", file=sys.stderr)
@@ -45,8 +46,7 @@ def main(arguments: list[str]) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader has what it wanted (`| head`). Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        abandon_stdout()  # the reader has what it wanted (`| head`)
     except OSError as error:
         lost_output(error, "sample.py")
         return 2

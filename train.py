@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rwkv_jax.errors import Parser, lost_output
+from rwkv_jax.errors import Parser, interruptible, lost_output
 
 HELP = """
 Train an RWKV model on your text, and see what it has learnt.
@@ -37,7 +37,8 @@ def main(arguments: list[str]) -> int:
         from rwkv_jax.training.loop import train
 
         keep_compiled_programs(cfg.data.cache_root)
-        train(cfg)
+        with interruptible():
+            train(cfg)
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

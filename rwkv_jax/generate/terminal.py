@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from rwkv_jax.errors import UserError
+from rwkv_jax.errors import UserError, interruptible
 from rwkv_jax.generate.session import Finish, Piece, Sampling, Session, check_tokens
 
 HELP = """\
@@ -157,13 +157,14 @@ class Dialogue:
     def _write(self, text: str) -> None:
         meter, finish, last = Meter(), "", "\n"
         try:
-            self.session.feed(text)
-            pieces = self.session.stream(
-                max_tokens=self.max_tokens, sampling=self.sampling, stop=self.stop
-            )
-            for piece in meter.count(pieces):
-                _print(piece.text)
-                finish, last = piece.finish, (piece.text or last)[-1]
+            with interruptible():
+                self.session.feed(text)
+                pieces = self.session.stream(
+                    max_tokens=self.max_tokens, sampling=self.sampling, stop=self.stop
+                )
+                for piece in meter.count(pieces):
+                    _print(piece.text)
+                    finish, last = piece.finish, (piece.text or last)[-1]
         except KeyboardInterrupt:
             _print("\n")
             _note(f"stopped after {meter.summary()}")

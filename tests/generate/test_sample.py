@@ -241,6 +241,41 @@ def test_dialogue_continues_one_text(printable, monkeypatch, capsys):
     assert err.count("[8 tokens") == 2 and err.count("[5 tokens") == 1
 
 
+@pytest.mark.parametrize("arrives", ["as itself", "wrapped"])
+def test_ctrl_c_inside_jax_stops_the_text_and_not_the_dialogue(
+    printable, monkeypatch, capsys, arrives
+):
+    """An interrupt that hits JAX's comparison of two cache keys comes out as a ValueError."""
+    write, calls = Writer.write, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) > 1:
+            return write(*arguments)
+        if arrives == "wrapped":
+            raise ValueError(
+                "Cache keys should be comparable. Traceback ...\nKeyboardInterrupt: \n"
+            )
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Writer, "write", interrupted)
+    Typist(monkeypatch, "one", "two", ":q")
+    talk(printable).run()
+    out, err = capsys.readouterr()
+    assert "[stopped after 0 tokens" in err and "[8 tokens" in err
+    assert out == "\n" + expected(printable, ("one", 0), ("two", 8)).lstrip("\n")
+
+
+def test_an_error_that_is_no_interrupt_comes_through(printable, monkeypatch):
+    def broken(*_):
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(Writer, "write", broken)
+    Typist(monkeypatch, "one")
+    with pytest.raises(ValueError, match="a defect"):
+        talk(printable).run()
+
+
 def test_dialogue_opening_and_end_of_input(printable, monkeypatch, capsys):
     Typist(monkeypatch, "last\\")
     talk(printable).run("def")
