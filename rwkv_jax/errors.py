@@ -3,8 +3,10 @@
 import argparse
 import contextlib
 import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 
@@ -23,6 +25,42 @@ def interruptible() -> Iterator[None]:
         if "KeyboardInterrupt" in str(error):
             raise KeyboardInterrupt from error
         raise
+
+
+@contextlib.contextmanager
+def held_interrupts() -> Iterator[Callable[[], None]]:
+    """Holds a Ctrl-C back until the function that it yields is called, or the context ends, and
+    raises KeyboardInterrupt there; the second Ctrl-C raises at once.
+
+    Python itself raises wherever it happens to be, which may be inside a library that loses the
+    exception, as JAX's callbacks do, or makes another error of it.
+    """
+    pressed = False
+
+    def press(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or not _in_main_thread():
+        yield check  # somebody else's to handle
+        return
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+    check()
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def lost_output(error: OSError, program: str) -> None:

@@ -3,11 +3,11 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from rwkv_jax.errors import UserError, interruptible
+from rwkv_jax.errors import UserError, held_interrupts, interruptible
 from rwkv_jax.generate.session import Finish, Piece, Sampling, Session, check_tokens
 
 HELP = """\
@@ -58,8 +58,15 @@ def print_texts(pieces: Iterable[Piece], prompts: Sequence[str], *, echo: bool =
     """Prints each prompt (unless `echo` is false) and its text to stdout, as they come.
 
     Of several prompts, the first is shown while it is written, the others wait their turn; each has
-    a heading.
+    a heading. Ctrl-C stops it between two pieces.
     """
+    with held_interrupts() as check:
+        _print_texts(pieces, prompts, echo, check)
+
+
+def _print_texts(
+    pieces: Iterable[Piece], prompts: Sequence[str], echo: bool, check: Callable[[], None]
+) -> None:
     waiting = [[] for _ in prompts]
     done = [False] * len(prompts)
     current = -1
@@ -75,6 +82,7 @@ def print_texts(pieces: Iterable[Piece], prompts: Sequence[str], *, echo: bool =
 
     show_next()
     for piece in pieces:
+        check()
         done[piece.index] = bool(piece.finish)
         if piece.index != current:
             waiting[piece.index].append(piece.text)
@@ -157,7 +165,7 @@ class Dialogue:
     def _write(self, text: str) -> None:
         meter, finish, last = Meter(), "", "\n"
         try:
-            with interruptible():
+            with interruptible(), held_interrupts() as check:
                 self.session.feed(text)
                 pieces = self.session.stream(
                     max_tokens=self.max_tokens, sampling=self.sampling, stop=self.stop
@@ -165,6 +173,7 @@ class Dialogue:
                 for piece in meter.count(pieces):
                     _print(piece.text)
                     finish, last = piece.finish, (piece.text or last)[-1]
+                    check()
         except KeyboardInterrupt:
             _print("\n")
             _note(f"stopped after {meter.summary()}")

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import sample
 from rwkv_jax.checkpoint.store import Store
 from rwkv_jax.config import Config, to_toml
 from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.generate import Piece, Sampling, Session, Writer, generate, terminal
+from rwkv_jax.generate import Piece, Sampling, Session, Writer, generate, generate_with, terminal
 from rwkv_jax.training.state import TrainState
 from tests.generate.conftest import config, weights
 
@@ -239,6 +240,33 @@ def test_dialogue_continues_one_text(printable, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == expected(printable, ("one\ntwo", 8), ("", 8), ("three", 5))
     assert err.count("[8 tokens") == 2 and err.count("[5 tokens") == 1
+
+
+def test_ctrl_c_is_never_lost(printable, monkeypatch, capsys):
+    """It waits for the next piece, even where Python would only report it and go on: here inside a
+    finaliser, as JAX's callbacks run."""
+
+    class Finalised:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    write = Writer.write
+
+    def finalising(*arguments):
+        Finalised()
+        return write(*arguments)
+
+    handler = signal.getsignal(signal.SIGINT)
+    Typist(monkeypatch, "one", ":q")
+    with monkeypatch.context() as patched:
+        patched.setattr(Writer, "write", finalising)
+        talk(printable, 1000).run()
+        out, err = capsys.readouterr()
+        assert signal.getsignal(signal.SIGINT) is handler
+        with pytest.raises(KeyboardInterrupt):
+            terminal.print_texts(generate_with(printable, ["one"], max_tokens=1000), ["one"])
+    stopped = re.search(r"\[stopped after ([12]) tokens?\]", err)  # one piece
+    assert stopped and out == expected(printable, ("one", int(stopped[1])))
 
 
 @pytest.mark.parametrize("arrives", ["as itself", "wrapped"])
