@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Float
+from rwkv_jax.wkv.chunks import cut, document_ids, dot, join, transpose
 from rwkv_jax.wkv.v7 import chunk
-from rwkv_jax.wkv.v7.chunk import Documents, Inputs, dot, transpose
+from rwkv_jax.wkv.v7.chunk import Documents, Inputs
 
 CHUNK = 32
 
@@ -28,7 +29,7 @@ def wkv7(
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """`rwkv_jax.wkv.wkv7` by an associative scan over chunks of 32; differentiated by JAX."""
     x = Inputs(*(cut(array, CHUNK) for array in (r, log_w, k, v, a, b)))
-    docs = chunk.documents(chunk.document_ids(reset, CHUNK), state.dtype)
+    docs = chunk.documents(document_ids(reset, CHUNK), state.dtype)
     maps, sums = jax.checkpoint(summarise)(x, docs)
     maps, sums = lax.associative_scan(compose, (maps, sums))
     after = dot(state[None], maps) + sums
@@ -63,15 +64,3 @@ def compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Ar
 def read(x: Inputs, entering: Array, docs: Documents | None) -> Array:
     """`y` of every chunk, given the state that enters it."""
     return chunk.forward(x, chunk.relate(x, docs), entering, docs)[0]
-
-
-def cut(x: Float[Array, "b t h n"], size: int) -> Float[Array, "chunks b h C n"]:
-    """All chunks at once."""
-    b, _, h, n = x.shape
-    return chunk.pad(x, size).reshape(b, -1, size, h, n).transpose(1, 0, 3, 2, 4)
-
-
-def join(x: Float[Array, "chunks b h C n"], t: int) -> Float[Array, "b t h n"]:
-    """The inverse of `cut`."""
-    chunks, b, h, size, n = x.shape
-    return x.transpose(1, 0, 3, 2, 4).reshape(b, chunks * size, h, n)[:, :t]

@@ -18,17 +18,14 @@ A document that starts inside the chunk masks A where document numbers differ, t
 see S, the columns that may not reach S', and S itself; the cumulative decay stays as it is.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from rwkv_jax.typing import Array, Bool, Float, Int
-
-dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-transpose = jnp.matrix_transpose
+from rwkv_jax.typing import Array, Float
+from rwkv_jax.wkv.chunks import DocumentIds, dot, masked, summed, transpose
 
 
 class Documents(NamedTuple):
@@ -64,41 +61,6 @@ class Scores(NamedTuple):
     leave: Array  # e^{g_C - m} [1, k]
 
 
-def pad(x: Float[Array, "b t h n"], size: int) -> Float[Array, "b padded h n"]:
-    """Fill the last chunk up with zeros: decay 1, nothing removed, nothing written."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)))
-
-
-def take(x: Float[Array, "b padded h n"], i: Int[Array, ""], size: int) -> Float[Array, "b h C n"]:
-    """Chunk `i`."""
-    return lax.dynamic_slice_in_dim(x, i * size, size, axis=1).swapaxes(1, 2)
-
-
-def put(
-    into: Float[Array, "b padded h n"], x: Float[Array, "b h C n"], i: Int[Array, ""]
-) -> Float[Array, "b padded h n"]:
-    """`into` with `x` as its chunk `i`: the inverse of `take`."""
-    return lax.dynamic_update_slice_in_dim(into, x.swapaxes(1, 2), i * x.shape[2], axis=1)
-
-
-class DocumentIds(NamedTuple):
-    """Which document the tokens of every chunk belong to."""
-
-    before: Int[Array, "chunks b 1"]
-    """Of the token before the chunk: the state's."""
-    tokens: Int[Array, "chunks b C"]
-
-
-def document_ids(reset: Bool[Array, "b t"] | None, size: int) -> DocumentIds | None:
-    """Documents numbered as they start; None if nothing resets. Padding starts no document."""
-    if reset is None:
-        return None
-    b, t = reset.shape
-    ids = jnp.pad(jnp.cumsum(reset.astype(jnp.int32), axis=1), ((0, 0), (0, -t % size)), "edge")
-    ids = jnp.moveaxis(ids.reshape(b, -1, size), 1, 0)
-    return DocumentIds(before=jnp.pad(ids[:-1, :, -1:], ((1, 0), (0, 0), (0, 0))), tokens=ids)
-
-
 def documents(ids: DocumentIds | None, dtype: jnp.dtype) -> Documents | None:
     """The masks of a chunk, or of all, with an axis for the heads: [..., b, 1, ...]."""
     if ids is None:
@@ -120,18 +82,6 @@ def causal(size: int) -> np.ndarray:
     row, column = np.arange(size)[:, None], np.arange(size)[None, :]
     before, upto = row > column, row >= column
     return np.block([[before, before], [upto, upto]])
-
-
-def masked(mask: np.ndarray, x: Float[Array, "*lanes i j"]) -> Float[Array, "*lanes i j"]:
-    """`x` where the [i, j] mask holds, zero elsewhere."""
-    return jnp.where(jnp.broadcast_to(mask, x.shape), x, jnp.zeros((), x.dtype))
-
-
-def summed(which: np.ndarray, x: Float[Array, "*lanes j n"]) -> Float[Array, "*lanes i n"]:
-    """Sums over rows, each over those `j` where `which` [i, j] holds: a product with ones, which
-    takes less time than running sums or slices do."""
-    ones = jnp.asarray(which, x.dtype)
-    return dot(jnp.broadcast_to(ones, (*x.shape[:-2], *ones.shape)), x)
 
 
 def unit_inverse(lower: Float[Array, "*lanes C C"]) -> Float[Array, "*lanes C C"]:

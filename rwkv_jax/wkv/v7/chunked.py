@@ -13,6 +13,7 @@ from jax import lax
 
 from rwkv_jax.remat import keep
 from rwkv_jax.typing import Array, Bool, Float
+from rwkv_jax.wkv.chunks import document_ids, pad, put, take
 from rwkv_jax.wkv.v7 import chunk
 from rwkv_jax.wkv.v7.chunk import Inputs
 
@@ -47,10 +48,10 @@ def _forward(size: int, x: Inputs, state: Array, reset: Array | None) -> tuple[t
     def body(carry: tuple[Array, Array], step: tuple) -> tuple[tuple, Array]:
         state, y = carry
         i, ids = step
-        x = Inputs(*(chunk.take(array, i, size) for array in padded))
+        x = Inputs(*(take(array, i, size) for array in padded))
         docs = chunk.documents(ids, state.dtype)
         out, after = chunk.forward(x, chunk.relate(x, docs), state, docs)
-        return (after, chunk.put(y, out, i)), state
+        return (after, put(y, out, i)), state
 
     (after, y), entering = lax.scan(body, (state, jnp.zeros_like(padded.v)), steps)
     y, entering = keep(y[:, : x.v.shape[1]]), keep(entering)
@@ -61,16 +62,16 @@ def _backward(size: int, kept: tuple, cotangents: tuple) -> tuple[Inputs, Array,
     x, entering, reset = kept
     dy, dstate = cotangents
     padded, steps = _in_chunks(size, x, reset)
-    dy = chunk.pad(dy, size)
+    dy = pad(dy, size)
 
     def body(carry: tuple[Array, Inputs], step: tuple) -> tuple[tuple, None]:
         dstate, out = carry
         (i, ids), state = step
-        x = Inputs(*(chunk.take(array, i, size) for array in padded))
+        x = Inputs(*(take(array, i, size) for array in padded))
         docs = chunk.documents(ids, state.dtype)
         scores = chunk.relate(x, docs)
-        gradients, dstate = chunk.backward(x, scores, state, chunk.take(dy, i, size), dstate, docs)
-        out = jax.tree.map(lambda into, x: chunk.put(into, x, i), out, gradients)
+        gradients, dstate = chunk.backward(x, scores, state, take(dy, i, size), dstate, docs)
+        out = jax.tree.map(lambda into, x: put(into, x, i), out, gradients)
         return (dstate, out), None
 
     carry = (dstate, Inputs(*(jnp.zeros_like(array) for array in padded)))
@@ -81,8 +82,8 @@ def _backward(size: int, kept: tuple, cotangents: tuple) -> tuple[Inputs, Array,
 def _in_chunks(size: int, x: Inputs, reset: Array | None) -> tuple[Inputs, tuple]:
     """The inputs padded to whole chunks, and what a scan over those reads: their numbers, their
     documents."""
-    padded = Inputs(*(chunk.pad(array, size) for array in x))
-    return padded, (jnp.arange(padded.v.shape[1] // size), chunk.document_ids(reset, size))
+    padded = Inputs(*(pad(array, size) for array in x))
+    return padded, (jnp.arange(padded.v.shape[1] // size), document_ids(reset, size))
 
 
 _over_chunks.defvjp(_forward, _backward)
