@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rwkv_jax.checkpoint.store import load
     from rwkv_jax.config import ModelConfig
     from rwkv_jax.models import forward, init_params, init_state, stack, unstack
-    from rwkv_jax.wkv import wkv4, wkv7
+    from rwkv_jax.wkv import wkv4, wkv6, wkv7
 
 _HOMES = {
     "ModelConfig": "rwkv_jax.config",
@@ -20,6 +20,7 @@ _HOMES = {
     "stack": "rwkv_jax.models",
     "unstack": "rwkv_jax.models",
     "wkv4": "rwkv_jax.wkv",
+    "wkv6": "rwkv_jax.wkv",
     "wkv7": "rwkv_jax.wkv",
     "load": "rwkv_jax.checkpoint.store",
 }
@@ -33,6 +34,7 @@ __all__ = [
     "stack",
     "unstack",
     "wkv4",
+    "wkv6",
     "wkv7",
 ]
 

@@ -83,6 +83,64 @@ def wkv4_grad(log_w, k, v, u, sums, reset, dy, dsums):
     return grads | {"N": dn, "D": dd}
 
 
+# Versions 5 and 6: per head, with S of shape [v, k],
+# y_t = (S_{t-1} + v_t (u k_t)') r_t, S_t = S_{t-1} diag(w_t) + v_t k_t'.
+
+
+def _wkv6_defaults(log_w, k, state, reset, initial):
+    state, reset = _wkv7_defaults(k, state, reset)
+    log_w = np.broadcast_to(log_w, k.shape)
+    initial = np.zeros(state.shape[1:]) if initial is None else np.asarray(initial, np.float64)
+    return log_w, state, reset, initial
+
+
+def _wkv6_states(log_w, k, v, state, reset, initial):
+    """The state that each token finds (after its reset), and the final one."""
+    before = []
+    for t in range(k.shape[1]):
+        state = np.where(reset[:, t, None, None, None], initial, state)
+        before.append(state)
+        state = state * np.exp(log_w[:, t])[..., None, :] + _outer(v[:, t], k[:, t])
+    return before, state
+
+
+def wkv6(r, log_w, k, v, u, state=None, reset=None, initial=None):
+    """Output `[b, t, h, n]` and the final state `[b, h, v, k]`; `log_w` may be `[h, n]`."""
+    r, log_w, k, v, u = _float64(r, log_w, k, v, u)
+    log_w, state, reset, initial = _wkv6_defaults(log_w, k, state, reset, initial)
+    before, final = _wkv6_states(log_w, k, v, state, reset, initial)
+    y = np.zeros_like(v)
+    for t, s in enumerate(before):
+        y[:, t] = np.einsum("bhvk,bhk->bhv", s + _outer(v[:, t], u * k[:, t]), r[:, t])
+    return y, final
+
+
+def wkv6_grad(r, log_w, k, v, u, state, reset, dy, dstate, initial=None):
+    """Gradients of <dy, y> + <dstate, final state> by every input and the initial state."""
+    r, log_w, k, v, u, dy, g = _float64(r, log_w, k, v, u, dy, dstate)
+    shared = log_w.ndim == 2
+    log_w, state, reset, initial = _wkv6_defaults(log_w, k, state, reset, initial)
+    before, _ = _wkv6_states(log_w, k, v, state, reset, initial)
+    grads = {name: np.zeros_like(k) for name in ("r", "log_w", "k")}
+    grads |= {"v": np.zeros_like(v), "u": np.zeros_like(u), "initial": np.zeros_like(initial)}
+    for t, s in reversed(list(enumerate(before))):
+        w, uk = np.exp(log_w[:, t]), u * k[:, t]
+        along = np.einsum("bhv,bhv->bh", dy[:, t], v[:, t])[..., None]
+        grads["r"][:, t] = np.einsum("bhvk,bhv->bhk", s, dy[:, t]) + uk * along
+        grads["k"][:, t] = np.einsum("bhvk,bhv->bhk", g, v[:, t]) + u * r[:, t] * along
+        bonus = np.einsum("bhk,bhk->bh", uk, r[:, t])[..., None]
+        grads["v"][:, t] = np.einsum("bhvk,bhk->bhv", g, k[:, t]) + bonus * dy[:, t]
+        grads["u"] += (k[:, t] * r[:, t] * along).sum(0)
+        grads["log_w"][:, t] = w * np.einsum("bhvk,bhvk->bhk", g, s)
+        g = g * w[..., None, :] + _outer(dy[:, t], r[:, t])
+        fresh = reset[:, t, None, None, None]
+        grads["initial"] += np.where(fresh, g, 0.0).sum(0)
+        g = np.where(fresh, 0.0, g)
+    if shared:
+        grads["log_w"] = grads["log_w"].sum((0, 1))
+    return grads | {"state": g}
+
+
 # Version 7: per head, with S of shape [v, k],
 # S_t = S_{t-1} diag(w_t) + (S_{t-1} a_t) b_t' + v_t k_t', y_t = S_t r_t.
 

@@ -54,10 +54,25 @@ def test_wkv4_gradients(reset):
     check_gradients(inputs, loss, gradients)
 
 
+@pytest.mark.parametrize("draw", [cases.wkv5_inputs, cases.wkv6_inputs])
+def test_wkv6_gradients(reset, draw):
+    rng = np.random.default_rng(0)
+    inputs = {name: x.astype(np.float64) for name, x in draw("typical", SMALL).items()}
+    inputs["state"] = cases.matrix_state(SMALL).astype(np.float64)
+    inputs["initial"] = rng.normal(size=(2, 3, 3))
+    dy, dstate = rng.normal(size=SMALL.heads_shape), rng.normal(size=(2, 2, 3, 3))
+
+    def loss(x):
+        y, state = oracles.wkv6(**x, reset=reset)
+        return (dy * y).sum() + (dstate * state).sum()
+
+    check_gradients(inputs, loss, oracles.wkv6_grad(**inputs, reset=reset, dy=dy, dstate=dstate))
+
+
 def test_wkv7_gradients(reset):
     rng = np.random.default_rng(0)
     inputs = {name: x.astype(np.float64) for name, x in cases.wkv7_inputs("typical", SMALL).items()}
-    inputs["state"] = cases.wkv7_state(SMALL).astype(np.float64)
+    inputs["state"] = cases.matrix_state(SMALL).astype(np.float64)
     dy, dstate = rng.normal(size=SMALL.heads_shape), rng.normal(size=(2, 2, 3, 3))
 
     def loss(x):

@@ -10,11 +10,18 @@ another.
 
 kept as (num, den, max_exp): N = num e^max_exp, D = den e^max_exp, so that no key overflows.
 
-**Version 7** (`wkv7`). Per head, with S of shape [v, k] (rows: value index, columns: key index):
+**Versions 5 and 6** (`wkv6`). Per head, with S of shape [v, k] (rows: value index, columns: key
+index), a decay per key channel and the bonus u of the current token:
+
+    y_t = S_{t-1} r_t + (r_t . (u k_t)) v_t        S_t = S_{t-1} diag(w_t) + v_t k_t^T
+
+Version 5's decay is the same for every token.
+
+**Version 7** (`wkv7`). Per head, with S as above:
 
     S_t = S_{t-1} diag(w_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T        y_t = S_t r_t
 
-The state layout is [b, h, v, k], float32.
+Their state layout is [b, h, v, k], float32.
 
 **Implementations**, equal in value and in every gradient:
 
@@ -25,12 +32,23 @@ The state layout is [b, h, v, k], float32.
 `implementation=None` picks one for the length at hand; a name is that one, or an error that says
 why not.
 
-Sources: arXiv:2305.13048 (version 4), arXiv:2503.14456 (version 7), RWKV-LM `cuda/`.
+Sources: arXiv:2305.13048 (version 4), arXiv:2404.05892 (versions 5 and 6), arXiv:2503.14456
+(version 7), RWKV-LM `cuda/`.
 """
 
-from rwkv_jax.wkv.dispatch import IMPLEMENTATIONS, wkv4, wkv7
+from rwkv_jax.wkv.dispatch import IMPLEMENTATIONS, wkv4, wkv6, wkv7
 from rwkv_jax.wkv.v4.scan import Wkv4State
 from rwkv_jax.wkv.v4.scan import step as wkv4_step
+from rwkv_jax.wkv.v6.scan import step as wkv6_step
 from rwkv_jax.wkv.v7.scan import step as wkv7_step
 
-__all__ = ["IMPLEMENTATIONS", "Wkv4State", "wkv4", "wkv4_step", "wkv7", "wkv7_step"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Wkv4State",
+    "wkv4",
+    "wkv4_step",
+    "wkv6",
+    "wkv6_step",
+    "wkv7",
+    "wkv7_step",
+]

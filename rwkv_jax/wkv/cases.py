@@ -74,6 +74,16 @@ WKV4_REGIMES = (
     "strong bonus",
 )
 
+WKV6_REGIMES = (
+    "typical",
+    "fast decay",
+    "half and half",
+    "toggling decay",
+    "vanishing decay",
+    "pure sum",
+    "silent head",
+)
+
 RESETS = ("none", "first", "last", "random", "every")
 
 
@@ -131,8 +141,43 @@ def wkv7_inputs(regime: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarra
     return arrays
 
 
-def wkv7_state(shape: Shape, seed: int = 0) -> np.ndarray:
-    """A state `[b, h, v, k]` of the size that a few tokens leave."""
+def wkv6_inputs(regime: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarray]:
+    """Inputs `r log_w k v`, each `[b, t, h, n]`, and `u` `[h, n]`; `log_w = -exp(w_raw)`.
+
+    Trained version-6 models have channels that decay by e^-5 and more a token.
+    """
+    rng = np.random.default_rng([seed, WKV6_REGIMES.index(regime), 6])
+    size = shape.heads_shape
+    r, k, v = rng.normal(size=(3, *size))
+    log_w = -np.exp(rng.uniform(-6.0, 1.5, size=size))
+    match regime:
+        case "fast decay":
+            log_w = np.full(size, -10.0)
+        case "half and half":
+            log_w = np.broadcast_to(np.where(np.arange(shape.size) % 2 == 0, -3e-4, -20.0), size)
+        case "toggling decay":
+            time = np.arange(shape.time)[:, None, None]
+            log_w = np.broadcast_to(np.where(time % 2 == 0, -3e-4, -20.0), size)
+        case "vanishing decay":
+            log_w = rng.choice([-3e-4, -1e4], size=size)
+        case "pure sum":
+            log_w = np.full(size, -3e-4)
+    arrays = {"r": r, "log_w": log_w, "k": k, "v": v}
+    arrays = {name: np.array(x, np.float32) for name, x in arrays.items()}
+    if regime == "silent head":
+        for x in arrays.values():
+            x[:, :, 0] = 0.0
+    return arrays | {"u": rng.normal(size=size[2:]).astype(np.float32)}
+
+
+def wkv5_inputs(regime: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarray]:
+    """Version 5's: as `wkv6_inputs`, with the decays `[h, n]` of the first token."""
+    inputs = wkv6_inputs(regime, shape, seed)
+    return inputs | {"log_w": np.ascontiguousarray(inputs["log_w"][0, 0])}
+
+
+def matrix_state(shape: Shape, seed: int = 0) -> np.ndarray:
+    """Versions 5 to 7: a state `[b, h, v, k]` of the size that a few tokens leave."""
     rng = np.random.default_rng([seed, 1007])
     return rng.normal(size=(shape.batch, shape.heads, shape.size, shape.size)).astype(np.float32)
 

@@ -9,6 +9,9 @@ from rwkv_jax.wkv.v4 import associative as v4_associative
 from rwkv_jax.wkv.v4 import chunked as v4_chunked
 from rwkv_jax.wkv.v4 import scan as v4_scan
 from rwkv_jax.wkv.v4.scan import Wkv4State
+from rwkv_jax.wkv.v6 import associative as v6_associative
+from rwkv_jax.wkv.v6 import chunked as v6_chunked
+from rwkv_jax.wkv.v6 import scan as v6_scan
 from rwkv_jax.wkv.v7 import associative as v7_associative
 from rwkv_jax.wkv.v7 import chunked as v7_chunked
 from rwkv_jax.wkv.v7 import scan as v7_scan
@@ -23,6 +26,11 @@ _WKV4 = {
     "scan": v4_scan.wkv4,
     "chunked": v4_chunked.wkv4,
     "associative": v4_associative.wkv4,
+}
+_WKV6 = {
+    "scan": v6_scan.wkv6,
+    "chunked": v6_chunked.wkv6,
+    "associative": v6_associative.wkv6,
 }
 _WKV7 = {
     "scan": v7_scan.wkv7,
@@ -61,6 +69,50 @@ def wkv4(
     _check_reset("wkv4", reset, k)
     state = Wkv4State(*(x.astype(dtype) for x in state))
     y, after = run(*(x.astype(dtype) for x in (log_w, k, v, u)), state, reset)
+    return y.astype(v.dtype), after
+
+
+def wkv6(
+    r: Float[Array, "b t h k"],
+    log_w: Float[Array, "b t h k"] | Float[Array, "h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    u: Float[Array, "h k"],
+    state: Float[Array, "b h v k"] | None = None,
+    *,
+    reset: Bool[Array, "b t"] | None = None,
+    initial: Float[Array, "h v k"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+    """The WKV of versions 5 and 6: `y` in `v`'s dtype, and the state after the last token.
+
+    `log_w <= 0` is the log of the decay, of every token in version 6, of all tokens alike (`[h,
+    k]`) in version 5; every implementation is exact for any decay. `u` is the bonus of the current
+    token. `state` None starts a document; `reset[b, t]` starts one before token t. Documents start
+    from `initial` (state tuning), or from zero. Computes in float32, or float64 for float64 inputs.
+
+    Raises `ValueError` for an unknown implementation, or shapes that do not belong together.
+    """
+    same = r.ndim == 4 and r.shape == k.shape and log_w.shape in (r.shape, r.shape[2:])
+    _check_shapes("wkv6", same, r=r, log_w=log_w, k=k)
+    _check_shapes("wkv6", v.ndim == 4 and v.shape[:3] == r.shape[:3], r=r, v=v)
+    _check_shapes("wkv6", u.shape == r.shape[2:], u=u, r=r)
+    batch, t, h, n = r.shape
+    run = _choose(_WKV6, implementation, t)
+    dtype = _precision(v)
+    shape = (batch, h, v.shape[-1], n)
+    if initial is not None:
+        _check_shapes("wkv6", initial.shape == shape[1:], initial=initial, r=r, v=v)
+        initial = initial.astype(dtype)
+    if state is None:
+        state = jnp.zeros(shape, dtype)
+        state = state if initial is None else state + initial[None]
+    _check_shapes("wkv6", state.shape == shape, state=state, r=r, v=v)
+    _check_reset("wkv6", reset, r)
+    if log_w.ndim == 2:
+        log_w = jnp.broadcast_to(log_w[None, None], r.shape)
+    x = (y.astype(dtype) for y in (r, log_w, k, v, u, state))
+    y, after = run(*x, reset, initial)
     return y.astype(v.dtype), after
 
 

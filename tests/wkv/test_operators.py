@@ -20,7 +20,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close, bar, relative_rms
 
-from rwkv_jax.wkv import IMPLEMENTATIONS, Wkv4State, cases, wkv4, wkv4_step, wkv7, wkv7_step
+from rwkv_jax.wkv import (
+    IMPLEMENTATIONS,
+    Wkv4State,
+    cases,
+    wkv4,
+    wkv4_step,
+    wkv6,
+    wkv6_step,
+    wkv7,
+    wkv7_step,
+)
 
 SHAPES = {name: shape for name, shape in cases.SHAPES.items() if name != "benchmark"}
 LONG, SMALL = cases.SHAPES["long"], cases.Shape(2, 101, 2, 8)
@@ -41,6 +51,8 @@ class Version:
     gradients: (
         Callable  # (inputs, state, reset, dy, cotangents of `final`, scale) -> named gradients
     )
+    step: Callable  # (inputs of one token, state) -> y, state
+    operator: Callable
 
 
 def _call4(inputs, state, reset, implementation):
@@ -71,6 +83,26 @@ def _gradients4(inputs, state, reset, dy, dfinal, scale):
     return grads | {"num": grads.pop("N") * weight, "den": grads.pop("D") * weight}
 
 
+def _call6(inputs, state, reset, implementation):
+    return wkv6(**inputs, state=state, reset=reset, implementation=implementation)
+
+
+def _expected6(inputs, state, reset):
+    y, state = oracles.wkv6(**inputs, state=state, reset=reset)
+    return y, {"final state": state}, np.zeros((), np.float32)
+
+
+def _gradients6(inputs, state, reset, dy, dfinal, scale):
+    dstate = dfinal["final state"]
+    grads = oracles.wkv6_grad(**inputs, state=state, reset=reset, dy=dy, dstate=dstate)
+    del grads["initial"]
+    return grads
+
+
+def _step6(r, log_w, k, v, u, state):
+    return wkv6_step(r, jnp.broadcast_to(log_w, r.shape), k, v, u, state)
+
+
 def _call7(inputs, state, reset, implementation):
     return wkv7(**inputs, state=state, reset=reset, implementation=implementation)
 
@@ -96,16 +128,44 @@ VERSIONS = {
         _final4,
         _expected4,
         _gradients4,
+        lambda state, **token: wkv4_step(**token, state=Wkv4State(*state)),
+        wkv4,
+    ),
+    "5": Version(
+        "5",
+        cases.WKV6_REGIMES,
+        cases.wkv5_inputs,
+        cases.matrix_state,
+        _call6,
+        lambda state, scale: {"final state": state},
+        _expected6,
+        _gradients6,
+        _step6,
+        wkv6,
+    ),
+    "6": Version(
+        "6",
+        cases.WKV6_REGIMES,
+        cases.wkv6_inputs,
+        cases.matrix_state,
+        _call6,
+        lambda state, scale: {"final state": state},
+        _expected6,
+        _gradients6,
+        _step6,
+        wkv6,
     ),
     "7": Version(
         "7",
         cases.WKV7_REGIMES,
         cases.wkv7_inputs,
-        cases.wkv7_state,
+        cases.matrix_state,
         _call7,
         lambda state, scale: {"final state": state},
         _expected7,
         _gradients7,
+        wkv7_step,
+        wkv7,
     ),
 }
 
@@ -175,7 +235,7 @@ def slack(inputs):
     Version 4 keeps its sums as a mantissa and an exponent as large as the largest key; the bars are
     measured with keys of standard deviation 1, which stay below 4 or so.
     """
-    return max(1.0, np.abs(inputs["k"]).max() / 4) if "u" in inputs else 1.0
+    return max(1.0, np.abs(inputs["k"]).max() / 4) if inputs["k"].ndim == 3 else 1.0
 
 
 @every_implementation
@@ -216,11 +276,16 @@ def test_no_state_and_no_reset_are_the_defaults(version, implementation):
         assert_close(x, final[name], "float32", name=name)
 
 
+def per_token(x):
+    """Whether an input has a time axis, as u and the log_w of versions 4 and 5 have not."""
+    return x.ndim > 2
+
+
 def halves(inputs, cut):
-    """Inputs of the first `cut` tokens, and of the others; version 4's log_w and u are in both."""
-    whole = {name: x for name, x in inputs.items() if x.ndim == 1}
-    first = {name: x[:, :cut] for name, x in inputs.items() if x.ndim > 1}
-    second = {name: x[:, cut:] for name, x in inputs.items() if x.ndim > 1}
+    """Inputs of the first `cut` tokens, and of the others; what tokens share is in both."""
+    whole = {name: x for name, x in inputs.items() if not per_token(x)}
+    first = {name: x[:, :cut] for name, x in inputs.items() if per_token(x)}
+    second = {name: x[:, cut:] for name, x in inputs.items() if per_token(x)}
     return first | whole, second | whole
 
 
@@ -312,7 +377,7 @@ def test_a_document_ignores_its_neighbour(version, implementation, changed):
     def document(inputs, dy):
         values, grads = compiled(version, implementation)(inputs, state, reset, scale, dy, dfinal)
         arrays = {"y": values["y"]} | {
-            f"d {name}": grads[name] for name in inputs if inputs[name].ndim > 1
+            f"d {name}": grads[name] for name in inputs if per_token(inputs[name])
         }
         found = {name: np.asarray(x)[mine] for name, x in arrays.items()}
         if changed == "first":
@@ -327,7 +392,7 @@ def test_a_document_ignores_its_neighbour(version, implementation, changed):
             for name, x in inputs.items()
         }
 
-    tokenwise = [name for name, x in inputs.items() if x.ndim > 1]
+    tokenwise = [name for name, x in inputs.items() if per_token(x)]
     other_dy = np.where(mine.reshape(*mine.shape, *(1,) * (dy.ndim - 2)), dy, -3 * dy)
     before = document(inputs, dy)
     # The decay's gradient may be a difference of sums that run over the whole chunk.
@@ -359,7 +424,7 @@ def test_causality_by_gradient(version, implementation):
         assert seen[0].tolist() == [t <= at for t in range(LONG.time)], f"{name}, row 0"
         assert seen[1].tolist() == [115 <= t <= at for t in range(LONG.time)], f"{name}, row 1"
     for name, x in grads.items():
-        if name in inputs and x.ndim > 1:
+        if name in inputs and per_token(x):
             later = np.abs(np.asarray(x)[:, at + 1 :]).max()
             # Chunks share cumulative decays: there the gradient is a difference, of which
             # rounding may remain.
@@ -371,11 +436,10 @@ def test_causality_by_gradient(version, implementation):
 def test_steps_equal_the_sequence(version):
     inputs, state = version.inputs("typical", SMALL), version.state(SMALL)
     y, final, scale = version.expected(inputs, state, None)
-    step = jax.jit(wkv4_step if version.name == "4" else wkv7_step)
-    state = Wkv4State(*map(jnp.asarray, state)) if version.name == "4" else state
+    step = jax.jit(version.step)
     outputs = []
     for t in range(SMALL.time):
-        token = {name: x[:, t] if x.ndim > 1 else x for name, x in inputs.items()}
+        token = {name: x[:, t] if per_token(x) else x for name, x in inputs.items()}
         out, state = step(**token, state=state)
         outputs.append(out)
     assert_close(np.stack(outputs, 1), y, "float32", name="y")
@@ -388,7 +452,7 @@ def test_steps_equal_the_sequence(version):
 def test_bfloat16_inputs_accumulate_in_float32(version, implementation):
     """Outputs carry one rounding to bfloat16, and the state, a sum of 200 terms, none."""
     shape = cases.SHAPES["long"]
-    inputs = version.inputs("pure sum" if version.name == "7" else "typical", shape)
+    inputs = version.inputs("typical" if version.name == "4" else "pure sum", shape)
     low = {
         name: x if name in ("log_w", "u") else jnp.asarray(x, jnp.bfloat16)
         for name, x in inputs.items()
@@ -452,10 +516,10 @@ def test_chunked_backward_keeps_less_than_scan(version):
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     # The scan's states alone, against which the chunked form is measured.
-    states = shape.time * shape.heads * shape.size * (shape.size if version.name == "7" else 3) * 4
+    states = shape.time * shape.heads * shape.size * (3 if version.name == "4" else shape.size) * 4
     assert temporaries("scan") > states
     assert temporaries("chunked") < (
-        states / 3 if version.name == "7" else temporaries("scan") / 1.5
+        temporaries("scan") / 1.5 if version.name == "4" else states / 3
     )
 
 
@@ -466,12 +530,12 @@ def test_errors_name_the_mistake(version):
         version.call(inputs, None, None, "flash")
 
     # The package's own checks, without the annotations' that only tests switch on.
-    operator = inspect.unwrap(wkv4 if version.name == "4" else wkv7)
+    operator = inspect.unwrap(version.operator)
     for name in inputs:
         wrong = inputs | {name: jnp.repeat(inputs[name], 2, axis=-1)}
-        if version.name == "7" and name == "v":
+        if version.name != "4" and name == "v":
             wrong = inputs | {"v": inputs["v"][:, 1:]}
-        with pytest.raises(ValueError, match=rf"wkv{version.name}: shapes.*\b{name} \["):
+        with pytest.raises(ValueError, match=rf"{operator.__name__}: shapes.*\b{name} \["):
             operator(**wrong)
     with pytest.raises(ValueError, match="reset"):
         operator(**inputs, reset=jnp.zeros((SMALL.batch, 3), bool))
@@ -480,3 +544,35 @@ def test_errors_name_the_mistake(version):
     )
     with pytest.raises(ValueError, match="state"):
         operator(**inputs, state=Wkv4State(*state) if version.name == "4" else state)
+
+
+@every_implementation
+@pytest.mark.parametrize("name", ["5", "6"])
+def test_documents_start_from_the_initial_state(name, implementation):
+    """`initial` stands in for zero, with and without a reset, and gets its gradient."""
+    version, rng = VERSIONS[name], np.random.default_rng(8)
+    inputs = version.inputs("typical", SMALL)
+    initial = rng.normal(size=(SMALL.heads, SMALL.size, SMALL.size)).astype(np.float32)
+    start = np.broadcast_to(initial, (SMALL.batch, *initial.shape))
+    reset = jnp.asarray(cases.reset_pattern("random", SMALL, seed=2))
+    dy, dstate = rng.normal(size=SMALL.heads_shape), rng.normal(size=start.shape)
+    dy, dstate = jnp.asarray(dy, jnp.float32), jnp.asarray(dstate, jnp.float32)
+    y, final = oracles.wkv6(**inputs, state=start, reset=reset, initial=initial)
+    gradients = oracles.wkv6_grad(
+        **inputs, state=start, reset=reset, dy=dy, dstate=dstate, initial=initial
+    )
+    gradients["initial"] += gradients.pop("state").sum(0)
+
+    @quick_jit
+    def everything(inputs):
+        values, pull_back = jax.vjp(
+            lambda inputs: wkv6(**inputs, reset=reset, implementation=implementation), inputs
+        )
+        return values, pull_back((dy, dstate))[0]
+
+    (actual_y, after), grads = everything(jax.tree.map(jnp.asarray, inputs | {"initial": initial}))
+    assert_close(actual_y, y, "float32", name="y")
+    assert_close(after, final, "float32", name="final state")
+    assert grads.keys() == gradients.keys()
+    for array, x in gradients.items():
+        assert_close(grads[array], x, "float32", name=f"d {array}")
