@@ -1,6 +1,6 @@
 """The WKV operators' implementations against `scan`: time, compile time and temporary memory.
 
-    python -m benchmarks.wkv [--version 4 7] [--rounds 7]
+    python -m benchmarks.wkv [--version 4 6 7] [--rounds 7]
 
 The shape is `benchmark` of rwkv_jax.wkv.cases (B=2, T=1024, H=8, N=64; version 4: its 512
 channels), float32. Backward is the gradient of all inputs for random cotangents of output and
@@ -18,11 +18,11 @@ import numpy as np
 from benchmarks import harness
 from benchmarks.harness import console, shown, spread
 from benchmarks.worker import versions
-from rwkv_jax.wkv import IMPLEMENTATIONS, wkv4, wkv7
-from rwkv_jax.wkv.cases import SHAPES, wkv4_inputs, wkv7_inputs
+from rwkv_jax.wkv import IMPLEMENTATIONS, wkv4, wkv6, wkv7
+from rwkv_jax.wkv.cases import SHAPES, wkv4_inputs, wkv6_inputs, wkv7_inputs
 
 SHAPE = SHAPES["benchmark"]
-OPERATORS = {"4": (wkv4, wkv4_inputs), "7": (wkv7, wkv7_inputs)}
+OPERATORS = {"4": (wkv4, wkv4_inputs), "6": (wkv6, wkv6_inputs), "7": (wkv7, wkv7_inputs)}
 MIB = 2**20
 
 

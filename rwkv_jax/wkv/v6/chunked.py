@@ -43,7 +43,7 @@ def _over_chunks(size: int, x: Inputs, heads: Heads, state: Array, reset: Array 
     return _forward(size, x, heads, state, reset)[0]
 
 
-def _chunk(x: Inputs, heads: Heads, state: Array, ids: Any) -> tuple[Array, Array]:
+def _chunk(ids: Any, x: Inputs, heads: Heads, state: Array) -> tuple[Array, Array]:
     docs = chunk.documents(ids, state.dtype)
     return chunk.forward(x, heads, chunk.relate(x, heads, docs), state, docs)
 
@@ -57,7 +57,7 @@ def _forward(size: int, x: Inputs, heads: Heads, state: Array, reset: Array | No
         state, y = carry
         i, ids = step
         x = Inputs(*(take(array, i, size) for array in padded))
-        out, after = _chunk(x, heads, state, ids)
+        out, after = _chunk(ids, x, heads, state)
         return (after, put(y, out, i)), state
 
     (after, y), entering = lax.scan(body, (state, jnp.zeros_like(padded.v)), steps)
@@ -75,7 +75,7 @@ def _backward(size: int, kept: tuple, cotangents: tuple) -> tuple[Inputs, Heads,
         dstate, dheads, out = carry
         (i, ids), state = step
         x = Inputs(*(take(array, i, size) for array in padded))
-        _, pull_back = jax.vjp(lambda *inputs: _chunk(*inputs, ids), x, heads, state)
+        _, pull_back = jax.vjp(partial(_chunk, ids), x, heads, state)
         dx, more, dstate = pull_back((take(dy, i, size), dstate))
         out = jax.tree.map(lambda into, x: put(into, x, i), out, dx)
         return (dstate, jax.tree.map(jnp.add, dheads, more), out), None
