@@ -32,8 +32,8 @@ def held_interrupts() -> Iterator[Callable[[], None]]:
     """Holds a Ctrl-C back until the function that it yields is called, or the context ends, and
     raises KeyboardInterrupt there; the second Ctrl-C raises at once.
 
-    Python itself raises wherever it happens to be, which may be inside a library that loses the
-    exception, as JAX's callbacks do, or makes another error of it.
+    Python itself raises wherever it happens to be, which may be inside a finaliser, where it drops
+    the exception, or inside a library that makes another error of it, as JAX does.
     """
     pressed = False
 

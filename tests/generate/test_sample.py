@@ -256,15 +256,17 @@ def test_ctrl_c_is_never_lost(printable, monkeypatch, capsys):
         Finalised()
         return write(*arguments)
 
-    handler = signal.getsignal(signal.SIGINT)
+    # The suite may run in the background, where shells have SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     Typist(monkeypatch, "one", ":q")
     with monkeypatch.context() as patched:
         patched.setattr(Writer, "write", finalising)
         talk(printable, 1000).run()
         out, err = capsys.readouterr()
-        assert signal.getsignal(signal.SIGINT) is handler
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         with pytest.raises(KeyboardInterrupt):
             terminal.print_texts(generate_with(printable, ["one"], max_tokens=1000), ["one"])
+    signal.signal(signal.SIGINT, before)
     stopped = re.search(r"\[stopped after ([12]) tokens?\]", err)  # one piece
     assert stopped and out == expected(printable, ("one", int(stopped[1])))
 
@@ -345,8 +347,12 @@ def test_dialogue_goes_on_after_a_mistake(printable, monkeypatch, capsys, line, 
 def test_interactive_on_a_terminal(run, tmp_path):
     """A prompt, a text that Ctrl-C stops, and Ctrl-D, typed at a pseudo-terminal."""
     master, slave = pty.openpty()
-    # Whoever opens a terminal first in a new session gets its Ctrl-C.
-    take = "import os, sys; os.open(os.ttyname(0), os.O_RDWR); os.execv(sys.argv[1], sys.argv[1:])"
+    # Whoever opens a terminal first in a new session gets its Ctrl-C, and heeds it even if the
+    # suite runs in the background, where shells have it ignored.
+    take = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
+        " os.open(os.ttyname(0), os.O_RDWR); os.execv(sys.argv[1], sys.argv[1:])"
+    )
     command = [sys.executable, "sample.py", run, "--interactive", "--tokens", "1000000"]
     process = subprocess.Popen(
         [sys.executable, "-c", take, *command],
