@@ -36,55 +36,76 @@ class _Strict:
     __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 
 
+_RANKS7 = ("rank_w", "rank_a", "rank_v", "rank_g")
+_OWN = {
+    "4": (),
+    "5.0": (),
+    "5.1": (),
+    "5.2": (),
+    "6": ("rank_mix", "rank_w", "state_tuned"),
+    "7": _RANKS7,
+    "7a": (*_RANKS7, "rank_embed"),
+}
+"""Which of the settings that not all versions have each one has."""
+
+
 @dataclass(frozen=True)
 class ModelConfig(_Strict):
     """The architecture: all that decides shapes, and nothing else; it travels with checkpoints."""
 
-    version: Literal["4", "7"] = "7"
+    version: Literal["4", "5.0", "5.1", "5.2", "6", "7", "7a"] = "7"
     layers: int = 12
     width: int = 768
     vocab_size: int = 0
     """Rows of the embedding; 0 takes what the tokenizer needs."""
     ffn_width: int = 0
-    """Hidden width of the channel mix; 0 is the official 4 x width."""
+    """Hidden width of the channel mix; 0 is the official rule, 3.5 or 4 x width."""
     head_size: int = 64
-    """Version 7: channels per head."""
+    """Versions 5 to 7: channels per head."""
+    rank_mix: int = 0
+    """Version 6: rank of the token shift's low-rank part. All ranks: 0 is the official rule."""
     rank_w: int = 0
-    """Version 7: ranks of the low-rank decay, in-context learning rate, value and gate; 0 is the
-    official rule."""
+    """Versions 6 and 7: rank of the decay; version 7: of learning rate, value and gate."""
     rank_a: int = 0
     rank_v: int = 0
     rank_g: int = 0
+    rank_embed: int = 0
+    """Version 7a: side of the matrix that each token's DeepEmbed holds."""
+    state_tuned: bool = False
+    """Version 6: documents start from a learnt state."""
 
     def __post_init__(self):
         for name in ("layers", "width"):
             _require(getattr(self, name) >= 1, f"model.{name} = {getattr(self, name)}: at least 1")
-        for name in ("vocab_size", "ffn_width", "rank_w", "rank_a", "rank_v", "rank_g"):
+        ranks = [field.name for field in fields(self) if field.name.startswith("rank_")]
+        for name in ("vocab_size", "ffn_width", *ranks):
             value = getattr(self, name)
             _require(value >= 0, f"model.{name} = {value}: 0 (automatic) or more")
-        if self.version == "7":
-            _require(
-                self.head_size >= 1 and self.width % self.head_size == 0,
-                f"model.width = {self.width} is not a multiple of "
-                f"model.head_size = {self.head_size}",
-            )
-        else:
-            given = [f for f in ("rank_w", "rank_a", "rank_v", "rank_g") if getattr(self, f)]
-            given += ["head_size"] if self.head_size != 64 else []
-            _require(
-                not given,
-                f"model.{', model.'.join(given)}: only version 7 has this, and model.version = "
-                f'"{self.version}"; leave it out',
-            )
+        own = _OWN[self.version]
+        strangers = [x for x in (*ranks, "state_tuned") if getattr(self, x) and x not in own]
+        strangers += ["head_size"] if self.version == "4" and self.head_size != 64 else []
+        _require(
+            not strangers,
+            f'model.{", model.".join(strangers)}: model.version = "{self.version}" has no such'
+            " setting; leave it out",
+        )
+        _require(
+            self.version == "4" or (self.head_size >= 1 and self.width % self.head_size == 0),
+            f"model.width = {self.width} is not a multiple of model.head_size = {self.head_size}",
+        )
 
     @property
     def ffn(self) -> int:
         """The channel mix's hidden width, with the default resolved."""
-        return self.ffn_width or 4 * self.width
+        if self.ffn_width:
+            return self.ffn_width
+        if self.version in ("5.1", "5.2", "6"):
+            return max(int(3.5 * self.width) // 32, 1) * 32
+        return 4 * self.width
 
     @property
     def heads(self) -> int:
-        """Version 7: heads of the time mix."""
+        """Versions 5 to 7: heads of the time mix."""
         return self.width // self.head_size
 
 
@@ -257,7 +278,7 @@ def parse_config(tables: Mapping[str, Any], *, origin: str = "") -> Config:
     """The run described by nested mappings, as read from TOML; `origin` opens the error message.
 
     Raises `ConfigError`, one line that joins every problem found, each with its key, its value and
-    what is allowed. An integer is a fine float, and an integer may name one of a list of strings
+    what is allowed. An integer is a fine float, and a number may name one of a list of strings
     (`model.version = 7`).
 
     >>> parse_config({"model": {"layers": 2}}).model.layers
@@ -347,14 +368,14 @@ def _parse_value(text: str) -> Any:
 
 
 def _spell_choices(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """The tables, with an integer that names one of a list of strings written as that string."""
+    """The tables, with a number that names one of a list of strings written as that string."""
     spelled = dict(tables)
     for section, table in tables.items():
         if isinstance(table, Mapping):
             listed = {key: get_args(kind) for key, kind in _SCHEMA.get(section, {}).items()}
             spelled[section] = {
                 key: str(value)
-                if type(value) is int and str(value) in listed.get(key, ())
+                if type(value) in (int, float) and str(value) in listed.get(key, ())
                 else value
                 for key, value in table.items()
             }

@@ -217,6 +217,11 @@ def _norm(p, name, x):
     return _layer_norm(x, p[f"{name}.weight"], p[f"{name}.bias"])
 
 
+def _plain(x):
+    """`[1, 1, c]` as `[c]`, everything else as it is."""
+    return x[0, 0] if x.ndim == 3 and x.shape[:2] == (1, 1) else x
+
+
 def _layer(p, index):
     prefix = f"blocks.{index}."
     return {name.removeprefix(prefix): x for name, x in p.items() if name.startswith(prefix)}
@@ -224,21 +229,21 @@ def _layer(p, index):
 
 def _model(tensors, tokens, time_mix, channel_mix):
     """Logits `[t, V]` of one sequence, read one token at a time from a fresh state."""
-    p = {name: np.asarray(x, np.float64).squeeze() for name, x in tensors.items()}
+    p = {name: _plain(np.asarray(x, np.float64)) for name, x in tensors.items()}
     layers = 1 + max(int(name.split(".")[1]) for name in p if name.startswith("blocks."))
     width = p["emb.weight"].shape[1]
     states = [{"att": np.zeros(width), "ffn": np.zeros(width)} for _ in range(layers)]
     logits = []
     for token in tokens:
         x = _norm(p, "blocks.0.ln0", p["emb.weight"][token])
-        shared = {}
+        shared = {"token": token, "embedded": x}
         for index, state in enumerate(states):
             block = _layer(p, index)
             h = _norm(block, "ln1", x)
             x = x + time_mix(block, h, state, shared)
             state["att"] = h
             h = _norm(block, "ln2", x)
-            x = x + channel_mix(block, h, state["ffn"])
+            x = x + channel_mix(block, h, state["ffn"], shared)
             state["ffn"] = h
         logits.append(p["head.weight"] @ _norm(p, "ln_out", x))
     return np.stack(logits)
@@ -260,7 +265,8 @@ def _time_mix4(p, x, state, shared):
     return p["att.output.weight"] @ (r * y)
 
 
-def _channel_mix4(p, x, previous):
+def _channel_mix4(p, x, previous, shared):
+    del shared
     mix = {j: x * p[f"ffn.time_mix_{j}"] + previous * (1 - p[f"ffn.time_mix_{j}"]) for j in "kr"}
     k = np.maximum(p["ffn.key.weight"] @ mix["k"], 0.0) ** 2
     return _sigmoid(p["ffn.receptance.weight"] @ mix["r"]) * (p["ffn.value.weight"] @ k)
@@ -269,6 +275,79 @@ def _channel_mix4(p, x, previous):
 def model4(tensors, tokens):
     """Version 4: logits `[t, V]`."""
     return _model(tensors, tokens, _time_mix4, _channel_mix4)
+
+
+def _silu(x):
+    return x * _sigmoid(x)
+
+
+def _attend5(p, r, w, k, v, u, state):
+    """Heads of versions 5 and 6: `[h, n]` in, the normalised output `[h * n]`."""
+    heads, size = r.shape
+    s = state.get("wkv", np.zeros((heads, size, size)))
+    y = np.stack([r[h] @ (s[h] + np.outer(u[h] * k[h], v[h])) for h in range(heads)])
+    state["wkv"] = np.stack([w[h][:, None] * s[h] + np.outer(k[h], v[h]) for h in range(heads)])
+    y = _layer_norm(y, 1.0, 0.0, eps=64e-5).reshape(-1)
+    return y * p["att.ln_x.weight"] + p["att.ln_x.bias"]
+
+
+def _time_mix5(p, x, state, shared):
+    del shared
+    gated = "att.gate.weight" in p
+    mix = {}
+    for j in "krvg" if gated else "krv":
+        mu = p[f"att.time_mix_{j}"]
+        mix[j] = x * mu + state["att"] * (1 - mu)
+    decay = np.atleast_1d(p["att.time_decay"])
+    heads = decay.shape[0]
+    size = len(x) // heads
+    w = np.broadcast_to(np.exp(-np.exp(decay.reshape(heads, -1))), (heads, size))
+    u = p["att.time_faaaa"] if gated else np.exp(p["att.time_first"])
+    u = np.broadcast_to(np.reshape(u, (heads, -1)), (heads, size))
+    r = (p["att.receptance.weight"] @ mix["r"]).reshape(heads, size)
+    k = (p["att.key.weight"] @ mix["k"]).reshape(heads, size)
+    v = (p["att.value.weight"] @ mix["v"]).reshape(heads, size)
+    y = _attend5(p, r, w, k, v, u, state)
+    if gated:
+        y = y * _silu(p["att.gate.weight"] @ mix["g"])
+    return p["att.output.weight"] @ y
+
+
+def model5(tensors, tokens):
+    """Versions 5.0, 5.1 and 5.2, told apart by their tensors: logits `[t, V]`."""
+    return _model(tensors, tokens, _time_mix5, _channel_mix4)
+
+
+def _time_mix6(p, x, state, shared):
+    del shared
+    heads, size = p["att.time_faaaa"].reshape(-1, p["att.time_faaaa"].shape[-1]).shape
+    delta = state["att"] - x
+    low = np.tanh((x + delta * p["att.time_maa_x"]) @ p["att.time_maa_w1"]).reshape(5, -1)
+    up = p["att.time_maa_w2"].reshape(5, -1, len(x))
+    mix = {j: x + delta * (p[f"att.time_maa_{j}"] + low[i] @ up[i]) for i, j in enumerate("wkvrg")}
+    w = p["att.time_decay"] + np.tanh(mix["w"] @ p["att.time_decay_w1"]) @ p["att.time_decay_w2"]
+    w = np.exp(-np.exp(w)).reshape(heads, size)
+    r = (p["att.receptance.weight"] @ mix["r"]).reshape(heads, size)
+    k = (p["att.key.weight"] @ mix["k"]).reshape(heads, size)
+    v = (p["att.value.weight"] @ mix["v"]).reshape(heads, size)
+    if "wkv" not in state and "att.time_state" in p:
+        # Files keep the state [h, v, k]; this oracle has it [h, k, v].
+        state["wkv"] = p["att.time_state"].reshape(heads, size, size).transpose(0, 2, 1)
+    y = _attend5(p, r, w, k, v, p["att.time_faaaa"].reshape(heads, size), state)
+    return p["att.output.weight"] @ (y * _silu(p["att.gate.weight"] @ mix["g"]))
+
+
+def _channel_mix6(p, x, previous, shared):
+    del shared
+    delta = previous - x
+    k = np.maximum(p["ffn.key.weight"] @ (x + delta * p["ffn.time_maa_k"]), 0.0) ** 2
+    r = _sigmoid(p["ffn.receptance.weight"] @ (x + delta * p["ffn.time_maa_r"]))
+    return r * (p["ffn.value.weight"] @ k)
+
+
+def model6(tensors, tokens):
+    """Version 6, state-tuned or not: logits `[t, V]`."""
+    return _model(tensors, tokens, _time_mix6, _channel_mix6)
 
 
 def _time_mix7(p, x, state, shared):
@@ -306,7 +385,8 @@ def _time_mix7(p, x, state, shared):
     return p["att.output.weight"] @ (out.reshape(-1) * gate)
 
 
-def _channel_mix7(p, x, previous):
+def _channel_mix7(p, x, previous, shared):
+    del shared
     k = p["ffn.key.weight"] @ (x + (previous - x) * p["ffn.x_k"])
     return p["ffn.value.weight"] @ np.maximum(k, 0.0) ** 2
 
@@ -314,3 +394,28 @@ def _channel_mix7(p, x, previous):
 def model7(tensors, tokens):
     """Version 7: logits `[t, V]`. Layer 0's `att.v0 v1 v2`, where a file has them, take no part."""
     return _model(tensors, tokens, _time_mix7, _channel_mix7)
+
+
+def _channel_mix7a(p, x, previous, shared):
+    matrix = p["ffn.s_emb.weight"][shared["token"]]
+    matrix = matrix + p["ffn.s_emb_x.weight"] @ shared["embedded"]
+    rank = p["ffn.s1"].shape[1]
+    gain = x @ p["ffn.s1"] @ matrix.reshape(rank, rank) @ p["ffn.s2"] + p["ffn.s0"]
+    k = p["ffn.key.weight"] @ (x + (previous - x) * p["ffn.x_k"])
+    return p["ffn.value.weight"] @ (np.maximum(k, 0.0) ** 2 * gain)
+
+
+def model7a(tensors, tokens):
+    """Version 7a: logits `[t, V]`."""
+    return _model(tensors, tokens, _time_mix7, _channel_mix7a)
+
+
+MODELS = {
+    "4": model4,
+    "5.0": model5,
+    "5.1": model5,
+    "5.2": model5,
+    "6": model6,
+    "7": model7,
+    "7a": model7a,
+}

@@ -22,6 +22,8 @@ from rwkv_jax.config import (
 )
 from rwkv_jax.errors import UserError
 
+VERSIONS = 'one of "4", "5.0", "5.1", "5.2", "6", "7", "7a"'
+
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 TABLES = {
@@ -72,8 +74,9 @@ def test_a_file_names_only_what_differs(file):
 def test_every_setting_can_be_read():
     """One value other than the default for each, so that none is ignored or crossed."""
     other = {
-        "model": dict(version="7", layers=2, width=96, vocab_size=7, ffn_width=5, head_size=32)
-        | dict(rank_w=1, rank_a=2, rank_v=3, rank_g=4),
+        "model": dict(version="7a", layers=2, width=96, vocab_size=7, ffn_width=5, head_size=32)
+        | dict(rank_w=1, rank_a=2, rank_v=3, rank_g=4, rank_embed=6)
+        | dict(rank_mix=0, state_tuned=False),
         "data": dict(source="a", field="b", document="line", heldout=0.5, tokenizer="c")
         | dict(bpe_vocab_size=600, cache="d"),
         "optimizer": dict(peak_lr=2.0, final_lr=1.0, warmup_steps=3, beta1=0.4, beta2=0.5)
@@ -87,6 +90,15 @@ def test_every_setting_can_be_read():
     assert dataclasses.asdict(config) == other
     for section, table in TABLES.items():
         assert set(other[section]) == {f.name for f in dataclasses.fields(table)}
+    sixth = dict(version="6", rank_mix=5, rank_w=7, state_tuned=True)
+    model = dataclasses.asdict(parse_config({"model": sixth}).model)
+    assert {key: model[key] for key in sixth} == sixth
+
+
+@pytest.mark.parametrize("version", ["5.0", "5.1", "5.2"])
+def test_a_version_may_be_written_as_a_number(version):
+    assert load_config(None, [f"model.version={version}"]).model.version == version
+    assert parse_config({"model": {"version": float(version)}}).model.version == version
 
 
 @pytest.mark.parametrize("name", ["train.steps", "optimizer.warmup_steps", "model.layers"])
@@ -181,7 +193,10 @@ def test_overrides_win_over_the_file_and_the_last_one_wins(file):
         ("train.steps=1\nx=2", 'overrides: train.steps = "1\\nx=2": an integer is needed'),
         ("train.remat=true", 'overrides: train.remat = "true": one of "none", "dots", "full"'),
         ("optimizer.clip=nan", "overrides: optimizer.clip = nan: a finite number is needed"),
-        ("model.version=5", 'overrides: model.version = "5": one of "4", "7"'),
+        (
+            "model.version=5",
+            f'overrides: model.version = "5": {VERSIONS}',
+        ),
         ("train.steps=0", "overrides: train.steps = 0: at least 1"),
     ],
 )
@@ -237,9 +252,18 @@ def test_an_error_says_whether_file_or_overrides_are_wrong(file):
         ("[data]\nsource = 3", "data.source = 3: a string is needed"),
         ("[data]\nsource = 1979-05-27", "data.source = 1979-05-27: a string is needed"),
         ("[optimizer]\neps = inf", "optimizer.eps = inf: a finite number is needed"),
-        ('[model]\nversion = "5"', 'model.version = "5": one of "4", "7"'),
-        ("[model]\nversion = 5", 'model.version = 5: one of "4", "7"'),
-        ("[model]\nversion = true", 'model.version = true: one of "4", "7"'),
+        (
+            '[model]\nversion = "5"',
+            f'model.version = "5": {VERSIONS}',
+        ),
+        (
+            "[model]\nversion = 5",
+            f"model.version = 5: {VERSIONS}",
+        ),
+        (
+            "[model]\nversion = true",
+            f"model.version = true: {VERSIONS}",
+        ),
         ("[train]\ndtype = 'float16'", 'train.dtype = "float16": one of "float32", "bfloat16"'),
         (
             "[sample]\ntokens = 1.5\n\n[train]\nbatch = 3\naccumulate = 2",
@@ -268,8 +292,13 @@ def test_a_wrong_file(file, text, expected):
         (
             "model",
             {"version": "4", "rank_w": 8, "head_size": 32},
-            "model.rank_w, model.head_size: only version 7 has this, and model.version = "
-            '"4"; leave it out',
+            'model.rank_w, model.head_size: model.version = "4" has no such setting; leave it out',
+        ),
+        (
+            "model",
+            {"version": "7", "rank_mix": 8, "state_tuned": True},
+            'model.rank_mix, model.state_tuned: model.version = "7" has no such setting;'
+            " leave it out",
         ),
         ("data", {"source": ""}, "data.source is empty: a path, a glob or 'stdlib'"),
         ("data", {"heldout": 1.0}, "data.heldout = 1.0: at least 0 and below 1"),
@@ -333,7 +362,15 @@ def drawn(table: type, **strategies):
 
 
 MODELS = st.one_of(
-    drawn(ModelConfig, version=st.just("7"), head_size=st.just(32), width=st.just(96)),
+    drawn(
+        ModelConfig,
+        version=st.just("7a"),
+        head_size=st.just(32),
+        width=st.just(96),
+        rank_mix=st.just(0),
+        state_tuned=st.just(False),
+    ),
+    st.builds(ModelConfig, version=st.just("6"), state_tuned=st.booleans()),
     st.builds(ModelConfig, version=st.just("4"), layers=st.integers(1, 99)),
 )
 CONFIG = st.builds(

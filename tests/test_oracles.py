@@ -82,9 +82,10 @@ def test_wkv7_gradients(reset):
     check_gradients(inputs, loss, oracles.wkv7_grad(**inputs, reset=reset, dy=dy, dstate=dstate))
 
 
-@pytest.mark.parametrize(("version", "model"), [("4", oracles.model4), ("7", oracles.model7)])
-def test_models_reproduce_the_golden_logits(version, model):
+@pytest.mark.parametrize("version", oracles.MODELS)
+def test_models_reproduce_the_golden_logits(version):
     golden = dict(np.load(GOLDEN / f"rwkv{version}.npz"))
-    logits = model({name: x for name, x in golden.items() if "." in name}, golden["tokens"])
+    tensors = {name: x for name, x in golden.items() if "." in name}
+    logits = oracles.MODELS[version](tensors, golden["tokens"])
     np.testing.assert_allclose(logits, golden["numpy_fp64"], atol=1e-12)
     np.testing.assert_allclose(logits, golden["pip_fp32"], atol=3e-5)

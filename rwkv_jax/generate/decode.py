@@ -100,7 +100,7 @@ def prefill(
     An empty one starts a document: it reads `end`, the token between documents, from a fresh state,
     as every document does in training.
     """
-    fresh = _fresh_state(cfg, 1)
+    fresh = _fresh_state(params, cfg, 1)
     logits, states = [], []
     for prompt in prompts:
         row_logits, state = _read(params, prompt or [end], fresh, cfg)
@@ -109,9 +109,9 @@ def prefill(
     return _side_by_side(logits, states, _keys(seeds))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _fresh_state(cfg: ModelConfig, batch: int) -> State:
-    return unstack(init_state(cfg, batch))
+@partial(jax.jit, static_argnums=(1, 2))
+def _fresh_state(params: Model[Array], cfg: ModelConfig, batch: int) -> State:
+    return unstack(init_state(cfg, batch, params))
 
 
 @jax.jit
@@ -137,10 +137,11 @@ def extend(
     return replace(rows, logits=logits, state=state, ended=jnp.zeros_like(rows.ended))
 
 
-def forget(rows: Rows[Array], *, cfg: ModelConfig) -> Rows[Array]:
+def forget(params: Model[Array], rows: Rows[Array], *, cfg: ModelConfig) -> Rows[Array]:
     """Rows that have read and written nothing, but don't draw the same numbers once more."""
     batch, vocab_size = rows.logits.shape
-    return replace(rows, state=_fresh_state(cfg, batch), counts=no_counts(batch, vocab_size))
+    state = _fresh_state(params, cfg, batch)
+    return replace(rows, state=state, counts=no_counts(batch, vocab_size))
 
 
 def reseed(rows: Rows[Array], seeds: Sequence[int]) -> Rows[Array]:

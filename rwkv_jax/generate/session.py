@@ -315,7 +315,7 @@ class Session:
     def _read(self, tokens: Sequence[int]) -> None:
         """As a prompt if nothing came before, else as more of the text."""
         writer = self._writer
-        rows = self._rows if self._begun else forget(self._rows, cfg=writer.cfg)
+        rows = self._rows if self._begun else forget(writer.params, self._rows, cfg=writer.cfg)
         self._rows = extend(writer.params, rows, tokens, cfg=writer.cfg)
         self._begun = True
 

@@ -3,9 +3,9 @@
 from rwkv_jax.models.model import (
     VERSIONS,
     Model,
-    State,
     abstract_params,
     backbone,
+    check_state,
     forward,
     head,
     init_params,
@@ -14,13 +14,16 @@ from rwkv_jax.models.model import (
     stack,
     unstack,
 )
+from rwkv_jax.models.state import BlockState, State
 
 __all__ = [
     "VERSIONS",
+    "BlockState",
     "Model",
     "State",
     "abstract_params",
     "backbone",
+    "check_state",
     "forward",
     "head",
     "init_params",

@@ -20,14 +20,24 @@ from jax import lax
 from rwkv_jax import nn
 from rwkv_jax import params as tables
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models import rwkv4, rwkv7
+from rwkv_jax.models import rwkv4, rwkv5, rwkv6, rwkv7, rwkv7a
+from rwkv_jax.models.state import State
 from rwkv_jax.nn import Norm
 from rwkv_jax.params import ParamSpec, ones, orthogonal, uniform, zeros
 from rwkv_jax.remat import Remat, rematerialise
 from rwkv_jax.typing import Array, Bool, Float, Int, Leaf, PRNGKeyArray
 
-VERSIONS: dict[str, ModuleType] = {"4": rwkv4, "7": rwkv7}
-"""The version table: each module has `specs`, `init_state`, `init_carry` and `block`."""
+VERSIONS: dict[str, ModuleType] = {
+    "4": rwkv4,
+    "5.0": rwkv5,
+    "5.1": rwkv5,
+    "5.2": rwkv5,
+    "6": rwkv6,
+    "7": rwkv7,
+    "7a": rwkv7a,
+}
+"""The version table: each module has `specs`, `init_state`, `init_carry` and `block`; one with
+tables by token has `look_up` too."""
 
 
 Tree = TypeVar("Tree", "Model", "State")
@@ -43,13 +53,6 @@ class Model(Generic[Leaf]):
     blocks: Any
     ln_out: Norm[Leaf]
     head: Leaf
-
-
-@struct.dataclass
-class State:
-    """A whole model's recurrent state; `blocks` is stacked, or a tuple of layers."""
-
-    blocks: Any
 
 
 @cache
@@ -92,10 +95,36 @@ def abstract_params(cfg: ModelConfig) -> Model[jax.ShapeDtypeStruct]:
     return tables.abstract(specs(cfg))
 
 
-def init_state(cfg: ModelConfig, batch: int) -> State:
-    """The state before the first token of a document, float32, stacked over layers."""
+def init_state(cfg: ModelConfig, batch: int, params: Model[Array] | None = None) -> State:
+    """The state before the first token of a document, float32, stacked over layers.
+
+    Raises `ValueError` for a state-tuned model without its `params`: there this state is learnt.
+    """
     block = VERSIONS[cfg.version].init_state(cfg, batch)
-    return State(jax.tree.map(lambda x: jnp.broadcast_to(x, (cfg.layers, *x.shape)), block))
+    blocks = jax.tree.map(lambda x: jnp.broadcast_to(x, (cfg.layers, *x.shape)), block)
+    if cfg.state_tuned:
+        if params is None:
+            raise ValueError("a state-tuned model starts from a learnt state: give its params too")
+        tuned = params if not isinstance(params.blocks, tuple) else stack(params)
+        wkv = tuned.blocks.att.time_state.astype(jnp.float32)[:, None]
+        blocks = replace(blocks, wkv=jnp.broadcast_to(wkv, blocks.wkv.shape))
+    return State(blocks, cfg.version)
+
+
+def check_state(state: State, cfg: ModelConfig, batch: int) -> None:
+    """Raises `ValueError` unless `state` is one of `cfg`'s model, for `batch` rows."""
+    if state.version != cfg.version:
+        raise ValueError(f"the state is of version {state.version}, the model of {cfg.version}")
+    layer = jax.eval_shape(lambda: VERSIONS[cfg.version].init_state(cfg, batch))
+    shapes = [x.shape for x in jax.tree.leaves(layer)]
+    unstacked = isinstance(state.blocks, tuple)
+    expected = shapes * cfg.layers if unstacked else [(cfg.layers, *shape) for shape in shapes]
+    found = [x.shape for x in jax.tree.leaves(state.blocks)]
+    if found != expected:
+        raise ValueError(
+            f"the state does not fit {batch} rows of a model of {cfg.layers} layers and width"
+            f" {cfg.width}: it begins with {list(found[0])}, not {list(expected[0])}"
+        )
 
 
 def unstack(tree: Tree) -> Tree:
@@ -123,16 +152,20 @@ def backbone(
 ) -> tuple[Float[Array, "b t c"], State]:
     """Hidden vectors after `ln_out` [b, t, c] in `dtype`, and the state after the last token.
 
-    `state` None starts a document. `reset[b, t]` starts one before token t. `dtype` is the compute
-    type; states, decays, norms and the WKV accumulation are float32 whatever it is. `remat` says
-    what the backward pass keeps (`rwkv_jax.remat`). `implementation` names a WKV form
-    (`rwkv_jax.wkv`).
+    `state` None starts a document; one of another model is a `ValueError`. `reset[b, t]` starts one
+    before token t. `dtype` is the compute type; states, decays, norms and the WKV accumulation are
+    float32 whatever it is. `remat` says what the backward pass keeps (`rwkv_jax.remat`).
+    `implementation` names a WKV form (`rwkv_jax.wkv`).
     """
     module = VERSIONS[cfg.version]
     unstacked = isinstance(params.blocks, tuple)
     if state is None:
-        state = init_state(cfg, tokens.shape[0])
+        state = init_state(cfg, tokens.shape[0], params)
         state = unstack(state) if unstacked else state
+    check_state(state, cfg, tokens.shape[0])
+    blocks = params.blocks
+    if look_up := getattr(module, "look_up", None):
+        blocks = look_up(blocks, tokens)
     block = partial(module.block, reset=reset, implementation=implementation)
     with jax.named_scope("embed"):
         x = nn.layer_norm(params.emb[tokens].astype(dtype), params.ln0)
@@ -146,14 +179,14 @@ def backbone(
     stream = (x, module.init_carry(x))
     if unstacked:
         states = []
-        for i, inputs in enumerate(zip(params.blocks, state.blocks, strict=True)):
+        for i, inputs in enumerate(zip(blocks, state.blocks, strict=True)):
             stream, block_state = layer(stream, (*inputs, i == 0))
             states.append(block_state)
-        blocks = tuple(states)
+        after = tuple(states)
     else:
         first = jnp.arange(cfg.layers) == 0
-        stream, blocks = lax.scan(layer, stream, (params.blocks, state.blocks, first))
-    return nn.layer_norm(stream[0], params.ln_out), State(blocks)
+        stream, after = lax.scan(layer, stream, (blocks, state.blocks, first))
+    return nn.layer_norm(stream[0], params.ln_out), State(after, cfg.version)
 
 
 def head(params: Model[Array], hidden: Float[Array, "*shape c"]) -> Float[Array, "*shape V"]:

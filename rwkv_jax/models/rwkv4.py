@@ -21,6 +21,7 @@ from flax import struct
 
 from rwkv_jax import nn
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.state import BlockState
 from rwkv_jax.nn import Norm
 from rwkv_jax.params import Depth, Init, ParamSpec, closed_form, ones, orthogonal, zeros
 from rwkv_jax.typing import Array, Bool, Float, Leaf
@@ -63,16 +64,6 @@ class Block(Generic[Leaf]):
     ffn: ChannelMix[Leaf]
 
 
-@struct.dataclass
-class BlockState(Generic[Leaf]):
-    """What one layer remembers, float32: two token shifts [b, c] and the WKV state of three [b,
-    c]."""
-
-    att_x: Leaf
-    wkv: Wkv4State
-    ffn_x: Leaf
-
-
 def init_state(cfg: ModelConfig, batch: int) -> BlockState[Array]:
     """A fresh state of one layer."""
     shift = jnp.zeros((batch, cfg.width), jnp.float32)
@@ -108,7 +99,7 @@ def time_mix(
         k, v = nn.linear(x_k, p.key), nn.linear(x_v, p.value)
     with jax.named_scope("wkv"):
         y, state = wkv4(
-            -jnp.exp(p.time_decay),
+            -jnp.exp(p.time_decay.astype(jnp.float32)),
             k,
             v,
             p.time_first,

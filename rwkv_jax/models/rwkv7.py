@@ -24,6 +24,7 @@ from jax import lax
 
 from rwkv_jax import nn
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.state import BlockState, matrix_state
 from rwkv_jax.nn import Norm
 from rwkv_jax.params import Depth, Init, ParamSpec, closed_form, constant, ones, orthogonal, zeros
 from rwkv_jax.typing import Array, Bool, Float, Leaf
@@ -85,21 +86,7 @@ class Block(Generic[Leaf]):
     ffn: ChannelMix[Leaf]
 
 
-@struct.dataclass
-class BlockState(Generic[Leaf]):
-    """What one layer remembers, float32: two token shifts [b, c] and the matrix state [b, h, v,
-    k]."""
-
-    att_x: Leaf
-    wkv: Leaf
-    ffn_x: Leaf
-
-
-def init_state(cfg: ModelConfig, batch: int) -> BlockState[Array]:
-    """A fresh state of one layer: zeros."""
-    shift = jnp.zeros((batch, cfg.width), jnp.float32)
-    wkv = jnp.zeros((batch, cfg.heads, cfg.head_size, cfg.head_size), jnp.float32)
-    return BlockState(att_x=shift, wkv=wkv, ffn_x=shift)
+init_state = matrix_state
 
 
 def time_mix(

@@ -79,7 +79,7 @@ def evaluate(
         size = sum(len(tokens.tokenizer.decode_bytes(stream[a:b])) for a, b in documents)
     dealt = _deal(documents, lanes)
     count = sum(b - a for a, b in documents)
-    state = models.init_state(cfg, len(dealt))
+    state = models.init_state(cfg, len(dealt), params)
     nats, done, waiting = 0.0, 0, None
     for inputs, targets, counted in _windows(stream, dealt, window, eod):
         scored, state = _score(

@@ -1,0 +1,214 @@
+"""RWKV-5 "Eagle": matrix-valued states, one decay and one bonus per head (5.0, 5.1) or per channel
+(5.2).
+
+With x' the previous token and x_j = x * mu_j + x' * (1 - mu_j):
+
+    r = x_r W_r    k = x_k W_k    v = x_v W_v    g = silu(x_g W_g)
+    y_t = (S_{t-1} + v (u k)^T) r        S_t = S_{t-1} diag(w) + v k^T        S of shape [v, k]
+    out = (GroupNorm(y) * g) W_o         w = exp(-exp(time_decay))
+
+| version | `time_decay` | u                 | gate |
+|---------|--------------|-------------------|------|
+| 5.0     | [h]          | exp(`time_first`) | no   |
+| 5.1     | [h]          | `time_faaaa`      | yes  |
+| 5.2     | [h, n]       | `time_faaaa`      | yes  |
+
+The channel mix is version 4's. (rwkv.cpp calls 5.0 "5v1".)
+
+Source: arXiv:2404.05892 §4.1 and RWKV-LM `RWKV-v5/src/model.py`, whose parameter names, initial
+values and optimizer groups these are.
+"""
+
+from typing import Generic
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from rwkv_jax import nn
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.rwkv4 import ChannelMix, channel_mix, init_carry, interpolate
+from rwkv_jax.models.state import BlockState, matrix_state
+from rwkv_jax.nn import Norm
+from rwkv_jax.params import Depth, Init, ParamSpec, closed_form, constant, ones, orthogonal, zeros
+from rwkv_jax.typing import Array, Bool, Float, Leaf
+from rwkv_jax.wkv import wkv6
+
+__all__ = ["GROUP_NORM_EPS", "Block", "TimeMix", "block", "init_carry", "init_state", "specs"]
+
+GROUP_NORM_EPS = 64e-5
+"""Official: 1e-5 on y / 8, which is this on y, for every head size."""
+
+
+@struct.dataclass
+class TimeMix(Generic[Leaf]):
+    """Parameters of the time mix (official `att`); None where a version has no such parameter."""
+
+    time_decay: Leaf
+    time_first: Leaf | None
+    time_faaaa: Leaf | None
+    time_mix_k: Leaf
+    time_mix_v: Leaf
+    time_mix_r: Leaf
+    time_mix_g: Leaf | None
+    key: Leaf
+    value: Leaf
+    receptance: Leaf
+    gate: Leaf | None
+    output: Leaf
+    ln_x: Norm[Leaf]
+
+
+@struct.dataclass
+class Block(Generic[Leaf]):
+    """One layer."""
+
+    ln1: Norm[Leaf]
+    att: TimeMix[Leaf]
+    ln2: Norm[Leaf]
+    ffn: ChannelMix[Leaf]
+
+
+init_state = matrix_state
+
+
+def time_mix(
+    params: TimeMix[Array],
+    x: Float[Array, "b t c"],
+    last: Float[Array, "b c"],
+    state: Float[Array, "b h v k"],
+    *,
+    reset: Bool[Array, "b t"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b t c"], Float[Array, "b c"], Float[Array, "b h v k"]]:
+    """The time mix of `x`, and the two states to hand on (`last` for the token shift, `state` for
+    the WKV)."""
+    p, n = params, state.shape[-1]
+    with jax.named_scope("token_shift"):
+        previous, last = nn.token_shift(x, last, reset)
+        x_k, x_v, x_r = (
+            interpolate(x, previous, mu) for mu in (p.time_mix_k, p.time_mix_v, p.time_mix_r)
+        )
+    with jax.named_scope("projections"):
+        products = (x_r, p.receptance), (x_k, p.key), (x_v, p.value)
+        r, k, v = (nn.split_heads(nn.linear(*pair), n) for pair in products)
+    with jax.named_scope("wkv"):
+        y, state = wkv6(
+            r,
+            per_channel(-jnp.exp(p.time_decay.astype(jnp.float32)), n),
+            k,
+            v,
+            per_channel(bonus(p), n),
+            state,
+            reset=reset,
+            implementation=implementation,
+        )
+    with jax.named_scope("output"):
+        y = nn.group_norm(y, p.ln_x, GROUP_NORM_EPS)
+        if p.gate is not None and p.time_mix_g is not None:
+            x_g = interpolate(x, previous, p.time_mix_g)
+            y = y * jax.nn.silu(nn.linear(x_g, p.gate))
+        return nn.linear(y, p.output), last, state
+
+
+def bonus(params: TimeMix[Array]) -> Float[Array, "h *n"]:
+    """u, float32."""
+    if params.time_faaaa is not None:
+        return params.time_faaaa.astype(jnp.float32)
+    assert params.time_first is not None, "one of the two is there"
+    return jnp.exp(params.time_first.astype(jnp.float32))
+
+
+def per_channel(x: Float[Array, "h *n"], n: int) -> Float[Array, "h n"]:
+    """A value per head or per channel, as one per channel."""
+    return jnp.broadcast_to(x.reshape(x.shape[0], -1), (x.shape[0], n))
+
+
+def block(
+    params: Block[Array],
+    x: Float[Array, "b t c"],
+    carry: None,
+    state: BlockState[Array],
+    *,
+    first: Bool[Array, ""] | bool,
+    reset: Bool[Array, "b t"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b t c"], None, BlockState[Array]]:
+    """One layer: `x` after both residual branches, and the layer's new state.
+
+    `carry` and `first` are there for the versions that need them; this one has one kind of layer.
+    """
+    with jax.named_scope("time_mix"):
+        out, att_x, wkv = time_mix(
+            params.att,
+            nn.layer_norm(x, params.ln1),
+            state.att_x,
+            state.wkv,
+            reset=reset,
+            implementation=implementation,
+        )
+        x = x + out
+    with jax.named_scope("channel_mix"):
+        out, ffn_x = channel_mix(params.ffn, nn.layer_norm(x, params.ln2), state.ffn_x, reset=reset)
+    return x + out, carry, BlockState(att_x=att_x, wkv=wkv, ffn_x=ffn_x)
+
+
+def specs(cfg: ModelConfig) -> Block[ParamSpec]:
+    """The table of one layer's parameters, stacked over `cfg.layers`.
+
+    Optimizer groups (RWKV-v5 trainer): mixes and `time_faaaa` 1x without decay, `time_decay` 2x
+    without, `time_first` 3x without, matrices with decay.
+    """
+    c, f, h, n = cfg.width, cfg.ffn, cfg.heads, cfg.head_size
+    gated, by_channel = cfg.version != "5.0", cfg.version == "5.2"
+
+    def row(init: Init) -> ParamSpec:
+        return ParamSpec((c,), init, cfg.layers, layout="row")
+
+    def matrix(shape: tuple[int, int], init: Init) -> ParamSpec:
+        return ParamSpec(shape, init, cfg.layers, decay=True, layout="linear")
+
+    def norm(weight: Init = ones) -> Norm[ParamSpec]:
+        return Norm(ParamSpec((c,), weight, cfg.layers), ParamSpec((c,), zeros, cfg.layers))
+
+    shape = (h, n) if by_channel else (h,)
+    index = jnp.arange(c if by_channel else h, dtype=jnp.float32).reshape(shape)
+    ramp = index / max(index.size - 1, 1)
+    share = jnp.arange(c, dtype=jnp.float32) / c
+    zigzag = 0.1 * ((index + 1) % 3 - 1) if by_channel else 0.0
+
+    def time_decay(depth: Depth) -> Array:
+        return -6.0 + 5.0 * ramp ** (0.7 + 1.3 * depth.rising)
+
+    def time_faaaa(depth: Depth) -> Array:
+        return depth.rising * (1.0 - ramp) + zigzag
+
+    def ln_x(depth: Depth) -> Array:
+        return jnp.full((c,), ((1 + depth.index) / depth.layers) ** 0.7)
+
+    mix_k = row(closed_form(lambda d: share**d.falling))
+    mix_v = row(closed_form(lambda d: share**d.falling + 0.3 * d.rising))
+    mix_r = row(closed_form(lambda d: share ** (0.5 * d.falling)))
+    att = TimeMix(
+        time_decay=ParamSpec(shape, closed_form(time_decay), cfg.layers, lr_scale=2.0),
+        time_first=None if gated else ParamSpec(shape, constant(-3.0), cfg.layers, lr_scale=3.0),
+        time_faaaa=ParamSpec(shape, closed_form(time_faaaa), cfg.layers) if gated else None,
+        time_mix_k=mix_k,
+        time_mix_v=mix_v,
+        time_mix_r=mix_r,
+        time_mix_g=mix_r if gated else None,
+        key=matrix((c, c), orthogonal(0.1)),
+        value=matrix((c, c), orthogonal(1.0)),
+        receptance=matrix((c, c), orthogonal(1.0)),
+        gate=matrix((c, c), orthogonal(0.1)) if gated else None,
+        output=matrix((c, c), zeros),
+        ln_x=norm(closed_form(ln_x)),
+    )
+    ffn = ChannelMix(
+        time_mix_k=mix_k,
+        time_mix_r=mix_k,
+        key=matrix((c, f), orthogonal(1.0)),
+        receptance=matrix((c, c), zeros),
+        value=matrix((f, c), zeros),
+    )
+    return Block(ln1=norm(), att=att, ln2=norm(), ffn=ffn)

@@ -1,0 +1,266 @@
+"""RWKV-6 "Finch" (x060): version 5.2 with a token shift and a decay that depend on the token.
+
+With x' the previous token, d = x' - x, and for j in (w, k, v, r, g)
+
+    m_j = tanh((x + d * maa_x) W1)_j W2_j        x_j = x + d * (maa_j + m_j)
+
+(five low-rank maps that share W1):
+
+    r = x_r W_r    k = x_k W_k    v = x_v W_v    g = silu(x_g W_g)
+    w = exp(-exp(time_decay + tanh(x_w D1) D2))
+    y_t = (S_{t-1} + v (u k)^T) r        S_t = S_{t-1} diag(w_t) + v k^T        S of shape [v, k]
+    out = (GroupNorm(y) * g) W_o         u = time_faaaa
+
+The channel mix is version 4's with mixes of the previous token. State-tuned models (`x060_state`)
+start every document from a learnt S, `time_state`.
+
+Source: arXiv:2404.05892 §4.2 and RWKV-LM `RWKV-v5/src/model.py`, whose parameter names, initial
+values and optimizer groups these are.
+"""
+
+from typing import Generic
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from rwkv_jax import nn
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.rwkv4 import init_carry
+from rwkv_jax.models.state import BlockState, matrix_state
+from rwkv_jax.nn import Norm
+from rwkv_jax.params import Depth, Init, ParamSpec, closed_form, ones, orthogonal, uniform, zeros
+from rwkv_jax.typing import Array, Bool, Float, Leaf
+from rwkv_jax.wkv import wkv6
+
+__all__ = [
+    "GROUP_NORM_EPS",
+    "Block",
+    "ChannelMix",
+    "TimeMix",
+    "block",
+    "init_carry",
+    "init_state",
+    "specs",
+]
+
+GROUP_NORM_EPS = 64e-5
+"""Official constant for every head size."""
+
+
+@struct.dataclass
+class TimeMix(Generic[Leaf]):
+    """Parameters of the time mix (official `att`); `time_state` only of a state-tuned model."""
+
+    time_maa_x: Leaf
+    time_maa_w: Leaf
+    time_maa_k: Leaf
+    time_maa_v: Leaf
+    time_maa_r: Leaf
+    time_maa_g: Leaf
+    time_maa_w1: Leaf
+    time_maa_w2: Leaf
+    time_decay: Leaf
+    time_decay_w1: Leaf
+    time_decay_w2: Leaf
+    time_faaaa: Leaf
+    time_state: Leaf | None
+    receptance: Leaf
+    key: Leaf
+    value: Leaf
+    gate: Leaf
+    output: Leaf
+    ln_x: Norm[Leaf]
+
+
+@struct.dataclass
+class ChannelMix(Generic[Leaf]):
+    """Parameters of the channel mix (official `ffn`)."""
+
+    time_maa_k: Leaf
+    time_maa_r: Leaf
+    key: Leaf
+    receptance: Leaf
+    value: Leaf
+
+
+@struct.dataclass
+class Block(Generic[Leaf]):
+    """One layer."""
+
+    ln1: Norm[Leaf]
+    att: TimeMix[Leaf]
+    ln2: Norm[Leaf]
+    ffn: ChannelMix[Leaf]
+
+
+init_state = matrix_state
+
+
+def time_mix(
+    params: TimeMix[Array],
+    x: Float[Array, "b t c"],
+    last: Float[Array, "b c"],
+    state: Float[Array, "b h v k"],
+    *,
+    reset: Bool[Array, "b t"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b t c"], Float[Array, "b c"], Float[Array, "b h v k"]]:
+    """The time mix of `x`, and the two states to hand on (`last` for the token shift, `state` for
+    the WKV)."""
+    p, n = params, state.shape[-1]
+    with jax.named_scope("token_shift"):
+        previous, last = nn.token_shift(x, last, reset)
+        x_w, x_k, x_v, x_r, x_g = shifted(p, x, previous - x)
+    with jax.named_scope("projections"):
+        r, k, v = nn.linear(x_r, p.receptance), nn.linear(x_k, p.key), nn.linear(x_v, p.value)
+        g = jax.nn.silu(nn.linear(x_g, p.gate))
+        w = nn.lora(x_w, p.time_decay_w1, p.time_decay_w2, jnp.tanh).astype(jnp.float32)
+        log_w = -jnp.exp(w + nn.along(p.time_decay, w))
+    with jax.named_scope("wkv"):
+        r, log_w, k, v = (nn.split_heads(z, n) for z in (r, log_w, k, v))
+        y, state = wkv6(
+            r,
+            log_w,
+            k,
+            v,
+            p.time_faaaa,
+            state,
+            reset=reset,
+            initial=p.time_state,
+            implementation=implementation,
+        )
+    with jax.named_scope("output"):
+        y = nn.group_norm(y, p.ln_x, GROUP_NORM_EPS) * g
+        return nn.linear(y, p.output), last, state
+
+
+def shifted(
+    params: TimeMix[Array], x: Float[Array, "b t c"], delta: Float[Array, "b t c"]
+) -> list[Float[Array, "b t c"]]:
+    """`x_w x_k x_v x_r x_g`; `delta` is the previous token less `x`."""
+    p = params
+    hidden = jnp.tanh(nn.linear(x + delta * nn.along(p.time_maa_x, x), p.time_maa_w1))
+    fixed = (p.time_maa_w, p.time_maa_k, p.time_maa_v, p.time_maa_r, p.time_maa_g)
+    parts = jnp.split(hidden, len(fixed), axis=-1)
+    return [
+        x + delta * (nn.along(maa, x) + nn.linear(part, up))
+        for maa, part, up in zip(fixed, parts, p.time_maa_w2, strict=True)
+    ]
+
+
+def channel_mix(
+    params: ChannelMix[Array],
+    x: Float[Array, "b t c"],
+    last: Float[Array, "b c"],
+    *,
+    reset: Bool[Array, "b t"] | None = None,
+) -> tuple[Float[Array, "b t c"], Float[Array, "b c"]]:
+    """`sigma(x_r W_r) * (relu(x_k W_k)^2 W_v)`, and the token-shift state to hand on."""
+    p = params
+    previous, last = nn.token_shift(x, last, reset)
+    delta = previous - x
+    hidden = nn.linear(x + delta * nn.along(p.time_maa_k, x), p.key)
+    r = jax.nn.sigmoid(nn.linear(x + delta * nn.along(p.time_maa_r, x), p.receptance))
+    return r * nn.squared_relu_linear(hidden, p.value), last
+
+
+def block(
+    params: Block[Array],
+    x: Float[Array, "b t c"],
+    carry: None,
+    state: BlockState[Array],
+    *,
+    first: Bool[Array, ""] | bool,
+    reset: Bool[Array, "b t"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b t c"], None, BlockState[Array]]:
+    """One layer: `x` after both residual branches, and the layer's new state.
+
+    `carry` and `first` are there for the versions that need them; this one has one kind of layer.
+    """
+    with jax.named_scope("time_mix"):
+        out, att_x, wkv = time_mix(
+            params.att,
+            nn.layer_norm(x, params.ln1),
+            state.att_x,
+            state.wkv,
+            reset=reset,
+            implementation=implementation,
+        )
+        x = x + out
+    with jax.named_scope("channel_mix"):
+        out, ffn_x = channel_mix(params.ffn, nn.layer_norm(x, params.ln2), state.ffn_x, reset=reset)
+    return x + out, carry, BlockState(att_x=att_x, wkv=wkv, ffn_x=ffn_x)
+
+
+def specs(cfg: ModelConfig) -> Block[ParamSpec]:
+    """The table of one layer's parameters, stacked over `cfg.layers`.
+
+    Ranks of a new model: 32 and 64, twice that from width 4096 on. Optimizer groups (RWKV-v5
+    trainer): `time_decay` 2x without weight decay, matrices and `time_state` with it, the rest
+    without.
+    """
+    c, f, h, n = cfg.width, cfg.ffn, cfg.heads, cfg.head_size
+    wide = 2 if c >= 4096 else 1
+    rank_mix, rank_w = cfg.rank_mix or 32 * wide, cfg.rank_w or 64 * wide
+
+    def row(init: Init, lr_scale: float = 1.0) -> ParamSpec:
+        return ParamSpec((c,), init, cfg.layers, lr_scale=lr_scale, layout="row")
+
+    def plain(shape: tuple[int, ...], init: Init) -> ParamSpec:
+        return ParamSpec(shape, init, cfg.layers)
+
+    def matrix(shape: tuple[int, int], init: Init) -> ParamSpec:
+        return ParamSpec(shape, init, cfg.layers, decay=True, layout="linear")
+
+    def norm(weight: Init = ones) -> Norm[ParamSpec]:
+        return Norm(plain((c,), weight), plain((c,), zeros))
+
+    channel = jnp.arange(c, dtype=jnp.float32)
+    share, ramp = channel / c, channel / max(c - 1, 1)
+    zigzag = 0.1 * ((channel + 1) % 3 - 1)
+
+    def time_decay(depth: Depth) -> Array:
+        return -6.0 + 5.0 * ramp ** (0.7 + 1.3 * depth.rising)
+
+    def time_faaaa(depth: Depth) -> Array:
+        return (depth.rising * (1.0 - ramp) + zigzag).reshape(h, n)
+
+    def ln_x(depth: Depth) -> Array:
+        return jnp.full((c,), ((1 + depth.index) / depth.layers) ** 0.7)
+
+    mix_k = row(closed_form(lambda d: 1.0 - share**d.falling))
+    mix_v = row(closed_form(lambda d: 1.0 - (share**d.falling + 0.3 * d.rising)))
+    mix_r = row(closed_form(lambda d: 1.0 - share ** (0.5 * d.falling)))
+    ffn_mix = row(closed_form(lambda d: 1.0 - share ** (d.falling**3)))
+    time_state = ParamSpec((h, n, n), zeros, cfg.layers, decay=True) if cfg.state_tuned else None
+    att = TimeMix(
+        time_maa_x=mix_k,
+        time_maa_w=mix_k,
+        time_maa_k=mix_k,
+        time_maa_v=mix_v,
+        time_maa_r=mix_r,
+        time_maa_g=mix_r,
+        time_maa_w1=plain((c, 5 * rank_mix), zeros),
+        time_maa_w2=plain((5, rank_mix, c), uniform(0.01)),
+        time_decay=row(closed_form(time_decay), lr_scale=2.0),
+        time_decay_w1=plain((c, rank_w), zeros),
+        time_decay_w2=plain((rank_w, c), uniform(0.01)),
+        time_faaaa=plain((h, n), closed_form(time_faaaa)),
+        time_state=time_state,
+        receptance=matrix((c, c), orthogonal(1.0)),
+        key=matrix((c, c), orthogonal(0.1)),
+        value=matrix((c, c), orthogonal(1.0)),
+        gate=matrix((c, c), orthogonal(0.1)),
+        output=matrix((c, c), zeros),
+        ln_x=norm(closed_form(ln_x)),
+    )
+    ffn = ChannelMix(
+        time_maa_k=ffn_mix,
+        time_maa_r=ffn_mix,
+        key=matrix((c, f), orthogonal(1.0)),
+        receptance=matrix((c, c), zeros),
+        value=matrix((f, c), zeros),
+    )
+    return Block(ln1=norm(), att=att, ln2=norm(), ffn=ffn)
