@@ -1,0 +1,412 @@
+"""PyTorch's `.pth` files (1.6 and later) without PyTorch.
+
+Such a file is a zip whose entries are stored as they are:
+
+    NAME/data.pkl    a pickle of the state dict; each tensor in it names a storage, an offset, a
+                     shape and strides
+    NAME/data/KEY    a storage: the numbers
+    NAME/byteorder   `little`; not in files of torch before 2.1
+
+A pickle is a program, and pickle's own machine runs whatever it calls. The one here knows the few
+opcodes and names that state dicts are made of, imports nothing, calls nothing, and answers
+everything else with an error. Checksums are not verified: that would read the whole file.
+"""
+
+import math
+import mmap
+import pickle
+import pickletools
+import re
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from rwkv_jax.checkpoint.errors import WeightsError, shown
+from rwkv_jax.checkpoint.files import (
+    MAX_INDEX,
+    ArrayLike,
+    as_bytes,
+    is_shape,
+    kind,
+    reading,
+    replacing,
+)
+
+_STORAGES = {
+    "float64": "Double",
+    "float32": "Float",
+    "float16": "Half",
+    "bfloat16": "BFloat16",
+    "int64": "Long",
+    "int32": "Int",
+    "int16": "Short",
+    "int8": "Char",
+    "uint8": "Byte",
+    "bool": "Bool",
+}
+"""The class of storage of a dtype. Those that torch got later are in untyped storages."""
+
+_DTYPES = {
+    name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+    for name in (*_STORAGES, "uint16", "uint32", "uint64")
+}
+
+_UNTYPED = "torch.storage.UntypedStorage"
+
+_TYPES = {
+    _UNTYPED: np.dtype(np.uint8),
+    **{f"torch.{name}": dtype for name, dtype in _DTYPES.items()},
+    **{f"torch.{storage}Storage": _DTYPES[name] for name, storage in _STORAGES.items()},
+}
+
+_TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
+_PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+_DICT = "collections.OrderedDict"
+_IGNORED = ("torch.Size", "torch.device", "builtins.set", "__builtin__.set")
+"""What lies beside the state dict in a trainer's checkpoint."""
+
+_CALLS = (*_TENSORS, *_PARAMETERS, _DICT, *_IGNORED)
+"""What a pickle may call, and `_TYPE` what it may refer to besides."""
+
+_TYPE = re.compile(
+    r"torch\.([A-Za-z0-9]+Storage|storage\.UntypedStorage)"
+    r"|torch\.(bool|u?int[0-9]+|b?float[0-9]+(_[a-z0-9]+)?|complex[0-9]+)"
+)
+
+_NESTED = ("state_dict", "model", "module")
+"""Where trainers keep the state dict in their checkpoints: Lightning, others, DeepSpeed."""
+
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+
+_DISTRUST = "which no state dict needs; it could run code when loaded: do not trust this file"
+
+
+@dataclass(frozen=True, slots=True)
+class _Global:
+    """A name that a pickle refers to; what it names in Python is never looked up."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    type: str
+    key: str
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """What torch would make a tensor of. The numbers, counted in elements, are not yet checked."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple
+    strides: tuple
+    type: str
+    flipped: bool
+    """Whether its numbers are meant conjugated or negated."""
+
+
+@dataclass(frozen=True)
+class _Archive:
+    """A mapped zip."""
+
+    memory: mmap.mmap
+    folder: str
+    entries: dict[str, zipfile.ZipInfo]
+
+    def find(self, name: str) -> range:
+        """Where in the file the bytes of an entry are."""
+        name = self.folder + name
+        if name not in self.entries:
+            raise WeightsError(f"its entry {shown(name)} is missing; download it again")
+        entry, name = self.entries[name], shown(name)
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+            raise WeightsError(f"its entry {name} is compressed or encrypted; save it with torch")
+        header = entry.header_offset
+        if header < 0 or self.memory[header : header + 4] != b"PK\3\4":
+            raise ValueError(f"its entry {name} is not where it should be")
+        start = header + 30 + sum(struct.unpack_from("<2H", self.memory, header + 26))
+        if start + entry.file_size > len(self.memory):
+            raise ValueError(f"its entry {name} reaches beyond the end of the file")
+        return range(start, start + entry.file_size)
+
+    def read(self, name: str) -> bytes:
+        """A copy of an entry of moderate size."""
+        found = self.find(name)
+        if len(found) > MAX_INDEX:
+            raise WeightsError(f"its entry {shown(name)} is too large; save the state dict alone")
+        return self.memory[found.start : found.stop]
+
+
+def read_pth(path: Path | str) -> dict[str, np.ndarray]:
+    """The tensors of a state dict: read-only views of the file, which stays mapped as long as one
+    of them lives. What is no tensor is left out.
+
+    Raises `WeightsError`, one line, for a file that cannot be read, is damaged, or is unsafe.
+    """
+    with reading(Path(path)) as memory:
+        archive = _open(memory)
+        ordered = f"{archive.folder}byteorder" in archive.entries
+        if ordered and archive.read("byteorder") != b"little":
+            raise WeightsError("is big-endian; save it again on a little-endian machine")
+        tensors = _state_dict(_unpickle(archive.read("data.pkl")))
+        return {name: _array(archive, shown(name), tensor) for name, tensor in tensors.items()}
+
+
+def _open(memory: mmap.mmap) -> _Archive:
+    if memory[:4] != b"PK\3\4":
+        raise WeightsError(kind(memory))
+    try:
+        with zipfile.ZipFile(memory) as archive:  # pyright: ignore[reportArgumentType, reportCallIssue]
+            found = archive.infolist()
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise WeightsError(
+            f"has no whole zip directory at its end ({shown(error)}): truncated? download it again"
+        ) from error
+    entries = {}
+    for entry in found:
+        if entry.filename in entries:
+            raise ValueError(f"two entries {shown(entry.filename)}")
+        entries[entry.filename] = entry
+    pickles = [name for name in entries if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise WeightsError(f"holds {len(pickles)} data.pkl, not one; save it with torch.save")
+    return _Archive(memory, pickles[0].removesuffix("data.pkl"), entries)
+
+
+def _unpickle(data: bytes) -> object:
+    """What a pickle describes, in dicts, lists, tuples, numbers, text and the classes above.
+
+    Raises `WeightsError` for an opcode or a name that state dicts have no use for.
+    """
+    # MARK opens a new stack; what closes it takes all of it.
+    stack, below, memo = [], [], {}
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            match opcode.name:
+                case "PROTO" | "FRAME":
+                    pass
+                case name if name in _CONSTANTS:
+                    stack.append(_CONSTANTS[name])
+                case "BININT" | "BININT1" | "BININT2" | "INT" | "LONG" | "LONG1" | "LONG4":
+                    stack.append(_number(argument))
+                case "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8":
+                    stack.append(argument)
+                case "EMPTY_DICT":
+                    stack.append({})
+                case "EMPTY_LIST" | "EMPTY_SET":
+                    stack.append([])
+                case "MARK":
+                    below.append(stack)
+                    stack = []
+                case "TUPLE":
+                    items, stack = stack, below.pop()
+                    stack.append(tuple(items))
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    items = [stack.pop() for _ in range(int(opcode.name[-1]))]
+                    stack.append(tuple(items[::-1]))
+                case "APPEND":
+                    item = stack.pop()
+                    _extend(stack[-1], [item])
+                case "APPENDS" | "ADDITEMS":
+                    items, stack = stack, below.pop()
+                    _extend(stack[-1], items)
+                case "SETITEM":
+                    value, key = stack.pop(), stack.pop()
+                    _update(stack[-1], [key, value])
+                case "SETITEMS":
+                    items, stack = stack, below.pop()
+                    _update(stack[-1], items)
+                case "BINPUT" | "LONG_BINPUT":
+                    memo[argument] = stack[-1]
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "BINGET" | "LONG_BINGET":
+                    stack.append(memo[argument])
+                case "GLOBAL":
+                    stack.append(_refer(*str(argument).split(" ", 1)))
+                case "STACK_GLOBAL":
+                    name, module = stack.pop(), stack.pop()
+                    stack.append(_refer(module, name))
+                case "BINPERSID":
+                    stack.append(_storage(stack.pop()))
+                case "REDUCE":
+                    arguments, called = stack.pop(), stack.pop()
+                    stack.append(_stand_in(called, arguments))
+                case "BUILD":
+                    # Attributes, such as a module's `_metadata`.
+                    stack.pop()
+                case "STOP":
+                    return stack.pop()
+                case name:
+                    raise WeightsError(f"its pickle uses {name}, {_DISTRUST}")
+    except LookupError as error:
+        raise ValueError("its pickle takes what it never gave") from error
+    raise ValueError("its pickle has no end")
+
+
+def _number(value: Any) -> int:
+    # Longer ones take their time in every sum, and cannot be shown.
+    if value.bit_length() > 63:
+        raise ValueError("its pickle has a number beyond all sizes")
+    return value
+
+
+def _extend(target: object, items: list) -> None:
+    if not isinstance(target, list):
+        raise ValueError("its pickle appends to what is no list")
+    target.extend(items)
+
+
+def _update(target: object, items: list) -> None:
+    if not isinstance(target, dict):
+        raise ValueError("its pickle sets items of what is no dict")
+    # To hash a nest of tuples can take forever.
+    if not all(isinstance(key, str | int) for key in items[::2]):
+        raise ValueError("its pickle has a dict with keys that are no names")
+    target.update(zip(items[::2], items[1::2], strict=True))
+
+
+def _refer(module: object, name: object) -> _Global:
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise ValueError("its pickle refers to what is no name")
+    full = f"{module}.{name}"
+    if full not in _CALLS and not _TYPE.fullmatch(full):
+        raise WeightsError(f"refers to {shown(full)}, {_DISTRUST}")
+    return _Global(full)
+
+
+def _storage(identity: object) -> _Storage:
+    match identity:
+        case ("storage", _Global(name), str(key), str(), int(length)):
+            return _Storage(name, key, length)
+    raise ValueError("its pickle describes a storage as torch does not")
+
+
+def _tensor(arguments: object) -> _Tensor:
+    match arguments:
+        case (_Storage() as storage, int(offset), tuple(shape), tuple(strides), _, _, *rest):
+            dtype = rest.pop(0).name if rest and isinstance(rest[0], _Global) else storage.type
+            return _Tensor(storage, offset, shape, strides, dtype, any(rest))
+    raise ValueError("its pickle describes a tensor as torch does not")
+
+
+def _stand_in(called: object, arguments: object) -> object:
+    """What stands for the result of a call."""
+    match called, arguments:
+        case _Global(name), tuple() if name in _TENSORS:
+            return _tensor(arguments)
+        case _Global(name), (tensor, *_) if name in _PARAMETERS:
+            return tensor
+        case _Global(name), () if name == _DICT:
+            return {}
+        case _Global(name), tuple() if name in _IGNORED:
+            return None
+    raise ValueError("its pickle makes a call as torch does not")
+
+
+def _state_dict(root: object) -> dict[str, _Tensor]:
+    """The tensors of the first dict that has any: under a trainer's key, or at the top."""
+    if isinstance(root, dict):
+        for found in (*map(root.get, _NESTED), root):
+            items = found.items() if isinstance(found, dict) else ()
+            tensors = {k: x for k, x in items if isinstance(k, str) and isinstance(x, _Tensor)}
+            if tensors:
+                return tensors
+    raise WeightsError("holds no named tensors; save model.state_dict()")
+
+
+def _array(archive: _Archive, name: str, tensor: _Tensor) -> np.ndarray:
+    """The view of the file that a tensor is."""
+    storage, offset, shape = tensor.storage, tensor.offset, tensor.shape
+    if storage.type not in _TYPES or tensor.type not in _TYPES:
+        raise WeightsError(f"{name} is of {shown(tensor.type)}; save it as float32 or bfloat16")
+    if tensor.flipped:
+        raise WeightsError(f"{name} is a conjugate or negative view; save a clone of it")
+    if not is_shape(shape) or len(shape) != len(tensor.strides):
+        raise ValueError(f"{name} has a shape that cannot be")
+    # Along an axis of one no step is ever taken, and any number may stand there.
+    steps = [0 if n == 1 else step for n, step in zip(shape, tensor.strides, strict=True)]
+    if not all(type(n) is int and n >= 0 for n in (offset, storage.length, *steps)):
+        raise ValueError(f"{name} has strides that cannot be")
+    dtype, place = _TYPES[tensor.type], archive.find(f"data/{storage.key}")
+    numbers = math.prod(shape)
+    if not numbers:
+        return np.ndarray(shape, dtype, archive.memory)
+    end = offset + sum((n - 1) * step for n, step in zip(shape, steps, strict=True)) + 1
+    room = min(len(place), storage.length * _TYPES[storage.type].itemsize)
+    if end * dtype.itemsize > room:
+        raise ValueError(f"{name} reaches outside its storage")
+    # Strides of 0 make much out of little.
+    if numbers * dtype.itemsize > len(archive.memory):
+        raise WeightsError(f"{name} is larger than the file; save a clone of it")
+    start = place.start + offset * dtype.itemsize
+    return np.ndarray(shape, dtype, archive.memory, start, [n * dtype.itemsize for n in steps])
+
+
+def write_pth(path: Path | str, tensors: Mapping[str, ArrayLike]) -> None:
+    """Writes a state dict that torch loads with `weights_only=True`; the same tensors give the same
+    bytes.
+
+    Takes memory for one tensor at a time. Raises `WeightsError`, one line, for a dtype that torch
+    does not have or a file that cannot be written; what was at `path` is then still there.
+    """
+    path = Path(path)
+    for name, array in tensors.items():
+        if (dtype := np.dtype(array.dtype).name) not in _DTYPES:
+            raise WeightsError(f"{path}: {shown(name)} is of {dtype}; make it float32 or bfloat16")
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        _write(file, archive, "data.pkl", memoryview(_pickle(tensors)))
+        _write(file, archive, "byteorder", memoryview(b"little"))
+        for key, array in enumerate(tensors.values()):
+            _write(file, archive, f"data/{key}", as_bytes(array))
+        _write(file, archive, "version", memoryview(b"3\n"))
+
+
+def _write(file: BinaryIO, archive: zipfile.ZipFile, name: str, data: memoryview) -> None:
+    """Adds an entry whose bytes begin, as torch's do, at a multiple of 64."""
+    entry = zipfile.ZipInfo(f"archive/{name}")
+    # Otherwise it tells Windows from the rest.
+    entry.create_system = 3
+    # Before the bytes: 30 and the name, 20 for sizes beyond 4 GiB, 4 to announce the padding.
+    padding = -(file.tell() + 30 + len(entry.filename) + 20 + 4) % 64
+    entry.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
+    with archive.open(entry, "w", force_zip64=True) as stream:
+        stream.write(data)
+
+
+def _pickle(tensors: Mapping[str, ArrayLike]) -> bytes:
+    """The program that makes a dict of tensors, each in a storage of its own."""
+    program = [b"\x80\x02}("]
+    for key, (name, array) in enumerate(tensors.items()):
+        dtype, shape = np.dtype(array.dtype), tuple(int(n) for n in array.shape)
+        strides = tuple(math.prod(n or 1 for n in shape[i + 1 :]) for i in range(len(shape)))
+        if typed := dtype.name in _STORAGES:
+            storage, length = f"torch.{_STORAGES[dtype.name]}Storage", math.prod(shape)
+        else:
+            storage, length = _UNTYPED, math.prod(shape) * dtype.itemsize
+        program += [_value(name), _name(_TENSORS[0 if typed else 1]), b"(("]
+        program += [_value("storage"), _name(storage), _value(str(key)), _value("cpu")]
+        program += [_value(length), b"tQ", _value(0), _value(shape), _value(strides)]
+        program += [_value(False), _name(_DICT), b")R"]
+        program += [b"tR" if typed else _name(f"torch.{dtype.name}") + b"tR"]
+    return b"".join([*program, b"u."])
+
+
+def _value(value: object) -> bytes:
+    """The opcodes that push a value."""
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def _name(full: str) -> bytes:
+    """The opcode that pushes what a name stands for."""
+    module, _, name = full.rpartition(".")
+    return f"c{module}\n{name}\n".encode()

@@ -1,0 +1,206 @@
+"""The safetensors format: a length, a JSON header of as many bytes, and the numbers.
+
+    8 bytes     the header's length
+    header      {"__metadata__": {TEXT: TEXT},
+                 NAME: {"dtype": TEXT, "shape": [...], "data_offsets": [begin, end]}, ...}
+    the rest    the numbers; every byte, counted from here, is of one tensor
+
+Read and written here rather than with the library (looked at: 0.8.0). Its numpy side copies each
+tensor into memory of its own where a view of the mapped file will do, takes all tensors at once to
+write them, and writes one that is not contiguous in the wrong order without a word.
+"""
+
+import json
+import math
+import mmap
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from rwkv_jax.checkpoint.errors import WeightsError, shown
+from rwkv_jax.checkpoint.files import (
+    MAX_INDEX,
+    ArrayLike,
+    as_bytes,
+    is_shape,
+    kind,
+    reading,
+    replacing,
+)
+
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""A model in one file; which tensor is where, of a model in several."""
+
+_SHARD = re.compile(r"\w[\w. -]*")
+"""A name that leads to no other folder, and can be shown."""
+
+_METADATA = "__metadata__"
+
+_DTYPES = {
+    code: np.dtype(scalar)
+    for code, scalar in {
+        "U64": np.uint64,
+        "I64": np.int64,
+        "F64": np.float64,
+        "F32": np.float32,
+        "U32": np.uint32,
+        "I32": np.int32,
+        "BF16": ml_dtypes.bfloat16,
+        "F16": np.float16,
+        "U16": np.uint16,
+        "I16": np.int16,
+        "I8": np.int8,
+        "U8": np.uint8,
+        "BOOL": np.bool_,
+    }.items()
+}
+_CODES = {dtype.name: code for code, dtype in _DTYPES.items()}
+
+
+def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
+    """The tensors of a file, of an index and its shards, or of a folder with either: read-only
+    views of the files, which stay mapped as long as one of them lives.
+
+    Raises `WeightsError`, one line, for what cannot be read or is damaged.
+    """
+    tensors = {}
+    for file, names in _files(Path(path)):
+        with reading(file) as memory:
+            found, _ = _read(memory)
+            for name in found if names is None else names:
+                if name not in found:
+                    raise WeightsError(f"lacks {shown(name)}, unlike its index; download both")
+                tensors[name] = found[name]
+    return tensors
+
+
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """The texts written beside the tensors; of several files, of all of them. Raises as
+    `read_safetensors`."""
+    metadata = {}
+    for file, _ in _files(Path(path)):
+        with reading(file) as memory:
+            metadata |= _read(memory)[1]
+    return metadata
+
+
+def _files(path: Path) -> list[tuple[Path, list[str] | None]]:
+    """The files of a model, and which tensors each is asked for; None is all."""
+    if path.is_dir():
+        found = [path / name for name in (FILE, INDEX) if (path / name).exists()]
+        if not found:
+            raise WeightsError(f"{path}: holds neither {FILE} nor {INDEX}; name a folder with one")
+        path = found[0]
+    if not path.name.endswith(".index.json"):
+        return [(path, None)]
+    shards: dict[str, list[str]] = {}
+    with reading(path) as memory:
+        match _json(memory, 0, len(memory)):
+            case {"weight_map": dict(places)}:
+                pass
+            case _:
+                raise ValueError("no weight_map in it")
+        for name, shard in places.items():
+            if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+                raise WeightsError(
+                    f"{shown(name)} is in {shown(shard)}, which is no file beside it; mend the name"
+                )
+            shards.setdefault(shard, []).append(name)
+    return [(path.parent / shard, names) for shard, names in shards.items()]
+
+
+def _read(memory: mmap.mmap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and the metadata of a file."""
+    if memory[8:9] != b"{":
+        raise WeightsError(kind(memory))
+    start = 8 + int.from_bytes(memory[:8], "little")
+    header = _json(memory, 8, start)
+    metadata = header.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise ValueError("its metadata are no texts")
+    parts = [(*_part(shown(name), entry), name) for name, entry in header.items()]
+    tensors, end = {}, start
+    for begin, size, dtype, shape, name in sorted(parts, key=lambda part: part[:2]):
+        if start + begin != end:
+            raise ValueError(f"{shown(name)} does not begin where the one before it ends")
+        end += size
+        if end > len(memory):
+            raise ValueError(f"{shown(name)} reaches beyond the end of the file")
+        tensors[name] = np.ndarray(shape, dtype, memory, start + begin)
+    if end != len(memory):
+        raise ValueError(f"{len(memory) - end} bytes belong to no tensor")
+    return tensors, metadata
+
+
+def _part(name: str, entry: object) -> tuple[int, int, np.dtype, list[int]]:
+    """Where a tensor begins, how many bytes it has, and what they are."""
+    match entry:
+        case {"dtype": str(code), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
+            if code not in _DTYPES:
+                raise WeightsError(f"{name} is of {shown(code)}; save it as F32 or BF16")
+            dtype = _DTYPES[code]
+            if is_shape(shape) and math.prod(shape) * dtype.itemsize == end - begin:
+                return begin, end - begin, dtype, shape
+    raise ValueError(f"{name} has a shape or a place that cannot be")
+
+
+def _json(memory: mmap.mmap, start: int, stop: int) -> dict[str, Any]:
+    """An object, in which no name may come twice."""
+    if stop > len(memory):
+        raise ValueError("its header reaches beyond the end of the file")
+    if stop - start > MAX_INDEX:
+        raise WeightsError("its list of tensors is too large; split the model")
+    found = json.loads(memory[start:stop].decode(), object_pairs_hook=_unique)
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{shown(name)} twice")
+        found[name] = value
+    return found
+
+
+def write_safetensors(
+    path: Path | str,
+    tensors: Mapping[str, ArrayLike],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a file that the library reads; the same tensors give the same bytes.
+
+    Takes memory for one tensor at a time. Raises `WeightsError`, one line, for a dtype that the
+    format does not have or a file that cannot be written; what was at `path` is then still there.
+    """
+    path = Path(path)
+    for name, array in tensors.items():
+        if name == _METADATA:
+            raise WeightsError(f"{path}: no tensor can be named {name}; rename it")
+        if (dtype := np.dtype(array.dtype).name) not in _CODES:
+            raise WeightsError(f"{path}: {shown(name)} is of {dtype}; make it float32 or bfloat16")
+    # The wide ones first, so that all are aligned.
+    ranks = {name: (-np.dtype(array.dtype).itemsize, name) for name, array in tensors.items()}
+    order = sorted(tensors, key=ranks.__getitem__)
+    header: dict[str, Any] = {} if metadata is None else {_METADATA: dict(metadata)}
+    end = 0
+    for name in order:
+        dtype, shape = np.dtype(tensors[name].dtype), [int(n) for n in tensors[name].shape]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _CODES[dtype.name],
+            "shape": shape,
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(as_bytes(tensors[name]))
