@@ -1,0 +1,508 @@
+"""Between the tensors of Hugging Face folders and official names: renames, transposes, reshapes.
+
+Nothing is computed and no type changes. A tensor is a view of the one it comes from, so a
+memory-mapped file stays on disk; only version 6 of flash-linear-attention holds some in an order
+that no view has, and those are put together when they are asked for.
+
+The layouts, what makes them, and the files that these tables were read off:
+
+    transformers-rwkv4  RwkvForCausalLM of huggingface/transformers: models/rwkv/modeling_rwkv.py,
+                        convert_rwkv_checkpoint_to_hf.py
+    remote-rwkv5.0      code that a folder brings along, of BBuf/RWKV-World-HF-Tokenizer:
+    remote-rwkv5        rwkv_world_v5.0_model, rwkv5_model and rwkv6_model, each modeling_rwkv*.py,
+    remote-rwkv6        and scripts/convert_rwkv*_checkpoint_to_hf.py
+    remote-rwkv7        the same of SmerkyG/RWKV-World-HF-Tokenizer: rwkv7_model
+    fla-rwkv6           fla-org/flash-linear-attention: fla/layers/rwkv6.py, fla/models/rwkv6,
+                        utils/convert_from_rwkv6.py
+    fla-rwkv7           fla/layers/rwkv7.py, fla/models/rwkv7, utils/convert_from_rwkv7.py; the
+                        PyPI package rwkv7-hf (0.9.0: modeling_rwkv7.py) has the same names and
+                        shapes
+
+What names do not tell:
+
+- transformers divides the output matrices of layer 6 and later by powers of two when it first runs
+  a model (`rescale_every`). What it saved before that, and every converted file, holds them whole.
+- FLA packs version 6's five mixes as r, w, k, v, g, official code as w, k, v, r, g. FLA's older
+  version 7 packs all six into `x_x`, as r, w, k, v, a, g.
+- FLA's version 6 has 1e-5 for the epsilon of its GroupNorm, official code 64e-5. FLA's converter
+  corrects that on the model in memory, and no folder tells. Weights are read as converted ones are
+  meant, with 64e-5.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rwkv_jax.checkpoint.errors import WeightsError, shown
+from rwkv_jax.checkpoint.files import ArrayLike, Deferred
+
+HEAD_SIZE = 64
+"""Version 7 there takes 1e-5 times the head size for the epsilon of its GroupNorm, official code
+64e-5: they agree at this head size alone."""
+
+
+Tensor = np.ndarray | Deferred
+
+
+class Form(NamedTuple):
+    """From Hugging Face's shape to the official one, and back."""
+
+    read: Callable[[np.ndarray], Tensor]
+    write: Callable[[np.ndarray], np.ndarray] = np.asarray
+
+    def written(self, x: ArrayLike) -> ArrayLike:
+        """`write` of an array, or the promise of it."""
+        if isinstance(x, np.ndarray):
+            return self.write(x)
+        shape = self.write(np.broadcast_to(np.zeros((), x.dtype), x.shape)).shape
+        return Deferred(shape, x.dtype, lambda: self.write(np.asarray(x)))
+
+
+def _row(x: np.ndarray) -> np.ndarray:
+    return x.reshape(1, 1, -1)
+
+
+def _part(index: int) -> Form:
+    """One row of a packed matrix."""
+    return Form(lambda x: _row(x[index]))
+
+
+_MIXES = [*map("rwkvg".index, "wkvrg")]
+"""Where FLA's version 6 has the mixes of the official order."""
+
+
+def _mixes_in(x: np.ndarray) -> Deferred:
+    """[5 rank, c] to [c, 5 rank], the mixes in official order."""
+    mixes = x.reshape(5, -1, x.shape[1])
+    return Deferred(x.shape[::-1], x.dtype, lambda: mixes[_MIXES].reshape(x.shape).T)
+
+
+def _mixes_out(x: np.ndarray) -> Deferred:
+    """[c, 5 rank] to [5, rank, c], the mixes in official order."""
+    mixes = x.reshape(len(x), 5, -1).transpose(1, 2, 0)
+    return Deferred(mixes.shape, x.dtype, lambda: mixes[_MIXES])
+
+
+SAME = Form(np.asarray)
+ROW = Form(_row, _row)
+VECTOR = Form(_row, np.ravel)
+TRANSPOSED = Form(np.transpose, np.transpose)
+ZEROS = Form(np.zeros_like)
+
+
+class Source(NamedTuple):
+    """An official tensor and one that it can come from; `{}` in a name is the layer."""
+
+    official: str
+    there: str
+    form: Form = SAME
+    when: tuple[str, Any] | None = None
+    """The entry of `config.json` without which it does not."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model lies in a Hugging Face folder."""
+
+    name: str
+    mark: str
+    """A tensor of its first layer that no layout after this one has."""
+    sources: Mapping[str, list[Source]]
+    """By official name, the preferred one first."""
+    expected: Mapping[str, Any]
+    """Official constants: a `config.json` that has others is of another model."""
+
+
+def _layout(
+    name: str,
+    folder: str,
+    mark: str,
+    whole: Iterable[Source],
+    layer: Iterable[Source],
+    **expected: Any,
+) -> Layout:
+    """Of the sources of the whole model and, without their folders, those of every layer."""
+    sources: dict[str, list[Source]] = {}
+    layers = (
+        x._replace(official=f"blocks.{{}}.{x.official}", there=f"{folder}.{{}}.{x.there}")
+        for x in layer
+    )
+    for source in (*whole, *layers):
+        sources.setdefault(source.official, []).append(source)
+    return Layout(name, f"{folder}.0.{mark}", sources, expected)
+
+
+_PROJECTIONS = ("key", "value", "receptance", "gate")
+_EVERY_LAYER = (
+    "ln1.weight ln1.bias ln2.weight ln2.bias att.receptance.weight att.key.weight att.value.weight"
+    " att.output.weight ffn.key.weight ffn.value.weight"
+)
+_V4 = (
+    "att.time_decay att.time_mix_k att.time_mix_v att.time_mix_r"
+    " ffn.time_mix_k ffn.time_mix_r ffn.receptance.weight"
+)
+_V50 = f"{_V4} att.time_first att.ln_x.weight att.ln_x.bias"
+_V5 = f"{_V4} att.time_faaaa att.time_mix_g att.gate.weight att.ln_x.weight att.ln_x.bias"
+_V6 = (
+    "att.time_maa_x att.time_maa_w att.time_maa_k att.time_maa_v att.time_maa_r att.time_maa_g"
+    " att.time_maa_w1 att.time_maa_w2 att.time_decay att.time_decay_w1 att.time_decay_w2"
+    " att.time_faaaa att.gate.weight att.ln_x.weight att.ln_x.bias"
+    " ffn.time_maa_k ffn.time_maa_r ffn.receptance.weight"
+)
+_V7 = (
+    "att.x_r att.x_w att.x_k att.x_v att.x_a att.x_g att.w0 att.w1 att.w2 att.a0 att.a1 att.a2"
+    " att.v0 att.v1 att.v2 att.g1 att.g2 att.k_k att.k_a att.r_k att.ln_x.weight att.ln_x.bias"
+    " ffn.x_k"
+)
+_UNUSED = ("att.v0", "att.v1", "att.v2")
+"""Version 7: its first layer has no value to mix with, so most files leave these out there."""
+
+
+def _renamed(name: str, home: str, mark: str, layer: str, **expected: Any) -> Layout:
+    """A layout of transformers or of remote code: official tensors under longer names."""
+    longer = {"att": "attention", "ffn": "feed_forward"}
+    longer |= {f"time_mix_{x[0]}": f"time_mix_{x}" for x in _PROJECTIONS}
+    whole = [
+        Source("emb.weight", f"{home}.embeddings.weight"),
+        *(
+            Source(f"blocks.0.ln0.{x}", f"{home}.{place}pre_ln.{x}")
+            for place in ("blocks.0.", "")  # version 7 came to have it beside the layers
+            for x in ("weight", "bias")
+        ),
+        *(Source(f"ln_out.{x}", f"{home}.ln_out.{x}") for x in ("weight", "bias")),
+        Source("head.weight", "head.weight"),
+        Source("head.weight", f"{home}.embeddings.weight", when=("tie_word_embeddings", True)),
+    ]
+    rows = [
+        Source(x, ".".join(longer.get(part, part) for part in x.split(".")))
+        for x in f"{_EVERY_LAYER} {layer}".split()
+    ]
+    return _layout(name, f"{home}.blocks", mark, whole, rows, layer_norm_epsilon=1e-5, **expected)
+
+
+def _norm(official: str, there: str) -> list[Source]:
+    """A LayerNorm of FLA, which can do without a bias."""
+    return [
+        Source(f"{official}.weight", f"{there}.weight"),
+        Source(f"{official}.bias", f"{there}.bias"),
+        Source(f"{official}.bias", f"{there}.weight", ZEROS, when=("norm_bias", False)),
+    ]
+
+
+_FLA = [
+    Source("emb.weight", "model.embeddings.weight"),
+    *_norm("blocks.0.ln0", "model.layers.0.pre_norm"),
+    *_norm("ln_out", "model.norm"),
+    Source("head.weight", "lm_head.weight"),
+    Source("head.weight", "model.embeddings.weight", when=("tie_word_embeddings", True)),
+]
+_FLA_LAYER = [
+    *_norm("ln1", "attn_norm"),
+    *_norm("ln2", "ffn_norm"),
+    Source("att.ln_x.weight", "attn.g_norm.weight"),
+    Source("att.ln_x.bias", "attn.g_norm.bias"),
+    Source("att.output.weight", "attn.o_proj.weight"),
+    Source("ffn.value.weight", "ffn.value.weight"),
+]
+_FLA6_LAYER = [
+    *_FLA_LAYER,
+    *(
+        Source(f"att.{x}.weight", f"attn.{x[0]}_proj.linear.weight")
+        for x in ("receptance", "key", "value", "gate")
+    ),
+    *(Source(f"att.time_maa_{x}", "attn.x_bias", _part(i)) for i, x in enumerate("rwkvg")),
+    Source("att.time_maa_x", "attn.x_proj.0.mu", VECTOR),
+    Source("att.time_maa_w1", "attn.x_proj.0.linear.weight", Form(_mixes_in)),
+    Source("att.time_maa_w2", "attn.x_proj.2.weight", Form(_mixes_out)),
+    Source("att.time_decay", "attn.w_proj.linear.lora.2.bias", VECTOR),
+    Source("att.time_decay_w1", "attn.w_proj.linear.lora.0.weight", TRANSPOSED),
+    Source("att.time_decay_w2", "attn.w_proj.linear.lora.2.weight", TRANSPOSED),
+    Source("att.time_faaaa", "attn.bonus"),
+    Source("ffn.time_maa_k", "ffn.key.mu", VECTOR),
+    Source("ffn.time_maa_r", "ffn.receptance.mu", VECTOR),
+    Source("ffn.key.weight", "ffn.key.linear.weight"),
+    Source("ffn.receptance.weight", "ffn.receptance.linear.weight"),
+]
+_FLA7_LAYER = [
+    *_FLA_LAYER,
+    *(Source(f"att.x_{x}", f"attn.x_{x}", ROW) for x in "rwkvag"),
+    *(Source(f"att.x_{x}", "attn.x_x", _part(i)) for i, x in enumerate("rwkvag")),
+    *(Source(f"att.{x}0", f"attn.{x}_lora.lora.2.bias", VECTOR) for x in "wav"),
+    *(Source(f"att.{x}1", f"attn.{x}_lora.lora.0.weight", TRANSPOSED) for x in "wavg"),
+    *(Source(f"att.{x}2", f"attn.{x}_lora.lora.2.weight", TRANSPOSED) for x in "wavg"),
+    Source("att.k_k", "attn.k_k", VECTOR),
+    Source("att.k_a", "attn.k_a", VECTOR),
+    Source("att.r_k", "attn.r_k"),
+    *(
+        Source(f"att.{x}.weight", f"attn.{x[0]}_proj.weight")
+        for x in ("receptance", "key", "value")
+    ),
+    Source("ffn.x_k", "ffn.x_k", VECTOR),
+    Source("ffn.key.weight", "ffn.key.weight"),
+]
+
+_FLA_EXPECTED = {"norm_eps": 1e-5, "norm_first": True, "hidden_act": "sqrelu"}
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        _layout("fla-rwkv7", "model.layers", "attn.r_k", _FLA, _FLA7_LAYER, **_FLA_EXPECTED),
+        _layout(
+            "fla-rwkv6",
+            "model.layers",
+            "attn.x_bias",
+            _FLA,
+            _FLA6_LAYER,
+            **_FLA_EXPECTED,
+            expand_k=1,
+            expand_v=1,
+        ),
+        _renamed("remote-rwkv7", "model", "attention.r_k", _V7),
+        _renamed("remote-rwkv6", "rwkv", "attention.time_maa_x", _V6, head_size_divisor=8),
+        _renamed("remote-rwkv5", "rwkv", "attention.gate.weight", _V5, head_size_divisor=8),
+        _renamed("remote-rwkv5.0", "rwkv", "attention.ln_x.weight", _V50, head_size_divisor=8),
+        _renamed("transformers-rwkv4", "rwkv", "attention.time_first", f"{_V4} att.time_first"),
+    )
+}
+"""By name, in the order in which they are looked for."""
+
+_REFUSED = (
+    (
+        "peft_type",
+        (".lora_A.", ".lora_B."),
+        "an adapter, not a model; merge it into its base model (PEFT: merge_and_unload) and save"
+        " that",
+    ),
+    (
+        "quantization_config",
+        (".qweight", ".weight_packed", ".weight_scale", ".SCB", ".absmax"),
+        "a quantised model; take the one in 16 or 32 bits that it was made from",
+    ),
+    (
+        "attn",
+        (".attn.q_proj.",),
+        "a hybrid with layers of attention; only models of RWKV layers alone can be read",
+    ),
+)
+"""What no layout can hold: an entry of `config.json`, parts of tensors' names, the remedy."""
+
+
+def is_huggingface(names: Iterable[str]) -> bool:
+    """Whether tensors have names as in a Hugging Face folder: of any model, not only RWKV."""
+    return any(name.startswith(("rwkv", "model.", "lm_head.", "base_model.")) for name in names)
+
+
+def layout_of(names: Iterable[str], config: Mapping[str, Any]) -> str:
+    """The layout, a key of `LAYOUTS`, of tensors with these names and this `config.json`.
+
+    Raises `WeightsError` if it is none of them, or a model that RWKV alone is not.
+    """
+    names = set(names)
+    for key, parts, what in _REFUSED:
+        if config.get(key):
+            raise WeightsError(f"config.json has {key}: {what}")
+        for name in sorted(names):
+            if any(part in name for part in parts):
+                raise WeightsError(f"{shown(name)}: {what}")
+    for layout in LAYOUTS.values():
+        if layout.mark in names:
+            return layout.name
+    kind = config.get("model_type") or "unknown"
+    raise WeightsError(
+        f"no RWKV layout that is known here (config.json: model_type = {shown(kind)});"
+        f" give an official .pth, or a folder of {', '.join(LAYOUTS)}"
+    )
+
+
+def to_official(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The same tensors under official names and in official shapes.
+
+    `config` is the folder's `config.json`. Every tensor is used. Raises `WeightsError` for one that
+    is missing or not of the layout, and for a model that official code would compute otherwise.
+    """
+    layout = LAYOUTS[layout_of(tensors, config)]
+    _check_config(layout, config)
+    found: dict[str, Tensor] = {}
+    used: set[str] = set()
+    for official, layer, sources in _places(layout, _layers(tensors, config)):
+        there = [
+            (source.there.format(layer), source.form)
+            for source in sources
+            if source.when is None or config.get(source.when[0]) == source.when[1]
+        ]
+        name, form = next(((x, form) for x, form in there if x in tensors), (None, SAME))
+        if name is None:
+            if layer == 0 and official.endswith(_UNUSED):
+                continue
+            raise WeightsError(
+                f"{there[0][0]} is missing: not a whole model of layout {layout.name};"
+                " download the folder again"
+            )
+        used.add(name)
+        try:
+            found[official] = form.read(tensors[name])
+        except (ValueError, IndexError):
+            shape = list(tensors[name].shape)
+            raise WeightsError(
+                f"{name} has shape {shape}, which is none of layout {layout.name};"
+                " download the folder again"
+            ) from None
+    if extra := sorted(set(tensors) - used):
+        raise WeightsError(
+            f"{shown(extra[0])} has no place in layout {layout.name}; this release cannot read"
+            " such a model"
+        )
+    _check_head_size(found)
+    return found
+
+
+def from_official(
+    tensors: Mapping[str, ArrayLike], *, eod: int = 0
+) -> tuple[dict[str, ArrayLike], dict[str, Any]]:
+    """Tensors and `config.json` of a folder that public code loads as it is, without trusting any
+    that comes with it.
+
+    Version 7 gets the layout `fla-rwkv7`, which both flash-linear-attention and rwkv7-hf load with
+    `RWKV7ForCausalLM.from_pretrained`; version 4 `transformers-rwkv4`. Tensors are views, which may
+    lie in another order than C, or promises where the given ones are. `eod` is the id between
+    documents. Inverse of `to_official` except for what version 7 does not use in its first layer,
+    which is left out. Raises `WeightsError` for other versions, for head sizes that mean something
+    else there, and for a tensor that is missing or has no place there.
+    """
+    tensors = {name.removeprefix("_forward_module."): x for name, x in tensors.items()}
+    version7 = "blocks.0.att.r_k" in tensors
+    if not version7 and "blocks.0.att.ln_x.weight" in tensors:
+        raise WeightsError(
+            "versions 5 and 6 cannot be written as a Hugging Face folder: nothing loads 5 without"
+            " code that comes with it, and what loads 6 has another epsilon; write a .pth"
+        )
+    _check_head_size(tensors)
+    layout = LAYOUTS["fla-rwkv7" if version7 else "transformers-rwkv4"]
+    layers = _layers(tensors, {})
+    written: dict[str, ArrayLike] = {}
+    unused = {f"blocks.0.{name}" for name in _UNUSED}
+    used: set[str] = set(unused)
+    for official, layer, (source, *_) in _places(layout, layers):
+        if official in unused:
+            continue
+        if official not in tensors:
+            raise WeightsError(f"{official} is missing: not a whole checkpoint; write it again")
+        used.add(official)
+        written[source.there.format(layer)] = source.form.written(tensors[official])
+    if extra := sorted(set(tensors) - used):
+        raise WeightsError(f"{shown(extra[0])} has no place in layout {layout.name}; write a .pth")
+    try:
+        config = (_config7 if version7 else _config4)(tensors, layers)
+    except (ValueError, IndexError):
+        raise WeightsError(
+            f"tensors of other shapes than those of {layout.name}; write the checkpoint again"
+        ) from None
+    return written, config | {
+        "bos_token_id": eod,
+        "eos_token_id": eod,
+        "pad_token_id": eod,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "torch_dtype": np.dtype(tensors["emb.weight"].dtype).name,
+    }
+
+
+def side_files(config: Mapping[str, Any], tokenizer: str) -> dict[str, dict[str, Any]]:
+    """The JSON files of a folder beside its weights, by name; `tokenizer` is the kind of tokenizer.
+
+    `world` wants `rwkv_vocab_v20230424.txt` beside them, for `RWKV7Tokenizer` of rwkv7-hf; `bpe`
+    and `file` want their `tokenizer.json`, which transformers reads; for `bytes` there is no code.
+    """
+    ends = ("bos_token_id", "eos_token_id", "pad_token_id")
+    files = {
+        "config.json": dict(config),
+        "generation_config.json": {key: config[key] for key in ends},
+    }
+    if tokenizer == "world":
+        files["tokenizer_config.json"] = {
+            "tokenizer_class": "RWKV7Tokenizer",
+            "model_vocab_size": config["vocab_size"],
+        }
+    elif tokenizer in ("bpe", "file"):
+        files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    return files
+
+
+def _layers(names: Iterable[str], config: Mapping[str, Any]) -> int:
+    """As many as the names or the config ask for, so that one that is missing is found out."""
+    numbers = (re.search(r"(?:^|\.)(?:blocks|layers)\.(\d{1,6})\.", name) for name in names)
+    told = config.get("num_hidden_layers")
+    told = told if isinstance(told, int) else 0
+    return max([told, *(int(number[1]) + 1 for number in numbers if number)])
+
+
+def _places(layout: Layout, layers: int) -> Iterator[tuple[str, int, list[Source]]]:
+    """Every official tensor of a model: its name, its layer (0 for the rest) and its sources."""
+    for template, sources in layout.sources.items():
+        for layer in range(layers if "{}" in template else 1):
+            yield template.format(layer), layer, sources
+
+
+def _check_config(layout: Layout, config: Mapping[str, Any]) -> None:
+    for key, value in layout.expected.items():
+        if config.get(key, value) != value:
+            raise WeightsError(
+                f"config.json: {key} = {shown(repr(config[key]))}, where RWKV has {value!r}: the"
+                " model computes something else; only one with the official value can be read"
+            )
+
+
+def _check_head_size(official: Mapping[str, ArrayLike]) -> None:
+    r_k = official.get("blocks.0.att.r_k")
+    if r_k is not None and r_k.shape[1:] != (HEAD_SIZE,):
+        raise WeightsError(
+            f"att.r_k of shape {list(r_k.shape)}: unless heads have {HEAD_SIZE} channels, version 7"
+            " takes another epsilon in Hugging Face's code than in the official one; use a .pth"
+        )
+
+
+def _config4(tensors: Mapping[str, ArrayLike], layers: int) -> dict[str, Any]:
+    """Source: transformers, models/rwkv/configuration_rwkv.py."""
+    vocab, width = tensors["emb.weight"].shape
+    return {
+        "architectures": ["RwkvForCausalLM"],
+        "model_type": "rwkv",
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "attention_hidden_size": tensors["blocks.0.att.key.weight"].shape[0],
+        "intermediate_size": tensors["blocks.0.ffn.key.weight"].shape[0],
+        "num_hidden_layers": layers,
+        "layer_norm_epsilon": 1e-5,
+    }
+
+
+def _config7(tensors: Mapping[str, ArrayLike], layers: int) -> dict[str, Any]:
+    """Source: FLA, fla/models/rwkv7/configuration_rwkv7.py; rwkv7-hf, configuration_rwkv7.py."""
+    vocab, width = tensors["emb.weight"].shape
+    heads, head_size = tensors["blocks.0.att.r_k"].shape
+    ffn = tensors["blocks.0.ffn.key.weight"].shape[0]
+    ranks = {x: tensors[f"blocks.{layers - 1}.att.{x}1"].shape[1] for x in "wag"}
+    v1 = tensors.get(f"blocks.{layers - 1}.att.v1")
+    return {
+        "architectures": ["RWKV7ForCausalLM"],
+        "model_type": "rwkv7",
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_heads": heads,
+        "head_dim": head_size,
+        "value_dim": [heads * head_size] * layers,
+        "intermediate_size": ffn,
+        "hidden_ratio": ffn / width,
+        "decay_low_rank_dim": ranks["w"],
+        "a_low_rank_dim": ranks["a"],
+        "v_low_rank_dim": 32 if v1 is None else v1.shape[1],  # a lone layer has no such tensor
+        "gate_low_rank_dim": ranks["g"],
+        "attn_mode": "chunk",
+        "hidden_act": "sqrelu",
+        "norm_first": True,
+        "norm_bias": True,
+        "norm_eps": 1e-5,
+    }
