@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rwkv_jax.checkpoint.store import load
+    from rwkv_jax.checkpoint.weights import load, save
     from rwkv_jax.config import ModelConfig
     from rwkv_jax.models import forward, init_params, init_state, stack, unstack
     from rwkv_jax.wkv import wkv4, wkv6, wkv7
@@ -22,7 +22,8 @@ _HOMES = {
     "wkv4": "rwkv_jax.wkv",
     "wkv6": "rwkv_jax.wkv",
     "wkv7": "rwkv_jax.wkv",
-    "load": "rwkv_jax.checkpoint.store",
+    "load": "rwkv_jax.checkpoint.weights",
+    "save": "rwkv_jax.checkpoint.weights",
 }
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "init_params",
     "init_state",
     "load",
+    "save",
     "stack",
     "unstack",
     "wkv4",

@@ -3,74 +3,168 @@ table.
 
 Official files are flat: `blocks.3.att.receptance.weight` -> array. Linear weights are [out, in]
 there and [in, out] here; shift mixes are [1, 1, c] there and [c] here; layers are separate there
-and stacked here.
+and stacked here. Numbers are neither computed nor rounded, so both ways lead back.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from rwkv_jax.config import ModelConfig
-from rwkv_jax.errors import UserError
+from rwkv_jax.checkpoint.errors import WeightsError, shown
+from rwkv_jax.checkpoint.files import ArrayLike, Deferred
+from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.models import Model, specs
 from rwkv_jax.params import ParamSpec, is_spec, path_name
+from rwkv_jax.typing import Array
 
 _UNUSED = ("v0", "v1", "v2")
 """Version 7: layer 0 has no value to mix with, so most files leave these out there."""
 
+LARGE = 64 << 20
+"""Bytes from which on a parameter is put on the device layer by layer."""
 
-def from_official(tensors: Mapping[str, np.ndarray]) -> tuple[Model, ModelConfig]:
-    """Float32 parameters and their config from official names; every size is read from the shapes.
 
-    Raises `UserError` for a tensor that is missing, unexpected or of another shape.
+def from_official(
+    tensors: Mapping[str, ArrayLike], *, dtype: Any = None, sharding: Any = None
+) -> tuple[Model[Array], ModelConfig]:
+    """Parameters and their config from official names; every size is read from the shapes.
+
+    They keep the dtype they are stored in unless `dtype` is given. `sharding` is where they go: one
+    `jax.sharding.Sharding` for all, or a `Model` of them; None is the default device. Tensors are
+    read one after the other, so the host holds about one at a time besides what its devices do.
+
+    Raises `WeightsError` for a tensor that is missing, unexpected, or of another shape or type.
     """
     tensors = {name.removeprefix("_forward_module."): x for name, x in tensors.items()}
     cfg = config_of(tensors)
     table = specs(cfg)
     used: set[str] = set()
 
-    def fetch(path: tuple, spec: ParamSpec) -> jax.Array:
+    def find(path: tuple, spec: ParamSpec) -> list[ArrayLike]:
         layers = []
         for name in _names(path_name(path), spec):
             if name not in tensors and name.startswith("blocks.0.") and name.endswith(_UNUSED):
-                layers.append(np.zeros(spec.shape, np.float32))
+                layers.append(None)
                 continue
             if name not in tensors:
-                raise UserError(f"{name} is missing: not a whole RWKV-{cfg.version} checkpoint")
+                raise WeightsError(
+                    f"{name} is missing: not a whole RWKV-{cfg.version} checkpoint; take the whole"
+                    " file"
+                )
             used.add(name)
-            array = np.asarray(tensors[name]).astype(np.float32)
-            array = array.T if spec.layout == "linear" else array
-            if array.size != np.prod(spec.shape) or array.squeeze().shape != _squeezed(spec):
-                raise UserError(f"{name} has shape {list(array.shape)}, not {list(spec.shape)}")
-            layers.append(array.reshape(spec.shape))
-        return jnp.asarray(np.stack(layers) if spec.layers else layers[0])
+            layers.append(_checked(name, tensors[name], spec))
+        stored = jnp.result_type(*{np.dtype(x.dtype) for x in layers if x is not None} or {"f4"})
+        return [_zeros(spec, stored) if x is None else x for x in layers]
 
-    params = jax.tree_util.tree_map_with_path(fetch, table, is_leaf=is_spec)
-    extra = sorted(set(tensors) - used)
-    if extra:
-        raise UserError(f"{extra[0]} is no parameter of RWKV-{cfg.version}")
-    return params, cfg
+    found = jax.tree_util.tree_map_with_path(find, table, is_leaf=is_spec)
+    if extra := sorted(set(tensors) - used):
+        raise WeightsError(
+            f"{shown(extra[0])} is no parameter of RWKV-{cfg.version}; this release does not know"
+            " such a model"
+        )
+    # All is checked before the first tensor is read.
+    leaves, tree = jax.tree.flatten(table, is_leaf=is_spec)
+    sources = tree.flatten_up_to(found)
+    one = sharding is None or isinstance(sharding, jax.sharding.Sharding)
+    places = [sharding] * len(leaves) if one else tree.flatten_up_to(sharding)
+    arrays = [
+        _placed(source, spec, dtype, place)
+        for source, spec, place in zip(sources, leaves, places, strict=True)
+    ]
+    return jax.tree.unflatten(tree, arrays), cfg
 
 
-def to_official(params: Model, cfg: ModelConfig) -> dict[str, np.ndarray]:
-    """Float32 arrays under official names and shapes. Inverse of `from_official`."""
-    tensors: dict[str, np.ndarray] = {}
+def to_official(
+    params: Model[Array], cfg: ModelConfig, *, dtype: Any = None
+) -> dict[str, Deferred]:
+    """The parameters under official names and in official shapes, in their own dtype or `dtype`;
+    each is fetched when numpy asks for it. Inverse of `from_official`.
 
-    def put(path: tuple, spec: ParamSpec, value: jax.Array) -> None:
-        array = np.asarray(value, np.float32)
-        layers = array if spec.layers else array[None]
-        for name, layer in zip(_names(path_name(path), spec), layers, strict=True):
-            layer = layer.T if spec.layout == "linear" else layer
-            tensors[name] = layer.reshape(1, 1, -1) if spec.layout == "row" else layer
+    Version 7 gets layer 0's unused v0, v1 and v2, as the current official trainer writes them.
+    """
+    tensors: dict[str, Deferred] = {}
+
+    def put(path: tuple, spec: ParamSpec, value: Array) -> None:
+        for layer, name in enumerate(_names(path_name(path), spec)):
+            tensors[name] = _official(value, spec, layer if spec.layers else None, dtype)
 
     jax.tree_util.tree_map_with_path(put, specs(cfg), params, is_leaf=is_spec)
     return tensors
 
 
-def _squeezed(spec: ParamSpec) -> tuple[int, ...]:
-    return tuple(size for size in spec.shape if size != 1)
+def _checked(name: str, array: ArrayLike, spec: ParamSpec) -> ArrayLike:
+    shape = tuple(array.shape)
+    expected = spec.shape[::-1] if spec.layout == "linear" else spec.shape
+    if [n for n in shape if n != 1] != [n for n in expected if n != 1]:
+        expected = (1, 1, *expected) if spec.layout == "row" else expected
+        raise WeightsError(
+            f"{name} has shape {list(shape)}, not {list(expected)}; the file is damaged, or of"
+            " another model"
+        )
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise WeightsError(
+            f"{name} is of {np.dtype(array.dtype).name}; only weights of 16, 32 or 64 bit floating"
+            " point can be read"
+        )
+    return array
+
+
+def _zeros(spec: ParamSpec, dtype: Any) -> ArrayLike:
+    shape = spec.shape[::-1] if spec.layout == "linear" else spec.shape
+    return Deferred(shape, np.dtype(dtype), lambda: np.zeros(shape, dtype))
+
+
+def _ours(array: ArrayLike, spec: ParamSpec, dtype: Any) -> np.ndarray:
+    """One layer's tensor as we have it."""
+    values = np.asarray(array)
+    values = values.T if spec.layout == "linear" else values
+    return values.reshape(spec.shape).astype(dtype, copy=False)
+
+
+def _placed(sources: Sequence[ArrayLike], spec: ParamSpec, dtype: Any, sharding: Any) -> Array:
+    """The parameter on its device or devices."""
+    kind = jnp.result_type(*{np.dtype(x.dtype) for x in sources}) if dtype is None else dtype
+    kind = jax.dtypes.canonicalize_dtype(kind)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shape = spec.full_shape
+    one_device = len(sharding.device_set) == 1
+    if one_device and spec.layers and np.prod(shape) * np.dtype(kind).itemsize >= LARGE:
+        value = jnp.zeros(shape, kind, device=sharding)
+        for layer, source in enumerate(sources):
+            value = _set_layer(value, jax.device_put(_ours(source, spec, kind), sharding), layer)
+        return value
+
+    def part(index: Any) -> np.ndarray:
+        if not spec.layers:
+            return np.ascontiguousarray(_ours(sources[0], spec, kind)[index])
+        layers = range(*index[0].indices(spec.layers))
+        return np.stack([_ours(sources[i], spec, kind)[index[1:]] for i in layers])
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set_layer(into: Array, layer: Array, index: Any) -> Array:
+    return lax.dynamic_update_index_in_dim(into, layer, index, 0)
+
+
+def _official(value: Array, spec: ParamSpec, layer: int | None, dtype: Any) -> Deferred:
+    """One layer's tensor as official files have it."""
+    shape = spec.shape[::-1] if spec.layout == "linear" else spec.shape
+    shape = (1, 1, *shape) if spec.layout == "row" else shape
+    kind = np.dtype(dtype or value.dtype)
+
+    def fetch() -> np.ndarray:
+        values = np.asarray(value if layer is None else value[layer]).astype(kind, copy=False)
+        return (values.T if spec.layout == "linear" else values).reshape(shape)
+
+    return Deferred(shape, kind, fetch)
 
 
 def _names(path: str, spec: ParamSpec) -> list[str]:
@@ -83,23 +177,73 @@ def _names(path: str, spec: ParamSpec) -> list[str]:
     return [f"blocks.{layer}.{rest}{suffix}" for layer in range(spec.layers)]
 
 
-def config_of(tensors: Mapping[str, np.ndarray]) -> ModelConfig:
+def config_of(tensors: Mapping[str, ArrayLike]) -> ModelConfig:
     """Version and sizes, from the names and shapes of an official checkpoint.
 
-    Raises `UserError` if it is no checkpoint of a version that this package knows.
+    Raises `WeightsError` if it is no checkpoint of a version that this package knows.
     """
+    for sign, what in _OTHERS.items():
+        if sign in tensors:
+            raise WeightsError(f"{sign}: {what}")
+    if tensors and all(name.endswith(".att.time_state") for name in tensors):
+        raise WeightsError(
+            "holds tuned states and no model; give it with --state, beside its model"
+        )
     if "emb.weight" not in tensors or "blocks.0.att.key.weight" not in tensors:
-        raise UserError("emb.weight or blocks.0.att.key.weight is missing: not an RWKV checkpoint")
+        raise WeightsError(
+            "emb.weight or blocks.0.att.key.weight is missing: no RWKV checkpoint; give an official"
+            " one, or a folder of Hugging Face's"
+        )
+    try:
+        return _config(tensors)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        told = error if isinstance(error, ConfigError) else f"{shown(error)} is not as it should be"
+        raise WeightsError(f"no whole RWKV checkpoint: {told}; take the whole file") from error
+
+
+_OTHERS = {
+    "blocks.0.rosa.x_q": "an RWKV-8 ROSA model; this release reads versions 4 to 7a",
+    "blocks.0.qkv.k_emb.weight": "an RWKV-7b model; this release reads versions 4 to 7a",
+    "blocks.0.qkv.kkup.weight": "an RWKV-8 preview; this release reads versions 4 to 7a",
+    "blocks.0.ffn.enn.weight": "an RWKV-8 preview; this release reads versions 4 to 7a",
+    "blocks.0.att.time_maa_rkvw_w1": "an RWKV-6b or 6c experiment; take a version 6 (x060) model",
+    "blocks.0.att.gate_w1": "an RWKV-6a experiment; take a version 6 (x060) model",
+    "blocks.0.att.tiny_q.weight": "an RWKV-4a model; take a version 4 one",
+}
+"""Tensors that only models of other kinds have."""
+
+
+def _config(tensors: Mapping[str, ArrayLike]) -> ModelConfig:
     vocab, width = tensors["emb.weight"].shape
-    layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    numbers = (name.split(".")[1] for name in tensors if name.startswith("blocks."))
+    layers = 1 + max(int(number) for number in numbers)
     ffn = tensors["blocks.0.ffn.key.weight"].shape[0]
-    sizes = {"layers": layers, "width": width, "vocab_size": vocab, "ffn_width": ffn}
-    if "blocks.0.att.r_k" in tensors:
-        last = f"blocks.{layers - 1}.att."
-        ranks = {f"rank_{x}": tensors[f"{last}{x}1"].shape[1] for x in "wag"}
-        rank_v = tensors[f"{last}v1"].shape[1] if f"{last}v1" in tensors else 0
-        head_size = tensors["blocks.0.att.r_k"].shape[1]
-        return ModelConfig(version="7", head_size=head_size, rank_v=rank_v, **ranks, **sizes)
-    if "blocks.0.att.ln_x.weight" in tensors:
-        raise UserError("the checkpoint is of version 5 or 6: this release reads versions 4 and 7")
+    sizes: dict = {"layers": layers, "width": width, "vocab_size": vocab, "ffn_width": ffn}
+    last = f"blocks.{layers - 1}.att."  # layer 0 may lack version 7's v0, v1, v2
+
+    def has(name: str) -> bool:
+        return f"blocks.0.{name}" in tensors
+
+    def shape(name: str) -> tuple[int, ...]:
+        return tuple(tensors[last + name].shape)
+
+    if has("att.r_k"):
+        sizes |= {f"rank_{x}": shape(f"{x}1")[1] for x in "wag"}
+        # A model of one layer has no use for these, and mostly doesn't have them.
+        sizes["rank_v"] = shape("v1")[1] if layers > 1 or f"{last}v1" in tensors else 0
+        sizes["head_size"] = shape("r_k")[1]
+        if has("ffn.s_emb.weight"):
+            rank = tensors["blocks.0.ffn.s1"].shape[1]
+            return ModelConfig(version="7a", rank_embed=rank, **sizes)
+        return ModelConfig(version="7", **sizes)
+    if has("att.time_maa_x"):
+        sizes["head_size"] = shape("time_faaaa")[1]
+        sizes["rank_mix"] = shape("time_maa_w2")[1]
+        sizes["rank_w"] = shape("time_decay_w1")[1]
+        return ModelConfig(version="6", state_tuned=has("att.time_state"), **sizes)
+    if has("att.ln_x.weight"):
+        decay = shape("time_decay") or (0,)
+        by_channel = decay[1:] > (1,)
+        version = "5.0" if not has("att.gate.weight") else "5.2" if by_channel else "5.1"
+        return ModelConfig(version=version, head_size=width // decay[0], **sizes)
     return ModelConfig(version="4", **sizes)

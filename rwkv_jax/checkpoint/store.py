@@ -250,12 +250,6 @@ def load_run(folder: Path | str) -> tuple[models.Model[Array], ModelConfig, Toke
         return store.restore_params(models.abstract_params(cfg.model), step), cfg.model, tokenizer
 
 
-def load(folder: Path | str) -> tuple[models.Model[Array], ModelConfig]:
-    """The parameters and the model config of a run's newest checkpoint. Raises as `load_run`."""
-    params, cfg, _ = load_run(folder)
-    return params, cfg
-
-
 def _no_checkpoint(folder: Path, cfg: Config) -> StoreError:
     return StoreError(
         f"{folder}: has no checkpoint yet; the run writes one every"

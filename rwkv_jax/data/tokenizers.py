@@ -255,11 +255,12 @@ def _byte_alphabet() -> dict[str, bytes]:
     return alphabet
 
 
-def open_tokenizer(name: str) -> Tokenizer:
+def open_tokenizer(name: str, asked_as: str = "data.tokenizer = ") -> Tokenizer:
     """The tokenizer a config names: `bytes`, `world`, or the path to a `tokenizer.json` (or of its
     folder).
 
-    `bpe` is trained on a corpus: `prepare` does that. Raises TokenizerError.
+    `bpe` is trained on a corpus: `prepare` does that. Raises TokenizerError, which begins with
+    `asked_as` and the name if there is no such file.
     """
     if name == "bytes":
         return ByteTokenizer()
@@ -269,8 +270,7 @@ def open_tokenizer(name: str) -> Tokenizer:
     path = path / HF_FILE if path.is_dir() else path
     if not path.is_file():
         raise TokenizerError(
-            f"data.tokenizer = {name}: no such file; give a tokenizer.json,"
-            " or one of bytes, bpe, world"
+            f"{asked_as}{name}: no such file; give a tokenizer.json, or one of bytes, bpe, world"
         )
     return JsonTokenizer(_read_text(path), "file", path)
 

@@ -1,0 +1,250 @@
+"""Any file of RWKV weights, in and out, under official names.
+
+In: an official `.pth`, a `.safetensors` in official names, a Hugging Face folder (version 4 of
+transformers, versions 5 to 7 in the layouts of `huggingface.py`), the folder of one of our runs.
+Out: `.pth`, `.safetensors`, a Hugging Face folder (versions 4 and 7).
+
+Files are mapped, not read: a tensor is in memory while it is looked at. Nothing in a file is run.
+"""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_jax.checkpoint import huggingface, store
+from rwkv_jax.checkpoint.errors import WeightsError, shown
+from rwkv_jax.checkpoint.files import ArrayLike, Deferred
+from rwkv_jax.checkpoint.keymaps import config_of, from_official, to_official
+from rwkv_jax.checkpoint.pth import read_pth, write_pth
+from rwkv_jax.checkpoint.safetensors import read_safetensors, write_safetensors
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.data.tokenizers import ByteTokenizer, Tokenizer, WorldTokenizer, open_tokenizer
+from rwkv_jax.models import Model
+from rwkv_jax.typing import Array
+
+PTH, SAFETENSORS = (".pth", ".pt", ".bin", ".ckpt"), (".safetensors",)
+FORMATS = {
+    "pth": "PyTorch",
+    "safetensors": "safetensors",
+    "huggingface": "Hugging Face",
+    "run": "run",
+}
+
+
+PILE = (50277, 50304)
+"""Embeddings of models with the Pile's (GPT-NeoX's) vocabulary: its own number, and padded."""
+
+PADDING = 128
+"""Models may have up to so many embeddings more than tokens, less one."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file holds: its tensors under official names, as they are stored."""
+
+    path: Path
+    format: str
+    """`pth`, `safetensors`, a layout of `huggingface.LAYOUTS`, or `run`."""
+    tensors: dict[str, ArrayLike]
+
+
+def read(path: Path | str) -> Weights:
+    """The tensors of any file or folder of weights.
+
+    Raises `WeightsError`, one line that names the file, if it is none or damaged. Whether they are
+    those of a whole model `from_official` finds out.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return _read_folder(path)
+    if path.suffix in SAFETENSORS or (path.is_file() and _begins(path)[8:9] == b"{"):
+        return _named(path, "safetensors", read_safetensors(path))
+    return _named(path, "pth", read_pth(path))
+
+
+def load(
+    path: Path | str, *, dtype: Any = None, sharding: Any = None
+) -> tuple[Model[Array], ModelConfig]:
+    """Parameters and config of any weights: a `.pth`, a `.safetensors`, a Hugging Face folder, or
+    one of our runs (its newest checkpoint). Version and all sizes are read from the file.
+
+    Parameters keep the type they are stored in, mostly bfloat16, or get `dtype`; a function
+    computes in its own `dtype` whatever theirs is. `sharding` is where they go: one
+    `jax.sharding.Sharding`, or a `Model` of them. Raises `UserError`, one line, for a file that
+    cannot be read.
+
+    >>> params, cfg = load("RWKV-x070-World-0.1B.pth")  # doctest: +SKIP
+    """
+    weights = read(path)
+    with _naming(weights.path):
+        return from_official(weights.tensors, dtype=dtype, sharding=sharding)
+
+
+def load_with_tokenizer(
+    path: Path | str, tokenizer: str = "", *, dtype: Any = None
+) -> tuple[Model[Array], ModelConfig, Tokenizer]:
+    """`load`, and the tokenizer that belongs to it: `find_tokenizer`, unless one is named.
+
+    Raises `UserError` too if none is found or it does not belong to the model.
+    """
+    path = Path(path).expanduser()
+    if not tokenizer and (path / store.CONFIG).is_file():
+        return store.load_run(path)
+    weights = read(path)
+    with _naming(path):
+        sizes = config_of(weights.tensors)
+        found = find_tokenizer(path, sizes.vocab_size, tokenizer)
+        return *from_official(weights.tensors, dtype=dtype), found
+
+
+def find_tokenizer(path: Path, vocab_size: int, name: str = "") -> Tokenizer:
+    """The tokenizer of a model with so many embeddings: the one named (`world`, `bytes`, or a
+    `tokenizer.json`); else the `tokenizer.json` or `20B_tokenizer.json` beside the weights; else
+    the World vocabulary, or bytes, if their size is the model's.
+
+    Raises `UserError` if there is none, or it is of another size than the model's, up to padding.
+    """
+    folder = path if path.is_dir() else path.parent
+    beside = [x for x in ("tokenizer.json", "20B_tokenizer.json") if (folder / x).is_file()]
+    if not name and beside:
+        name = str(folder / beside[0])
+    if not name:
+        name = {WorldTokenizer.vocab_size: "world", ByteTokenizer.vocab_size: "bytes"}.get(
+            vocab_size, ""
+        )
+    if not name:
+        pile = " (the Pile's; models of it want 20B_tokenizer.json)" if vocab_size in PILE else ""
+        raise WeightsError(
+            f"no known vocabulary has {vocab_size:,} tokens{pile}: name a tokenizer.json with"
+            " --tokenizer, or put it beside the weights"
+        )
+    tokenizer = open_tokenizer(name, "--tokenizer ")
+    if not 0 <= vocab_size - tokenizer.vocab_size < PADDING:
+        raise WeightsError(
+            f"has {vocab_size:,} embeddings, and the tokenizer {name} {tokenizer.vocab_size:,}"
+            " tokens: they do not belong together; name the model's own with --tokenizer"
+        )
+    return tokenizer
+
+
+def save(path: Path | str, params: Model[Array], cfg: ModelConfig, *, dtype: Any = None) -> None:
+    """Writes the parameters, in their own type or in `dtype`: as PyTorch's state dict if `path`
+    ends in .pth, as safetensors if it ends in .safetensors (both in official names), and otherwise
+    as a Hugging Face folder.
+
+    What was there before is replaced when all is written. Raises `WeightsError`.
+    """
+    write(path, to_official(params, cfg, dtype=dtype))
+
+
+def write(path: Path | str, tensors: Mapping[str, ArrayLike], *, dtype: Any = None) -> None:
+    """Writes tensors in official names as `save` does, one after the other."""
+    path = Path(path).expanduser()
+    if dtype is not None:
+        tensors = {name: _cast(x, np.dtype(dtype)) for name, x in tensors.items()}
+    if path.suffix in PTH:
+        write_pth(path, tensors)
+    elif path.suffix in SAFETENSORS:
+        write_safetensors(path, tensors)
+    elif path.suffix and not path.is_dir():
+        raise WeightsError(
+            f"{path}: {path.suffix} is no format; end the name in .pth or .safetensors, or in"
+            " nothing for a Hugging Face folder"
+        )
+    else:
+        _write_folder(path, tensors)
+
+
+def _cast(array: ArrayLike, dtype: np.dtype) -> ArrayLike:
+    return Deferred(array.shape, dtype, lambda: np.asarray(array))
+
+
+def _begins(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(16)
+
+
+def _read_folder(path: Path) -> Weights:
+    if (path / store.CONFIG).is_file():
+        params, cfg, _ = store.load_run(path)
+        return Weights(path, "run", dict(to_official(params, cfg)))
+    if not (path / "config.json").is_file():
+        files = sorted(x.name for x in path.iterdir() if x.suffix in (*PTH, *SAFETENSORS))
+        hint = f"; it has {files[0]}: name that file" if files else "; name a file of weights"
+        raise WeightsError(
+            f"{path}: neither a run nor a Hugging Face folder (no config.json){hint}"
+        )
+    config = _config(path / "config.json")
+    if (path / "pytorch_model.bin").is_file():
+        tensors = read_pth(path / "pytorch_model.bin")
+    else:
+        tensors = read_safetensors(path)
+    with _naming(path):
+        if not huggingface.is_huggingface(tensors):
+            return Weights(path, "safetensors", dict(tensors))
+        layout = huggingface.layout_of(tensors, config)
+        return Weights(path, layout, dict(huggingface.to_official(tensors, config)))
+
+
+def _named(path: Path, kind: str, tensors: Mapping[str, np.ndarray]) -> Weights:
+    """A single file: official names, or Hugging Face's with the config.json beside it."""
+    with _naming(path):
+        if not huggingface.is_huggingface(tensors):
+            return Weights(path, kind, dict(tensors))
+        config = _config(path.with_name("config.json"))
+        layout = huggingface.layout_of(tensors, config)
+        return Weights(path, layout, dict(huggingface.to_official(tensors, config)))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: cannot be read ({shown(error)}); restore it") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path}: no table of settings; restore it")
+    return config
+
+
+class _naming:
+    """Puts the file's name in front of what is wrong in it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, WeightsError) and not str(error).startswith(str(self.path)):
+            raise WeightsError(f"{self.path}: {error}") from error
+
+
+def _write_folder(path: Path, tensors: Mapping[str, ArrayLike]) -> None:
+    """A Hugging Face folder, complete when it appears."""
+    with _naming(path):
+        named, config = huggingface.from_official(tensors)
+    if path.exists() and any(path.iterdir()):
+        raise WeightsError(f"{path}: is not empty; name a new folder")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(parents=True)
+        write_safetensors(temporary / "model.safetensors", named, {"format": "pt"})
+        for name, table in huggingface.side_files(config, "").items():
+            (temporary / name).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise WeightsError(
+            f"{path}: cannot be written ({error.strerror}); choose another place"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
