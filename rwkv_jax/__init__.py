@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rwkv_jax import states, wkv
     from rwkv_jax.checkpoint.weights import load, save
     from rwkv_jax.config import ModelConfig
     from rwkv_jax.models import forward, init_params, init_state, stack, unstack
@@ -25,6 +26,8 @@ _HOMES = {
     "load": "rwkv_jax.checkpoint.weights",
     "save": "rwkv_jax.checkpoint.weights",
 }
+_ROOMS = ("states", "wkv")
+"""Modules that are named as such: `rwkv_jax.states.take`."""
 
 __all__ = [
     "ModelConfig",
@@ -34,7 +37,9 @@ __all__ = [
     "load",
     "save",
     "stack",
+    "states",
     "unstack",
+    "wkv",
     "wkv4",
     "wkv6",
     "wkv7",
@@ -42,10 +47,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"rwkv_jax.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(_HOMES)
+    return sorted(__all__)

@@ -4,9 +4,10 @@ from rwkv_jax.generate.session import (
     Piece,
     Sampling,
     Session,
+    Start,
     Writer,
     generate,
     generate_with,
 )
 
-__all__ = ["Piece", "Sampling", "Session", "Writer", "generate", "generate_with"]
+__all__ = ["Piece", "Sampling", "Session", "Start", "Writer", "generate", "generate_with"]

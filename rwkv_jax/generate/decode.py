@@ -93,17 +93,23 @@ def prefill(
     *,
     cfg: ModelConfig,
     end: int,
+    start: State | None = None,
+    start_logits: Float[Array, "1 V"] | None = None,
 ) -> Rows[Array]:
     """Rows that have read their prompts; `params` in `decoding_layout`.
 
     Each prompt is read by itself, so rows may differ in length and none depends on its neighbours.
     An empty one starts a document: it reads `end`, the token between documents, from a fresh state,
-    as every document does in training.
+    as every document does in training. `start` is a state of one row to read every prompt from; an
+    empty prompt then reads nothing, and `start_logits` say what may come next.
     """
-    fresh = _fresh_state(params, cfg, 1)
+    fresh = _fresh_state(params, cfg, 1) if start is None else start
     logits, states = [], []
     for prompt in prompts:
-        row_logits, state = _read(params, prompt or [end], fresh, cfg)
+        if start_logits is not None and not prompt:
+            row_logits, state = start_logits, fresh
+        else:
+            row_logits, state = _read(params, prompt or [end], fresh, cfg)
         logits.append(row_logits)
         states.append(state)
     return _side_by_side(logits, states, _keys(seeds))
@@ -137,10 +143,13 @@ def extend(
     return replace(rows, logits=logits, state=state, ended=jnp.zeros_like(rows.ended))
 
 
-def forget(params: Model[Array], rows: Rows[Array], *, cfg: ModelConfig) -> Rows[Array]:
-    """Rows that have read and written nothing, but don't draw the same numbers once more."""
+def forget(
+    params: Model[Array], rows: Rows[Array], *, cfg: ModelConfig, start: State | None = None
+) -> Rows[Array]:
+    """A row that has read and written nothing, or what `start` is after, but doesn't draw the same
+    numbers once more."""
     batch, vocab_size = rows.logits.shape
-    state = _fresh_state(params, cfg, batch)
+    state = _fresh_state(params, cfg, batch) if start is None else start
     return replace(rows, state=state, counts=no_counts(batch, vocab_size))
 
 

@@ -30,8 +30,8 @@ from rwkv_jax.generate.decode import (
 )
 from rwkv_jax.generate.text import StopStrings
 from rwkv_jax.generate.transforms import Settings, Vocabulary
-from rwkv_jax.models import Model
-from rwkv_jax.typing import Array
+from rwkv_jax.models import Model, State, check_state, stack, unstack
+from rwkv_jax.typing import Array, Float
 
 UNCOUNTED = " \t0123456789"
 """Tokens whose text is a substring of this add nothing to the frequency penalty."""
@@ -40,6 +40,8 @@ CALL_SECONDS = 0.1
 """A call to the device writes about as many tokens as take this long: text should flow."""
 
 MAX_SEED = 2**32 - 1
+
+SILENT = "the state to start from does not say what comes next: give a prompt to go on with"
 
 Finish = Literal["", "stop", "end", "length"]
 """Why a text ended: a stop string, the end of the document, or `max_tokens`. Empty: it goes on."""
@@ -94,6 +96,22 @@ class Piece:
     finish: Finish = ""
 
 
+class Start:
+    """Where texts start instead of at nothing: a state of one row, and the logits of the next token
+    if they are known.
+
+    Raises `UserError` unless it is one row of `cfg`'s model.
+    """
+
+    def __init__(self, state: State, cfg: ModelConfig, logits: Float[Array, "1 V"] | None = None):
+        try:
+            check_state(state, cfg, 1)
+        except ValueError as error:
+            raise UserError(f"{error}; give one row of a state of this model") from None
+        self.state = state if isinstance(state.blocks, tuple) else unstack(state)
+        self.logits = logits
+
+
 class Writer:
     """A model and its tokenizer made ready for decoding: make one, use it for many texts.
 
@@ -111,12 +129,30 @@ class Writer:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary_of(tokenizer, cfg.vocab_size)
 
-    def start(self, prompts: Sequence[str], seeds: Sequence[int]) -> Rows[Array]:
-        """Rows that have read their prompts. Raises `UserError` for a seed out of range."""
+    def start(
+        self, prompts: Sequence[str], seeds: Sequence[int], start: "Start | None" = None
+    ) -> Rows[Array]:
+        """Rows that have read their prompts, each from `start` if given.
+
+        Raises `UserError` for a seed out of range, and for a prompt without a token from a start
+        that does not know what comes next.
+        """
         for seed in seeds:
             check_seed(seed)
         tokens = [self.tokenizer.encode(prompt) for prompt in prompts]
-        return prefill(self.params, tokens, seeds, cfg=self.cfg, end=self.tokenizer.eod)
+        if start is None:
+            return prefill(self.params, tokens, seeds, cfg=self.cfg, end=self.tokenizer.eod)
+        if start.logits is None and not all(tokens):
+            raise UserError(SILENT)
+        return prefill(
+            self.params,
+            tokens,
+            seeds,
+            cfg=self.cfg,
+            end=self.tokenizer.eod,
+            start=start.state,
+            start_logits=start.logits,
+        )
 
     def write(
         self, rows: Rows[Array], settings: Settings[Array], tokens: int
@@ -229,10 +265,11 @@ def generate_with(
     sampling: Sampling | None = None,
     seed: int = 0,
     stop: Sequence[str] = (),
+    start: Start | None = None,
 ) -> Iterator[Piece]:
-    """`generate` from a model made ready before."""
+    """`generate` from a model made ready before; every prompt goes on from `start`, if given."""
     check_tokens(max_tokens)
-    rows = writer.start(prompts, [seed + index for index in range(len(prompts))])
+    rows = writer.start(prompts, [seed + index for index in range(len(prompts))], start)
     return _pieces(writer, rows, sampling or Sampling(), max_tokens, stop)
 
 
@@ -284,18 +321,22 @@ class Session:
 
     However a stream ends, at a stop string, by `break` or by Ctrl-C, the state is then that after
     the last token handed out (a stop string is part of the state, though not of the text). After
-    the end of a document a new one starts.
+    the end of a document a new one starts. With `start`, all begins there instead of at nothing.
     """
 
-    def __init__(self, writer: Writer, seed: int = 0):
+    def __init__(self, writer: Writer, seed: int = 0, start: Start | None = None):
         self._writer = writer
+        self._start = start
         self.reset(seed)
 
     def reset(self, seed: int | None = None) -> None:
         """Forgets the text, and starts the random numbers again, with another seed if given."""
         seed = self.seed if seed is None else seed
-        self._rows = self._writer.start([""], [seed])
-        self._begun = False
+        start = self._start
+        known = start is not None and start.logits is not None
+        # Without logits something has to be read before anything can be written.
+        self._rows = self._writer.start([""], [seed], start if known else None)
+        self._begun = known
         self._decoder = StreamDecoder(self._writer.tokenizer)
         self.seed = seed
 
@@ -312,10 +353,28 @@ class Session:
             self._read(tokens)
             self._decoder = StreamDecoder(self._writer.tokenizer)
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything has been read or written since the start."""
+        return self._begun
+
+    @property
+    def state(self) -> State:
+        """The state after all of the text so far, layers stacked: a value, to keep or to save."""
+        return stack(self._rows.state)
+
+    @property
+    def logits(self) -> Float[Array, "1 V"]:
+        """Of the next token."""
+        return self._rows.logits
+
     def _read(self, tokens: Sequence[int]) -> None:
         """As a prompt if nothing came before, else as more of the text."""
         writer = self._writer
-        rows = self._rows if self._begun else forget(writer.params, self._rows, cfg=writer.cfg)
+        rows = self._rows
+        if not self._begun:
+            start = None if self._start is None else self._start.state
+            rows = forget(writer.params, rows, cfg=writer.cfg, start=start)
         self._rows = extend(writer.params, rows, tokens, cfg=writer.cfg)
         self._begun = True
 
@@ -334,6 +393,8 @@ class Session:
         reader = _Reader(self._decoder, self._writer.tokenizer.eod, stop)
         pace = _Pace()
         if left and not self._begun:
+            if self._start is not None:
+                raise UserError(SILENT)
             self._read([self._writer.tokenizer.eod])
         while left and not reader.finish:
             before = self._rows

@@ -1,0 +1,29 @@
+"""What every command does around its work: one-line errors, exit codes, an end that is clean."""
+
+import sys
+from collections.abc import Callable
+
+from rwkv_jax.errors import UserError, abandon_stdout, interruptible, lost_output
+
+
+def run(prog: str, action: Callable[[], object]) -> int:
+    """Runs a command's work; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    if sys.stdout is None:
+        print(f"{prog}: stdout is closed; the output needs somewhere to go", file=sys.stderr)
+        return 2
+    try:
+        with interruptible():
+            action()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{interrupt}".rstrip("\n"), file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        abandon_stdout()  # the reader has what it wanted (`| head`)
+    except OSError as error:
+        lost_output(error, prog)
+        return 2
+    return 0
