@@ -409,25 +409,22 @@ def from_official(
     }
 
 
-def side_files(config: Mapping[str, Any], tokenizer: str) -> dict[str, dict[str, Any]]:
-    """The JSON files of a folder beside its weights, by name; `tokenizer` is the kind of tokenizer.
+def generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `generation_config.json` that goes with a `config.json`."""
+    return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
-    `world` wants `rwkv_vocab_v20230424.txt` beside them, for `RWKV7Tokenizer` of rwkv7-hf; `bpe`
-    and `file` want their `tokenizer.json`, which transformers reads; for `bytes` there is no code.
+
+def tokenizer_config(kind: str, vocab_size: int) -> dict[str, Any] | None:
+    """The `tokenizer_config.json` for a kind of tokenizer; None where there is no code for it.
+
+    `world` wants `rwkv_vocab_v20230424.txt` beside it, for `RWKV7Tokenizer` of rwkv7-hf; `bpe` and
+    `file` want their `tokenizer.json`, which transformers reads.
     """
-    ends = ("bos_token_id", "eos_token_id", "pad_token_id")
-    files = {
-        "config.json": dict(config),
-        "generation_config.json": {key: config[key] for key in ends},
-    }
-    if tokenizer == "world":
-        files["tokenizer_config.json"] = {
-            "tokenizer_class": "RWKV7Tokenizer",
-            "model_vocab_size": config["vocab_size"],
-        }
-    elif tokenizer in ("bpe", "file"):
-        files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    return files
+    if kind == "world":
+        return {"tokenizer_class": "RWKV7Tokenizer", "model_vocab_size": vocab_size}
+    if kind in ("bpe", "file"):
+        return {"tokenizer_class": "PreTrainedTokenizerFast"}
+    return None
 
 
 def _layers(names: Iterable[str], config: Mapping[str, Any]) -> int:

@@ -40,15 +40,43 @@ def from_official(
 
     Raises `WeightsError` for a tensor that is missing, unexpected, or of another shape or type.
     """
-    tensors = {name.removeprefix("_forward_module."): x for name, x in tensors.items()}
+    tensors = plain(tensors)
     cfg = config_of(tensors)
     table = specs(cfg)
+    found = _find(tensors, cfg)
+    # All is checked before the first tensor is read.
+    leaves, tree = jax.tree.flatten(table, is_leaf=is_spec)
+    sources = tree.flatten_up_to(found)
+    one = sharding is None or isinstance(sharding, jax.sharding.Sharding)
+    places = [sharding] * len(leaves) if one else tree.flatten_up_to(sharding)
+    arrays = [
+        _placed(source, spec, dtype, place)
+        for source, spec, place in zip(sources, leaves, places, strict=True)
+    ]
+    return jax.tree.unflatten(tree, arrays), cfg
+
+
+def plain(tensors: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
+    """The tensors without what DeepSpeed puts in front of their names."""
+    return {name.removeprefix("_forward_module."): x for name, x in tensors.items()}
+
+
+def check(tensors: Mapping[str, ArrayLike]) -> ModelConfig:
+    """The config of a whole official checkpoint. Raises `WeightsError` as `from_official` does,
+    without looking at a number."""
+    cfg = config_of(plain(tensors))
+    _find(plain(tensors), cfg)
+    return cfg
+
+
+def _find(tensors: Mapping[str, ArrayLike], cfg: ModelConfig) -> Model[list[ArrayLike]]:
+    """Each parameter's tensors, one a layer; all are there, none is left over."""
     used: set[str] = set()
 
     def find(path: tuple, spec: ParamSpec) -> list[ArrayLike]:
         layers = []
         for name in _names(path_name(path), spec):
-            if name not in tensors and name.startswith("blocks.0.") and name.endswith(_UNUSED):
+            if name not in tensors and optional(name):
                 layers.append(None)
                 continue
             if name not in tensors:
@@ -61,22 +89,13 @@ def from_official(
         stored = jnp.result_type(*{np.dtype(x.dtype) for x in layers if x is not None} or {"f4"})
         return [_zeros(spec, stored) if x is None else x for x in layers]
 
-    found = jax.tree_util.tree_map_with_path(find, table, is_leaf=is_spec)
+    found = jax.tree_util.tree_map_with_path(find, specs(cfg), is_leaf=is_spec)
     if extra := sorted(set(tensors) - used):
         raise WeightsError(
             f"{shown(extra[0])} is no parameter of RWKV-{cfg.version}; this release does not know"
             " such a model"
         )
-    # All is checked before the first tensor is read.
-    leaves, tree = jax.tree.flatten(table, is_leaf=is_spec)
-    sources = tree.flatten_up_to(found)
-    one = sharding is None or isinstance(sharding, jax.sharding.Sharding)
-    places = [sharding] * len(leaves) if one else tree.flatten_up_to(sharding)
-    arrays = [
-        _placed(source, spec, dtype, place)
-        for source, spec, place in zip(sources, leaves, places, strict=True)
-    ]
-    return jax.tree.unflatten(tree, arrays), cfg
+    return found
 
 
 def to_official(
@@ -97,13 +116,40 @@ def to_official(
     return tensors
 
 
+def expected(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of an official checkpoint of `cfg`'s model, with version 7's unused v0,
+    v1 and v2 of layer 0."""
+    leaves = jax.tree_util.tree_leaves_with_path(specs(cfg), is_leaf=is_spec)
+    return {
+        name: _official_shape(spec)
+        for path, spec in leaves
+        for name in _names(path_name(path), spec)
+    }
+
+
+def in_order(tensors: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
+    """The tensors from the embedding through the layers to the head, wherever they came from, so
+    that the same model makes the same file."""
+
+    def place(name: str) -> tuple[int, int, str]:
+        part, *rest = name.split(".")
+        parts = ("emb", "blocks", "ln_out", "head")
+        layer = int(rest[0]) if part == "blocks" and rest and rest[0].isdigit() else 0
+        return parts.index(part) if part in parts else len(parts), layer, name
+
+    return {name: tensors[name] for name in sorted(tensors, key=place)}
+
+
+def optional(name: str) -> bool:
+    """Whether a checkpoint is whole without this tensor."""
+    return name.startswith("blocks.0.att.") and name.endswith(_UNUSED)
+
+
 def _checked(name: str, array: ArrayLike, spec: ParamSpec) -> ArrayLike:
-    shape = tuple(array.shape)
-    expected = spec.shape[::-1] if spec.layout == "linear" else spec.shape
-    if [n for n in shape if n != 1] != [n for n in expected if n != 1]:
-        expected = (1, 1, *expected) if spec.layout == "row" else expected
+    shape, needed = tuple(array.shape), _official_shape(spec)
+    if [n for n in shape if n != 1] != [n for n in needed if n != 1]:
         raise WeightsError(
-            f"{name} has shape {list(shape)}, not {list(expected)}; the file is damaged, or of"
+            f"{name} has shape {list(shape)}, not {list(needed)}; the file is damaged, or of"
             " another model"
         )
     if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -114,8 +160,14 @@ def _checked(name: str, array: ArrayLike, spec: ParamSpec) -> ArrayLike:
     return array
 
 
-def _zeros(spec: ParamSpec, dtype: Any) -> ArrayLike:
+def _official_shape(spec: ParamSpec) -> tuple[int, ...]:
+    """Of one layer's tensor."""
     shape = spec.shape[::-1] if spec.layout == "linear" else spec.shape
+    return (1, 1, *shape) if spec.layout == "row" else shape
+
+
+def _zeros(spec: ParamSpec, dtype: Any) -> ArrayLike:
+    shape = _official_shape(spec)
     return Deferred(shape, np.dtype(dtype), lambda: np.zeros(shape, dtype))
 
 
@@ -156,9 +208,7 @@ def _set_layer(into: Array, layer: Array, index: Any) -> Array:
 
 def _official(value: Array, spec: ParamSpec, layer: int | None, dtype: Any) -> Deferred:
     """One layer's tensor as official files have it."""
-    shape = spec.shape[::-1] if spec.layout == "linear" else spec.shape
-    shape = (1, 1, *shape) if spec.layout == "row" else shape
-    kind = np.dtype(dtype or value.dtype)
+    shape, kind = _official_shape(spec), np.dtype(dtype or value.dtype)
 
     def fetch() -> np.ndarray:
         values = np.asarray(value if layer is None else value[layer]).astype(kind, copy=False)

@@ -259,12 +259,14 @@ def _no_checkpoint(folder: Path, cfg: Config) -> StoreError:
 
 def _check_belongs(folder: Path, cfg: Config, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
     """Raises `StoreError` if config or tokenizer are not those the checkpoint was made with."""
-    saved, now = meta["model"], dataclasses.asdict(cfg.model)
+    # A setting that is younger than the run had its default's meaning.
+    defaults = {key.name: key.default for key in dataclasses.fields(ModelConfig)}
+    saved, now = defaults | meta["model"], dataclasses.asdict(cfg.model)
     for key in sorted({*saved, *now}):
-        if saved.get(key) != now.get(key):
+        if saved[key] != now.get(key):
             raise StoreError(
                 f"{folder / CONFIG}: model.{key} = {now.get(key)!r}, but the checkpoint was made"
-                f" with {saved.get(key)!r}; put it back"
+                f" with {saved[key]!r}; put it back"
             )
     if tokenizer.identity() != meta["tokenizer"] or tokenizer.vocab_size > cfg.model.vocab_size:
         raise StoreError(

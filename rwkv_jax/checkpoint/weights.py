@@ -7,11 +7,12 @@ Out: `.pth`, `.safetensors`, a Hugging Face folder (versions 4 and 7).
 Files are mapped, not read: a tensor is in memory while it is looked at. Nothing in a file is run.
 """
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,21 @@ import numpy as np
 
 from rwkv_jax.checkpoint import huggingface, store
 from rwkv_jax.checkpoint.errors import WeightsError, shown
-from rwkv_jax.checkpoint.files import ArrayLike, Deferred
-from rwkv_jax.checkpoint.keymaps import config_of, from_official, to_official
+from rwkv_jax.checkpoint.files import ArrayLike, Deferred, replacing
+from rwkv_jax.checkpoint.keymaps import config_of, from_official, in_order, to_official
 from rwkv_jax.checkpoint.pth import read_pth, write_pth
 from rwkv_jax.checkpoint.safetensors import read_safetensors, write_safetensors
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.data.tokenizers import ByteTokenizer, Tokenizer, WorldTokenizer, open_tokenizer
+from rwkv_jax.data.tokenizers import (
+    HF_FILE,
+    WORLD_FILE,
+    ByteTokenizer,
+    Tokenizer,
+    WorldTokenizer,
+    load_tokenizer,
+    open_tokenizer,
+    world_vocabulary,
+)
 from rwkv_jax.models import Model
 from rwkv_jax.typing import Array
 
@@ -52,7 +62,7 @@ class Weights:
     path: Path
     format: str
     """`pth`, `safetensors`, a layout of `huggingface.LAYOUTS`, or `run`."""
-    tensors: dict[str, ArrayLike]
+    tensors: Mapping[str, ArrayLike]
 
 
 def read(path: Path | str) -> Weights:
@@ -83,7 +93,7 @@ def load(
     >>> params, cfg = load("RWKV-x070-World-0.1B.pth")  # doctest: +SKIP
     """
     weights = read(path)
-    with _naming(weights.path):
+    with naming(weights.path):
         return from_official(weights.tensors, dtype=dtype, sharding=sharding)
 
 
@@ -98,23 +108,22 @@ def load_with_tokenizer(
     if not tokenizer and (path / store.CONFIG).is_file():
         return store.load_run(path)
     weights = read(path)
-    with _naming(path):
+    with naming(path):
         sizes = config_of(weights.tensors)
-        found = find_tokenizer(path, sizes.vocab_size, tokenizer)
+        found = find_tokenizer(weights, sizes.vocab_size, tokenizer)
         return *from_official(weights.tensors, dtype=dtype), found
 
 
-def find_tokenizer(path: Path, vocab_size: int, name: str = "") -> Tokenizer:
+def find_tokenizer(weights: Weights, vocab_size: int, name: str = "") -> Tokenizer:
     """The tokenizer of a model with so many embeddings: the one named (`world`, `bytes`, or a
-    `tokenizer.json`); else the `tokenizer.json` or `20B_tokenizer.json` beside the weights; else
-    the World vocabulary, or bytes, if their size is the model's.
+    `tokenizer.json`); else the run's own; else the `tokenizer.json` or `20B_tokenizer.json` beside
+    the weights; else the World vocabulary, or bytes, if their size is the model's.
 
     Raises `UserError` if there is none, or it is of another size than the model's, up to padding.
     """
-    folder = path if path.is_dir() else path.parent
-    beside = [x for x in ("tokenizer.json", "20B_tokenizer.json") if (folder / x).is_file()]
-    if not name and beside:
-        name = str(folder / beside[0])
+    if not name and weights.format == "run":
+        return load_tokenizer(weights.path / store.TOKENIZER)
+    name = name or str(_beside(weights) or "")
     if not name:
         name = {WorldTokenizer.vocab_size: "world", ByteTokenizer.vocab_size: "bytes"}.get(
             vocab_size, ""
@@ -134,6 +143,44 @@ def find_tokenizer(path: Path, vocab_size: int, name: str = "") -> Tokenizer:
     return tokenizer
 
 
+def _beside(weights: Weights) -> Path | None:
+    """The tokenizer.json that came with the weights."""
+    if weights.format == "run":
+        folder, names = weights.path / store.TOKENIZER, [HF_FILE]
+    else:
+        folder = weights.path if weights.path.is_dir() else weights.path.parent
+        names = [HF_FILE, "20B_tokenizer.json"]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def write_tokenizer(target: Path, weights: Weights, vocab_size: int) -> Path | None:
+    """Puts what `find_tokenizer` and Hugging Face's libraries need of the tokenizer of `weights`
+    beside `target`, and says where; None if nothing is needed, or it is there.
+
+    Raises `WeightsError` if another tokenizer is there already.
+    """
+    source, folder = _beside(weights), target if target.is_dir() else target.parent
+    if target.is_dir():
+        kind = "file" if source else "world" if vocab_size == WorldTokenizer.vocab_size else ""
+        if config := huggingface.tokenizer_config(kind, vocab_size):
+            _write_json(folder / "tokenizer_config.json", config)
+        if kind == "world":
+            shutil.copyfile(world_vocabulary(), folder / WORLD_FILE)
+            return folder / WORLD_FILE
+    if source is None:
+        return None
+    place = folder / source.name
+    if place.exists():
+        if place.read_bytes() == source.read_bytes():
+            return None
+        raise WeightsError(
+            f"{place}: is another model's tokenizer; convert into a folder of its own"
+        )
+    with replacing(place) as file:
+        file.write(source.read_bytes())
+    return place
+
+
 def save(path: Path | str, params: Model[Array], cfg: ModelConfig, *, dtype: Any = None) -> None:
     """Writes the parameters, in their own type or in `dtype`: as PyTorch's state dict if `path`
     ends in .pth, as safetensors if it ends in .safetensors (both in official names), and otherwise
@@ -146,7 +193,7 @@ def save(path: Path | str, params: Model[Array], cfg: ModelConfig, *, dtype: Any
 
 def write(path: Path | str, tensors: Mapping[str, ArrayLike], *, dtype: Any = None) -> None:
     """Writes tensors in official names as `save` does, one after the other."""
-    path = Path(path).expanduser()
+    path, tensors = Path(path).expanduser(), in_order(tensors)
     if dtype is not None:
         tensors = {name: _cast(x, np.dtype(dtype)) for name, x in tensors.items()}
     if path.suffix in PTH:
@@ -174,7 +221,7 @@ def _begins(path: Path) -> bytes:
 def _read_folder(path: Path) -> Weights:
     if (path / store.CONFIG).is_file():
         params, cfg, _ = store.load_run(path)
-        return Weights(path, "run", dict(to_official(params, cfg)))
+        return Weights(path, "run", to_official(params, cfg))
     if not (path / "config.json").is_file():
         files = sorted(x.name for x in path.iterdir() if x.suffix in (*PTH, *SAFETENSORS))
         hint = f"; it has {files[0]}: name that file" if files else "; name a file of weights"
@@ -186,21 +233,21 @@ def _read_folder(path: Path) -> Weights:
         tensors = read_pth(path / "pytorch_model.bin")
     else:
         tensors = read_safetensors(path)
-    with _naming(path):
+    with naming(path):
         if not huggingface.is_huggingface(tensors):
-            return Weights(path, "safetensors", dict(tensors))
+            return Weights(path, "safetensors", tensors)
         layout = huggingface.layout_of(tensors, config)
-        return Weights(path, layout, dict(huggingface.to_official(tensors, config)))
+        return Weights(path, layout, huggingface.to_official(tensors, config))
 
 
 def _named(path: Path, kind: str, tensors: Mapping[str, np.ndarray]) -> Weights:
     """A single file: official names, or Hugging Face's with the config.json beside it."""
-    with _naming(path):
+    with naming(path):
         if not huggingface.is_huggingface(tensors):
-            return Weights(path, kind, dict(tensors))
+            return Weights(path, kind, tensors)
         config = _config(path.with_name("config.json"))
         layout = huggingface.layout_of(tensors, config)
-        return Weights(path, layout, dict(huggingface.to_official(tensors, config)))
+        return Weights(path, layout, huggingface.to_official(tensors, config))
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -215,23 +262,24 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-class _naming:
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
     """Puts the file's name in front of what is wrong in it."""
+    try:
+        yield
+    except WeightsError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise WeightsError(f"{path}: {error}") from error
 
-    def __init__(self, path: Path):
-        self.path = path
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, WeightsError) and not str(error).startswith(str(self.path)):
-            raise WeightsError(f"{self.path}: {error}") from error
+def _write_json(path: Path, table: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_folder(path: Path, tensors: Mapping[str, ArrayLike]) -> None:
     """A Hugging Face folder, complete when it appears."""
-    with _naming(path):
+    with naming(path):
         named, config = huggingface.from_official(tensors)
     if path.exists() and any(path.iterdir()):
         raise WeightsError(f"{path}: is not empty; name a new folder")
@@ -239,8 +287,8 @@ def _write_folder(path: Path, tensors: Mapping[str, ArrayLike]) -> None:
     try:
         temporary.mkdir(parents=True)
         write_safetensors(temporary / "model.safetensors", named, {"format": "pt"})
-        for name, table in huggingface.side_files(config, "").items():
-            (temporary / name).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        _write_json(temporary / "config.json", config)
+        _write_json(temporary / "generation_config.json", huggingface.generation_config(config))
         os.replace(temporary, path)
     except OSError as error:
         raise WeightsError(

@@ -27,3 +27,8 @@ def run(prog: str, action: Callable[[], object]) -> int:
         lost_output(error, prog)
         return 2
     return 0
+
+
+def spoken(prog: str) -> str:
+    """A command's name in its errors: `train.py` of `python train.py`."""
+    return prog.removeprefix("python ").removeprefix("-m ")

@@ -33,6 +33,7 @@ Ids = Sequence[int] | np.ndarray
 UNKNOWN = "\ufffd".encode()
 META = "meta.json"
 HF_FILE = "tokenizer.json"
+WORLD_FILE = "rwkv_vocab_v20230424.txt"
 EOD_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
@@ -114,8 +115,8 @@ class WorldTokenizer:
                 " pip install pyrwkv-tokenizer"
             ) from error
         self._encoder = pyrwkv_tokenizer.RWKVTokenizer()
-        vocabulary = importlib.resources.files(pyrwkv_tokenizer) / "rwkv_vocab_v20230424.txt"
-        self._bytes = _world_bytes(vocabulary.read_text(encoding="utf-8"), self.vocab_size)
+        text = world_vocabulary().read_text(encoding="utf-8")
+        self._bytes = _world_bytes(text, self.vocab_size)
         self._checksum = hashlib.blake2b(b"\n".join(self._bytes), digest_size=8).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -137,6 +138,12 @@ class WorldTokenizer:
     def identity(self) -> str:
         """The vocabulary's name and checksum."""
         return f"{self.kind} {self._checksum}"
+
+
+def world_vocabulary() -> Path:
+    """The file of the World vocabulary, as the package that encodes it has it."""
+    package = importlib.resources.files("pyrwkv_tokenizer")
+    return Path(str(package / WORLD_FILE))
 
 
 def _world_bytes(vocabulary: str, size: int) -> list[bytes]:

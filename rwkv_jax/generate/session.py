@@ -354,6 +354,11 @@ class Session:
             self._decoder = StreamDecoder(self._writer.tokenizer)
 
     @property
+    def writer(self) -> Writer:
+        """What it is written with."""
+        return self._writer
+
+    @property
     def begun(self) -> bool:
         """Whether anything has been read or written since the start."""
         return self._begun

@@ -16,10 +16,13 @@ import jax.numpy as jnp
 import pytest
 
 import sample
-from rwkv_jax.checkpoint.store import Store
+from rwkv_jax import states
+from rwkv_jax.checkpoint.store import Store, load_run
+from rwkv_jax.checkpoint.weights import save
 from rwkv_jax.config import Config, to_toml
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.generate import Piece, Sampling, Session, Writer, generate, generate_with, terminal
+from rwkv_jax.models import init_state
 from rwkv_jax.training.state import TrainState
 from tests.generate.conftest import config, weights
 
@@ -47,7 +50,7 @@ def no_compilation_cache(monkeypatch):
 
 
 def sample_py(*arguments):
-    return sample.main([str(argument) for argument in arguments])
+    return sample.main([str(argument) for argument in arguments], "python sample.py")
 
 
 def written(prompt, seed):
@@ -105,14 +108,19 @@ def test_stop(run, capsys):
         (["RUN", "--seed", "-1"], "seed -1: between"),
         (["RUN", "--seed", "x"], "argument --seed: invalid int value: 'x'; see --help"),
         (["RUN", "--no-such"], "unrecognized arguments: --no-such; see --help"),
-        ([], "the following arguments are required: RUN.*; see --help"),
+        ([], "the following arguments are required: MODEL.*; see --help"),
         (["RUN", "a", "b", "-i"], "--interactive is one text: give it one prompt, not 2"),
         (["RUN", "-i", "--prompt-file", "-"], "--interactive reads what you type"),
         (["RUN", "--prompt-file", "TMP/none"], "--prompt-file .*none: No such file"),
         (["RUN", "--prompt-file", "TMP/latin"], "--prompt-file .*latin: byte 2 is not UTF-8"),
-        (["TMP/none"], "none: no such folder"),
-        (["TMP"], "holds no run"),
+        (["TMP/none"], "none: cannot be read .No such file or directory.; name"),
+        (["TMP"], "neither a run nor a Hugging Face folder"),
         (["TMP/fresh"], "has no checkpoint yet"),
+        (["TMP/latin"], "latin: is neither a .pth nor a .safetensors file"),
+        (["RUN", "--state", "TMP/none.pth"], "none.pth: cannot be read"),
+        (["RUN", "--state", "TMP/latin"], "latin: is neither a .pth nor"),
+        (["RUN", "a", "b", "--save-state", "TMP/s"], "--save-state keeps one text: give it one"),
+        (["RUN", "--tokenizer", "world"], r"has \d+ embeddings, and the tokenizer world 65,536"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, arguments, message, tmp_path, capsys):
@@ -131,7 +139,8 @@ def test_bad_input_is_one_line_and_exit_code_2(run, arguments, message, tmp_path
 
 
 def test_help_imports_no_jax():
-    code = "import sys, sample\ntry: sample.main(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys, sample\ntry: sample.main(['--help'], 'python sample.py')\n"
+    code += "except SystemExit: pass\n"
     done = subprocess.run(
         [sys.executable, "-c", code + "assert 'jax' not in sys.modules"],
         cwd=ROOT,
@@ -140,6 +149,50 @@ def test_help_imports_no_jax():
     )
     assert done.returncode == 0, done.stderr
     assert "--interactive" in done.stdout and "python sample.py runs/demo" in done.stdout
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weight_files_write_what_the_run_writes(run, tmp_path, capsys, suffix):
+    """Version and all sizes come from the file alone."""
+    params, cfg, _ = load_run(run)
+    save(tmp_path / f"m{suffix}", params, cfg)
+    assert sample_py(tmp_path / f"m{suffix}", "def", "--tokenizer", "bytes", *FLAGS) == 0
+    assert capsys.readouterr().out == "def" + written("def", 3) + "\n"
+
+
+def test_a_state_is_kept_and_gone_on_from(run, tmp_path, capsys):
+    """A text in two halves is the text in one, drawn greedily; and any prompt may follow."""
+    kept, greedy = tmp_path / "kept.safetensors", ["--temperature", "0", "--frequency", "0"]
+    greedy += ["--presence", "0", "--no-echo"]
+    assert sample_py(run, "def", "--tokens", "30", *greedy) == 0
+    whole = capsys.readouterr().out
+    assert sample_py(run, "def", "--tokens", "12", *greedy, "--save-state", kept) == 0
+    half = capsys.readouterr()
+    assert f"[state saved in {kept}]" in half.err
+    before = kept.read_bytes()
+    assert sample_py(run, "--state", kept, "--tokens", "18", *greedy) == 0
+    assert half.out.rstrip("\n") + capsys.readouterr().out == whole
+    assert sample_py(run, "x", "--state", kept, "--tokens", "5", *greedy) == 0
+    assert sample_py(run, "x", "y", "--state", kept, "--tokens", "5", *greedy) == 0
+    texts = capsys.readouterr().out
+    assert texts.count("==>") == 2 and kept.read_bytes() == before
+
+
+def test_a_state_of_another_tokenizer_or_without_logits(run, tmp_path, capsys):
+    _, cfg, tokenizer = load_run(run)
+    path = tmp_path / "s.safetensors"
+    states.save(path, init_state(cfg, 1), notes={"tokenizer": "bpe 12"})
+    assert sample_py(run, "x", "--state", path) == 2
+    assert "written with the tokenizer bpe 12, and this is bytes" in capsys.readouterr().err
+    states.save(path, init_state(cfg, 1), notes={"tokenizer": tokenizer.identity()})
+    for flags in ([], ["-i"]):
+        code = sample_py(run, "--state", path, *flags, *FLAGS)
+        assert flags or code == 2
+    assert "does not say what comes next: give a prompt" in capsys.readouterr().err
+    assert sample_py(run, "x", "--state", path, *FLAGS) == 0
+    states.save(path, init_state(cfg, 2))
+    assert sample_py(run, "x", "--state", path) == 2
+    assert "2 rows" in capsys.readouterr().err
 
 
 def test_a_reader_that_leaves_is_no_error(run):

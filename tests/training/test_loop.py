@@ -247,7 +247,7 @@ import resource, sys
 sys.path.insert(0, {root!r})
 import train
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-sys.exit(train.main(sys.argv[1:]))
+sys.exit(train.main(sys.argv[1:], "python train.py"))
 """
 
 

@@ -1,0 +1,65 @@
+"""`convert`: weights from any format into another."""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from rwkv_jax.cli.running import run, spoken
+from rwkv_jax.errors import Parser, UserError
+
+ABOUT = """
+Weights from any format into another; the name of OUT says which.
+
+  {prog} RWKV-x070-World-0.1B-v2.8.pth world-0.1b.safetensors
+  {prog} runs/demo demo.pth
+      the newest checkpoint of a run, for everything that reads official files
+  {prog} RWKV-x070-World-0.1B-v2.8.pth world-0.1b-hf
+      no ending: a folder for Hugging Face's libraries (versions 4 and 7)
+  {prog} model.pth model-bf16.pth --dtype bfloat16
+
+Numbers are copied bit for bit unless --dtype is given, one tensor at a time, so a model may be
+larger than memory. OUT appears when all of it is on disk.
+"""
+
+
+def main(arguments: list[str], prog: str = "python -m rwkv_jax convert") -> int:
+    """Runs the command line; returns the exit code: 2 for bad input, 130 when interrupted."""
+    parser = Parser(
+        prog=spoken(prog),
+        usage=f"{prog} MODEL OUT [options]",
+        description=ABOUT.format(prog=prog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help=".pth, .safetensors, Hugging Face folder, or a run's")
+    add("out", metavar="OUT", help=".pth, .safetensors, or a new folder")
+    add(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="round to this type (default: as it is stored)",
+    )
+    add("--overwrite", action="store_true", help="replace OUT if it is there")
+    return run(spoken(prog), partial(_convert, parser.parse_args(arguments)))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    # Here, so that --help answers at once.
+    import ml_dtypes
+    import numpy as np
+
+    from rwkv_jax.checkpoint.keymaps import check
+    from rwkv_jax.checkpoint.weights import naming, read, write, write_tokenizer
+
+    source, target = Path(args.model).expanduser(), Path(args.out).expanduser()
+    if target.exists() and target.resolve() == source.resolve():
+        raise UserError(f"{target}: is the file to read; name another")
+    if target.exists() and not args.overwrite:
+        raise UserError(f"{target}: is there already; name another file, or add --overwrite")
+    weights = read(source)
+    with naming(weights.path):
+        cfg = check(weights.tensors)
+    kind = {"bfloat16": ml_dtypes.bfloat16, None: None}.get(args.dtype, args.dtype)
+    write(target, weights.tensors, dtype=None if kind is None else np.dtype(kind))
+    print(f"{target}: RWKV-{cfg.version}, {len(weights.tensors):,} tensors")
+    if written := write_tokenizer(target, weights, cfg.vocab_size):
+        print(f"{written}: its tokenizer")

@@ -1,0 +1,66 @@
+"""`train`: train a model as a config says."""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from rwkv_jax.cli.running import run, spoken
+from rwkv_jax.errors import Parser, UserError
+
+HELP = """
+Train an RWKV model on your text, and see what it has learnt.
+
+  {prog}
+      RWKV-7 on the source of Python's standard library, into runs/demo (configs/demo.toml)
+  {prog} configs/demo-rwkv4.toml
+      another run
+  {prog} data.source=~/notes train.output=runs/notes
+      your own text: a file, a folder, a quoted glob, or .jsonl[.gz|.zst] (data.field: its field)
+  {prog} model.width=512 model.layers=6 optimizer.peak_lr=4e-4 train.output=runs/large
+      any setting of rwkv_jax/config.py
+
+Ctrl-C saves and stops; the same command goes on from there, and so it does after a crash.
+Then: python sample.py runs/demo "def main("
+"""
+DEFAULT = Path(__file__).parents[2] / "configs" / "demo.toml"
+
+
+def main(arguments: list[str], prog: str = "python -m rwkv_jax train") -> int:
+    """Runs the command line; returns the exit code: 2 for bad input, 130 when interrupted."""
+    config, overrides = _parse(arguments, prog)
+    return run(spoken(prog), partial(_train, config, overrides))
+
+
+def _train(config: Path, overrides: list[str]) -> None:
+    # Here, so that --help and a mistyped setting answer at once.
+    from rwkv_jax.config import load_config
+
+    if config == DEFAULT and not config.is_file():
+        raise UserError("the demo's config is not installed with the package; name a TOML file")
+    cfg = load_config(config, overrides)
+    from rwkv_jax.compiled import keep_compiled_programs
+    from rwkv_jax.training.loop import train
+
+    keep_compiled_programs(cfg.data.cache_root)
+    try:
+        train(cfg)
+    except KeyboardInterrupt as interrupt:
+        told = str(interrupt) or "Interrupted before the first step."
+        raise KeyboardInterrupt(told) from None
+
+
+def _parse(arguments: list[str], prog: str) -> tuple[Path, list[str]]:
+    parser = Parser(
+        prog=spoken(prog),
+        usage=f"{prog} [CONFIG] [section.key=value ...]",
+        description=HELP.format(prog=prog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", nargs="?", help="a TOML file (default: configs/demo.toml)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="TOML values")
+    parsed = parser.parse_args(arguments)
+    overrides = parsed.overrides
+    config = parsed.config
+    if config and "=" in config and not Path(config).exists():
+        config, overrides = None, [config, *overrides]
+    return Path(config) if config else DEFAULT, overrides

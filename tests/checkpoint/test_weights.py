@@ -1,0 +1,269 @@
+"""Any file in, the same numbers out: formats, types, placement, and one line for what is wrong."""
+
+import functools
+import json
+import pickle
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from official import VERSIONS, checkpoint
+
+import rwkv_jax
+from rwkv_jax import models
+from rwkv_jax.checkpoint import keymaps, weights
+from rwkv_jax.checkpoint.files import Deferred
+from rwkv_jax.checkpoint.pth import write_pth
+from rwkv_jax.checkpoint.safetensors import write_safetensors
+from rwkv_jax.errors import UserError
+
+RANKS = (6, 5, 4, 7, 3)
+
+
+@functools.cache
+def tensors(version, **options):
+    return checkpoint(version, layers=2, ffn=96, ranks=RANKS, **options)
+
+
+def same(found, expected):
+    """Names, types and bits."""
+    assert set(found) == set(expected)
+    for name, x in expected.items():
+        assert found[name].dtype == x.dtype, name
+        assert np.array_equal(np.asarray(found[name]), x), name
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_in_out_in_again(tmp_path, version, suffix, dtype):
+    """Through parameters, in every type: identical tensors, and of version 7 the unused ones."""
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    given = {name: x.astype(kind) for name, x in tensors(version).items()}
+    weights.write(tmp_path / f"given{suffix}", given)
+    params, cfg = rwkv_jax.load(tmp_path / f"given{suffix}")
+    assert {x.dtype for x in jax.tree.leaves(params)} == {kind}
+    rwkv_jax.save(tmp_path / f"saved{suffix}", params, cfg)
+    saved = weights.read(tmp_path / f"saved{suffix}").tensors
+    same({name: x for name, x in saved.items() if name in given}, given)
+    assert all(keymaps.optional(name) for name in set(saved) - set(given))
+    again, again_cfg = rwkv_jax.load(tmp_path / f"saved{suffix}")
+    assert again_cfg == cfg
+    assert all(map(np.array_equal, jax.tree.leaves(again), jax.tree.leaves(params)))
+    rwkv_jax.save(tmp_path / f"again{suffix}", again, cfg)
+    assert (tmp_path / f"again{suffix}").read_bytes() == (tmp_path / f"saved{suffix}").read_bytes()
+
+
+def test_types_can_be_asked_for(tmp_path):
+    weights.write(tmp_path / "m.pth", tensors("7"), dtype=ml_dtypes.bfloat16)
+    params, cfg = rwkv_jax.load(tmp_path / "m.pth", dtype=jnp.float32)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
+    rwkv_jax.save(tmp_path / "n.safetensors", params, cfg, dtype=jnp.bfloat16)
+    back = weights.read(tmp_path / "n.safetensors").tensors
+    same({name: back[name] for name in tensors("7")}, weights.read(tmp_path / "m.pth").tensors)
+
+
+@pytest.mark.parametrize("layers", [1, 5])
+@pytest.mark.parametrize("head", [16, 32, 64])
+def test_sizes_are_read_from_shapes(head, layers):
+    given = checkpoint("7", layers=layers, width=64, head=head, vocab=300, ranks=(9, 3, 8, 11))
+    _, cfg = keymaps.from_official(given)
+    rank_v = 8 if layers > 1 else 0
+    assert (cfg.layers, cfg.head_size, cfg.vocab_size) == (layers, head, 300)
+    assert (cfg.rank_w, cfg.rank_a, cfg.rank_v, cfg.rank_g) == (9, 3, rank_v, 11)
+    for version in ("5.0", "5.1", "5.2", "6"):
+        _, cfg = keymaps.from_official(checkpoint(version, layers=layers, width=64, head=head))
+        assert (cfg.version, cfg.layers, cfg.head_size) == (version, layers, head)
+
+
+def test_one_head_is_told_from_one_decay_per_head():
+    """Version 5.1's [h] and 5.2's [h, n], with a single head."""
+    for version in ("5.1", "5.2"):
+        assert keymaps.config_of(checkpoint(version, width=16, head=16)).version == version
+
+
+@pytest.mark.parametrize("version", ["4", "7"])
+def test_a_hugging_face_folder(tmp_path, version):
+    given = checkpoint(version, width=128, head=64, ranks=RANKS)
+    params, cfg = keymaps.from_official(given)
+    rwkv_jax.save(tmp_path / "hf", params, cfg)
+    names = {path.name for path in (tmp_path / "hf").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors"}
+    same(weights.read(tmp_path / "hf").tensors, given)
+    # The file alone is enough, as its config lies beside it.
+    same(weights.read(tmp_path / "hf" / "model.safetensors").tensors, given)
+    assert rwkv_jax.load(tmp_path / "hf")[1] == cfg
+    with pytest.raises(UserError, match="not empty"):
+        rwkv_jax.save(tmp_path / "hf", params, cfg)
+
+
+def test_prefixes_and_nested_state_dicts(tmp_path):
+    given = {f"_forward_module.{name}": x for name, x in tensors("6").items()}
+    write_pth(tmp_path / "deepspeed.pth", given)
+    _, cfg = rwkv_jax.load(tmp_path / "deepspeed.pth")
+    assert cfg.version == "6"
+
+
+def test_parameters_go_where_they_are_told(tmp_path):
+    """Over eight devices, each holding its part; and large ones layer by layer, with equal
+    numbers."""
+    write_safetensors(tmp_path / "m.safetensors", tensors("7"))
+    expected, cfg = rwkv_jax.load(tmp_path / "m.safetensors")
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def place(x):
+        axis = next((i for i, n in enumerate(x.shape) if i and n % 8 == 0), None)
+        spec = [None] * x.ndim
+        if axis is not None:
+            spec[axis] = "fsdp"
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+    places = jax.tree.map(place, models.abstract_params(cfg))
+    params, _ = rwkv_jax.load(tmp_path / "m.safetensors", sharding=places)
+    assert jax.tree.map(lambda x: x.sharding, params) == places
+    assert params.blocks.att.key.addressable_shards[3].data.shape == (2, 4, 32)
+    assert all(map(np.array_equal, jax.tree.leaves(params), jax.tree.leaves(expected)))
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[5])
+    params, _ = rwkv_jax.load(tmp_path / "m.safetensors", sharding=one)
+    assert {x.sharding for x in jax.tree.leaves(params)} == {one}
+
+
+def test_large_parameters_layer_by_layer(tmp_path, monkeypatch):
+    expected, _ = keymaps.from_official(tensors("7"))
+    monkeypatch.setattr(keymaps, "LARGE", 0)
+    params, _ = keymaps.from_official(tensors("7"))
+    assert all(map(np.array_equal, jax.tree.leaves(params), jax.tree.leaves(expected)))
+
+
+def test_tensors_are_looked_at_one_at_a_time(tmp_path):
+    """Promises are kept when their turn comes, and once."""
+    asked = []
+
+    def promise(name, x):
+        def make():
+            asked.append(name)
+            return x
+
+        return Deferred(x.shape, x.dtype, make)
+
+    given = {name: promise(name, x) for name, x in tensors("5.2").items()}
+    keymaps.check(given)
+    assert not asked
+    weights.write(tmp_path / "m.pth", given)
+    assert sorted(asked) == sorted(given)
+    same(weights.read(tmp_path / "m.pth").tensors, tensors("5.2"))
+
+
+BROKEN = {
+    "missing": (
+        lambda t: drop(t, "blocks.1.att.key.weight"),
+        r"blocks\.1\.att\.key\.weight is mis",
+    ),
+    "extra": (
+        lambda t: t | {"blocks.0.att.odd": t["emb.weight"]},
+        r"blocks\.0\.att\.odd is no par",
+    ),
+    "misshapen": (
+        lambda t: t | {"blocks.1.ffn.key.weight": t["blocks.1.ffn.key.weight"][:, 1:]},
+        r"blocks\.1\.ffn\.key\.weight has shape \[96, 31\], not \[96, 32\]",
+    ),
+    "integers": (
+        lambda t: t | {"head.weight": t["head.weight"].astype(np.int8)},
+        r"head\.weight is of int8; only weights of",
+    ),
+    "no model": (lambda t: {"weight": t["emb.weight"]}, r"no RWKV checkpoint"),
+    "only a state": (
+        lambda t: {"blocks.0.att.time_state": t["blocks.0.att.time_state"]},
+        r"tuned states and no model",
+    ),
+    "another kind": (
+        lambda t: t | {"blocks.0.rosa.x_q": t["emb.weight"]},
+        r"an RWKV-8 ROSA model; this release reads versions 4 to 7a",
+    ),
+    "no ffn": (lambda t: drop(t, "blocks.0.ffn.key.weight"), r"blocks\.0\.ffn\.key\.weight"),
+}
+
+
+def drop(tensors, name):
+    return {key: x for key, x in tensors.items() if key != name}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_wrong_is_named_in_one_line(tmp_path, case, suffix):
+    change, message = BROKEN[case]
+    path = tmp_path / f"broken{suffix}"
+    weights.write(path, change(tensors("6", tuned=True)))
+    with pytest.raises(UserError, match=message) as caught:
+        rwkv_jax.load(path)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    assert ";" in str(caught.value)  # and the remedy
+
+
+def test_files_that_are_no_weights(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_pth(tmp_path / "whole.pth", tensors("4"))
+    whole = (tmp_path / "whole.pth").read_bytes()
+    (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
+    with zipfile.ZipFile(tmp_path / "photos.pth", "w") as archive:
+        archive.writestr("a.txt", "hello")
+    (folder / "model.pth").write_bytes(whole)
+    (tmp_path / "text.safetensors").write_text("hello")
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    (hf / "config.json").write_text("{")
+    for path, message in {
+        "absent.pth": "cannot be read",
+        "half.pth": "truncated|download it again",
+        "photos.pth": "data.pkl",
+        "text.safetensors": "safetensors",
+        "folder": r"it has model\.pth: name that file",
+        "hf": r"config\.json: cannot be read",
+    }.items():
+        with pytest.raises(UserError, match=message) as caught:
+            rwkv_jax.load(tmp_path / path)
+        assert str(tmp_path / path) in str(caught.value) and "\n" not in str(caught.value)
+    params, cfg = rwkv_jax.load(tmp_path / "whole.pth")
+    with pytest.raises(UserError, match=r"\.onnx is no format"):
+        rwkv_jax.save(tmp_path / "m.onnx", params, cfg)
+    with pytest.raises(UserError, match="cannot be written as a Hugging Face folder"):
+        rwkv_jax.save(tmp_path / "new", *keymaps.from_official(tensors("6")))
+    assert not (tmp_path / "new").exists()
+
+
+def test_loading_runs_nothing(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (exec, (f"open({str(tmp_path / 'sprung')!r}, 'w')",))
+
+    with zipfile.ZipFile(tmp_path / "trap.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"emb.weight": Trap()}))
+        archive.writestr("archive/version", "3\n")
+    with pytest.raises(UserError, match=r"builtins\.exec"):
+        rwkv_jax.load(tmp_path / "trap.pth")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_the_tokenizer_is_found(tmp_path):
+    """By the vocabulary's size, or beside the weights; one that does not fit is refused."""
+    world = checkpoint("4", layers=1, width=8, vocab=65536)
+    weights.write(tmp_path / "world.pth", world, dtype=np.float16)
+    _, _, tokenizer = weights.load_with_tokenizer(tmp_path / "world.pth")
+    assert tokenizer.kind == "world"
+    with pytest.raises(UserError, match=r"world\.pth: has 65,536 embeddings, and the tokenizer by"):
+        weights.load_with_tokenizer(tmp_path / "world.pth", "bytes")
+    for vocab, message in ((50277, "the Pile's"), (300, "no known vocabulary has 300 tokens")):
+        weights.write(tmp_path / "other.pth", checkpoint("4", layers=1, width=8, vocab=vocab))
+        with pytest.raises(UserError, match=f"{message}.*--tokenizer"):
+            weights.load_with_tokenizer(tmp_path / "other.pth")
+    _, _, tokenizer = weights.load_with_tokenizer(tmp_path / "other.pth", "bytes")
+    assert tokenizer.kind == "bytes"
+    with pytest.raises(UserError, match="--tokenizer nowhere: no such file"):
+        weights.load_with_tokenizer(tmp_path / "other.pth", "nowhere")
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "none"}))
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer\.json"):
+        weights.load_with_tokenizer(tmp_path / "other.pth")

@@ -1,0 +1,202 @@
+"""`python -m rwkv_jax`: inspect, convert and diff, as typed; what they print, leave and return."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from official import VERSIONS, checkpoint
+
+from rwkv_jax import __main__ as program
+from rwkv_jax.checkpoint import weights
+from rwkv_jax.checkpoint.safetensors import read_safetensors
+
+ROOT = Path(program.__file__).parents[1]
+RANKS = (6, 5, 4, 7, 3)
+
+
+def rwkv_jax(*arguments):
+    return program.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A version 7 model that Hugging Face's layout can hold."""
+    tensors = checkpoint("7", width=128, head=64, ranks=RANKS)
+    weights.write(tmp_path / "model.pth", tensors)
+    return tmp_path / "model.pth", tensors
+
+
+def test_help_lists_and_teaches(capsys):
+    with pytest.raises(SystemExit) as leave:
+        rwkv_jax("--help")
+    assert leave.value.code == 0
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^    {name} ", text, re.M) for name in program.COMMANDS)
+    for name in ("train", "sample", "inspect", "convert", "diff"):
+        with pytest.raises(SystemExit) as leave:
+            rwkv_jax(name, "--help")
+        text = capsys.readouterr().out
+        assert leave.value.code == 0 and f"python -m rwkv_jax {name} " in text
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["brew"], ["inspect"], ["convert", "one"], ["diff", "a"]]
+)
+def test_mistyped_is_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as leave:
+        rwkv_jax(*arguments)
+    out, err = capsys.readouterr()
+    assert (leave.value.code, out) == (2, "") and re.fullmatch(r"rwkv_jax.*; see --help\n", err)
+
+
+def test_as_a_program():
+    """`-m`, with the malloc settings: help comes without JAX."""
+    command = [sys.executable, "-X", "importtime", "-m", "rwkv_jax", "inspect", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "python -m rwkv_jax inspect MODEL" in done.stdout
+    assert "| jax\n" not in done.stderr
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_inspect_every_version(version, tmp_path, capsys):
+    tensors = checkpoint(version, layers=2, vocab=257, ranks=RANKS)
+    weights.write(tmp_path / "m.pth", tensors)
+    assert rwkv_jax("inspect", tmp_path / "m.pth") == 0
+    text = capsys.readouterr().out
+    heads = "" if version == "4" else ", 2 heads of 16"
+    assert f"RWKV-{version}, 2 layers of width 32{heads}" in text and "whole, and all" in text
+    count = sum(x.size for x in tensors.values())
+    assert re.search(rf"parameters *│ {count:,} ", text) and re.search("tokenizer *│ bytes", text)
+    rows = [line.split() for line in text.splitlines()]
+    groups = {"embedding", "head", "norms", "time", "channel"} | (
+        {"DeepEmbed"} if version == "7a" else set()
+    )
+    found = [row for row in rows if row and row[0] in groups and "%" in row]
+    assert {row[0] for row in found} == groups
+    counts = [row[row.index("%") - 2].replace(",", "") for row in found]
+    assert sum(map(int, counts)) == count
+    assert sum(float(row[row.index("%") - 1]) for row in found) == pytest.approx(100, abs=0.3)
+
+
+def test_inspect_decays(tmp_path, capsys):
+    """Half-lives that can be worked out by hand: log 2 / exp(time_decay) tokens."""
+    tensors = checkpoint("4", layers=1, width=4, vocab=257)
+    tensors["blocks.0.att.time_decay"] = np.log(np.log(2) / np.array([1.0, 2.0, 4.0, 1000.0]))
+    weights.write(tmp_path / "m.pth", tensors)
+    rwkv_jax("inspect", tmp_path / "m.pth")
+    row = re.search(
+        r"^ 0 +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d,.]+) ", capsys.readouterr().out, re.M
+    )
+    assert row and row.groups() == ("0.5000", "0.7740", "0.9993", "3.0", "1,000.0")
+
+
+def test_inspect_tells_all_that_is_wrong(model, capsys):
+    path, tensors = model
+    tensors = dict(tensors)
+    bad = tensors["blocks.1.ffn.key.weight"].copy()
+    bad[0, :3] = np.nan, np.inf, -np.inf
+    tensors["blocks.1.ffn.key.weight"] = bad
+    del tensors["blocks.2.ln1.bias"]
+    tensors["blocks.0.att.r_k"] = tensors["blocks.0.att.r_k"][:1]
+    tensors["stray"] = np.zeros(3, np.float32)
+    weights.write(path, tensors)
+    assert rwkv_jax("inspect", path, "--tensors") == 1
+    text = capsys.readouterr().out
+    assert "wrong: blocks.2.ln1.bias is missing" in text
+    assert "wrong: stray is no parameter of RWKV-7" in text
+    assert "wrong: blocks.0.att.r_k has shape [1, 64], not [2, 64]" in text
+    assert "wrong: blocks.1.ffn.key.weight has 3 NaN or infinite values" in text
+    assert "whole" not in text and "nan" not in text.lower().replace("nan or", "").replace(
+        "  nan", ""
+    )
+
+
+def test_convert_around_and_back(model, tmp_path, capsys):
+    """.pth, safetensors, a Hugging Face folder and back: the file is the one it began as."""
+    path, tensors = model
+    steps = ["a.safetensors", "b", "c.pth"]
+    for source, target in zip([path.name, *steps], steps, strict=False):
+        assert rwkv_jax("convert", tmp_path / source, tmp_path / target) == 0
+    assert (tmp_path / "c.pth").read_bytes() == path.read_bytes()
+    assert f"RWKV-7, {len(tensors)} tensors" in capsys.readouterr().out
+    assert rwkv_jax("diff", path, tmp_path / "b") == 0
+    all_of = f"{len(tensors)} of {len(tensors)}"
+    assert f"{all_of} tensors are the same numbers" in capsys.readouterr().out
+
+
+def test_convert_rounds_when_told(model, tmp_path):
+    path, tensors = model
+    assert rwkv_jax("convert", path, tmp_path / "low.safetensors", "--dtype", "bfloat16") == 0
+    low = read_safetensors(tmp_path / "low.safetensors")
+    assert {x.dtype.name for x in low.values()} == {"bfloat16"}
+    for name, x in tensors.items():
+        assert np.array_equal(low[name], x.astype(low[name].dtype)), name
+
+
+def test_convert_leaves_nothing_half_written(model, tmp_path, capsys):
+    path, tensors = model
+    whole = path.read_bytes()
+    (tmp_path / "there.pth").write_text("precious")
+    bad = tmp_path / "bad.pth"
+    weights.write(bad, {name: x for name, x in tensors.items() if "head" not in name})
+    for arguments, message in {
+        (path, path): "is the file to read",
+        (path, tmp_path / "there.pth"): "is there already; name another file, or add --overwrite",
+        (bad, tmp_path / "new.pth"): "bad.pth: head.weight is missing",
+        (path, tmp_path / "no" / "folder.pth"): "No such file or directory",
+        (path, tmp_path / "m.gguf"): ".gguf is no format",
+    }.items():
+        before = sorted(tmp_path.rglob("*"))
+        assert rwkv_jax("convert", *arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and message in err and err.count("\n") == 1
+        assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "there.pth").read_text() == "precious" and path.read_bytes() == whole
+    assert rwkv_jax("convert", path, tmp_path / "there.pth", "--overwrite") == 0
+    assert (tmp_path / "there.pth").read_bytes() == whole
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_output_is_one_line(model):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "rwkv_jax", "inspect", model[0]],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 2 and "No space left on device" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_diff_ranks_what_differs(model, tmp_path, capsys):
+    path, tensors = model
+    changed = dict(tensors)
+    changed["head.weight"] = tensors["head.weight"] * np.float32(1.5)
+    changed["emb.weight"] = tensors["emb.weight"] + np.float32(0.001)
+    changed["ln_out.bias"] = tensors["ln_out.bias"][:3]
+    changed["stray"] = np.zeros(2, np.float32)
+    weights.write(tmp_path / "other.safetensors", changed)
+    assert rwkv_jax("diff", path, tmp_path / "other.safetensors") == 1
+    text = capsys.readouterr().out
+    order = [text.index(name) for name in ("stray", "head.weight", "emb.weight")]
+    assert order == sorted(order) and "only in B" in text and "3 in B" in text
+    assert (
+        re.search(r"head\.weight .* 0\.5 ", text)
+        and f"{len(tensors) - 3} of {len(changed)} " in text
+    )
+    assert "ln_out.weight" not in text
+    assert rwkv_jax("diff", path, tmp_path / "other.safetensors", "--all") == 1
+    assert "ln_out.weight" in capsys.readouterr().out
+    assert rwkv_jax("diff", path, tmp_path / "none.pth") == 2
