@@ -183,6 +183,9 @@ class TrainConfig(_Strict):
     """How the run goes: its length, batch, precision, and what it leaves on disk."""
 
     output: str = "runs/demo"
+    init: str = ""
+    """Weights to start from, of any kind that `load` reads; `model` is then theirs. Empty: fresh
+    ones."""
     seed: int = 0
     steps: int = 1000
     """Optimizer steps; the schedule ends at the last one."""

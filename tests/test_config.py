@@ -81,7 +81,7 @@ def test_every_setting_can_be_read():
         | dict(bpe_vocab_size=600, cache="d"),
         "optimizer": dict(peak_lr=2.0, final_lr=1.0, warmup_steps=3, beta1=0.4, beta2=0.5)
         | dict(eps=6.0, weight_decay=7.0, clip=8.0),
-        "train": dict(output="a", seed=1, steps=2, batch=12, context=4, accumulate=3)
+        "train": dict(output="a", init="b", seed=1, steps=2, batch=12, context=4, accumulate=3)
         | dict(dtype="bfloat16", remat="full", wkv="scan", l2wrap=0.5, z_loss=0.25, log_every=6)
         | dict(eval_every=7, eval_tokens=8, checkpoint_every=9, keep=10),
         "sample": dict(prompt="p", tokens=1, temperature=0.5, top_p=0.25),

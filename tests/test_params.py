@@ -1,7 +1,8 @@
 """The parameter tables: official initial values, optimizer groups, counts, keys.
 
 The closed forms are written again here, in numpy, from the official trainer's description: version
-4 from RWKV-LM `RWKV-v4neo/src/model.py`, version 7 from `RWKV-v7/train_temp/src/model.py`.
+4 from RWKV-LM `RWKV-v4neo/src/model.py`, versions 5 and 6 from `RWKV-v5/src/model.py`, version 7
+from `RWKV-v7/train_temp/src/model.py`. Version 7a has no official trainer.
 """
 
 import dataclasses
@@ -21,9 +22,19 @@ from rwkv_jax.config import ModelConfig
 
 LAYERS, WIDTH, SIZE = 3, 64, 16
 CONFIGS = {
-    "4": ModelConfig(version="4", layers=LAYERS, width=WIDTH, vocab_size=96),
-    "7": ModelConfig(version="7", layers=LAYERS, width=WIDTH, vocab_size=96, head_size=SIZE),
+    version: ModelConfig(
+        version=version,
+        layers=LAYERS,
+        width=WIDTH,
+        vocab_size=96,
+        head_size=64 if version == "4" else SIZE,
+        state_tuned=version == "6",
+        rank_embed=8 if version == "7a" else 0,
+    )
+    for version in models.VERSIONS
 }
+
+every_version = pytest.mark.parametrize("version", models.VERSIONS)
 
 
 @functools.cache
@@ -57,6 +68,41 @@ def closed_forms_4(layer):
     }
 
 
+def closed_forms_5(version, layer):
+    up, down = layer / (LAYERS - 1), 1 - layer / LAYERS
+    heads = WIDTH // SIZE
+    n = np.arange(WIDTH if version == "5.2" else heads)
+    shape = (heads, SIZE) if version == "5.2" else (heads,)
+    wave = 0.1 * np.array([(j + 1) % 3 - 1 for j in n]) if version == "5.2" else 0
+    found = closed_forms_4(layer)
+    del found["att.time_first"]
+    found["att.time_decay"] = (-6 + 5 * (n / (len(n) - 1)) ** (0.7 + 1.3 * up)).reshape(shape)
+    found["att.ln_x.weight"] = np.full(WIDTH, ((1 + layer) / LAYERS) ** 0.7)
+    found["att.ln_x.bias"] = np.zeros(WIDTH)
+    if version == "5.0":
+        return found | {"att.time_first": np.full(heads, -3.0)}
+    faaaa = up * (1 - n / (len(n) - 1)) + wave
+    found["att.time_mix_g"] = (np.arange(WIDTH) / WIDTH) ** (0.5 * down)
+    return found | {"att.time_faaaa": faaaa.reshape(shape)}
+
+
+def closed_forms_6(layer):
+    up, down = layer / (LAYERS - 1), 1 - layer / LAYERS
+    share, old = np.arange(WIDTH) / WIDTH, closed_forms_5("5.2", layer)
+    mixes = {
+        **dict.fromkeys(["x", "w", "k"], 1 - share**down),
+        "v": 1 - (share**down + 0.3 * up),
+        **dict.fromkeys(["r", "g"], 1 - share ** (0.5 * down)),
+    }
+    return {
+        **{f"att.time_maa_{name}": x for name, x in mixes.items()},
+        "att.time_decay": old["att.time_decay"].ravel(),
+        **{name: old[name] for name in ("att.time_faaaa", "att.ln_x.weight", "att.ln_x.bias")},
+        "ffn.time_maa_k": 1 - share ** (down**3),
+        "ffn.time_maa_r": 1 - share ** (down**3),
+    }
+
+
 def closed_forms_7(layer):
     up, down = layer / (LAYERS - 1), 1 - layer / LAYERS
     i = np.arange(WIDTH)
@@ -82,15 +128,28 @@ def closed_forms_7(layer):
     }
 
 
-CLOSED_FORMS = {"4": closed_forms_4, "7": closed_forms_7}
+CLOSED_FORMS = {
+    "4": closed_forms_4,
+    "5.0": functools.partial(closed_forms_5, "5.0"),
+    "5.1": functools.partial(closed_forms_5, "5.1"),
+    "5.2": functools.partial(closed_forms_5, "5.2"),
+    "6": closed_forms_6,
+    "7": closed_forms_7,
+    "7a": lambda layer: closed_forms_7(layer) | {"ffn.s0": np.ones(4 * WIDTH)},
+}
 
 ZERO = {
     "4": ["att.key", "att.receptance", "att.output", "ffn.value", "ffn.receptance"],
+    "5.0": ["att.output", "ffn.value", "ffn.receptance"],
     "7": ["att.w1", "att.a1", "att.v1", "att.g1", "att.output", "ffn.value"],
 }
+ZERO |= {version: ZERO["5.0"] for version in ("5.1", "5.2")}
+ZERO["6"] = [*ZERO["5.0"], "att.time_maa_w1", "att.time_decay_w1", "att.time_state"]
+ZERO["7a"] = [*ZERO["7"], "ffn.s1"]
 
 ORTHOGONAL = {
     "4": {"att.value": 1.0, "ffn.key": 2.0},
+    "5.0": {"att.receptance": 1.0, "att.value": 1.0, "att.key": 0.1, "ffn.key": 1.0},
     "7": {
         "att.receptance": 1.0,
         "att.key": 0.1,
@@ -102,11 +161,18 @@ ORTHOGONAL = {
         "att.g2": 0.1,
     },
 }
+ORTHOGONAL |= {version: ORTHOGONAL["5.0"] | {"att.gate": 0.1} for version in ("5.1", "5.2", "6")}
+ORTHOGONAL["7a"] = ORTHOGONAL["7"] | {"ffn.s2": 0.1, "ffn.s_emb_x": 0.1}
+
+UNIFORM = {
+    "6": {"att.time_maa_w2": 0.01, "att.time_decay_w2": 0.01},
+    "7a": {"ffn.s_emb": 1e-4},
+}
 
 NORMS = ["ln1", "ln2"]
 
 
-@pytest.mark.parametrize("version", ["4", "7"])
+@every_version
 def test_closed_forms(version):
     for layer in range(LAYERS):
         for name, expected in CLOSED_FORMS[version](layer).items():
@@ -124,7 +190,7 @@ def check_orthogonal(matrix, gain, name):
     )
 
 
-@pytest.mark.parametrize("version", ["4", "7"])
+@every_version
 def test_matrices(version):
     values = initial(version)
     for name in ZERO[version]:
@@ -136,16 +202,25 @@ def test_matrices(version):
         # Independent draws: the entries of two layers are uncorrelated.
         entries = np.asarray(stacked).reshape(LAYERS, -1)
         assert abs(np.corrcoef(entries)[0, 1]) < 0.1, f"{name}: layers 0 and 1 are alike"
+    for name, bound in UNIFORM.get(version, {}).items():
+        drawn = np.asarray(values[f"blocks.{name}"])
+        assert 0.98 * bound < np.abs(drawn).max() <= bound, name
+        np.testing.assert_allclose(drawn.std(), bound / np.sqrt(3), rtol=0.05, err_msg=name)
     for norm in ("ln0", "ln_out", *(f"blocks.{norm}" for norm in NORMS)):
         assert np.all(values[f"{norm}.weight"] == 1), norm
         assert not np.any(values[f"{norm}.bias"]), norm
 
 
-@pytest.mark.parametrize("version", ["4", "7"])
+@every_version
 def test_every_parameter_has_an_expected_initial_value(version):
     checked = {
         f"blocks.{name}"
-        for name in (*CLOSED_FORMS[version](0), *ZERO[version], *ORTHOGONAL[version])
+        for name in (
+            *CLOSED_FORMS[version](0),
+            *ZERO[version],
+            *ORTHOGONAL[version],
+            *UNIFORM.get(version, {}),
+        )
     }
     checked |= {
         f"{norm}.{part}"
@@ -155,7 +230,7 @@ def test_every_parameter_has_an_expected_initial_value(version):
     assert checked | {"emb", "head"} == set(initial(version))
 
 
-@pytest.mark.parametrize("version", ["4", "7"])
+@every_version
 def test_embedding_and_head(version):
     emb = np.asarray(initial(version)["emb"])
     assert emb.shape == (96, WIDTH)
@@ -164,7 +239,7 @@ def test_embedding_and_head(version):
     np.testing.assert_allclose(emb.std(), 1e-4 / np.sqrt(3), rtol=0.03)
     check_orthogonal(initial(version)["head"], 0.5 * np.sqrt(96 / WIDTH), "head")
 
-    small = ModelConfig(version=version, layers=1, width=WIDTH, vocab_size=32)
+    small = dataclasses.replace(CONFIGS[version], layers=1, vocab_size=32)
     tree = models.init_params(small, jax.random.key(0))
     check_orthogonal(tree.head, 0.5, "head of a vocabulary smaller than the width")
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)), (
@@ -172,7 +247,7 @@ def test_embedding_and_head(version):
     )
 
 
-@pytest.mark.parametrize("version", ["4", "7"])
+@every_version
 def test_low_precision_never_enters(version):
     assert {str(leaf.dtype) for leaf in initial(version).values()} == {"float32"}
     abstract = named(models.abstract_params(CONFIGS[version]))
@@ -181,18 +256,29 @@ def test_low_precision_never_enters(version):
     }
 
 
+_ATT = [f"blocks.att.{m}" for m in ("key", "output", "receptance", "value")]
+_FFN = ["blocks.ffn.key", "blocks.ffn.value", "emb", "head"]
+_OLD = [*_ATT, *_FFN, "blocks.ffn.receptance"]
+DECAYED = {
+    "4": _OLD,
+    "5.0": _OLD,
+    "5.1": [*_OLD, "blocks.att.gate"],
+    "5.2": [*_OLD, "blocks.att.gate"],
+    "6": [*_OLD, "blocks.att.gate", "blocks.att.time_state"],
+    "7": [*_ATT, *_FFN],
+    "7a": [*_ATT, *_FFN, "blocks.ffn.s_emb", "blocks.ffn.s_emb_x"],
+}
+
+
 def expected_group(version, name, ndim):
     """(learning-rate factor, decay) as the official trainers sort their names; first match wins."""
-    if version == "7":
-        if "att.w0" in name:
-            return 2.0, False
-        matrices = {
-            "emb",
-            "head",
-            *(f"blocks.att.{m}" for m in ("receptance", "key", "value", "output")),
-        }
-        return 1.0, name in matrices | {"blocks.ffn.key", "blocks.ffn.value"}
-    if "time_mix" in name:
+    if version[0] == "7":
+        return (2.0, False) if "att.w0" in name else (1.0, name in DECAYED[version])
+    if version != "4" and name.endswith(("_w1", "_w2")):
+        return 1.0, False
+    if "time_sta" in name:
+        return 1.0, True
+    if "time_mix" in name or "time_maa" in name or "time_faaaa" in name:
         return 1.0, False
     if "time_decay" in name:
         return 2.0, False
@@ -201,7 +287,7 @@ def expected_group(version, name, ndim):
     return 1.0, ndim >= 2
 
 
-@pytest.mark.parametrize("version", ["4", "7"])
+@every_version
 def test_optimizer_groups(version):
     table = named(models.specs(CONFIGS[version]), is_leaf=params.is_spec)
     groups = {name: (spec.lr_scale, spec.decay) for name, spec in table.items()}
@@ -210,12 +296,12 @@ def test_optimizer_groups(version):
     }
     # The tables themselves, so that the rule above cannot agree by matching nothing.
     decayed = sorted(name for name, (_, decay) in groups.items() if decay)
-    matrices = [f"blocks.att.{m}" for m in ("key", "output", "receptance", "value")]
-    ffn = ["key", "value"] if version == "7" else ["key", "receptance", "value"]
-    assert decayed == sorted([*matrices, *(f"blocks.ffn.{m}" for m in ffn), "emb", "head"])
+    assert decayed == sorted(DECAYED[version])
     faster = {name: scale for name, (scale, _) in groups.items() if scale != 1.0}
-    v4_faster = {"blocks.att.time_decay": 2.0, "blocks.att.time_first": 3.0}
-    assert faster == ({"blocks.att.w0": 2.0} if version == "7" else v4_faster)
+    expected = {"blocks.att.w0": 2.0} if version[0] == "7" else {"blocks.att.time_decay": 2.0}
+    if version in ("4", "5.0"):
+        expected["blocks.att.time_first"] = 3.0
+    assert faster == expected
 
 
 def test_official_sizes():
@@ -224,6 +310,13 @@ def test_official_sizes():
     assert params.count(models.specs(small)) == 191_084_544
     pile = ModelConfig(version="4", layers=12, width=768, vocab_size=50277)
     assert params.count(models.specs(pile)) == 169_342_464
+    # 1.6B and 3B of version 6, and the ranks of its 7B.
+    for layers, width, billions in ((24, 2048, 1.6), (32, 2560, 3.1)):
+        finch = ModelConfig(version="6", layers=layers, width=width, vocab_size=65536)
+        assert params.count(models.specs(finch)) / 1e9 == pytest.approx(billions, abs=0.05)
+    att = models.specs(ModelConfig(version="6", layers=1, width=4096, vocab_size=8)).blocks.att
+    assert att.time_maa_w2.shape == (5, 64, 4096) and att.time_decay_w2.shape == (128, 4096)
+    assert ModelConfig(version="6", width=2048).ffn == 7168
 
 
 @pytest.mark.parametrize(
@@ -266,7 +359,7 @@ def test_the_key_decides():
     assert not np.array_equal(first, other)
 
 
-@pytest.mark.parametrize("version", ["4", "7"])
+@every_version
 def test_the_initial_model_is_finite_and_undecided(version):
     """The official initial values predict nearly uniformly, with finite gradients everywhere."""
     cfg, tree = CONFIGS[version], initial_tree(version)
@@ -283,7 +376,7 @@ def test_the_initial_model_is_finite_and_undecided(version):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("version", ["4", "7"])
+@pytest.mark.parametrize("version", ["4", "6", "7a"])
 def test_initialising_ends_on_a_small_machine(version):
     """On as many threads as there are cores, without the virtual devices that this suite runs on.
 

@@ -135,12 +135,17 @@ def find_tokenizer(weights: Weights, vocab_size: int, name: str = "") -> Tokeniz
             " --tokenizer, or put it beside the weights"
         )
     tokenizer = open_tokenizer(name, "--tokenizer ")
+    check_tokenizer(tokenizer, vocab_size, f"--tokenizer {name}")
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, called: str) -> None:
+    """Raises `WeightsError` unless a model of so many embeddings may be of this tokenizer."""
     if not 0 <= vocab_size - tokenizer.vocab_size < PADDING:
         raise WeightsError(
-            f"has {vocab_size:,} embeddings, and the tokenizer {name} {tokenizer.vocab_size:,}"
-            " tokens: they do not belong together; name the model's own with --tokenizer"
+            f"{called} has {tokenizer.vocab_size:,} tokens, and the model {vocab_size:,}"
+            " embeddings: they do not belong together; name the model's own"
         )
-    return tokenizer
 
 
 def _beside(weights: Weights) -> Path | None:

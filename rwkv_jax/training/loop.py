@@ -24,6 +24,7 @@ from rich.console import Console
 from rwkv_jax import generate, models
 from rwkv_jax import params as tables
 from rwkv_jax.checkpoint.store import CHECKPOINTS, CONFIG, Store, versions
+from rwkv_jax.checkpoint.weights import load
 from rwkv_jax.config import Config
 from rwkv_jax.data.loader import Batch, batch, epoch_windows
 from rwkv_jax.data.prepare import Tokens, prepare
@@ -32,7 +33,7 @@ from rwkv_jax.training import console as show
 from rwkv_jax.training.evaluate import compressors, evaluate
 from rwkv_jax.training.metrics import MetricsLog, read_metrics
 from rwkv_jax.training.plot import plot
-from rwkv_jax.training.run import RunError, claim, describe, fingerprint, resolve, writing
+from rwkv_jax.training.run import RunError, adopt, claim, describe, fingerprint, resolve, writing
 from rwkv_jax.training.state import TrainState, abstract_train_state, init_train_state
 from rwkv_jax.training.step import Metrics, make_train_step, what_is_not_finite
 
@@ -52,6 +53,7 @@ def train(cfg: Config, *, console: Console | None = None) -> Path:
     `Interrupted` after the first SIGINT or SIGTERM, once a checkpoint is saved.
     """
     console = console or show.LastingConsole()
+    cfg = adopt(cfg)
     tokens = prepare(cfg.data)
     cfg = resolve(cfg, tokens)
     epoch_windows(len(tokens.train), cfg.train.context)  # raises if the corpus is too short
@@ -143,7 +145,8 @@ def _open(cfg: Config, tokens: Tokens, folder: Path, store: Store, console: Cons
             )
         state = store.restore(abstract_train_state(cfg, cfg.model), step)
     else:
-        state = init_train_state(cfg, cfg.model)
+        given = load(cfg.train.init, dtype=jnp.float32)[0] if cfg.train.init else None
+        state = init_train_state(cfg, cfg.model, given)
     describe(folder, cfg, tokens)
     return _Run(
         cfg=cfg,
@@ -169,6 +172,7 @@ def _print_header(run: _Run) -> None:
     rows = {
         "model": f"RWKV-{cfg.model.version}, {cfg.model.layers} layers of width {cfg.model.width},"
         f" {count:,} parameters",
+        **({"weights": f"from {train.init}"} if train.init else {}),
         **run.tokens.describe(),
         "training": f"{train.steps:,} steps of {train.batch} x {train.context} tokens:"
         f" {seen:,} tokens, {seen / len(run.tokens.train):.2f} epochs",

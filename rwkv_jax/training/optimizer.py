@@ -19,8 +19,8 @@ from rwkv_jax.typing import Array, Callable, Float, Int, PyTree
 
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 
-WARMUP_START = {"4": 0.2, "7": 0.01}
-"""The share of the peak that official trainers start from: version 4 its own, 5 and later 0.01."""
+WARMUP_START, WARMUP_START_4 = 0.01, 0.2
+"""The share of the peak that official trainers start from; that of version 4 has its own."""
 
 
 def schedule(cfg: OptimizerConfig, steps: int | float, *, version: str) -> Schedule:
@@ -31,7 +31,8 @@ def schedule(cfg: OptimizerConfig, steps: int | float, *, version: str) -> Sched
     a resumed run is the run that never stopped, and its second-moment estimates are restored, so
     there is nothing to warm.
     """
-    peak, final, warmup, start = cfg.peak_lr, cfg.final_lr, cfg.warmup_steps, WARMUP_START[version]
+    peak, final, warmup = cfg.peak_lr, cfg.final_lr, cfg.warmup_steps
+    start = WARMUP_START_4 if version == "4" else WARMUP_START
 
     def learning_rate(step: Int[Array, ""] | int) -> Float[Array, ""]:
         s = jnp.asarray(step, jnp.float32)

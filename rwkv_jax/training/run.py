@@ -10,7 +10,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from rwkv_jax.checkpoint.keymaps import check
 from rwkv_jax.checkpoint.store import CHECKPOINTS, CONFIG, TOKENIZER, read_config
+from rwkv_jax.checkpoint.weights import check_tokenizer, naming, read
 from rwkv_jax.config import Config, to_toml
 from rwkv_jax.data.prepare import Tokens
 from rwkv_jax.errors import UserError
@@ -38,8 +40,33 @@ class RunError(UserError):
     """A run that cannot be started or taken up in this folder."""
 
 
+def adopt(cfg: Config) -> Config:
+    """The config with the model of the weights in `train.init`, if it names any.
+
+    Raises `UserError` if they can't be read, or are of another model than the config asks for.
+    """
+    if not cfg.train.init:
+        return cfg
+    weights = read(cfg.train.init)
+    with naming(weights.path):
+        found = check(weights.tensors)
+    for key in dataclasses.fields(found):
+        asked, there = getattr(cfg.model, key.name), getattr(found, key.name)
+        if asked != key.default and asked != there:
+            raise RunError(
+                f"model.{key.name} = {asked!r}, and {cfg.train.init} has {there!r}; leave [model]"
+                " out, or start from other weights"
+            )
+    return dataclasses.replace(cfg, model=found)
+
+
 def resolve(cfg: Config, tokens: Tokens) -> Config:
-    """The config, vocabulary size filled in. Raises `RunError` if the tokenizer needs more."""
+    """The config, vocabulary size filled in. Raises `RunError` if the tokenizer needs more, or is
+    not that of `train.init`."""
+    if cfg.train.init:
+        check_tokenizer(
+            tokens.tokenizer, cfg.model.vocab_size, f"data.tokenizer = {cfg.data.tokenizer}"
+        )
     needed, given = tokens.tokenizer.vocab_size, cfg.model.vocab_size
     if given and given < needed:
         raise RunError(

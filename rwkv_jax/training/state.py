@@ -28,9 +28,13 @@ def optimizer_for(cfg: Config, model_cfg: ModelConfig) -> optax.GradientTransfor
     return adamw(cfg.optimizer, models.specs(model_cfg), learning_rate)
 
 
-def init_train_state(cfg: Config, model_cfg: ModelConfig) -> TrainState[Array]:
-    """The state before the first step: parameters drawn from `train.seed`, moments zero."""
-    params = models.init_params(model_cfg, jax.random.key(cfg.train.seed))
+def init_train_state(
+    cfg: Config, model_cfg: ModelConfig, params: models.Model[Array] | None = None
+) -> TrainState[Array]:
+    """The state before the first step: these parameters, or fresh ones drawn from `train.seed`;
+    moments zero."""
+    if params is None:
+        params = models.init_params(model_cfg, jax.random.key(cfg.train.seed))
     opt_state = jax.jit(optimizer_for(cfg, model_cfg).init)(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 

@@ -120,7 +120,7 @@ def test_stop(run, capsys):
         (["RUN", "--state", "TMP/none.pth"], "none.pth: cannot be read"),
         (["RUN", "--state", "TMP/latin"], "latin: is neither a .pth nor"),
         (["RUN", "a", "b", "--save-state", "TMP/s"], "--save-state keeps one text: give it one"),
-        (["RUN", "--tokenizer", "world"], r"has \d+ embeddings, and the tokenizer world 65,536"),
+        (["RUN", "--tokenizer", "world"], r"--tokenizer world has 65,536 tokens, and the model \d+ embeddings"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, arguments, message, tmp_path, capsys):

@@ -10,10 +10,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from official import checkpoint
 from rich.console import Console
 from training.runs import config, settings
 
+from rwkv_jax.checkpoint import weights
+from rwkv_jax.checkpoint.keymaps import from_official
+from rwkv_jax.checkpoint.store import load_run
 from rwkv_jax.data.prepare import prepare
 from rwkv_jax.errors import UserError
 from rwkv_jax.training import loop
@@ -366,3 +371,42 @@ def test_a_damaged_metrics_file_keeps_its_whole_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": "x"}\n\xff\xfe\n[3]\n{"step": 2}\n{"ste')
     assert [line["step"] for line in read_metrics(path)] == [1, 2]
+
+
+def test_training_starts_from_given_weights(tmp_path):
+    """The model is the file's; at a learning rate of next to nothing it stays it; and a fresh start
+    of the same folder goes on."""
+    rng = np.random.default_rng(0)
+    given = {
+        name: x + 0.01 * rng.normal(size=x.shape).astype(np.float32)
+        for name, x in checkpoint("6", layers=2, width=32, vocab=257, ranks=(4, 3)).items()
+    }
+    weights.write(tmp_path / "given.pth", given)
+    options = {"train.init": tmp_path / "given.pth", "train.steps": 2, "optimizer.peak_lr": 1e-9}
+    options |= {"optimizer.final_lr": 1e-9, "train.eval_every": 0}
+    options |= {"model.layers": 12, "model.width": 768}  # the defaults: not asked for
+    folder = train(config(tmp_path, **options))
+    params, cfg, _ = load_run(folder)
+    assert (cfg.version, cfg.layers, cfg.width, cfg.rank_w) == ("6", 2, 32, 3)
+    expected, _ = from_official(given)
+    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-7)
+    assert train(config(tmp_path, **options | {"train.steps": 3})) == folder
+
+
+def test_given_weights_that_do_not_belong_are_refused(tmp_path):
+    """Before anything is compiled or written."""
+    given = checkpoint("6", layers=2, width=32, vocab=257, ranks=(4, 3))
+    weights.write(tmp_path / "given.pth", given)
+    weights.write(tmp_path / "part.pth", {x: given[x] for x in list(given)[:-1]})
+    start = {"train.init": tmp_path / "given.pth", "model.layers": 12, "model.width": 768}
+    for key, value, message in (
+        ("model.version", "5.2", r"model.version = '5\.2', and .*given.pth has '6'; leave"),
+        ("model.width", 64, "model.width = 64, and .*given.pth has 32"),
+        ("data.tokenizer", "world", "data.tokenizer = world has 65,536 tokens, and the model 257"),
+        ("train.init", tmp_path / "part.pth", r"part.pth: head\.weight is missing"),
+        ("train.init", tmp_path / "none.pth", "none.pth: cannot be read"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(config(tmp_path, **start | {key: value}))
+        assert not (tmp_path / "run").exists()
