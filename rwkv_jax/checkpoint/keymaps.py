@@ -131,11 +131,13 @@ def in_order(tensors: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
     """The tensors from the embedding through the layers to the head, wherever they came from, so
     that the same model makes the same file."""
 
-    def place(name: str) -> tuple[int, int, str]:
+    def place(name: str) -> tuple[int, int, bool, bool, str]:
         part, *rest = name.split(".")
         parts = ("emb", "blocks", "ln_out", "head")
         layer = int(rest[0]) if part == "blocks" and rest and rest[0].isdigit() else 0
-        return parts.index(part) if part in parts else len(parts), layer, name
+        # PyPI rwkv reads names in order, and wants to know a version before its decays.
+        recurrent, mix = ".time_" in name, ".time_maa" in name
+        return parts.index(part) if part in parts else len(parts), layer, recurrent, not mix, name
 
     return {name: tensors[name] for name in sorted(tensors, key=place)}
 
