@@ -14,13 +14,14 @@ VOCAB = 260  # three more than the tokenizer has
 
 
 def config(version):
-    head = {"head_size": 16} if version == "7" else {}
-    return ModelConfig(version=version, layers=2, width=32, vocab_size=VOCAB, **head)
+    own = {} if version == "4" else {"head_size": 16}
+    own |= {"rank_embed": 4} if version == "7a" else {}
+    return ModelConfig(version=version, layers=2, width=32, vocab_size=VOCAB, **own)
 
 
 def weights(version):
     """Random, and with a head that much prefers a token that the tokenizer doesn't have."""
-    rng = np.random.default_rng(int(version))
+    rng = np.random.default_rng(int(version[0]))
     shapes = models.abstract_params(config(version))
     params = jax.tree.map(
         lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes
@@ -31,9 +32,9 @@ def weights(version):
     )
 
 
-@pytest.fixture(scope="session", params=["4", "7"])
+@pytest.fixture(scope="session", params=["4", "6", "7a"])
 def writer(request):
-    """A model of each version, ready to write bytes."""
+    """A model of each recurrence, and one whose tables are looked up, ready to write bytes."""
     return Writer(weights(request.param), config(request.param), ByteTokenizer())
 
 
