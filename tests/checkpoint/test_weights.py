@@ -254,7 +254,9 @@ def test_the_tokenizer_is_found(tmp_path):
     weights.write(tmp_path / "world.pth", world, dtype=np.float16)
     _, _, tokenizer = weights.load_with_tokenizer(tmp_path / "world.pth")
     assert tokenizer.kind == "world"
-    with pytest.raises(UserError, match=r"world\.pth: --tokenizer bytes has 257 tokens, and the model 65,536"):
+    with pytest.raises(
+        UserError, match=r"world\.pth: --tokenizer bytes has 257 tokens, and the model 65,536"
+    ):
         weights.load_with_tokenizer(tmp_path / "world.pth", "bytes")
     for vocab, message in ((50277, "the Pile's"), (300, "no known vocabulary has 300 tokens")):
         weights.write(tmp_path / "other.pth", checkpoint("4", layers=1, width=8, vocab=vocab))
