@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import os
 import secrets
@@ -30,6 +31,9 @@ Write on from a prompt with a model: official weights, a Hugging Face folder, or
       all that was read is kept in a file of constant size; every prompt goes on from it
   {prog} runs/demo --interactive
       one text, written in turns with the model
+  {prog} rwkv7-g1-1.5b.pth --chat --think on --save-state talk.safetensors
+  {prog} rwkv7-g1-1.5b.pth --chat --state talk.safetensors
+      a conversation, kept in a file when you leave, and gone on with: nothing is read twice
 """
 
 
@@ -46,10 +50,17 @@ def _sample(args: argparse.Namespace) -> None:
     from rwkv_jax.generate.terminal import Dialogue, Meter, print_texts
 
     names = ("temperature", "top_p", "top_k", "presence", "frequency", "decay")
-    sampling = Sampling(**{name: getattr(args, name) for name in names})
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.chat:
+        _chat(args, given)
+        return
+    if args.system is not None or args.think or args.template:
+        raise UserError("--system, --think and --template are of a chat: add --chat")
+    sampling = Sampling(**given)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    tokens = 200 if args.tokens is None else args.tokens
     check_seed(seed)
-    check_tokens(args.tokens)
+    check_tokens(tokens)
     if "" in args.stop:
         raise UserError("--stop is empty; give the text to stop before, or leave it out")
     prompts, stop = [_text(x) for x in args.prompt], [_text(x) for x in args.stop]
@@ -59,44 +70,72 @@ def _sample(args: argparse.Namespace) -> None:
         prompts.append(_read(args.prompt_file))
     if args.interactive and len(prompts) > 1:
         raise UserError(f"--interactive is one text: give it one prompt, not {len(prompts)}")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # any terminal shows any text
     if args.save_state and len(prompts) > 1:
         raise UserError(f"--save-state keeps one text: give it one prompt, not {len(prompts)}")
+    _any_text()
     writer = _load(args)
     start = _start(args.state, writer) if args.state else None
     if args.interactive or args.save_state:
         session = Session(writer, seed, start)
         if args.interactive:
             _edit_lines()
-            dialogue = Dialogue(session, sampling, args.tokens, stop)
-            dialogue.run(prompts[0] if prompts else None)
+            Dialogue(session, sampling, tokens, stop).run(prompts[0] if prompts else None)
         else:
-            _one_text(session, prompts[0] if prompts else "", sampling, args, stop)
+            _one_text(session, prompts[0] if prompts else "", sampling, tokens, args.echo, stop)
         if args.save_state:
             _save(session, args.save_state)
         return
     prompts, meter = prompts or [""], Meter()
     pieces = generate_with(
-        writer,
-        prompts,
-        max_tokens=args.tokens,
-        sampling=sampling,
-        seed=seed,
-        stop=stop,
-        start=start,
+        writer, prompts, max_tokens=tokens, sampling=sampling, seed=seed, stop=stop, start=start
     )
     print_texts(meter.count(pieces), prompts, echo=args.echo)
     print(f"[{meter.summary()}, seed {seed}]", file=sys.stderr)
 
 
-def _one_text(session, prompt: str, sampling, args: argparse.Namespace, stop: list[str]) -> None:
+def _chat(args: argparse.Namespace, given: dict[str, float]) -> None:
+    from rwkv_jax import states
+    from rwkv_jax.cli.chat import chat
+    from rwkv_jax.generate.chat import CHAT_SAMPLING, TEMPLATES
+
+    if args.prompt or args.prompt_file or args.stop or args.interactive or not args.echo:
+        raise UserError(
+            "--chat is what you type and the template's stops: leave PROMPT, --prompt-file, --stop,"
+            " --interactive and --no-echo out"
+        )
+    if args.template and args.template not in TEMPLATES:
+        raise UserError(f"--template {args.template}: one of {', '.join(TEMPLATES)}")
+    _any_text()
+    writer = _load(args)
+    _edit_lines()
+    begun = args.state and "chat" in states.load(args.state, writer.cfg).notes
+    chat(
+        writer,
+        seed=args.seed,
+        sampling=dataclasses.replace(CHAT_SAMPLING, **given) if given else None,
+        max_tokens=args.tokens,
+        template=TEMPLATES[args.template] if args.template else None,
+        system=None if args.system is None else _text(args.system),
+        think=args.think,
+        start=_start(args.state, writer) if args.state and not begun else None,
+        resume=Path(args.state) if begun else None,
+        save=Path(args.save_state) if args.save_state else None,
+    )
+
+
+def _any_text() -> None:
+    """Lets any terminal show any text."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _one_text(session, prompt: str, sampling, tokens: int, echo: bool, stop: list[str]) -> None:
     from rwkv_jax.generate.terminal import Meter, print_texts
 
     meter = Meter()
     session.feed(prompt)
-    pieces = session.stream(max_tokens=args.tokens, sampling=sampling, stop=stop)
-    print_texts(meter.count(pieces), [prompt], echo=args.echo)
+    pieces = session.stream(max_tokens=tokens, sampling=sampling, stop=stop)
+    print_texts(meter.count(pieces), [prompt], echo=echo)
     print(f"[{meter.summary()}, seed {session.seed}]", file=sys.stderr)
 
 
@@ -146,7 +185,7 @@ def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
     add = text.add_argument
     add("--prompt-file", metavar="FILE", help="a further prompt, UTF-8; - is stdin")
     add("-i", "--interactive", action="store_true", help="take turns in one text (:help there)")
-    add("--tokens", type=int, default=200, metavar="N", help="the most for each prompt (200)")
+    add("--tokens", type=int, metavar="N", help="the most for each prompt (200), or reply (2000)")
     add(
         "--stop",
         metavar="TEXT",
@@ -167,48 +206,51 @@ def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
     add("--state", metavar="FILE", help="start from this state: a saved one, or a tuned one (.pth)")
     add("--save-state", metavar="FILE", help="keep the state after the text, as .safetensors")
 
-    draw = parser.add_argument_group("how tokens are drawn")
+    chat = parser.add_argument_group("chat")
+    add = chat.add_argument
+    add("--chat", action="store_true", help="take turns with a model that was trained to (:help)")
+    add("--system", metavar="TEXT", help="what the conversation begins with")
+    add("--think", metavar="WAY", help="off, fast, on, a bit, some or a lot (off)")
+    add("--template", metavar="NAME", help="g1, world or raven (the model's likeliest)")
+
+    draw = parser.add_argument_group(
+        "how tokens are drawn", "In a chat: top-p 0.3, presence and frequency 0.5."
+    )
     add = draw.add_argument
     add("--seed", type=int, metavar="N", help="of the first prompt, N+1 of the next (random)")
     add(
         "--temperature",
         type=float,
-        default=1.0,
         metavar="X",
         help="lower is more predictable; 0 always takes the likeliest token (1.0)",
     )
     add(
         "--top-p",
         type=float,
-        default=0.85,
         metavar="X",
         help="only the likeliest tokens that together have this probability (0.85)",
     )
     add(
         "--top-k",
         type=int,
-        default=0,
         metavar="N",
         help="only so many of the likeliest; 0 is no limit (0)",
     )
     add(
         "--presence",
         type=float,
-        default=0.2,
         metavar="X",
         help="taken from the logit of each token written before (0.2)",
     )
     add(
         "--frequency",
         type=float,
-        default=0.2,
         metavar="X",
         help="the same, for each time it was written (0.2)",
     )
     add(
         "--decay",
         type=float,
-        default=0.996,
         metavar="X",
         help="how much of those times is left a token later (0.996)",
     )

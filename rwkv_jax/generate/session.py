@@ -183,7 +183,7 @@ def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary[Array]:
     return Vocabulary(allowed=jnp.asarray(allowed), increment=jnp.asarray(increment))
 
 
-class _Reader:
+class Reader:
     """Turns one row's tokens into text, and notices its end."""
 
     def __init__(self, decoder: StreamDecoder, eod: int, stop: Sequence[str]):
@@ -193,6 +193,7 @@ class _Reader:
         self.finish: Finish = ""
 
     def push(self, token: int) -> str:
+        """The text that this token makes certain."""
         if token == self._eod:
             self.finish = "end"
             return self._gate.push(self._decoder.finish()) + self._gate.flush()
@@ -207,7 +208,7 @@ class _Reader:
         return self._gate.flush()
 
 
-class _Pace:
+class Pace:
     """How many tokens to ask the device for next: one at first, then about `CALL_SECONDS` worth."""
 
     def __init__(self):
@@ -289,16 +290,16 @@ def _pieces(
     writer: Writer, rows: Rows[Array], sampling: Sampling, max_tokens: int, stop: Sequence[str]
 ) -> Iterator[Piece]:
     batch = rows.ended.shape[0]
-    settings, pace = sampling.rows(batch), _Pace()
+    settings, pace = sampling.rows(batch), Pace()
     tokenizer = writer.tokenizer
-    readers = [_Reader(StreamDecoder(tokenizer), tokenizer.eod, stop) for _ in range(batch)]
+    readers = [Reader(StreamDecoder(tokenizer), tokenizer.eod, stop) for _ in range(batch)]
     left = max_tokens
     while left and not all(reader.finish for reader in readers):
         block, rows = writer.write(rows, settings, pace.next(left))
         left -= block.shape[1]
         for index, reader in enumerate(readers):
             if not reader.finish:
-                yield _read_block(index, reader, block[index])
+                yield read_block(index, reader, block[index])
         ended = np.asarray([bool(reader.finish) for reader in readers])
         rows = replace(rows, ended=jnp.asarray(ended))
     for index, reader in enumerate(readers):
@@ -306,7 +307,8 @@ def _pieces(
             yield Piece(index, reader.cut(), 0, "length")
 
 
-def _read_block(index: int, reader: _Reader, tokens: np.ndarray) -> Piece:
+def read_block(index: int, reader: Reader, tokens: np.ndarray) -> Piece:
+    """What a row's new tokens say, up to its end."""
     text, used = [], 0
     for token in tokens:
         if reader.finish or token == NO_TOKEN:
@@ -395,8 +397,8 @@ class Session:
         return self._stream(max_tokens, (sampling or Sampling()).rows(1), stop)
 
     def _stream(self, left: int, settings: Settings[Array], stop: Sequence[str]) -> Iterator[Piece]:
-        reader = _Reader(self._decoder, self._writer.tokenizer.eod, stop)
-        pace = _Pace()
+        reader = Reader(self._decoder, self._writer.tokenizer.eod, stop)
+        pace = Pace()
         if left and not self._begun:
             if self._start is not None:
                 raise UserError(SILENT)
@@ -404,7 +406,7 @@ class Session:
         while left and not reader.finish:
             before = self._rows
             block, after = self._writer.write(before, settings, pace.next(left))
-            piece = _read_block(0, reader, block[0])
+            piece = read_block(0, reader, block[0])
             if piece.finish == "stop" and piece.tokens < block.shape[1]:
                 # The block ran past the stop string: the same tokens again, up to it.
                 _, after = self._writer.write(before, settings, piece.tokens)

@@ -1,6 +1,8 @@
 """Sampling in a terminal: several texts in order, their speed, and a dialogue with one text."""
 
+import contextlib
 import dataclasses
+import io
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +26,7 @@ Ctrl-C stops the writing, Ctrl-D leaves.
 """
 
 Number = TypeVar("Number", int, float)
+AnyPiece = TypeVar("AnyPiece", bound=Piece)
 
 REASONS: dict[Finish, str] = {"stop": "stop string", "end": "end of document"}
 
@@ -36,7 +39,7 @@ class Meter:
         self._first: float | None = None
         self._last = 0.0
 
-    def count(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+    def count(self, pieces: Iterable[AnyPiece]) -> Iterator[AnyPiece]:
         """The pieces, counted as they pass."""
         for piece in pieces:
             self._last = time.perf_counter()
@@ -75,10 +78,10 @@ def _print_texts(
         nonlocal current
         current += 1
         heading = f"==> {current + 1}/{len(prompts)} <==\n" if len(prompts) > 1 else ""
-        _print(("\n" if current else "") + heading + (prompts[current] if echo else ""))
-        _print("".join(waiting[current]))
+        show(("\n" if current else "") + heading + (prompts[current] if echo else ""))
+        show("".join(waiting[current]))
         if done[current]:
-            _print("\n")
+            show("\n")
 
     show_next()
     for piece in pieces:
@@ -87,16 +90,11 @@ def _print_texts(
         if piece.index != current:
             waiting[piece.index].append(piece.text)
             continue
-        _print(piece.text)
+        show(piece.text)
         if piece.finish:
-            _print("\n")
+            show("\n")
             while done[current] and current + 1 < len(prompts):
                 show_next()
-
-
-def _print(text: str) -> None:
-    if text:
-        print(text, end="", flush=True)
 
 
 @dataclass
@@ -114,18 +112,7 @@ class Dialogue:
 
     def run(self, opening: str | None = None) -> None:
         """Until the input ends or `:quit`; `opening`, if given, is taken as typed first."""
-        _note("Type :help for the commands.")
-        line = opening
-        while True:
-            try:
-                line = _read_lines() if line is None else line
-                if line is None or not self._obey(line):
-                    return
-            except KeyboardInterrupt:
-                print(file=sys.stderr)
-            except UserError as error:
-                _note(str(error))
-            line = None
+        take_turns(self._obey, lambda: "> ", opening)
 
     def _obey(self, line: str) -> bool:
         """Whether to go on after a line."""
@@ -140,27 +127,16 @@ class Dialogue:
             case ":reset", []:
                 self.session.reset()
             case ":seed", [number]:
-                self.session.reseed(_number(number, int))
+                self.session.reseed(to_number(number, int))
             case ":set", []:
-                settings = {**dataclasses.asdict(self.sampling), "tokens": self.max_tokens}
-                _note(", ".join(f"{name} {value}" for name, value in settings.items()))
+                note(listed(self.sampling, self.max_tokens))
             case ":set", [name, value]:
-                self._set(name, value)
+                self.sampling, self.max_tokens = changed(
+                    self.sampling, self.max_tokens, name, value
+                )
             case _:
                 raise UserError(f"{line}: no such command; :help lists them")
         return True
-
-    def _set(self, name: str, value: str) -> None:
-        names = [field.name for field in dataclasses.fields(Sampling)]
-        if name == "tokens":
-            tokens = _number(value, int)
-            check_tokens(tokens)
-            self.max_tokens = tokens
-        elif name in names:
-            number = _number(value, int) if name == "top_k" else _number(value, float)
-            self.sampling = dataclasses.replace(self.sampling, **{name: number})
-        else:
-            raise UserError(f"{name}: no such setting; one of {', '.join(names)}, tokens")
 
     def _write(self, text: str) -> None:
         meter, finish, last = Meter(), "", "\n"
@@ -171,18 +147,62 @@ class Dialogue:
                     max_tokens=self.max_tokens, sampling=self.sampling, stop=self.stop
                 )
                 for piece in meter.count(pieces):
-                    _print(piece.text)
+                    show(piece.text)
                     finish, last = piece.finish, (piece.text or last)[-1]
                     check()
         except KeyboardInterrupt:
-            _print("\n")
-            _note(f"stopped after {meter.summary()}")
+            show("\n")
+            note(f"stopped after {meter.summary()}")
             return
-        _print("" if last == "\n" else "\n")
-        _note(", ".join(filter(None, [meter.summary(), REASONS.get(finish)])))
+        show("" if last == "\n" else "\n")
+        note(", ".join(filter(None, [meter.summary(), REASONS.get(finish)])))
 
 
-def _number(text: str, kind: type[Number]) -> Number:
+def take_turns(
+    obey: Callable[[str], bool], prompt: Callable[[], str], opening: str | None = None
+) -> None:
+    """Passes what is typed to `obey`, until it says not to go on or the input ends; `opening`, if
+    given, is passed first. Neither an error of the user's nor Ctrl-C ends it."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        with contextlib.suppress(io.UnsupportedOperation):  # too late, it was read from
+            sys.stdin.reconfigure(errors="replace")  # any bytes may be typed
+    note("Type :help for the commands.")
+    line = opening
+    while True:
+        try:
+            with interruptible():
+                line = _read_lines(prompt()) if line is None else line
+                if line is None or not obey(line):
+                    return
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+        except UserError as error:
+            note(str(error))
+        line = None
+
+
+def listed(sampling: Sampling, max_tokens: int) -> str:
+    """The settings, in the names that `changed` knows."""
+    settings = {**dataclasses.asdict(sampling), "tokens": max_tokens}
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def changed(sampling: Sampling, max_tokens: int, name: str, value: str) -> tuple[Sampling, int]:
+    """The settings, one of them changed. Raises `UserError` for a name or value that cannot be."""
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    if name == "tokens":
+        max_tokens = to_number(value, int)
+        check_tokens(max_tokens)
+    elif name in names:
+        number = to_number(value, int) if name == "top_k" else to_number(value, float)
+        sampling = dataclasses.replace(sampling, **{name: number})
+    else:
+        raise UserError(f"{name}: no such setting; one of {', '.join(names)}, tokens")
+    return sampling, max_tokens
+
+
+def to_number(text: str, kind: type[Number]) -> Number:
+    """What was typed as a number. Raises `UserError`."""
     try:
         return kind(text)
     except ValueError:
@@ -191,17 +211,27 @@ def _number(text: str, kind: type[Number]) -> Number:
         ) from None
 
 
-def _note(text: str) -> None:
+def show(text: str) -> None:
+    """Prints text to stdout, at once."""
+    if text:
+        print(text, end="", flush=True)
+
+
+def note(text: str) -> None:
+    """Prints something about the text to stderr."""
     print(f"[{text}]", file=sys.stderr, flush=True)
 
 
-def _read_lines() -> str | None:
+def _read_lines(prompt: str) -> str | None:
     """What is typed next, continued after each backslash at the end of a line; None at the end."""
     lines: list[str] = []
     while True:
-        prompt = ("... " if lines else "> ") if sys.stdin.isatty() else ""
+        asked = ("... " if lines else prompt) if sys.stdin.isatty() else ""
+        if not sys.stdout.isatty():  # it is for the text alone
+            print(end=asked, file=sys.stderr, flush=True)
+            asked = ""
         try:
-            line = input(prompt)
+            line = input(asked)
         except EOFError:
             print(file=sys.stderr)
             return "\n".join(lines) if lines else None

@@ -120,7 +120,10 @@ def test_stop(run, capsys):
         (["RUN", "--state", "TMP/none.pth"], "none.pth: cannot be read"),
         (["RUN", "--state", "TMP/latin"], "latin: is neither a .pth nor"),
         (["RUN", "a", "b", "--save-state", "TMP/s"], "--save-state keeps one text: give it one"),
-        (["RUN", "--tokenizer", "world"], r"--tokenizer world has 65,536 tokens, and the model \d+ embeddings"),
+        (
+            ["RUN", "--tokenizer", "world"],
+            r"--tokenizer world has 65,536 tokens, and the model \d+ embeddings",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, arguments, message, tmp_path, capsys):
@@ -193,6 +196,40 @@ def test_a_state_of_another_tokenizer_or_without_logits(run, tmp_path, capsys):
     states.save(path, init_state(cfg, 2))
     assert sample_py(run, "x", "--state", path) == 2
     assert "2 rows" in capsys.readouterr().err
+
+
+def test_chat_is_kept_and_gone_on_with(run, tmp_path, capsys, monkeypatch):
+    """Two sessions with a file between them are one."""
+    flags = ["--chat", "--template", "g1", "--tokens", "9", "--seed", "5", "--temperature", "0.8"]
+    Typist(monkeypatch, "one", "two")
+    assert sample_py(run, *flags) == 0
+    whole = capsys.readouterr().out
+    kept = tmp_path / "talk.safetensors"
+    Typist(monkeypatch, "one")
+    assert sample_py(run, *flags, "--save-state", kept) == 0
+    first = capsys.readouterr().out
+    Typist(monkeypatch, "two")
+    assert sample_py(run, "--chat", "--state", kept) == 0
+    assert first + capsys.readouterr().out == whole
+    assert states.load(kept, config("7")).notes.keys() == {"tokenizer", "transcript", "chat"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--chat", "hello"], "--chat is what you type and the template's stops"),
+        (["--chat", "--stop", "x"], "--chat is what you type"),
+        (["--system", "x"], "are of a chat: add --chat"),
+        (["--chat", "--template", "llama"], "--template llama: one of g1, world, raven"),
+        (["--chat", "--think", "hard"], "think hard: one of off, fast, on"),
+        (["--chat", "--top-p", "2"], "top_p 2.0: between 0 and 1"),
+        (["--chat", "--save-state", "x.pth"], "kept in a file named"),
+    ],
+)
+def test_chats_that_cannot_be(run, arguments, message, capsys):
+    assert sample_py(run, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1
 
 
 def test_a_reader_that_leaves_is_no_error(run):

@@ -1,0 +1,273 @@
+"""Chat in a terminal: what is shown where, the commands, files, and a real terminal."""
+
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rwkv_jax import states
+from rwkv_jax.cli import chat as command
+from rwkv_jax.errors import UserError
+from rwkv_jax.generate import Sampling, Start
+from rwkv_jax.generate.chat import CHAT_SAMPLING, TEMPLATES
+from rwkv_jax.generate.decode import prefill
+from tests.generate.conftest import config, weights
+from tests.generate.test_chat import Pieces, Scripted, random_talk, said, telling
+from tests.generate.test_sample import Screen, Typist
+
+ROOT = Path(command.__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def scripted():
+    return Scripted(weights("7"), config("7"), Pieces())
+
+
+@pytest.fixture
+def talk(scripted, monkeypatch, capsys):
+    """Types lines to a model that gives these replies; returns what stdout and stderr show."""
+
+    def talking(lines, replies=(), **settings):
+        Typist(monkeypatch, *lines)
+        command.chat(telling(scripted, *replies), **{"seed": 0} | settings)
+        return capsys.readouterr()
+
+    return talking
+
+
+def transcript(path, writer):
+    return states.load(path, writer.cfg).notes["transcript"]
+
+
+def test_replies_go_to_stdout_and_the_rest_to_stderr(talk):
+    replies = [" Hi.\n\nYou?\n\nUser: x", " Good.\0", " And so on"]
+    out, err = talk(["hello", "", "fine\\", "really", "go on"], replies, max_tokens=30)
+    assert out == "Hi.\n\nYou?\nGood.\nAnd so onxxxxxxxxxxxxxxxxxxxx\n"
+    assert re.fullmatch(
+        r"\[Type :help.*\]\n\[15 tokens.*\]\n\[7 tokens.*, end of document\]\n"
+        r"\[30 tokens.*, cut off\]\n\n",
+        err,
+    )
+
+
+def test_thoughts_never_go_to_stdout(talk):
+    replies = [">\nWell, \n\nso</think>\nYes.\0", ">Hm</think>No.\0", ">Hm"]
+    lines = ["a", ":thoughts hide", "b", ":set tokens 3", "c"]
+    out, err = talk(lines, replies, think="a bit")
+    assert out == "Yes.\nNo.\n\n"
+    assert re.search(r"\]\nWell, \n\nso\n\[\d+ tokens", err)
+    assert re.search(r"\]\n\[thinking\]\n\[\d+ tokens.*\]\n\[thinking\]\n\[3 tokens", err)
+
+
+def test_any_bytes_from_a_pipe(scripted, tmp_path, monkeypatch, capsys):
+    """One turn a line; what is no UTF-8 is read as U+FFFD."""
+    path = tmp_path / "it.safetensors"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n\nlast"), "utf-8"))
+    command.chat(telling(scripted, " One\0", " Two\0"), seed=0, save=path)
+    assert capsys.readouterr().out == "One\nTwo\n"
+    assert transcript(path, scripted) == (
+        "User: caf\ufffd\n\nAssistant: One\n\nUser: last\n\nAssistant: Two\n\n"
+    )
+
+
+def test_commands(talk, scripted, tmp_path):
+    """Each does what its line in the help says, and tells it."""
+    out, err = talk(
+        [
+            *(":system Be  kind.", ":think a lot", "a", ":retry", "b", ":undo", ":seed 4"),
+            *(":think", ":retry", ":set", f":save {tmp_path / 'it.safetensors'}", ":reset", "c"),
+            *(f":load {tmp_path / 'it.safetensors'}", ":think off", ":seed 6", "d"),
+            *(":system", ":help", ":quit", "never"),
+        ],
+        [">A</think>one\0", ">B</think>two\0", ">\0", "", ">C</think>four\0", ">D\0", "six\0"],
+        save=tmp_path / "end.safetensors",
+    )
+    assert out == "one\ntwo\n\nfour\n\nsix\n"
+    notes = [line for line in err.splitlines() if not re.match(r"\[\d+ token|.*Type :help", line)]
+    assert notes[:2] == ["[a new conversation, with a system prompt]", "[think a lot]"]
+    assert "[1 exchange so far]" in notes and "[think a lot]" in notes
+    assert any(n.startswith("[temperature 1.0,") and n.endswith(" seed 5]") for n in notes)
+    assert command.HELP in err
+    assert notes[-1].endswith("end.safetensors is not written]")
+    asked = "System: Be  kind.\n\nUser: a (think a lot)\n\nAssistant: <think>C</think>four\n\n"
+    assert transcript(tmp_path / "it.safetensors", scripted) == asked
+
+
+def test_the_defaults_are_the_official_ones(talk):
+    _, err = talk([":set"], seed=7)
+    assert "[temperature 1.0, top_p 0.3, top_k 0, presence 0.5, frequency 0.5, decay 0.996," in err
+    assert "tokens 2000, think off, seed 7]" in err
+    seeds = {re.search(r"seed (\d+)", talk([":set"], seed=None).err)[1] for _ in range(3)}
+    assert len(seeds) == 3
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (":nothing", ":nothing: no such command; :help lists them, and a space"),
+        (":think hard", "think hard: one of off, fast, on"),
+        (":seed x", "x: an integer is needed"),
+        (":seed -1", "seed -1: between"),
+        (":set top_p 2", "top_p 2.0: between"),
+        (":set top_p", "no such command"),
+        (":undo", "no exchange to go back to"),
+        (":retry", "no exchange to go back to"),
+        (":save TMP/it.safetensors", "nothing was said yet"),
+        (":save TMP/it", "it: a conversation is kept in a file named *.safetensors"),
+        (":save TMP/no/it.safetensors", "there is no folder"),
+        (":load TMP/no.safetensors", "no.safetensors"),
+        (":save", "no such command"),
+        (":thoughts maybe", "no such command"),
+    ],
+)
+def test_the_dialogue_goes_on_after_a_mistake(talk, tmp_path, line, message):
+    out, err = talk([line.replace("TMP", str(tmp_path)), " :-) ", ":-)"], [" a\0", " b\0"])
+    mistake = err.splitlines()[1]
+    assert message in mistake and mistake.startswith("[") and mistake.endswith("]")
+    assert out == "a\nb\n"
+
+
+def test_ctrl_c_stops_the_reply_and_not_the_dialogue(talk, scripted, monkeypatch, tmp_path):
+    """Held back until the next piece: all that is shown stands."""
+    write, shown = Scripted.write, []
+
+    def interrupting(self, rows, *rest):
+        if rows.written[0] > 3 and not shown:
+            shown.append(True)
+            raise ValueError("a library's own error: KeyboardInterrupt")
+        return write(self, rows, *rest)
+
+    monkeypatch.setattr(Scripted, "write", interrupting)
+    out, err = talk(["a", "b"], [" One two three", " Yes\0"], save=tmp_path / "x.safetensors")
+    first, second = out.splitlines()
+    assert re.search(r"\[\d+ tokens.*, stopped\]", err)
+    assert first and "One two three".startswith(first) and second == "Yes"
+    assert transcript(tmp_path / "x.safetensors", scripted) == (
+        f"User: a\n\nAssistant: {first}\n\nUser: b\n\nAssistant: Yes\n\n"
+    )
+
+
+def test_saved_and_loaded(scripted, tmp_path):
+    """To the last bit, half characters and settings too."""
+    talk = random_talk(telling(scripted, *"......", [196, 196, 1]), system="Be kind.", think="on")
+    talk.seed = 6
+    said(talk.say("a\u00e9"))
+    command.save(tmp_path / "it.safetensors", talk)
+    loaded = command.load(tmp_path / "it.safetensors", scripted)
+    assert loaded.notes() == talk.notes()
+    for one, other in ((loaded.logits, talk.logits), (loaded.state, talk.state)):
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_resumed(talk, scripted, tmp_path):
+    """What is not given is as it was."""
+    path = tmp_path / "it.safetensors"
+    given = {"seed": 1, "think": "on", "max_tokens": 5, "sampling": Sampling(top_k=9)}
+    talk(["a"], ["", ">A</think>"], **given, system="Be kind.", save=path)
+    out, err = talk([":set", "b"], ["", "", ">B</think>"], seed=None, resume=path, save=path)
+    assert out == "\n" and "top_k 9," in err and "tokens 5, think on, seed 2]" in err
+    assert transcript(path, scripted) == (
+        "System: Be kind.\n\nUser: a\n\nAssistant: <think>A</t\n</think>\n\n"
+        "User: b\n\nAssistant: <think>B</t\n</think>\n\n"
+    )
+    given = {"seed": 7, "think": "off", "max_tokens": 6, "sampling": CHAT_SAMPLING}
+    err = talk([":set"], resume=path, **given).err
+    assert "top_k 0," in err and "tokens 6, think off, seed 7]" in err
+
+
+def test_from_a_start_also_after_reset_and_load(talk, scripted, tmp_path):
+    rows = prefill(scripted.params, [[5, 6]], [0], cfg=scripted.cfg, end=0)
+    start = Start(rows.state, scripted.cfg)
+    path = tmp_path / "it.safetensors"
+    talk(["a"], ["\0"], start=start, save=path)
+    saved = states.load(path, scripted.cfg)
+    read = prefill(
+        scripted.params,
+        [[5, 6, *scripted.tokenizer.encode("User: a\n\nAssistant:\n\n")]],
+        [0],
+        cfg=scripted.cfg,
+        end=0,
+    )
+    np.testing.assert_allclose(saved.logits, read.logits, atol=1e-5)
+    talk([":reset", f":load {path}", ":reset", "a"], ["", "\0"], start=start, save=path)
+    np.testing.assert_allclose(states.load(path, scripted.cfg).logits, saved.logits, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"save": Path("it")}, "it: a conversation is kept in a file named"),
+        ({"save": Path("no/it.safetensors")}, "there is no folder no"),
+        ({"seed": -1}, "seed -1"),
+        ({"max_tokens": -1}, "tokens -1"),
+        ({"think": "hard"}, "think hard"),
+        ({"think": "on", "template": TEMPLATES["world"]}, "think on"),
+        ({"resume": Path("it.safetensors"), "system": "x"}, "it.safetensors has a template and"),
+        ({"resume": Path("it.safetensors"), "template": TEMPLATES["g1"]}, "has a template and"),
+        ({"resume": Path("none.safetensors")}, "none.safetensors"),
+    ],
+)
+def test_bad_input_before_anything_is_read(talk, settings, message):
+    with pytest.raises(UserError, match=message):
+        talk(["a"], ["\0"], **settings)
+
+
+def test_a_file_without_a_conversation(scripted, tmp_path):
+    talk = random_talk(telling(scripted, *"......"))
+    said(talk.say("a"))
+    path = tmp_path / "state.safetensors"
+    states.save(path, talk.state, notes={"tokenizer": "bytes"})
+    with pytest.raises(UserError, match=f"^{path}: no conversation goes with this state"):
+        command.load(path, scripted)
+
+
+CHILD = """
+import os, signal
+# Whoever opens a terminal first in a new session gets its Ctrl-C, and heeds it even if the suite
+# runs in the background, where shells have it ignored.
+os.open(os.ttyname(0), os.O_RDWR)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from rwkv_jax.cli.chat import chat
+from rwkv_jax.data.tokenizers import ByteTokenizer
+from rwkv_jax.generate import Writer
+from tests.generate.conftest import config, weights
+chat(Writer(weights("7"), config("7"), ByteTokenizer()), seed=3, max_tokens=10**9)
+"""
+
+
+def test_on_a_terminal():
+    """A reply that Ctrl-C stops, another one, a dimmed thought, and Ctrl-D."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD],
+        cwd=ROOT,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+    )
+    os.close(slave)
+    screen = Screen(master)
+    try:
+        screen.until(r"User: $")
+        os.write(master, b"hello\n")
+        screen.until(r"hello\r\nAssistant: .{200}")
+        os.write(master, b"\x03")
+        screen.until(r"\[\d+ tokens.*, stopped\]\r\nUser: $")
+        os.write(master, b":set tokens 3\n:retry\n")
+        screen.until(r"User: :retry\r\nAssistant: .*\r\n\[3 tokens.*, cut off\]\r\nUser: $")
+        os.write(master, b":think fast\n:retry\n")
+        screen.until(r"Assistant: \x1b\[2m</think.*\x1b\[22m\r\n.*\[3 tokens.*\]\r\nUser: $")
+        os.write(master, b"\x04")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
