@@ -229,6 +229,7 @@ def test_a_file_without_a_conversation(scripted, tmp_path):
 
 
 CHILD = """
+import readline  # as the command does: it is what echoes lines typed ahead
 import os, signal
 # Whoever opens a terminal first in a new session gets its Ctrl-C, and heeds it even if the suite
 # runs in the background, where shells have it ignored.
