@@ -17,10 +17,10 @@ import gzip
 import heapq
 import lzma
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +29,16 @@ import numpy as np
 from rwkv_jax import models
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.prepare import Tokens
+from rwkv_jax.errors import UserError
 from rwkv_jax.training.loss import token_nats
 from rwkv_jax.typing import Callable, PyTree
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The cost of some held-out text."""
+    """The cost of some text."""
 
     nats: float
     tokens: int
@@ -43,13 +46,28 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """What compressing the text with the model would cost."""
-        return self.nats / self.bytes / math.log(2)
+        """What compressing the text with the model would cost; NaN if there are no bytes."""
+        return self.nats / self.bytes / math.log(2) if self.bytes else math.nan
 
     @property
     def loss(self) -> float:
         """Nats per token."""
         return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token."""
+        return perplexity(self.nats, self.tokens)
+
+
+def perplexity(nats: float, count: int) -> float:
+    """exp(nats / count): among how many equally likely things the model is as uncertain."""
+    try:
+        return math.exp(nats / count)
+    except OverflowError:
+        return math.inf
+    except ZeroDivisionError:
+        return math.nan
 
 
 def evaluate(
@@ -70,36 +88,90 @@ def evaluate(
     total)` is called with the tokens read so far. A part is the same at every call: documents in an
     order of their own, the last one cut. `tokens.heldout` must not be empty.
     """
-    eod, stream = tokens.tokenizer.eod, tokens.heldout
-    documents = _documents(stream, eod)
-    size = tokens.heldout_bytes
+    eod, stream = tokens.tokenizer.eod, np.asarray(tokens.heldout)
+    documents, size = _documents(stream, eod), tokens.heldout_bytes
     if limit and limit < len(stream):
         documents = _some(documents, limit)
         # The last document kept is cut, so its bytes are counted from its tokens.
-        size = sum(len(tokens.tokenizer.decode_bytes(stream[a:b])) for a, b in documents)
-    dealt = _deal(documents, lanes)
-    count = sum(b - a for a, b in documents)
-    state = models.init_state(cfg, len(dealt), params)
-    nats, done, waiting = 0.0, 0, None
-    for inputs, targets, counted in _windows(stream, dealt, window, eod):
-        scored, state = _score(
-            params,
-            state,
-            inputs,
-            targets,
-            inputs == eod,
-            cfg=cfg,
-            dtype=jnp.dtype(dtype),
-            implementation=implementation,
-        )
-        if waiting is not None:  # read one window late, so that the device never waits for the host
-            nats += _sum(*waiting)
-        waiting = (scored, counted)
-        done += int(counted.sum())
+        size = sum(len(tokens.tokenizer.decode_bytes(document)) for document in documents)
+    count = sum(map(len, documents))
+    nats, done = 0.0, 0
+    for costs in token_costs(
+        params,
+        documents,
+        cfg=cfg,
+        eod=eod,
+        lanes=lanes,
+        window=window,
+        dtype=dtype,
+        implementation=implementation,
+    ):
+        nats += float(np.sum(costs.nats, dtype=np.float64))
+        done += len(costs.nats)
         if report:
             report(done, count)
-    nats += _sum(*waiting) if waiting else 0.0
     return Evaluation(nats, count, size)
+
+
+def finite(nats: np.ndarray) -> np.ndarray:
+    """The same. Raises `UserError` if one of them is NaN or infinite."""
+    if not np.isfinite(nats).all():
+        raise UserError(
+            "the model predicts NaN: its weights are damaged, or too large for the compute type;"
+            " take another copy, or float32"
+        )
+    return nats
+
+
+class Costs(NamedTuple):
+    """What some tokens cost, one number each."""
+
+    nats: np.ndarray
+    """float32."""
+    document: np.ndarray
+    """The index of the document that the token belongs to."""
+    position: np.ndarray
+    """How many tokens of its document come before it."""
+
+
+def token_costs(
+    params: PyTree,
+    documents: Sequence[np.ndarray],
+    *,
+    cfg: ModelConfig,
+    eod: int,
+    lanes: int,
+    window: int,
+    dtype: Any = jnp.float32,
+    implementation: str | None = None,
+) -> Iterator[Costs]:
+    """What every token of the documents costs, a piece of every lane at a time.
+
+    A document is an array of ids, at least one, and is read from a fresh state, `eod` first.
+    """
+    if not documents:
+        return
+    dealt = _deal([len(document) for document in documents], lanes)
+    score = partial(_score, cfg=cfg, dtype=jnp.dtype(dtype), implementation=implementation)
+
+    def windows():
+        state = models.init_state(cfg, len(dealt), params)
+        for inputs, targets, document, position in _windows(documents, dealt, window, eod):
+            nats, state = score(params, state, inputs, targets, inputs == eod)
+            yield nats, document, position
+
+    for nats, document, position in one_late(windows()):
+        counted = document >= 0
+        yield Costs(np.asarray(nats)[counted], document[counted], position[counted])
+
+
+def one_late(items: Iterable[T]) -> Iterator[T]:
+    """Each item once the next is on its way, so that the device never waits for the host."""
+    waiting: list[T] = []
+    for item in items:
+        yield from waiting
+        waiting = [item]
+    yield from waiting
 
 
 @partial(jax.jit, static_argnames=("cfg", "dtype", "implementation"))
@@ -110,69 +182,60 @@ def _score(params, state, inputs, targets, reset, *, cfg, dtype, implementation)
     return token_nats(hidden, params.head, targets), state
 
 
-def _sum(scored, counted) -> float:
-    return float(np.sum(np.asarray(scored), where=counted, dtype=np.float64))
-
-
-def _documents(stream: np.ndarray, eod: int) -> list[tuple[int, int]]:
-    """Where each document begins and where it ends, its end-of-document token included."""
+def _documents(stream: np.ndarray, eod: int) -> list[np.ndarray]:
+    """The documents of a stream, their end-of-document tokens included."""
     ends = np.flatnonzero(stream == eod) + 1
-    if not len(ends) or ends[-1] != len(stream):
-        ends = np.append(ends, len(stream))
-    return list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
+    documents = np.split(stream, ends)
+    return documents if len(documents[-1]) else documents[:-1]
 
 
-def _some(documents: list[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
+def _some(documents: list[np.ndarray], limit: int) -> list[np.ndarray]:
     """Documents of together `limit` tokens, from all over the stream; always the same ones."""
     chosen, left = [], limit
     for index in np.random.default_rng(0).permutation(len(documents)):
-        start, stop = documents[index]
-        chosen.append((start, min(stop, start + left)))
-        left -= chosen[-1][1] - start
+        chosen.append(documents[index][:left])
+        left -= len(chosen[-1])
         if not left:
             break
     return chosen
 
 
-def _deal(documents: list[tuple[int, int]], lanes: int) -> list[list[tuple[int, int]]]:
-    """The documents in lanes of about equal length; fewer lanes if one document outgrows them."""
-    lengths = [stop - start for start, stop in documents]
-    lanes = max(1, min(lanes, sum(lengths) // max(lengths), len(documents)))
-    dealt: list[list[tuple[int, int]]] = [[] for _ in range(lanes)]
+def _deal(lengths: list[int], lanes: int) -> list[list[int]]:
+    """Which documents each lane has; the lanes are of about equal length, and fewer if one document
+    outgrows them."""
+    lanes = max(1, min(lanes, sum(lengths) // max(lengths), len(lengths)))
+    dealt: list[list[int]] = [[] for _ in range(lanes)]
     shortest = [(0, lane) for lane in range(lanes)]
-    for index in np.argsort(lengths, kind="stable")[::-1]:
+    for index in np.argsort(lengths, kind="stable")[::-1].tolist():
         length, lane = heapq.heappop(shortest)
-        dealt[lane].append(documents[index])
+        dealt[lane].append(index)
         heapq.heappush(shortest, (length + lengths[index], lane))
     return dealt
 
 
 def _windows(
-    stream: np.ndarray, dealt: list[list[tuple[int, int]]], window: int, eod: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Inputs and targets, int32 [lanes, window], and which targets count; the rest is padding."""
-    inputs, targets = [], []
-    for lane in dealt:
-        inputs.append(np.concatenate([_after(stream[a:b], eod) for a, b in lane]))
-        targets.append(np.concatenate([stream[a:b] for a, b in lane]))
-    lengths = np.array([len(lane) for lane in targets])
-    for start in range(0, lengths.max(), window):
-        cut = slice(start, start + window)
-        counted = start + np.arange(window) < lengths[:, None]
-        yield _pad(inputs, cut, eod), _pad(targets, cut, eod), counted
+    documents: Sequence[np.ndarray], dealt: list[list[int]], window: int, eod: int
+) -> Iterator[np.ndarray]:
+    """Inputs, targets, documents and positions, int32 [4, lanes, window]; the document of padding
+    is -1."""
+    lanes = [_lane([documents[index] for index in lane], lane, eod) for lane in dealt]
+    longest = max(lane.shape[1] for lane in lanes)
+    for start in range(0, longest, window):
+        piece = np.empty((4, len(lanes), window), np.int32)
+        piece[:] = np.array([eod, eod, -1, 0])[:, None, None]
+        for row, lane in enumerate(lanes):
+            part = lane[:, start : start + window]
+            piece[:, row, : part.shape[1]] = part
+        yield piece
 
 
-def _after(document: np.ndarray, eod: int) -> np.ndarray:
-    """What the model has just read when it predicts each token of the document."""
-    return np.concatenate([[eod], document[:-1]])
-
-
-def _pad(lanes: list[np.ndarray], cut: slice, eod: int) -> np.ndarray:
-    window = np.full((len(lanes), cut.stop - cut.start), eod, np.int32)
-    for row, lane in zip(window, lanes, strict=True):
-        piece = lane[cut]
-        row[: len(piece)] = piece
-    return window
+def _lane(documents: list[np.ndarray], indices: list[int], eod: int) -> np.ndarray:
+    """The rows of `_windows`, as long as the documents together."""
+    lengths = [len(document) for document in documents]
+    before = [np.append(eod, document[:-1]) for document in documents]
+    positions = [np.arange(length) for length in lengths]
+    rows = (before, documents, [np.repeat(indices, lengths)], positions)
+    return np.stack([np.concatenate(row, dtype=np.int32, casting="same_kind") for row in rows])
 
 
 def compressors(text: bytes) -> dict[str, float]:

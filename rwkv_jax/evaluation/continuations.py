@@ -1,0 +1,212 @@
+"""What a model makes of given continuations of a prompt: how likely each is, and whether it is the
+one that the model itself would write.
+
+A prompt is the beginning of a document: `eod`, then its ids. It is read once, however many
+continuations it has: each goes on from a copy of the state. Prompts side by side are padded on the
+left, with `eod`, before which everything is forgotten: so all of them end in the same place, and
+none notices its padding. Continuations are padded on the right, where nothing comes after.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from rwkv_jax import models, states
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.data.tokenizers import Tokenizer
+from rwkv_jax.models import Model
+from rwkv_jax.training.evaluate import finite, one_late
+from rwkv_jax.typing import Array
+
+WIDTHS = (256, 64, 16)
+"""Lengths that are compiled: what is read is padded to a multiple of the last, and cut into these,
+longest first."""
+
+LOGITS = 512
+"""Tokens whose logits exist at once."""
+
+Ids = Sequence[int]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and what may follow it."""
+
+    ids: Ids
+    """`eod` and the prompt's."""
+    continuations: Sequence[Ids]
+
+
+class Score(NamedTuple):
+    """How likely a continuation is."""
+
+    log_p: float
+    """Sum over its tokens, in nats."""
+    greedy: bool
+    """Whether each of its tokens is the likeliest."""
+
+
+def split(tokenizer: Tokenizer, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
+    """The ids of a prompt, `eod` first, and of what follows it, split as lm-eval does.
+
+    White space at the prompt's end goes to the continuation, as tokens begin with it. The ids are
+    those of the two texts in one piece, or each text's own if a token would lie across.
+    """
+    kept = prompt.rstrip()
+    continuation = prompt[len(kept) :] + continuation
+    before, whole = tokenizer.encode(kept), tokenizer.encode(kept + continuation)
+    after = whole[len(before) :]
+    if whole[: len(before)] != before:
+        after = tokenizer.encode(continuation)
+    return [tokenizer.eod, *before], after
+
+
+def score(
+    params: Model[Array],
+    prompts: Sequence[Prompt],
+    *,
+    cfg: ModelConfig,
+    batch: int = 16,
+    dtype: Any = jnp.float32,
+    report: Callable[[int, int], None] | None = None,
+) -> list[list[Score]]:
+    """The score of each prompt's continuations, `batch` of them read side by side.
+
+    `report(done, total)` is called with the continuations scored so far. One of no tokens is
+    certain. Raises `UserError` for a model that predicts NaN.
+    """
+    first = np.cumsum([0] + [len(prompt.continuations) for prompt in prompts]).tolist()
+    log_p, greedy = np.zeros(first[-1]), np.ones(first[-1], bool)
+    done = sum(not ids for prompt in prompts for ids in prompt.continuations)
+    calls = _calls(params, prompts, first, cfg, batch, jnp.dtype(dtype))
+    for call in one_late(calls):
+        rows, width = slice(len(call.which)), call.log_p.shape[1]
+        counted = np.arange(width) < call.left[:, None]
+        log_p[call.which] += np.sum(
+            np.asarray(call.log_p)[rows], 1, where=counted, dtype=np.float64
+        )
+        greedy[call.which] &= np.all(np.asarray(call.greedy)[rows], 1, where=counted)
+        done += int(np.sum((call.left > 0) & (call.left <= width)))
+        if report:
+            report(done, first[-1])
+    scores = [Score(float(x), bool(y)) for x, y in zip(finite(log_p), greedy, strict=True)]
+    return [scores[start:stop] for start, stop in itertools.pairwise(first)]
+
+
+class _Answer(NamedTuple):
+    """A continuation on its way."""
+
+    which: int
+    """Its number, over all prompts."""
+    row: int
+    """The row of its prompt's state."""
+    inputs: list[int]
+    ids: list[int]
+
+
+class _Call(NamedTuple):
+    """What a call to the device finds out."""
+
+    which: list[int]
+    """The continuation in each row; the rows after these are padding."""
+    left: np.ndarray
+    """How many tokens each had left before; not positive if it has ended."""
+    log_p: Array
+    """[b, t]."""
+    greedy: Array
+    """[b, t]."""
+
+
+def _calls(
+    params: Model[Array],
+    prompts: Sequence[Prompt],
+    first: list[int],
+    cfg: ModelConfig,
+    batch: int,
+    dtype: Any,
+) -> Iterator[_Call]:
+    """`first` has the number of each prompt's first continuation, and their total."""
+    if not first[-1]:
+        return
+    eod, height = prompts[0].ids[0], min(batch, first[-1])
+    advance, judge = (partial(f, params, eod=eod, cfg=cfg, dtype=dtype) for f in (_advance, _judge))
+    fresh = models.init_state(cfg, min(batch, len(prompts)), params)
+    # Longest first: what the memory cannot hold shows at once, and neighbours are of one length.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids), reverse=True)
+    for group in _groups(order, batch):
+        # A prompt's last token is the first input of its continuations.
+        state, beginnings = fresh, [prompts[i].ids[:-1] for i in group]
+        for tokens in _cut(_padded(beginnings, min(batch, len(prompts)), eod, left=True)):
+            state = advance(state, tokens)
+        answers = [
+            _Answer(first[i] + j, row, [prompts[i].ids[-1], *ids[:-1]], list(ids))
+            for row, i in enumerate(group)
+            for j, ids in enumerate(prompts[i].continuations)
+            if ids
+        ]
+        for part in _groups(sorted(answers, key=lambda x: len(x.ids), reverse=True), batch):
+            rows = [answer.row for answer in part]
+            forked = states.take(state, rows + [0] * (height - len(rows)))
+            left = np.array([len(answer.ids) for answer in part])
+            inputs, targets = (
+                _cut(_padded(ids, height, eod))
+                for ids in ([x.inputs for x in part], [x.ids for x in part])
+            )
+            for some, some_targets in zip(inputs, targets, strict=True):
+                log_p, greedy, forked = judge(forked, some, some_targets)
+                yield _Call([answer.which for answer in part], left, log_p, greedy)
+                left = left - some.shape[1]
+
+
+def _groups(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _padded(rows: Sequence[Ids], height: int, eod: int, *, left: bool = False) -> np.ndarray:
+    """int32 [height, t], t a multiple of the smallest width."""
+    longest = max(len(row) for row in rows)
+    tokens = np.full((height, -(-longest // WIDTHS[-1]) * WIDTHS[-1]), eod, np.int32)
+    for line, row in zip(tokens, rows, strict=False):
+        start = len(line) - len(row) if left else 0
+        line[start : start + len(row)] = row
+    return tokens
+
+
+def _cut(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """The tokens in windows of lengths that are compiled."""
+    start = 0
+    for width in WIDTHS:
+        while tokens.shape[1] - start >= width:
+            yield tokens[:, start : start + width]
+            start += width
+
+
+@partial(jax.jit, static_argnames=("cfg", "dtype"))
+def _advance(params, state, tokens, *, eod, cfg, dtype):
+    """The state after the tokens; logits are not needed, so none are made."""
+    reset = tokens == eod
+    return models.backbone(params, tokens, state, cfg=cfg, reset=reset, dtype=dtype)[1]
+
+
+@partial(jax.jit, static_argnames=("cfg", "dtype"))
+def _judge(params, state, inputs, targets, *, eod, cfg, dtype):
+    """log p of the targets and whether each is the likeliest token, [b, t], and the state after."""
+    reset = inputs == eod  # of an empty prompt
+    hidden, state = models.backbone(params, inputs, state, cfg=cfg, reset=reset, dtype=dtype)
+
+    def one(token):
+        hidden, target = token
+        logits = models.head(params, hidden)
+        return logits[target] - jax.nn.logsumexp(logits), jnp.argmax(logits) == target
+
+    flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    log_p, greedy = lax.map(one, flat, batch_size=min(LOGITS, targets.size))
+    return log_p.reshape(targets.shape), greedy.reshape(targets.shape), state

@@ -1,0 +1,205 @@
+"""The model for EleutherAI's harness, PyPI `lm-eval`: `pip install 'rwkv_jax[lm-eval]'`.
+
+In Python, with a path or with what `load_with_tokenizer` returns:
+
+    from rwkv_jax.evaluation.lm_eval import RWKV
+    lm_eval.simple_evaluate(model=RWKV("RWKV-x070-World-0.1B-v2.8.pth"), tasks=["lambada_openai"])
+
+In a terminal, lm-eval's own command line, which then knows the model `rwkv_jax`:
+
+    python -m rwkv_jax.evaluation.lm_eval run --model rwkv_jax \\
+        --model_args pretrained=RWKV-x070-World-0.1B-v2.8.pth --tasks lambada_openai --batch_size 16
+
+Every context begins a document: the end-of-document token comes first, in a fresh state. None is
+ever cut, as a state has no length. Requests that share a context share its reading.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from rwkv_jax.checkpoint.weights import load_with_tokenizer
+from rwkv_jax.compiled import keep_compiled_programs
+from rwkv_jax.config import DataConfig, ModelConfig
+from rwkv_jax.data.tokenizers import Tokenizer
+from rwkv_jax.errors import UserError
+from rwkv_jax.evaluation.continuations import Prompt, score, split
+from rwkv_jax.evaluation.text import WINDOW
+from rwkv_jax.generate import Sampling, Start, Writer, generate_with
+from rwkv_jax.generate.decode import decoding_dtype, decoding_layout
+from rwkv_jax.models import Model
+from rwkv_jax.training.evaluate import token_costs
+from rwkv_jax.typing import Array
+
+try:
+    from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+    from tqdm import tqdm
+except ImportError as error:
+    missing = f"lm-eval cannot be imported ({error}); pip install 'rwkv_jax[lm-eval]'"
+    if __name__ == "__main__":
+        sys.exit(missing)
+    raise ImportError(missing) from error
+
+BATCH = 16
+TOKENS = 256
+"""Written at most where a task does not say how many: lm-eval's own default."""
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""The names that tasks have for it."""
+
+
+@register_model("rwkv_jax")
+class RWKV(LM):
+    """A model as lm-eval asks it.
+
+    `pretrained` is a path, or the parameters, config and tokenizer themselves. `dtype` is the
+    compute type (float32 on CPU, bfloat16 elsewhere), `batch_size` how many requests are read side
+    by side; `auto` is 16, or `max_batch_size`. JAX chooses the device: `device` is here because
+    lm-eval's command line always sends one, `cuda:0`. Raises `UserError` for what cannot be read.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Path | tuple[Model[Array], ModelConfig, Tokenizer],
+        tokenizer: str = "",
+        dtype: str | None = None,
+        batch_size: int | str = BATCH,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ):
+        super().__init__()
+        if isinstance(pretrained, str | Path):
+            pretrained = load_with_tokenizer(pretrained, tokenizer)
+        self.params, self.cfg, self.tokenizer = pretrained
+        self.dtype = jnp.dtype(dtype or decoding_dtype())
+        automatic = str(batch_size).startswith("auto")
+        self.batch = (max_batch_size or BATCH) if automatic else int(batch_size)
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """log p of each continuation, and whether all of its tokens are the likeliest."""
+        shared: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            shared.setdefault(request.args[0], []).append(index)
+        prompts = []
+        for context, which in shared.items():
+            ids = [split(self.tokenizer, context, requests[index].args[1]) for index in which]
+            prompts.append(Prompt(ids[0][0], [after for _, after in ids]))
+        with _progress("continuations") as report:
+            scores = score(
+                self.params,
+                prompts,
+                cfg=self.cfg,
+                batch=self.batch,
+                dtype=self.dtype,
+                report=report,
+            )
+        found = {
+            index: (one.log_p, one.greedy)
+            for which, some in zip(shared.values(), scores, strict=True)
+            for index, one in zip(which, some, strict=True)
+        }
+        return [found[index] for index in range(len(requests))]
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        """log p of each whole text, but for the end of the document."""
+        texts = [np.asarray(self.tokenizer.encode(request.args[0]), int) for request in requests]
+        some = [index for index, text in enumerate(texts) if len(text)]
+        nats = np.zeros(len(texts))
+        costs = token_costs(
+            self.params,
+            [texts[index] for index in some],
+            cfg=self.cfg,
+            eod=self.tokenizer.eod,
+            lanes=self.batch,
+            window=WINDOW,
+            dtype=self.dtype,
+        )
+        with _progress("tokens") as report:
+            done, total = 0, sum(map(len, texts))
+            for cost in costs:
+                np.add.at(nats, np.array(some)[cost.document], cost.nats.astype(float))
+                done += len(cost.nats)
+                report(done, total)
+        return (-nats).tolist()
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """What the model writes after each context, up to one of the task's stop strings."""
+        alike: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        texts = [""] * len(requests)
+        with _progress("texts") as report:
+            done = 0
+            for settings, indices in alike.items():
+                for first in range(0, len(indices), self.batch):
+                    which = indices[first : first + self.batch]
+                    contexts = [requests[index].args[0] for index in which]
+                    pieces = self._write(contexts, json.loads(settings), which[0])
+                    for piece in pieces:
+                        texts[which[piece.index]] += piece.text
+                    done += len(which)
+                    report(done, len(requests))
+        return texts
+
+    def _write(self, contexts: list[str], settings: dict[str, Any], seed: int) -> Any:
+        writer, start = self._writer
+        stop = settings.pop("until", None) or []
+        lengths = [settings.pop(name) for name in LENGTHS if name in settings]
+        return generate_with(
+            writer,
+            contexts,
+            max_tokens=int(lengths[0]) if lengths else TOKENS,
+            sampling=_sampling(settings),
+            seed=seed,
+            stop=[stop] if isinstance(stop, str) else stop,
+            start=start,
+        )
+
+    @cached_property
+    def _writer(self) -> tuple[Writer, Start]:
+        """Made when the first text is asked for, as it holds the parameters once more; and the
+        beginning of a document."""
+        params = decoding_layout(self.params, self.cfg, self.dtype)
+        writer = Writer(params, self.cfg, self.tokenizer)
+        rows = writer.start([""], [0])
+        return writer, Start(rows.state, self.cfg, rows.logits)
+
+
+def _sampling(settings: dict[str, Any]) -> Sampling:
+    """Greedy unless asked otherwise. Raises `UserError` for a setting that is not known here."""
+    draws = settings.pop("do_sample", None)
+    temperature = float(settings.pop("temperature", 1.0 if draws else 0.0))
+    top_p, top_k = float(settings.pop("top_p", 1.0)), int(settings.pop("top_k", 0))
+    if settings:
+        raise UserError(
+            f"generation setting {next(iter(settings))}: not known here; there are until,"
+            f" {', '.join(LENGTHS)}, do_sample, temperature, top_p and top_k"
+        )
+    return Sampling(0.0 if draws is False else temperature, top_p, top_k, 0.0, 0.0)
+
+
+@contextlib.contextmanager
+def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
+    with tqdm(unit=f" {unit}") as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield report
+
+
+if __name__ == "__main__":
+    keep_compiled_programs(DataConfig().cache_root)
+    try:
+        cli_evaluate()
+    except UserError as user_error:
+        sys.exit(str(user_error))

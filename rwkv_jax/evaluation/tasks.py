@@ -1,0 +1,285 @@
+"""Tasks in files of JSON lines: the end of a text (LAMBADA), and multiple choice.
+
+The end of a text. A line is `{"text": ...}`, whose last word is to be predicted, or `{"prompt":
+..., "completion": ...}` (or `"target"`):
+
+    accuracy    the share of ends that are, token for token, what the model would write
+    perplexity  exp(mean of -log p(end)), of a whole end and not of a token
+
+which is how the official RWKV scripts (`RWKV-v7/rwkv_v7_demo.py` in RWKV-LM) and lm-eval's
+`lambada_openai` score. Prompts begin a document: the end-of-document token comes first.
+
+Multiple choice. A line is `{"prompt": ..., "choices": [...], "answer": ...}`, with `"question"` or
+`"context"` for `"prompt"` if it likes, and the right choice's index, from 0, or its text:
+
+    accuracy    the share of questions whose likeliest choice is the right one
+    normalised  the same after log p is divided by the choice's length in UTF-8 bytes
+
+which are lm-eval's `acc` and `acc_bytes` (`acc_norm` divides by characters). Among equal choices
+the first is taken, there and here.
+
+A space is put between a prompt and what follows, unless there is white space already. Files may be
+compressed (`.gz`, `.zst`).
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.data.files import SourceFile, read_lines
+from rwkv_jax.data.tokenizers import Tokenizer
+from rwkv_jax.errors import UserError
+from rwkv_jax.evaluation.continuations import Prompt, Score, score, split
+from rwkv_jax.models import Model
+from rwkv_jax.training.evaluate import perplexity
+from rwkv_jax.typing import Array
+
+Report = Callable[[int, int], None]
+
+
+class TaskError(UserError):
+    """A file of questions that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A text and how it ends."""
+
+    prompt: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A question, its possible answers and the index of the right one."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class EndingsResult:
+    """How a model ends texts."""
+
+    questions: int
+    accuracy: float
+    perplexity: float
+
+    @property
+    def error(self) -> float:
+        """The accuracy's standard error; NaN for a single question."""
+        return _standard_error(self.accuracy, self.questions)
+
+
+@dataclass(frozen=True)
+class ChoicesResult:
+    """How a model chooses."""
+
+    questions: int
+    accuracy: float
+    normalised: float
+    guessing: float
+    """The accuracy of guesses."""
+
+    @property
+    def error(self) -> float:
+        """The accuracy's standard error; NaN for a single question."""
+        return _standard_error(self.accuracy, self.questions)
+
+    @property
+    def normalised_error(self) -> float:
+        """The same of `normalised`."""
+        return _standard_error(self.normalised, self.questions)
+
+
+def _standard_error(share: float, count: int) -> float:
+    return math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else math.nan
+
+
+def read_endings(path: Path | str, limit: int = 0) -> list[Ending]:
+    """The questions of a LAMBADA file, or its first `limit` (0: all of them).
+
+    Raises `UserError` that names file, line and what is wrong there.
+    """
+    return _read(path, limit, _ending)
+
+
+def read_choices(path: Path | str, limit: int = 0) -> list[Choice]:
+    """The questions of a multiple-choice file, or its first `limit` (0: all of them).
+
+    Raises `UserError` that names file, line and what is wrong there.
+    """
+    return _read(path, limit, _choice)
+
+
+def _read(path: Path | str, limit: int, parse: Callable[[dict[str, Any]], Any]) -> list[Any]:
+    questions = []
+    for where, record in itertools.islice(_records(Path(path).expanduser()), limit or None):
+        try:
+            questions.append(parse(record))
+        except TaskError as error:
+            raise TaskError(f"{where}: {error}") from None
+    if not questions:
+        raise TaskError(f"{path}: no questions in it; it needs one JSON object a line")
+    return questions
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(read_lines(SourceFile(path, path.name)), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise TaskError(
+                f"{where}: not UTF-8 ({error.reason}); convert the file first"
+            ) from error
+        except json.JSONDecodeError as error:
+            raise TaskError(
+                f"{where}: not JSON ({error.msg}, column {error.colno}); one object a line"
+            ) from error
+        if not isinstance(record, dict):
+            raise TaskError(f"{where}: a JSON {type(record).__name__}; an object is needed")
+        yield where, record
+
+
+def _ending(record: dict[str, Any]) -> Ending:
+    if _only(record, "text", "prompt") == "prompt":
+        target = _text(record, _only(record, "completion", "target"))
+        if not target:
+            raise TaskError("the completion is empty; give it, or leave the line out")
+        return Ending(_text(record, "prompt"), target)
+    for name in record.keys() & {"completion", "target"}:
+        raise TaskError(
+            f"has both 'text' and {name!r}; rename 'text' to 'prompt', or leave one out"
+        )
+    before, space, word = _text(record, "text").rpartition(" ")
+    if not before.strip() or not word.strip():
+        raise TaskError(
+            "'text' has no last word with another before it; leave the line out, and white space at"
+            " the end too"
+        )
+    return Ending(before, space + word)
+
+
+def _choice(record: dict[str, Any]) -> Choice:
+    prompt = _text(record, _only(record, "prompt", "question", "context"))
+    choices = record[_only(record, "choices")]
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise TaskError("'choices' is no list of two or more texts; give the wrong ones too")
+    texts = tuple(_text({"choices": choice}, "choices") for choice in choices)
+    if "" in texts:
+        raise TaskError("one of 'choices' is empty, so it has no probability; give its text")
+    return Choice(prompt, texts, _index(texts, record[_only(record, "answer")]))
+
+
+def _index(choices: tuple[str, ...], answer: Any) -> int:
+    if isinstance(answer, str) and answer in choices:
+        return choices.index(answer)
+    if type(answer) is int and 0 <= answer < len(choices):
+        return answer
+    raise TaskError(
+        f"'answer' is {json.dumps(answer, ensure_ascii=False)[:40]}; give the text of one of the"
+        f" {len(choices)} choices, or its index from 0 to {len(choices) - 1}"
+    )
+
+
+def _only(record: dict[str, Any], *names: str) -> str:
+    """Which of the names the record has."""
+    found = [name for name in names if name in record]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise TaskError(f"has both {found[0]!r} and {found[1]!r}; join them in {names[0]!r}")
+    wanted = " or ".join(map(repr, names))
+    there = ", ".join(sorted(record)) or "none"
+    raise TaskError(f"no field {wanted}; rename one of those there: {there}")
+
+
+def _text(record: dict[str, Any], name: str) -> str:
+    value = record[name]
+    if not isinstance(value, str):
+        raise TaskError(f"{name!r} holds a JSON {type(value).__name__}; text is needed")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise TaskError(f"{name!r} holds half a surrogate pair, which is no text") from error
+    return value
+
+
+def score_endings(
+    params: Model[Array],
+    questions: Sequence[Ending],
+    *,
+    cfg: ModelConfig,
+    tokenizer: Tokenizer,
+    batch: int = 16,
+    dtype: Any = jnp.float32,
+    report: Report | None = None,
+) -> EndingsResult:
+    """Accuracy and perplexity of the ends, `batch` of them read side by side."""
+    pairs = [(question.prompt, [question.target]) for question in questions]
+    scores = [one for [one] in _scores(params, pairs, cfg, tokenizer, batch, dtype, report)]
+    return EndingsResult(
+        questions=len(scores),
+        accuracy=float(np.mean([one.greedy for one in scores])),
+        perplexity=perplexity(-math.fsum(one.log_p for one in scores), len(scores)),
+    )
+
+
+def score_choices(
+    params: Model[Array],
+    questions: Sequence[Choice],
+    *,
+    cfg: ModelConfig,
+    tokenizer: Tokenizer,
+    batch: int = 16,
+    dtype: Any = jnp.float32,
+    report: Report | None = None,
+) -> ChoicesResult:
+    """Accuracy by log p and by log p per byte, `batch` choices read side by side."""
+    pairs = [(question.prompt, question.choices) for question in questions]
+    right, normalised = [], []
+    scored = _scores(params, pairs, cfg, tokenizer, batch, dtype, report)
+    for question, scores in zip(questions, scored, strict=True):
+        log_p = np.array([one.log_p for one in scores])
+        lengths = np.array([len(choice.encode()) for choice in question.choices])
+        right.append(np.argmax(log_p) == question.answer)
+        normalised.append(np.argmax(log_p / lengths) == question.answer)
+    return ChoicesResult(
+        questions=len(questions),
+        accuracy=float(np.mean(right)),
+        normalised=float(np.mean(normalised)),
+        guessing=float(np.mean([1 / len(question.choices) for question in questions])),
+    )
+
+
+def _scores(
+    params: Model[Array],
+    pairs: Sequence[tuple[str, Sequence[str]]],
+    cfg: ModelConfig,
+    tokenizer: Tokenizer,
+    batch: int,
+    dtype: Any,
+    report: Report | None,
+) -> list[list[Score]]:
+    prompts = []
+    for prompt, answers in pairs:
+        ids = [split(tokenizer, prompt, _spaced(prompt, answer)) for answer in answers]
+        prompts.append(Prompt(ids[0][0], [after for _, after in ids]))
+    return score(params, prompts, cfg=cfg, batch=batch, dtype=dtype, report=report)
+
+
+def _spaced(prompt: str, answer: str) -> str:
+    separate = not prompt or prompt[-1].isspace() or answer[0].isspace()
+    return answer if separate else f" {answer}"
