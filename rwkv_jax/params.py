@@ -50,7 +50,8 @@ class ParamSpec:
     `layers` stacks as many independent copies on a leading axis, one per layer; `shape` is one
     copy's. `lr_scale` multiplies the learning rate; `decay` says whether weight decay applies.
     `layout` is how official files keep it: `linear` is `NAME.weight`, [out, in] there and [in, out]
-    here; `table` is `NAME.weight` as it is; `row` is [1, 1, c]; `plain` is as it is.
+    here; `table` is `NAME.weight` as it is; `row` is [1, 1, c]; `plain` is as it is, and so is
+    `factor`, a low-rank matrix [in, out].
     """
 
     shape: tuple[int, ...]
@@ -58,7 +59,7 @@ class ParamSpec:
     layers: int = 0
     lr_scale: float = 1.0
     decay: bool = False
-    layout: Literal["plain", "linear", "table", "row"] = "plain"
+    layout: Literal["plain", "linear", "table", "row", "factor"] = "plain"
 
     @property
     def full_shape(self) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ from rwkv_jax.models import BlockState, State, check_state, init_state, stack
 from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv import Wkv4State
 
-FORMAT = "rwkv_jax state 1"
+FORMAT, SUFFIX = "rwkv_jax state 1", ".safetensors"
 
 
 def stacked(state: State) -> State:
@@ -88,7 +88,7 @@ class Difference(NamedTuple):
 
 
 def compare(first: State, second: State) -> list[Difference]:
-    """Layer by layer and part by part; version 4's sums in the first one's exponents.
+    """Layer by layer and part by part; version 4's sums in common exponents.
 
     Raises `ValueError` for states of different models or numbers of rows.
     """
@@ -96,7 +96,7 @@ def compare(first: State, second: State) -> list[Difference]:
     _check_alike(first, second)
     if rows(first) != rows(second):
         raise ValueError(f"states of {rows(first)} and {rows(second)} rows: take as many of each")
-    parts = _parts(first.blocks), _parts(_in_exponents_of(first, second).blocks)
+    parts = [_parts(state.blocks) for state in _with_one_scale(first, second)]
     found = []
     for name, x in parts[0].items():
         if name == "wkv.max_exp":
@@ -109,13 +109,17 @@ def compare(first: State, second: State) -> list[Difference]:
     return sorted(found)
 
 
-def _in_exponents_of(first: State, second: State) -> State:
+def _with_one_scale(first: State, second: State) -> list[State]:
+    """Version 4's sums with the larger exponent of the two; other versions as they are."""
     if first.version != "4":
-        return second
-    x, y = first.blocks.wkv, second.blocks.wkv
-    factor = jnp.exp(y.max_exp - x.max_exp)
-    wkv = Wkv4State(y.num * factor, y.den * factor, x.max_exp)
-    return replace(second, blocks=replace(second.blocks, wkv=wkv))
+        return [first, second]
+    top = jnp.maximum(first.blocks.wkv.max_exp, second.blocks.wkv.max_exp)
+    scaled = []
+    for state in (first, second):
+        factor = jnp.exp(state.blocks.wkv.max_exp - top)
+        wkv = Wkv4State(state.blocks.wkv.num * factor, state.blocks.wkv.den * factor, top)
+        scaled.append(replace(state, blocks=replace(state.blocks, wkv=wkv)))
+    return scaled
 
 
 def _check_alike(*parts: State) -> None:
@@ -153,6 +157,7 @@ def save(
 
     What was there before is replaced when all is written. Raises `WeightsError`.
     """
+    check_place(Path(path))
     state = stacked(state)
     tensors = {f"state.{name}": np.asarray(x) for name, x in _parts(state.blocks).items()}
     if logits is not None:
@@ -160,6 +165,14 @@ def save(
     notes = {f"note.{name}": text for name, text in (notes or {}).items()}
     metadata = {"format": FORMAT, "version": state.version, **notes}
     write_safetensors(Path(path).expanduser(), tensors, metadata)
+
+
+def check_place(path: Path) -> None:
+    """Raises `WeightsError` unless a state can be saved under this name."""
+    if path.suffix != SUFFIX:
+        raise WeightsError(f"{path}: a state is kept in a file named *{SUFFIX}; name it so")
+    if not path.expanduser().parent.is_dir():
+        raise WeightsError(f"{path}: there is no folder {path.parent}; make it first")
 
 
 def load(path: Path | str, cfg: ModelConfig) -> Saved:
@@ -170,10 +183,8 @@ def load(path: Path | str, cfg: ModelConfig) -> Saved:
     `cfg`'s.
     """
     path = Path(path).expanduser()
-    if path.suffix == ".safetensors":
-        saved = _saved(path, cfg)
-    else:
-        saved = Saved(_tuned(path, read_pth(path), cfg))
+    ours = path.suffix == SUFFIX
+    saved = _saved(path, cfg) if ours else Saved(_tuned(path, read_pth(path), cfg))
     try:
         check_state(saved.state, cfg, rows(saved.state))
     except (ValueError, IndexError) as error:
@@ -203,6 +214,12 @@ def _saved(path: Path, cfg: ModelConfig) -> Saved:
         [jnp.asarray(parts[f"state.{name}"], jnp.float32) for name in _parts(fresh.blocks)],
     )
     logits = jnp.asarray(tensors["logits"]) if "logits" in tensors else None
+    batch = jax.tree.leaves(blocks)[0].shape[1:2]
+    if logits is not None and logits.shape != (*batch, cfg.vocab_size):
+        raise WeightsError(
+            f"{path}: logits of shape {list(logits.shape)}, and the model has {cfg.vocab_size:,}"
+            " tokens; take one that this model wrote"
+        )
     notes = {k.removeprefix("note."): x for k, x in metadata.items() if k.startswith("note.")}
     return Saved(State(blocks, version), logits, notes)
 
@@ -265,7 +282,8 @@ def from_pypi(tensors: Sequence[Any], cfg: ModelConfig) -> State:
             f"a list of {len(tensors)}: version {cfg.version} has {each} tensors for each of"
             f" {cfg.layers} layers"
         )
-    arrays = [np.asarray(x, np.float32)[None] for x in tensors]
+    given = (x.float() if hasattr(x, "float") else x for x in tensors)  # numpy has no bfloat16
+    arrays = [np.asarray(x, np.float32)[None] for x in given]
 
     def column(index: int) -> Array:
         return jnp.asarray(np.stack(arrays[index::each]))

@@ -10,19 +10,21 @@ Files are mapped, not read: a tensor is in memory while it is looked at. Nothing
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from rwkv_jax.checkpoint import huggingface, store
 from rwkv_jax.checkpoint.errors import WeightsError, shown
 from rwkv_jax.checkpoint.files import ArrayLike, Deferred, replacing
-from rwkv_jax.checkpoint.keymaps import config_of, from_official, in_order, to_official
+from rwkv_jax.checkpoint.keymaps import config_of, from_official, in_order, plain, to_official
 from rwkv_jax.checkpoint.pth import read_pth, write_pth
 from rwkv_jax.checkpoint.safetensors import read_safetensors, write_safetensors
 from rwkv_jax.config import ModelConfig
@@ -73,10 +75,12 @@ def read(path: Path | str) -> Weights:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        return _read_folder(path)
-    if path.suffix in SAFETENSORS or (path.is_file() and _begins(path)[8:9] == b"{"):
-        return _named(path, "safetensors", read_safetensors(path))
-    return _named(path, "pth", read_pth(path))
+        found = _read_folder(path)
+    elif path.suffix in SAFETENSORS or (path.is_file() and _begins(path)[8:9] == b"{"):
+        found = _named(path, "safetensors", read_safetensors(path))
+    else:
+        found = _named(path, "pth", read_pth(path))
+    return replace(found, tensors=plain(found.tensors))
 
 
 def load(
@@ -106,7 +110,10 @@ def load_with_tokenizer(
     """
     path = Path(path).expanduser()
     if not tokenizer and (path / store.CONFIG).is_file():
-        return store.load_run(path)
+        params, cfg, found = store.load_run(path)
+        if dtype is not None:
+            params = jax.tree.map(lambda x: x.astype(dtype), params)
+        return params, cfg, found
     weights = read(path)
     with naming(path):
         sizes = config_of(weights.tensors)
@@ -123,7 +130,12 @@ def find_tokenizer(weights: Weights, vocab_size: int, name: str = "") -> Tokeniz
     """
     if not name and weights.format == "run":
         return load_tokenizer(weights.path / store.TOKENIZER)
-    name = name or str(_beside(weights) or "")
+    beside = _beside(weights)
+    if not name and beside is not None:
+        tokenizer = open_tokenizer(str(beside))
+        if 0 <= vocab_size - tokenizer.vocab_size < PADDING:
+            return tokenizer
+        # It is another model's: one folder often has several.
     if not name:
         name = {WorldTokenizer.vocab_size: "world", ByteTokenizer.vocab_size: "bytes"}.get(
             vocab_size, ""
@@ -158,11 +170,21 @@ def _beside(weights: Weights) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
+def check_tokenizer_place(target: Path, weights: Weights) -> None:
+    """Raises `WeightsError` if another model's tokenizer is where `write_tokenizer` would put that
+    of `weights`."""
+    source = _beside(weights)
+    folder = target if target.is_dir() else target.parent
+    if source is None or target.suffix not in (*PTH, *SAFETENSORS):
+        return
+    place = folder / source.name
+    if place.exists() and place.read_bytes() != source.read_bytes():
+        raise WeightsError(f"{place}: another model's tokenizer; convert into a folder of its own")
+
+
 def write_tokenizer(target: Path, weights: Weights, vocab_size: int) -> Path | None:
     """Puts what `find_tokenizer` and Hugging Face's libraries need of the tokenizer of `weights`
     beside `target`, and says where; None if nothing is needed, or it is there.
-
-    Raises `WeightsError` if another tokenizer is there already.
     """
     source, folder = _beside(weights), target if target.is_dir() else target.parent
     if target.is_dir():
@@ -176,11 +198,7 @@ def write_tokenizer(target: Path, weights: Weights, vocab_size: int) -> Path | N
         return None
     place = folder / source.name
     if place.exists():
-        if place.read_bytes() == source.read_bytes():
-            return None
-        raise WeightsError(
-            f"{place}: is another model's tokenizer; convert into a folder of its own"
-        )
+        return None
     with replacing(place) as file:
         file.write(source.read_bytes())
     return place
@@ -205,7 +223,7 @@ def write(path: Path | str, tensors: Mapping[str, ArrayLike], *, dtype: Any = No
         write_pth(path, tensors)
     elif path.suffix in SAFETENSORS:
         write_safetensors(path, tensors)
-    elif path.suffix and not path.is_dir():
+    elif re.fullmatch(r"\.[a-z]+", path.suffix):  # not that of `world-0.1b`
         raise WeightsError(
             f"{path}: {path.suffix} is no format; end the name in .pth or .safetensors, or in"
             " nothing for a Hugging Face folder"
@@ -286,6 +304,8 @@ def _write_folder(path: Path, tensors: Mapping[str, ArrayLike]) -> None:
     """A Hugging Face folder, complete when it appears."""
     with naming(path):
         named, config = huggingface.from_official(tensors)
+    if path.is_file():
+        raise WeightsError(f"{path}: is a file; name a new folder, or end in .pth or .safetensors")
     if path.exists() and any(path.iterdir()):
         raise WeightsError(f"{path}: is not empty; name a new folder")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")

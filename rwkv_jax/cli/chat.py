@@ -35,8 +35,6 @@ next one. A line that begins with a colon and a small letter is one of these com
 Ctrl-C stops the reply, Ctrl-D leaves.
 """
 
-SUFFIX = ".safetensors"
-
 REASONS: dict[Finish, str] = {"length": "cut off", "end": "end of document"}
 """Of the ends of a reply, those worth a word."""
 
@@ -65,7 +63,7 @@ def chat(
     Raises `UserError` for what cannot be, before anything is read.
     """
     if save is not None:
-        _check_place(save)
+        states.check_place(save)
     if seed is not None:
         check_seed(seed)
     if max_tokens is not None:
@@ -92,7 +90,7 @@ def chat(
 def save(path: Path, conversation: Conversation) -> None:
     """Writes a conversation as a state with notes (`rwkv_jax.states`), the name ending in
     `.safetensors`. Raises `UserError`."""
-    _check_place(path)
+    states.check_place(path)
     state, logits = conversation.state, conversation.logits
     states.save(path, state, logits=logits, notes=conversation.notes())
 
@@ -107,13 +105,6 @@ def load(path: Path, writer: Writer, start: Start | None = None) -> Conversation
         return Conversation.resumed(writer, saved.state, saved.logits, saved.notes, start)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def _check_place(path: Path) -> None:
-    if path.suffix != SUFFIX:
-        raise UserError(f"{path}: a conversation is kept in a file named *{SUFFIX}; name it so")
-    if not path.expanduser().parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}; make it first")
 
 
 @dataclass

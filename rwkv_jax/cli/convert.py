@@ -48,17 +48,26 @@ def _convert(args: argparse.Namespace) -> None:
     import numpy as np
 
     from rwkv_jax.checkpoint.keymaps import check
-    from rwkv_jax.checkpoint.weights import naming, read, write, write_tokenizer
+    from rwkv_jax.checkpoint.weights import (
+        check_tokenizer_place,
+        naming,
+        read,
+        write,
+        write_tokenizer,
+    )
 
     source, target = Path(args.model).expanduser(), Path(args.out).expanduser()
     if target.exists() and target.resolve() == source.resolve():
         raise UserError(f"{target}: is the file to read; name another")
+    if target.is_dir():
+        raise UserError(f"{target}: is there already; a folder is not replaced, name a new one")
     if target.exists() and not args.overwrite:
         raise UserError(f"{target}: is there already; name another file, or add --overwrite")
     weights = read(source)
     with naming(weights.path):
         cfg = check(weights.tensors)
     kind = {"bfloat16": ml_dtypes.bfloat16, None: None}.get(args.dtype, args.dtype)
+    check_tokenizer_place(target, weights)
     write(target, weights.tensors, dtype=None if kind is None else np.dtype(kind))
     print(f"{target}: RWKV-{cfg.version}, {len(weights.tensors):,} tensors")
     if written := write_tokenizer(target, weights, cfg.vocab_size):

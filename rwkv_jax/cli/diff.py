@@ -96,10 +96,11 @@ def _compare(name: str, first: Any, second: Any) -> Row:
     shape = " x ".join(map(str, (second if first is None else first).shape))
     if first is None or second is None:
         return Row(name, shape, np.inf, np.inf, f"only in {'B' if first is None else 'A'}")
-    if tuple(first.shape) != tuple(second.shape):
+    sizes = [[size for size in x.shape if size != 1] for x in (first, second)]
+    if sizes[0] != sizes[1]:
         other = " x ".join(map(str, second.shape))
         return Row(name, shape, np.inf, np.inf, f"{other} in B")
-    a, b = (np.asarray(x).astype(np.float64) for x in (first, second))
+    a, b = (np.asarray(x).astype(np.float64).reshape(sizes[0]) for x in (first, second))
     if np.array_equal(a, b, equal_nan=True):
         return Row(name, shape, 0.0, 0.0)
     size, error = np.sqrt(np.mean(a**2)), np.sqrt(np.mean((b - a) ** 2))

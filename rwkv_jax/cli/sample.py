@@ -72,18 +72,24 @@ def _sample(args: argparse.Namespace) -> None:
         raise UserError(f"--interactive is one text: give it one prompt, not {len(prompts)}")
     if args.save_state and len(prompts) > 1:
         raise UserError(f"--save-state keeps one text: give it one prompt, not {len(prompts)}")
+    if args.save_state:
+        from rwkv_jax.states import check_place
+
+        check_place(Path(args.save_state))
     _any_text()
     writer = _load(args)
     start = _start(args.state, writer) if args.state else None
     if args.interactive or args.save_state:
         session = Session(writer, seed, start)
-        if args.interactive:
-            _edit_lines()
-            Dialogue(session, sampling, tokens, stop).run(prompts[0] if prompts else None)
-        else:
-            _one_text(session, prompts[0] if prompts else "", sampling, tokens, args.echo, stop)
-        if args.save_state:
-            _save(session, args.save_state)
+        try:
+            if args.interactive:
+                _edit_lines()
+                Dialogue(session, sampling, tokens, stop).run(prompts[0] if prompts else None)
+            else:
+                _one_text(session, prompts[0] if prompts else "", sampling, tokens, args.echo, stop)
+        finally:  # what was read and written before Ctrl-C is kept too
+            if args.save_state:
+                _save(session, args.save_state)
         return
     prompts, meter = prompts or [""], Meter()
     pieces = generate_with(
@@ -163,7 +169,8 @@ def _save(session, path: str) -> None:
     from rwkv_jax import states
 
     notes = {"tokenizer": session.writer.tokenizer.identity()}
-    states.save(path, session.state, logits=session.logits, notes=notes)
+    logits = session.logits if session.begun else None
+    states.save(path, session.state, logits=logits, notes=notes)
     print(f"[state saved in {path}]", file=sys.stderr)
 
 

@@ -55,10 +55,11 @@ class Score(NamedTuple):
 
 
 def split(tokenizer: Tokenizer, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
-    """The ids of a prompt, `eod` first, and of what follows it, split as lm-eval does.
+    """The ids of a prompt, `eod` first, and of what follows it.
 
-    White space at the prompt's end goes to the continuation, as tokens begin with it. The ids are
-    those of the two texts in one piece, or each text's own if a token would lie across.
+    As in lm-eval, white space at the prompt's end goes to the continuation, since tokens begin with
+    it, and the ids are those of the two texts in one piece. Where a token would lie across, they
+    are each text's own (lm-eval scores what is left of the continuation's tokens, or none).
     """
     kept = prompt.rstrip()
     continuation = prompt[len(kept) :] + continuation

@@ -70,7 +70,7 @@ def decoding_layout(params: Model[Array], cfg: ModelConfig, dtype: Any = None) -
     CPU, the large ones transposed. Unstacked already, they come back as they are.
 
     None is `decoding_dtype()`. Logits are those of the parameters given, computed in `dtype`: a
-    matrix is cast once instead of at each use. Vectors stay float32.
+    matrix is cast once instead of at each use. All else stays float32.
     """
     dtype = decoding_dtype() if dtype is None else dtype
     return params if isinstance(params.blocks, tuple) else _lay_out(params, cfg, dtype)
@@ -79,7 +79,8 @@ def decoding_layout(params: Model[Array], cfg: ModelConfig, dtype: Any = None) -
 @partial(jax.jit, static_argnums=(1, 2))
 def _lay_out(params: Model[Array], cfg: ModelConfig, dtype: Any) -> Model[Array]:
     def store(spec: ParamSpec, value: Array) -> Array | Transposed:
-        value = value.astype(dtype if len(spec.shape) > 1 else jnp.float32)
+        matrix = spec.layout in ("linear", "table", "factor")  # not a decay per head and channel
+        value = value.astype(dtype if matrix else jnp.float32)
         turned = spec.layout == "linear" and jax.default_backend() == "cpu"
         return Transposed(value.swapaxes(-1, -2)) if turned else value
 

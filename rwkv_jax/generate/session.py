@@ -339,6 +339,8 @@ class Session:
         # Without logits something has to be read before anything can be written.
         self._rows = self._writer.start([""], [seed], start if known else None)
         self._begun = known
+        if start is not None and not known:
+            self._rows = self._restarted()
         self._decoder = StreamDecoder(self._writer.tokenizer)
         self.seed = seed
 
@@ -372,16 +374,22 @@ class Session:
 
     @property
     def logits(self) -> Float[Array, "1 V"]:
-        """Of the next token."""
+        """Of the next token; of no use before something is read, from a start without them."""
         return self._rows.logits
+
+    def _restarted(self) -> Rows[Array]:
+        """The row as it was at the start, or of a fresh document; the random numbers go on."""
+        start, writer = self._start, self._writer
+        state = None if start is None else start.state
+        rows = forget(writer.params, self._rows, cfg=writer.cfg, start=state)
+        if start is not None and start.logits is not None:
+            rows = replace(rows, logits=start.logits, ended=jnp.zeros_like(rows.ended))
+        return rows
 
     def _read(self, tokens: Sequence[int]) -> None:
         """As a prompt if nothing came before, else as more of the text."""
         writer = self._writer
-        rows = self._rows
-        if not self._begun:
-            start = None if self._start is None else self._start.state
-            rows = forget(writer.params, rows, cfg=writer.cfg, start=start)
+        rows = self._rows if self._begun else self._restarted()
         self._rows = extend(writer.params, rows, tokens, cfg=writer.cfg)
         self._begun = True
 
@@ -399,9 +407,11 @@ class Session:
     def _stream(self, left: int, settings: Settings[Array], stop: Sequence[str]) -> Iterator[Piece]:
         reader = Reader(self._decoder, self._writer.tokenizer.eod, stop)
         pace = Pace()
-        if left and not self._begun:
-            if self._start is not None:
+        if left and not self._begun and self._start is not None:
+            if self._start.logits is None:
                 raise UserError(SILENT)
+            self._rows, self._begun = self._restarted(), True
+        if left and not self._begun:
             self._read([self._writer.tokenizer.eod])
         while left and not reader.finish:
             before = self._rows

@@ -121,9 +121,11 @@ def check_state(state: State, cfg: ModelConfig, batch: int) -> None:
     expected = shapes * cfg.layers if unstacked else [(cfg.layers, *shape) for shape in shapes]
     found = [x.shape for x in jax.tree.leaves(state.blocks)]
     if found != expected:
+        pairs = zip(found, expected, strict=False)
+        odd = next(((x, y) for x, y in pairs if x != y), (found[-1], "no such part"))
         raise ValueError(
             f"the state does not fit {batch} rows of a model of {cfg.layers} layers and width"
-            f" {cfg.width}: it begins with {list(found[0])}, not {list(expected[0])}"
+            f" {cfg.width}: a part is {odd[0]}, not {odd[1]}"
         )
 
 

@@ -211,6 +211,9 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     def plain(shape: tuple[int, ...], init: Init) -> ParamSpec:
         return ParamSpec(shape, init, cfg.layers)
 
+    def factor(shape: tuple[int, ...], init: Init) -> ParamSpec:
+        return ParamSpec(shape, init, cfg.layers, layout="factor")
+
     def matrix(shape: tuple[int, int], init: Init) -> ParamSpec:
         return ParamSpec(shape, init, cfg.layers, decay=True, layout="linear")
 
@@ -242,11 +245,11 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
         time_maa_v=mix_v,
         time_maa_r=mix_r,
         time_maa_g=mix_r,
-        time_maa_w1=plain((c, 5 * rank_mix), zeros),
-        time_maa_w2=plain((5, rank_mix, c), uniform(0.01)),
+        time_maa_w1=factor((c, 5 * rank_mix), zeros),
+        time_maa_w2=factor((5, rank_mix, c), uniform(0.01)),
         time_decay=row(closed_form(time_decay), lr_scale=2.0),
-        time_decay_w1=plain((c, rank_w), zeros),
-        time_decay_w2=plain((rank_w, c), uniform(0.01)),
+        time_decay_w1=factor((c, rank_w), zeros),
+        time_decay_w2=factor((rank_w, c), uniform(0.01)),
         time_faaaa=plain((h, n), closed_form(time_faaaa)),
         time_state=time_state,
         receptance=matrix((c, c), orthogonal(1.0)),

@@ -206,7 +206,7 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
         return ParamSpec((c,), init, cfg.layers, lr_scale=lr_scale, layout="row")
 
     def low_rank(shape: tuple[int, int], init: Init) -> ParamSpec:
-        return ParamSpec(shape, init, cfg.layers)
+        return ParamSpec(shape, init, cfg.layers, layout="factor")
 
     def matrix(shape: tuple[int, int], init: Init) -> ParamSpec:
         return ParamSpec(shape, init, cfg.layers, decay=True, layout="linear")

@@ -152,8 +152,8 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
         value=base.ffn.value,
         s_emb=table,
         s_emb_x=ParamSpec((c, rank**2), orthogonal(0.1), cfg.layers, decay=True, layout="linear"),
-        s1=ParamSpec((c, rank), zeros, cfg.layers),
-        s2=ParamSpec((rank, f), orthogonal(0.1), cfg.layers),
+        s1=ParamSpec((c, rank), zeros, cfg.layers, layout="factor"),
+        s2=ParamSpec((rank, f), orthogonal(0.1), cfg.layers, layout="factor"),
         s0=ParamSpec((f,), ones, cfg.layers, layout="row"),
     )
     return Block(ln1=base.ln1, att=base.att, ln2=base.ln2, ffn=ffn)

@@ -47,6 +47,10 @@ def adopt(cfg: Config) -> Config:
     """
     if not cfg.train.init:
         return cfg
+    folder = Path(cfg.train.output).expanduser()
+    if (folder / CONFIG).is_file() and _trained(folder):
+        # Going on needs the weights no more.
+        return dataclasses.replace(cfg, model=read_config(folder).model)
     weights = read(cfg.train.init)
     with naming(weights.path):
         found = check(weights.tensors)

@@ -12,6 +12,7 @@ from official import VERSIONS, checkpoint
 
 from rwkv_jax import __main__ as program
 from rwkv_jax.checkpoint import weights
+from rwkv_jax.checkpoint.pth import write_pth
 from rwkv_jax.checkpoint.safetensors import read_safetensors
 
 ROOT = Path(program.__file__).parents[1]
@@ -123,14 +124,30 @@ def test_inspect_tells_all_that_is_wrong(model, capsys):
 def test_convert_around_and_back(model, tmp_path, capsys):
     """.pth, safetensors, a Hugging Face folder and back: the file is the one it began as."""
     path, tensors = model
-    steps = ["a.safetensors", "b", "c.pth"]
+    steps = ["a.safetensors", "world-0.1b-hf", "c.pth"]
     for source, target in zip([path.name, *steps], steps, strict=False):
         assert rwkv_jax("convert", tmp_path / source, tmp_path / target) == 0
     assert (tmp_path / "c.pth").read_bytes() == path.read_bytes()
     assert f"RWKV-7, {len(tensors)} tensors" in capsys.readouterr().out
-    assert rwkv_jax("diff", path, tmp_path / "b") == 0
+    assert rwkv_jax("diff", path, tmp_path / "world-0.1b-hf") == 0
     all_of = f"{len(tensors)} of {len(tensors)}"
     assert f"{all_of} tensors are the same numbers" in capsys.readouterr().out
+
+
+def test_convert_takes_prefixes_off_and_replaces_no_folder(model, tmp_path, capsys):
+    path, tensors = model
+    prefixed = tmp_path / "deepspeed.pth"
+    write_pth(prefixed, {f"_forward_module.{name}": x for name, x in tensors.items()})
+    assert rwkv_jax("convert", prefixed, tmp_path / "plain.pth") == 0
+    assert (tmp_path / "plain.pth").read_bytes() == path.read_bytes()
+    (tmp_path / "folder").mkdir()
+    capsys.readouterr()
+    assert rwkv_jax("convert", path, tmp_path / "folder", "--overwrite") == 2
+    assert "a folder is not replaced" in capsys.readouterr().err
+    (tmp_path / "file").write_text("precious")
+    assert rwkv_jax("convert", path, tmp_path / "file", "--overwrite") == 2
+    assert "is a file; name a new folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_convert_rounds_when_told(model, tmp_path):

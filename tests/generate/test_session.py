@@ -1,13 +1,15 @@
 """Text in, text out: streaming, stops, seeds, and the state that a session carries."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rwkv_jax import states
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.errors import UserError
-from rwkv_jax.generate import Sampling, Session, Writer, generate, generate_with, session
-from rwkv_jax.generate.decode import prefill
+from rwkv_jax.generate import Sampling, Session, Start, Writer, generate, generate_with, session
+from rwkv_jax.generate.decode import decoding_layout, prefill
 from tests.generate.conftest import config, weights
 
 PROMPTS = ["def", "", "é"]
@@ -237,3 +239,35 @@ def test_decoding_is_compiled_once_whatever_happens_in_between(committed, caplog
             own.reset()
     done = [r.getMessage() for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
     assert sum("jit(decode)" in message for message in done) == 1
+
+
+def test_a_start_is_gone_back_to_when_a_document_ends(writer7):
+    """With known logits a new text begins there; without, only a prompt can begin one."""
+    first = Session(writer7, 1)
+    first.feed("def")
+    start = Start(first.state, writer7.cfg, first.logits)
+    session = Session(writer7, 1, start)
+    expected = "".join(piece.text for piece in session.stream(max_tokens=8))
+    session._begun = False  # as the end of a document leaves it
+    session.reseed(1)
+    assert "".join(piece.text for piece in session.stream(max_tokens=8)) == expected
+    silent = Session(writer7, 1, Start(first.state, writer7.cfg))
+    assert not silent.begun
+    assert states.compare(silent.state, first.state)[-1].relative == 0
+    with pytest.raises(UserError, match="does not say what comes next"):
+        next(silent.stream(max_tokens=8))
+    silent.feed(" f")
+    first.feed(" f")
+    assert max(row.relative for row in states.compare(silent.state, first.state)) < 1e-6
+
+
+def test_decoding_keeps_decays_in_float32():
+    """Whatever the matrices are stored in: version 5.2 has a decay per head and channel."""
+    for version in ("5.2", "6", "7a"):
+        params = decoding_layout(weights(version), config(version), jnp.bfloat16)
+        att = params.blocks[0].att
+        names = ("w0", "r_k") if version == "7a" else ("time_decay", "time_faaaa")
+        assert {getattr(att, name).dtype for name in names} == {jnp.dtype("float32")}
+        factors = {"5.2": (), "6": ("time_maa_w2", "time_decay_w1"), "7a": ("w1", "g2")}[version]
+        assert {getattr(att, name).dtype for name in factors} <= {jnp.dtype("bfloat16")}
+        assert params.head.dtype == jnp.bfloat16
