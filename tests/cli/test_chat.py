@@ -120,7 +120,7 @@ def test_the_defaults_are_the_official_ones(talk):
         (":undo", "no exchange to go back to"),
         (":retry", "no exchange to go back to"),
         (":save TMP/it.safetensors", "nothing was said yet"),
-        (":save TMP/it", "it: a conversation is kept in a file named *.safetensors"),
+        (":save TMP/it", "it: a state is kept in a file named *.safetensors"),
         (":save TMP/no/it.safetensors", "there is no folder"),
         (":load TMP/no.safetensors", "no.safetensors"),
         (":save", "no such command"),
@@ -203,7 +203,7 @@ def test_from_a_start_also_after_reset_and_load(talk, scripted, tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"save": Path("it")}, "it: a conversation is kept in a file named"),
+        ({"save": Path("it")}, "it: a state is kept in a file named"),
         ({"save": Path("no/it.safetensors")}, "there is no folder no"),
         ({"seed": -1}, "seed -1"),
         ({"max_tokens": -1}, "tokens -1"),
