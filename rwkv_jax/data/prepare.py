@@ -230,7 +230,7 @@ def _train_tokenizer(corpus: Corpus, bar: Progress) -> Tokenizer:
         piece
         for document in corpus.documents(lambda count: bar.advance(task, count))
         if not document.heldout and (share >= 1 or hash_share(f"bpe {document.name}") < share)
-        for piece in _pieces(document.text)
+        for piece in pieces_of(document.text)
     )
     trained = train_bpe(chosen, corpus.cfg.bpe_vocab_size)
     return JsonTokenizer(trained.to_str(), "bpe", "the BPE just trained")
@@ -264,7 +264,7 @@ def _tokenise(corpus: Corpus, tokenizer: Tokenizer, folder: Path, bar: Progress)
 def _write_ids(
     documents: list[Document], tokenizer: Tokenizer, files: Mapping[str, IO[bytes]]
 ) -> None:
-    pieces = [_pieces(document.text) for document in documents]
+    pieces = [pieces_of(document.text) for document in documents]
     encoded = iter(tokenizer.encode_batch([piece for some in pieces for piece in some]))
     dtype = _dtype(tokenizer)
     for document, some in zip(documents, pieces, strict=True):
@@ -291,7 +291,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield group
 
 
-def _pieces(text: str) -> list[str]:
+def pieces_of(text: str) -> list[str]:
     """The text cut into parts of a few MB, as a tokenizer's own memory is many times that of what
     it encodes.
 

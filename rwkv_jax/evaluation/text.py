@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.data.prepare import _pieces
+from rwkv_jax.data.prepare import pieces_of
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.errors import UserError
 from rwkv_jax.models import Model
@@ -102,7 +102,7 @@ def encode(name: str, documents: Iterable[str], tokenizer: Tokenizer, limit: int
 def _ids(document: str, tokenizer: Tokenizer, enough: int) -> list[int]:
     """Of all the document and its end, or of so much of it that they are more than enough."""
     ids: list[int] = []
-    for piece in _pieces(document):
+    for piece in pieces_of(document):
         ids += tokenizer.encode(piece)
         if len(ids) > enough:
             return ids

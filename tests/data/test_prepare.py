@@ -329,12 +329,12 @@ def test_long_documents_are_cut_where_no_token_crosses(cfg, monkeypatch):
         for name in ("bpe", "corpus", "prepare")
     )
     monkeypatch.setattr(module, "LONG_DOCUMENT", 100)
-    pieces = module._pieces(text)
+    pieces = module.pieces_of(text)
     assert len(pieces) > 20 and "".join(pieces) == text
     encoded = [i for piece in tokens.tokenizer.encode_batch(pieces) for i in piece]
     assert encoded == tokens.tokenizer.encode(text)
-    assert module._pieces("x" * 1000) == ["x" * 1000]
-    assert module._pieces("") == [""]
+    assert module.pieces_of("x" * 1000) == ["x" * 1000]
+    assert module.pieces_of("") == [""]
 
 
 def test_description(cfg, source):
