@@ -2,7 +2,7 @@
 products."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +31,19 @@ def put(
     return lax.dynamic_update_slice_in_dim(into, x.swapaxes(1, 2), i * x.shape[2], axis=1)
 
 
+Inputs = TypeVar("Inputs", bound=tuple)
+"""A named tuple of arrays [b, t, h, n]."""
+
+
+def in_chunks(
+    size: int, x: Inputs, reset: Bool[Array, "b t"] | None
+) -> tuple[Inputs, tuple[Array, "DocumentIds | None"]]:
+    """The inputs padded to whole chunks, and what a scan over those reads: their numbers, their
+    documents."""
+    padded = type(x)(*(pad(array, size) for array in x))
+    return padded, (jnp.arange(padded[0].shape[1] // size), document_ids(reset, size))
+
+
 class DocumentIds(NamedTuple):
     """Which document the tokens of every chunk belong to."""
 
@@ -47,6 +60,30 @@ def document_ids(reset: Bool[Array, "b t"] | None, size: int) -> DocumentIds | N
     ids = jnp.pad(jnp.cumsum(reset.astype(jnp.int32), axis=1), ((0, 0), (0, -t % size)), "edge")
     ids = jnp.moveaxis(ids.reshape(b, -1, size), 1, 0)
     return DocumentIds(before=jnp.pad(ids[:-1, :, -1:], ((1, 0), (0, 0), (0, 0))), tokens=ids)
+
+
+class Documents(NamedTuple):
+    """Masks of rows of C tokens, 1 where it is so; [..., 1, C, C] or [..., 1, C, 1], the 1 for the
+    heads."""
+
+    same: Array  # [C, C]: row and column are of one document
+    sees_state: Array  # [C, 1]: rows of the document that the state belongs to
+    reaches_end: Array  # [C, 1]: columns of the document that the chunk ends in
+    carries_on: Array  # [1, 1]: no document starts in the chunk
+
+
+def documents(ids: DocumentIds | None, dtype: Any) -> Documents | None:
+    """The masks of a chunk, or of all."""
+    if ids is None:
+        return None
+    last = ids.tokens[..., -1:]
+    masks = Documents(
+        same=ids.tokens[..., :, None] == ids.tokens[..., None, :],
+        sees_state=(ids.tokens == ids.before)[..., None],
+        reaches_end=(ids.tokens == last)[..., None],
+        carries_on=(ids.before == last)[..., None],
+    )
+    return Documents(*(jnp.expand_dims(x, -3).astype(dtype) for x in masks))
 
 
 def masked(mask: np.ndarray, x: Float[Array, "*lanes i j"]) -> Float[Array, "*lanes i j"]:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Float
-from rwkv_jax.wkv.chunks import cut, document_ids, join
+from rwkv_jax.wkv.chunks import Documents, cut, document_ids, documents, join
 from rwkv_jax.wkv.v6 import chunk
-from rwkv_jax.wkv.v6.chunk import Documents, Heads, Inputs
+from rwkv_jax.wkv.v6.chunk import Heads, Inputs
 
 CHUNK = 16
 
@@ -30,7 +30,7 @@ def wkv6(
     """`rwkv_jax.wkv.wkv6` by an associative scan over chunks of 16; differentiated by JAX."""
     x = Inputs(*(cut(array, CHUNK) for array in (r, log_w, k, v)))
     heads = Heads(u, initial)
-    docs = chunk.documents(document_ids(reset, CHUNK), state.dtype)
+    docs = documents(document_ids(reset, CHUNK), state.dtype)
     maps = lax.associative_scan(compose, jax.checkpoint(summarise)(x, heads, docs))
     after = state[None] * maps[0] + maps[1]
     entering = jnp.concatenate([state[None], after[:-1]])

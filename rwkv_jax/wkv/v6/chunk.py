@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rwkv_jax.typing import Array, Float
-from rwkv_jax.wkv.chunks import DocumentIds, dot, masked, summed, transpose
+from rwkv_jax.wkv.chunks import Documents, dot, masked, summed, transpose
 
 
 class Inputs(NamedTuple):
@@ -47,15 +47,6 @@ class Heads(NamedTuple):
 
     u: Array
     initial: Array | None
-
-
-class Documents(NamedTuple):
-    """Masks of a chunk, 1 where it is so."""
-
-    same: Array  # [C, C]: row and column are of one document
-    sees_state: Array  # [C, 1]: rows of the document that S belongs to
-    reaches_end: Array  # [C, 1]: columns of the document that the chunk ends in
-    carries_on: Array  # [1, 1]: no document starts in the chunk
 
 
 class Scores(NamedTuple):
@@ -90,20 +81,6 @@ def tree(size: int) -> Tree:
         half //= 2
     sums += [column < row, column > row]
     return Tree(np.stack(sums), np.stack(pairs))
-
-
-def documents(ids: DocumentIds | None, dtype: jnp.dtype) -> Documents | None:
-    """The masks of a chunk, or of all, with an axis for the heads: [..., b, 1, ...]."""
-    if ids is None:
-        return None
-    last = ids.tokens[..., -1:]
-    masks = Documents(
-        same=ids.tokens[..., :, None] == ids.tokens[..., None, :],
-        sees_state=(ids.tokens == ids.before)[..., None],
-        reaches_end=(ids.tokens == last)[..., None],
-        carries_on=(ids.before == last)[..., None],
-    )
-    return Documents(*(jnp.expand_dims(x, -3).astype(dtype) for x in masks))
 
 
 def relate(x: Inputs, heads: Heads, docs: Documents | None) -> Scores:

@@ -15,7 +15,7 @@ from jax import lax
 
 from rwkv_jax.remat import keep
 from rwkv_jax.typing import Array, Bool, Float
-from rwkv_jax.wkv.chunks import document_ids, pad, put, take
+from rwkv_jax.wkv.chunks import documents, in_chunks, pad, put, take
 from rwkv_jax.wkv.v6 import chunk
 from rwkv_jax.wkv.v6.chunk import Heads, Inputs
 
@@ -44,12 +44,12 @@ def _over_chunks(size: int, x: Inputs, heads: Heads, state: Array, reset: Array 
 
 
 def _chunk(ids: Any, x: Inputs, heads: Heads, state: Array) -> tuple[Array, Array]:
-    docs = chunk.documents(ids, state.dtype)
+    docs = documents(ids, state.dtype)
     return chunk.forward(x, heads, chunk.relate(x, heads, docs), state, docs)
 
 
 def _forward(size: int, x: Inputs, heads: Heads, state: Array, reset: Array | None):
-    padded, steps = _in_chunks(size, x, reset)
+    padded, steps = in_chunks(size, x, reset)
 
     # Chunks are sliced from the time axis as they are needed: cutting all of them beforehand would
     # transpose and so copy every array.
@@ -68,7 +68,7 @@ def _forward(size: int, x: Inputs, heads: Heads, state: Array, reset: Array | No
 def _backward(size: int, kept: tuple, cotangents: tuple) -> tuple[Inputs, Heads, Array, None]:
     x, heads, entering, reset = kept
     dy, dstate = cotangents
-    padded, steps = _in_chunks(size, x, reset)
+    padded, steps = in_chunks(size, x, reset)
     dy = pad(dy, size)
 
     def body(carry: tuple, step: tuple) -> tuple[tuple, None]:
@@ -83,13 +83,6 @@ def _backward(size: int, kept: tuple, cotangents: tuple) -> tuple[Inputs, Heads,
     zeros = jax.tree.map(jnp.zeros_like, (heads, padded))
     (dstate, dheads, dx), _ = lax.scan(body, (dstate, *zeros), (steps, entering), reverse=True)
     return Inputs(*(array[:, : x.v.shape[1]] for array in dx)), dheads, dstate, None
-
-
-def _in_chunks(size: int, x: Inputs, reset: Array | None) -> tuple[Inputs, tuple]:
-    """The inputs padded to whole chunks, and what a scan over those reads: their numbers, their
-    documents."""
-    padded = Inputs(*(pad(array, size) for array in x))
-    return padded, (jnp.arange(padded.v.shape[1] // size), document_ids(reset, size))
 
 
 _over_chunks.defvjp(_forward, _backward)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Float
-from rwkv_jax.wkv.chunks import cut, document_ids, dot, join, transpose
+from rwkv_jax.wkv.chunks import Documents, cut, document_ids, dot, join, transpose
 from rwkv_jax.wkv.v7 import chunk
-from rwkv_jax.wkv.v7.chunk import Documents, Inputs
+from rwkv_jax.wkv.v7.chunk import Inputs
 
 CHUNK = 32
 

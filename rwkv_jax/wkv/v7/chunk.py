@@ -25,16 +25,8 @@ import numpy as np
 from jax import lax
 
 from rwkv_jax.typing import Array, Float
-from rwkv_jax.wkv.chunks import DocumentIds, dot, masked, summed, transpose
-
-
-class Documents(NamedTuple):
-    """Masks of a chunk [..., 1] or [..., 2C, 2C], 1 where documents agree."""
-
-    same: Array  # [2C, 2C]: row and column are of one document
-    sees_state: Array  # [2C, 1]: rows of the document that S belongs to
-    reaches_end: Array  # [2C, 1]: columns of the document that the chunk ends in
-    carries_on: Array  # [1, 1]: no document starts in the chunk
+from rwkv_jax.wkv import chunks
+from rwkv_jax.wkv.chunks import DocumentIds, Documents, dot, masked, summed, transpose
 
 
 class Inputs(NamedTuple):
@@ -62,18 +54,11 @@ class Scores(NamedTuple):
 
 
 def documents(ids: DocumentIds | None, dtype: jnp.dtype) -> Documents | None:
-    """The masks of a chunk, or of all, with an axis for the heads: [..., b, 1, ...]."""
+    """The masks of a chunk, or of all, for its 2C rows (a; r) and columns (b; k)."""
     if ids is None:
         return None
-    last = ids.tokens[..., -1:]
     twice = jnp.concatenate([ids.tokens, ids.tokens], axis=-1)
-    masks = Documents(
-        same=twice[..., :, None] == twice[..., None, :],
-        sees_state=(twice == ids.before)[..., None],
-        reaches_end=(twice == last)[..., None],
-        carries_on=(ids.before == last)[..., None],
-    )
-    return Documents(*(jnp.expand_dims(x, -3).astype(dtype) for x in masks))
+    return chunks.documents(ids._replace(tokens=twice), dtype)
 
 
 def causal(size: int) -> np.ndarray:

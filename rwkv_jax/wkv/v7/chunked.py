@@ -13,7 +13,7 @@ from jax import lax
 
 from rwkv_jax.remat import keep
 from rwkv_jax.typing import Array, Bool, Float
-from rwkv_jax.wkv.chunks import document_ids, pad, put, take
+from rwkv_jax.wkv.chunks import in_chunks, pad, put, take
 from rwkv_jax.wkv.v7 import chunk
 from rwkv_jax.wkv.v7.chunk import Inputs
 
@@ -41,7 +41,7 @@ def _over_chunks(size: int, x: Inputs, state: Array, reset: Array | None) -> tup
 
 
 def _forward(size: int, x: Inputs, state: Array, reset: Array | None) -> tuple[tuple, tuple]:
-    padded, steps = _in_chunks(size, x, reset)
+    padded, steps = in_chunks(size, x, reset)
 
     # Chunks are sliced from the time axis as they are needed: cutting all of them beforehand would
     # transpose and so copy every array.
@@ -61,7 +61,7 @@ def _forward(size: int, x: Inputs, state: Array, reset: Array | None) -> tuple[t
 def _backward(size: int, kept: tuple, cotangents: tuple) -> tuple[Inputs, Array, None]:
     x, entering, reset = kept
     dy, dstate = cotangents
-    padded, steps = _in_chunks(size, x, reset)
+    padded, steps = in_chunks(size, x, reset)
     dy = pad(dy, size)
 
     def body(carry: tuple[Array, Inputs], step: tuple) -> tuple[tuple, None]:
@@ -77,13 +77,6 @@ def _backward(size: int, kept: tuple, cotangents: tuple) -> tuple[Inputs, Array,
     carry = (dstate, Inputs(*(jnp.zeros_like(array) for array in padded)))
     (dstate, gradients), _ = lax.scan(body, carry, (steps, entering), reverse=True)
     return Inputs(*(array[:, : x.v.shape[1]] for array in gradients)), dstate, None
-
-
-def _in_chunks(size: int, x: Inputs, reset: Array | None) -> tuple[Inputs, tuple]:
-    """The inputs padded to whole chunks, and what a scan over those reads: their numbers, their
-    documents."""
-    padded = Inputs(*(pad(array, size) for array in x))
-    return padded, (jnp.arange(padded.v.shape[1] // size), document_ids(reset, size))
 
 
 _over_chunks.defvjp(_forward, _backward)
