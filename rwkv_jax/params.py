@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rwkv_jax.nn import Norm
 from rwkv_jax.typing import Array, Callable, Float, PRNGKeyArray, PyTree
 
 
@@ -65,6 +66,33 @@ class ParamSpec:
     def full_shape(self) -> tuple[int, ...]:
         """The shape of the array, layers included."""
         return ((self.layers,) if self.layers else ()) + self.shape
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Makes the specs of one layer's parameters, stacked over `count` layers."""
+
+    count: int
+
+    def plain(self, shape: tuple[int, ...], init: Init, lr_scale: float = 1.0) -> ParamSpec:
+        """Kept as it is, without weight decay."""
+        return ParamSpec(shape, init, self.count, lr_scale=lr_scale)
+
+    def row(self, width: int, init: Init, lr_scale: float = 1.0) -> ParamSpec:
+        """A vector that official files keep as [1, 1, c], without weight decay."""
+        return ParamSpec((width,), init, self.count, lr_scale=lr_scale, layout="row")
+
+    def factor(self, shape: tuple[int, ...], init: Init) -> ParamSpec:
+        """A low-rank matrix [in, out], without weight decay."""
+        return ParamSpec(shape, init, self.count, layout="factor")
+
+    def matrix(self, shape: tuple[int, int], init: Init) -> ParamSpec:
+        """A linear map [in, out], with weight decay."""
+        return ParamSpec(shape, init, self.count, decay=True, layout="linear")
+
+    def norm(self, width: int, weight: Init | None = None) -> Norm[ParamSpec]:
+        """A normalisation: weights 1 unless `weight` says otherwise, biases 0."""
+        return Norm(self.plain((width,), weight or ones), self.plain((width,), zeros))
 
 
 def is_spec(leaf: object) -> bool:
@@ -126,6 +154,11 @@ def closed_form(formula: Callable[[Depth], Float[Array, "..."]]) -> Init:
     return lambda key, shape, depth: jnp.broadcast_to(
         jnp.asarray(formula(depth), jnp.float32), shape
     )
+
+
+def ln_x_weight(key: PRNGKeyArray, shape: tuple[int, ...], depth: Depth) -> Float[Array, "..."]:
+    """Official for the group norm of versions 5 to 7: ((1 + layer) / layers)^0.7."""
+    return jnp.full(shape, ((1 + depth.index) / depth.layers) ** 0.7, jnp.float32)
 
 
 def uniform(bound: float) -> Init:

@@ -23,7 +23,7 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import rwkv4, rwkv5, rwkv6, rwkv7, rwkv7a
 from rwkv_jax.models.state import State
 from rwkv_jax.nn import Norm
-from rwkv_jax.params import ParamSpec, ones, orthogonal, uniform, zeros
+from rwkv_jax.params import Layers, ParamSpec, orthogonal, uniform
 from rwkv_jax.remat import Remat, rematerialise
 from rwkv_jax.typing import Array, Bool, Float, Int, Leaf, PRNGKeyArray
 
@@ -72,16 +72,14 @@ def specs(cfg: ModelConfig) -> Model[ParamSpec]:
     with jax.ensure_compile_time_eval():  # kept beyond the trace that may ask first
         blocks = VERSIONS[cfg.version].specs(cfg)
 
-    def norm() -> Norm[ParamSpec]:
-        return Norm(ParamSpec((c,), ones), ParamSpec((c,), zeros))
-
+    whole = Layers(0)  # of the model, not of its layers
     head_gain = 0.5 * max(vocab / c, 1.0) ** 0.5
     return Model(
         emb=ParamSpec((vocab, c), uniform(1e-4), decay=True, layout="table"),
-        ln0=norm(),
+        ln0=whole.norm(c),
         blocks=blocks,
-        ln_out=norm(),
-        head=ParamSpec((c, vocab), orthogonal(head_gain), decay=True, layout="linear"),
+        ln_out=whole.norm(c),
+        head=whole.matrix((c, vocab), orthogonal(head_gain)),
     )
 
 

@@ -13,6 +13,7 @@ values and optimizer groups these are.
 """
 
 import math
+from functools import partial
 from typing import Generic
 
 import jax
@@ -21,11 +22,31 @@ from flax import struct
 
 from rwkv_jax import nn
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.block import Block, init_carry, residual
 from rwkv_jax.models.state import BlockState
-from rwkv_jax.nn import Norm
-from rwkv_jax.params import Depth, Init, ParamSpec, closed_form, ones, orthogonal, zeros
+from rwkv_jax.params import (
+    Depth,
+    Layers,
+    ParamSpec,
+    closed_form,
+    orthogonal,
+    zeros,
+)
 from rwkv_jax.typing import Array, Bool, Float, Leaf
 from rwkv_jax.wkv import Wkv4State, wkv4
+
+__all__ = [
+    "Block",
+    "ChannelMix",
+    "TimeMix",
+    "block",
+    "channel_mix",
+    "init_carry",
+    "init_state",
+    "interpolate",
+    "specs",
+    "time_mix",
+]
 
 
 @struct.dataclass
@@ -52,16 +73,6 @@ class ChannelMix(Generic[Leaf]):
     key: Leaf
     receptance: Leaf
     value: Leaf
-
-
-@struct.dataclass
-class Block(Generic[Leaf]):
-    """One layer."""
-
-    ln1: Norm[Leaf]
-    att: TimeMix[Leaf]
-    ln2: Norm[Leaf]
-    ffn: ChannelMix[Leaf]
 
 
 def init_state(cfg: ModelConfig, batch: int) -> BlockState[Array]:
@@ -126,38 +137,7 @@ def channel_mix(
     return r * nn.squared_relu_linear(hidden, p.value), last
 
 
-def init_carry(x: Float[Array, "b t c"]) -> None:
-    """Version 4 hands nothing from layer to layer beside `x`."""
-    return None
-
-
-def block(
-    params: Block[Array],
-    x: Float[Array, "b t c"],
-    carry: None,
-    state: BlockState[Array],
-    *,
-    first: Bool[Array, ""] | bool,
-    reset: Bool[Array, "b t"] | None = None,
-    implementation: str | None = None,
-) -> tuple[Float[Array, "b t c"], None, BlockState[Array]]:
-    """One layer: `x` after both residual branches, and the layer's new state.
-
-    `carry` and `first` are there for the versions that need them; this one has one kind of layer.
-    """
-    with jax.named_scope("time_mix"):
-        out, att_x, wkv = time_mix(
-            params.att,
-            nn.layer_norm(x, params.ln1),
-            state.att_x,
-            state.wkv,
-            reset=reset,
-            implementation=implementation,
-        )
-        x = x + out
-    with jax.named_scope("channel_mix"):
-        out, ffn_x = channel_mix(params.ffn, nn.layer_norm(x, params.ln2), state.ffn_x, reset=reset)
-    return x + out, carry, BlockState(att_x=att_x, wkv=wkv, ffn_x=ffn_x)
+block = residual(time_mix, channel_mix)
 
 
 def specs(cfg: ModelConfig) -> Block[ParamSpec]:
@@ -168,14 +148,8 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     """
     c, f = cfg.width, cfg.ffn
 
-    def row(init: Init) -> ParamSpec:
-        return ParamSpec((c,), init, cfg.layers, layout="row")
-
-    def matrix(shape: tuple[int, int], init: Init) -> ParamSpec:
-        return ParamSpec(shape, init, cfg.layers, decay=True, layout="linear")
-
-    def norm() -> Norm[ParamSpec]:
-        return Norm(ParamSpec((c,), ones, cfg.layers), ParamSpec((c,), zeros, cfg.layers))
+    make = Layers(cfg.layers)
+    row, matrix, norm = partial(make.row, c), make.matrix, partial(make.norm, c)
 
     channel = jnp.arange(c, dtype=jnp.float32)
     share = channel / c
@@ -191,8 +165,8 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     mix_v = row(closed_form(lambda d: share**d.falling + 0.3 * d.rising))
     mix_r = row(closed_form(lambda d: share ** (0.5 * d.falling)))
     att = TimeMix(
-        time_decay=ParamSpec((c,), closed_form(time_decay), cfg.layers, lr_scale=2.0),
-        time_first=ParamSpec((c,), closed_form(time_first), cfg.layers, lr_scale=3.0),
+        time_decay=make.plain((c,), closed_form(time_decay), lr_scale=2.0),
+        time_first=make.plain((c,), closed_form(time_first), lr_scale=3.0),
         time_mix_k=mix_k,
         time_mix_v=mix_v,
         time_mix_r=mix_r,

@@ -19,6 +19,7 @@ Source: arXiv:2404.05892 §4.1 and RWKV-LM `RWKV-v5/src/model.py`, whose paramet
 values and optimizer groups these are.
 """
 
+from functools import partial
 from typing import Generic
 
 import jax
@@ -27,10 +28,20 @@ from flax import struct
 
 from rwkv_jax import nn
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models.rwkv4 import ChannelMix, channel_mix, init_carry, interpolate
-from rwkv_jax.models.state import BlockState, matrix_state
+from rwkv_jax.models.block import Block, init_carry, residual
+from rwkv_jax.models.rwkv4 import ChannelMix, channel_mix, interpolate
+from rwkv_jax.models.state import matrix_state
 from rwkv_jax.nn import Norm
-from rwkv_jax.params import Depth, Init, ParamSpec, closed_form, constant, ones, orthogonal, zeros
+from rwkv_jax.params import (
+    Depth,
+    Layers,
+    ParamSpec,
+    closed_form,
+    constant,
+    ln_x_weight,
+    orthogonal,
+    zeros,
+)
 from rwkv_jax.typing import Array, Bool, Float, Leaf
 from rwkv_jax.wkv import wkv6
 
@@ -57,16 +68,6 @@ class TimeMix(Generic[Leaf]):
     gate: Leaf | None
     output: Leaf
     ln_x: Norm[Leaf]
-
-
-@struct.dataclass
-class Block(Generic[Leaf]):
-    """One layer."""
-
-    ln1: Norm[Leaf]
-    att: TimeMix[Leaf]
-    ln2: Norm[Leaf]
-    ffn: ChannelMix[Leaf]
 
 
 init_state = matrix_state
@@ -124,33 +125,7 @@ def per_channel(x: Float[Array, "h *n"], n: int) -> Float[Array, "h n"]:
     return jnp.broadcast_to(x.reshape(x.shape[0], -1), (x.shape[0], n))
 
 
-def block(
-    params: Block[Array],
-    x: Float[Array, "b t c"],
-    carry: None,
-    state: BlockState[Array],
-    *,
-    first: Bool[Array, ""] | bool,
-    reset: Bool[Array, "b t"] | None = None,
-    implementation: str | None = None,
-) -> tuple[Float[Array, "b t c"], None, BlockState[Array]]:
-    """One layer: `x` after both residual branches, and the layer's new state.
-
-    `carry` and `first` are there for the versions that need them; this one has one kind of layer.
-    """
-    with jax.named_scope("time_mix"):
-        out, att_x, wkv = time_mix(
-            params.att,
-            nn.layer_norm(x, params.ln1),
-            state.att_x,
-            state.wkv,
-            reset=reset,
-            implementation=implementation,
-        )
-        x = x + out
-    with jax.named_scope("channel_mix"):
-        out, ffn_x = channel_mix(params.ffn, nn.layer_norm(x, params.ln2), state.ffn_x, reset=reset)
-    return x + out, carry, BlockState(att_x=att_x, wkv=wkv, ffn_x=ffn_x)
+block = residual(time_mix, channel_mix)
 
 
 def specs(cfg: ModelConfig) -> Block[ParamSpec]:
@@ -162,14 +137,8 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     c, f, h, n = cfg.width, cfg.ffn, cfg.heads, cfg.head_size
     gated, by_channel = cfg.version != "5.0", cfg.version == "5.2"
 
-    def row(init: Init) -> ParamSpec:
-        return ParamSpec((c,), init, cfg.layers, layout="row")
-
-    def matrix(shape: tuple[int, int], init: Init) -> ParamSpec:
-        return ParamSpec(shape, init, cfg.layers, decay=True, layout="linear")
-
-    def norm(weight: Init = ones) -> Norm[ParamSpec]:
-        return Norm(ParamSpec((c,), weight, cfg.layers), ParamSpec((c,), zeros, cfg.layers))
+    make = Layers(cfg.layers)
+    row, matrix, norm = partial(make.row, c), make.matrix, partial(make.norm, c)
 
     shape = (h, n) if by_channel else (h,)
     index = jnp.arange(c if by_channel else h, dtype=jnp.float32).reshape(shape)
@@ -183,16 +152,13 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     def time_faaaa(depth: Depth) -> Array:
         return depth.rising * (1.0 - ramp) + zigzag
 
-    def ln_x(depth: Depth) -> Array:
-        return jnp.full((c,), ((1 + depth.index) / depth.layers) ** 0.7)
-
     mix_k = row(closed_form(lambda d: share**d.falling))
     mix_v = row(closed_form(lambda d: share**d.falling + 0.3 * d.rising))
     mix_r = row(closed_form(lambda d: share ** (0.5 * d.falling)))
     att = TimeMix(
-        time_decay=ParamSpec(shape, closed_form(time_decay), cfg.layers, lr_scale=2.0),
-        time_first=None if gated else ParamSpec(shape, constant(-3.0), cfg.layers, lr_scale=3.0),
-        time_faaaa=ParamSpec(shape, closed_form(time_faaaa), cfg.layers) if gated else None,
+        time_decay=make.plain(shape, closed_form(time_decay), lr_scale=2.0),
+        time_first=None if gated else make.plain(shape, constant(-3.0), lr_scale=3.0),
+        time_faaaa=make.plain(shape, closed_form(time_faaaa)) if gated else None,
         time_mix_k=mix_k,
         time_mix_v=mix_v,
         time_mix_r=mix_r,
@@ -202,7 +168,7 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
         receptance=matrix((c, c), orthogonal(1.0)),
         gate=matrix((c, c), orthogonal(0.1)) if gated else None,
         output=matrix((c, c), zeros),
-        ln_x=norm(closed_form(ln_x)),
+        ln_x=norm(ln_x_weight),
     )
     ffn = ChannelMix(
         time_mix_k=mix_k,

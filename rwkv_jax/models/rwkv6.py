@@ -18,6 +18,7 @@ Source: arXiv:2404.05892 §4.2 and RWKV-LM `RWKV-v5/src/model.py`, whose paramet
 values and optimizer groups these are.
 """
 
+from functools import partial
 from typing import Generic
 
 import jax
@@ -26,10 +27,19 @@ from flax import struct
 
 from rwkv_jax import nn
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models.rwkv4 import init_carry
-from rwkv_jax.models.state import BlockState, matrix_state
+from rwkv_jax.models.block import Block, init_carry, residual
+from rwkv_jax.models.state import matrix_state
 from rwkv_jax.nn import Norm
-from rwkv_jax.params import Depth, Init, ParamSpec, closed_form, ones, orthogonal, uniform, zeros
+from rwkv_jax.params import (
+    Depth,
+    Layers,
+    ParamSpec,
+    closed_form,
+    ln_x_weight,
+    orthogonal,
+    uniform,
+    zeros,
+)
 from rwkv_jax.typing import Array, Bool, Float, Leaf
 from rwkv_jax.wkv import wkv6
 
@@ -82,16 +92,6 @@ class ChannelMix(Generic[Leaf]):
     key: Leaf
     receptance: Leaf
     value: Leaf
-
-
-@struct.dataclass
-class Block(Generic[Leaf]):
-    """One layer."""
-
-    ln1: Norm[Leaf]
-    att: TimeMix[Leaf]
-    ln2: Norm[Leaf]
-    ffn: ChannelMix[Leaf]
 
 
 init_state = matrix_state
@@ -165,33 +165,7 @@ def channel_mix(
     return r * nn.squared_relu_linear(hidden, p.value), last
 
 
-def block(
-    params: Block[Array],
-    x: Float[Array, "b t c"],
-    carry: None,
-    state: BlockState[Array],
-    *,
-    first: Bool[Array, ""] | bool,
-    reset: Bool[Array, "b t"] | None = None,
-    implementation: str | None = None,
-) -> tuple[Float[Array, "b t c"], None, BlockState[Array]]:
-    """One layer: `x` after both residual branches, and the layer's new state.
-
-    `carry` and `first` are there for the versions that need them; this one has one kind of layer.
-    """
-    with jax.named_scope("time_mix"):
-        out, att_x, wkv = time_mix(
-            params.att,
-            nn.layer_norm(x, params.ln1),
-            state.att_x,
-            state.wkv,
-            reset=reset,
-            implementation=implementation,
-        )
-        x = x + out
-    with jax.named_scope("channel_mix"):
-        out, ffn_x = channel_mix(params.ffn, nn.layer_norm(x, params.ln2), state.ffn_x, reset=reset)
-    return x + out, carry, BlockState(att_x=att_x, wkv=wkv, ffn_x=ffn_x)
+block = residual(time_mix, channel_mix)
 
 
 def specs(cfg: ModelConfig) -> Block[ParamSpec]:
@@ -205,20 +179,9 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     wide = 2 if c >= 4096 else 1
     rank_mix, rank_w = cfg.rank_mix or 32 * wide, cfg.rank_w or 64 * wide
 
-    def row(init: Init, lr_scale: float = 1.0) -> ParamSpec:
-        return ParamSpec((c,), init, cfg.layers, lr_scale=lr_scale, layout="row")
-
-    def plain(shape: tuple[int, ...], init: Init) -> ParamSpec:
-        return ParamSpec(shape, init, cfg.layers)
-
-    def factor(shape: tuple[int, ...], init: Init) -> ParamSpec:
-        return ParamSpec(shape, init, cfg.layers, layout="factor")
-
-    def matrix(shape: tuple[int, int], init: Init) -> ParamSpec:
-        return ParamSpec(shape, init, cfg.layers, decay=True, layout="linear")
-
-    def norm(weight: Init = ones) -> Norm[ParamSpec]:
-        return Norm(plain((c,), weight), plain((c,), zeros))
+    make = Layers(cfg.layers)
+    row, matrix, norm = partial(make.row, c), make.matrix, partial(make.norm, c)
+    plain, factor = make.plain, make.factor
 
     channel = jnp.arange(c, dtype=jnp.float32)
     share, ramp = channel / c, channel / max(c - 1, 1)
@@ -229,9 +192,6 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
 
     def time_faaaa(depth: Depth) -> Array:
         return (depth.rising * (1.0 - ramp) + zigzag).reshape(h, n)
-
-    def ln_x(depth: Depth) -> Array:
-        return jnp.full((c,), ((1 + depth.index) / depth.layers) ** 0.7)
 
     mix_k = row(closed_form(lambda d: 1.0 - share**d.falling))
     mix_v = row(closed_form(lambda d: 1.0 - (share**d.falling + 0.3 * d.rising)))
@@ -257,7 +217,7 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
         value=matrix((c, c), orthogonal(1.0)),
         gate=matrix((c, c), orthogonal(0.1)),
         output=matrix((c, c), zeros),
-        ln_x=norm(closed_form(ln_x)),
+        ln_x=norm(ln_x_weight),
     )
     ffn = ChannelMix(
         time_maa_k=ffn_mix,

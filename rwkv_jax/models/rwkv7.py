@@ -15,6 +15,7 @@ initial values and optimizer groups these are.
 """
 
 import math
+from functools import partial
 from typing import Generic
 
 import jax
@@ -24,9 +25,19 @@ from jax import lax
 
 from rwkv_jax import nn
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.block import Block
 from rwkv_jax.models.state import BlockState, matrix_state
 from rwkv_jax.nn import Norm
-from rwkv_jax.params import Depth, Init, ParamSpec, closed_form, constant, ones, orthogonal, zeros
+from rwkv_jax.params import (
+    Depth,
+    Layers,
+    ParamSpec,
+    closed_form,
+    constant,
+    ln_x_weight,
+    orthogonal,
+    zeros,
+)
 from rwkv_jax.typing import Array, Bool, Float, Leaf
 from rwkv_jax.wkv import wkv7
 
@@ -74,16 +85,6 @@ class ChannelMix(Generic[Leaf]):
     x_k: Leaf
     key: Leaf
     value: Leaf
-
-
-@struct.dataclass
-class Block(Generic[Leaf]):
-    """One layer."""
-
-    ln1: Norm[Leaf]
-    att: TimeMix[Leaf]
-    ln2: Norm[Leaf]
-    ffn: ChannelMix[Leaf]
 
 
 init_state = matrix_state
@@ -202,17 +203,9 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     rank_w, rank_a = cfg.rank_w or rank(2.5, c), cfg.rank_a or rank(2.5, c)
     rank_v, rank_g = cfg.rank_v or rank(1.7, c), cfg.rank_g or rank(5.0, c)
 
-    def vector(init: Init, lr_scale: float = 1.0) -> ParamSpec:
-        return ParamSpec((c,), init, cfg.layers, lr_scale=lr_scale, layout="row")
-
-    def low_rank(shape: tuple[int, int], init: Init) -> ParamSpec:
-        return ParamSpec(shape, init, cfg.layers, layout="factor")
-
-    def matrix(shape: tuple[int, int], init: Init) -> ParamSpec:
-        return ParamSpec(shape, init, cfg.layers, decay=True, layout="linear")
-
-    def norm(weight: Init = ones) -> Norm[ParamSpec]:
-        return Norm(ParamSpec((c,), weight, cfg.layers), ParamSpec((c,), zeros, cfg.layers))
+    make = Layers(cfg.layers)
+    vector, matrix, norm = partial(make.row, c), make.matrix, partial(make.norm, c)
+    low_rank = make.factor
 
     channel = jnp.arange(c, dtype=jnp.float32)
     ramp = channel / max(c - 1, 1)
@@ -225,9 +218,6 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
 
     def w0(depth: Depth) -> Array:
         return -5.5 + 6.0 * ramp ** (1.0 + depth.rising**0.3) + 2.5 * zigzag
-
-    def ln_x(depth: Depth) -> Array:
-        return jnp.full((c,), ((1 + depth.index) / depth.layers) ** 0.7)
 
     def ffn_mix(depth: Depth) -> Array:
         return 1.0 - (channel / c) ** (depth.falling**4)
@@ -252,12 +242,12 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
         g2=low_rank((rank_g, c), orthogonal(0.1)),
         k_k=vector(closed_form(lambda d: 0.71 - 0.1 * tilt)),
         k_a=vector(constant(1.02)),
-        r_k=ParamSpec((h, n), constant(-0.04), cfg.layers),
+        r_k=make.plain((h, n), constant(-0.04)),
         receptance=matrix((c, c), orthogonal(1.0)),
         key=matrix((c, c), orthogonal(0.1)),
         value=matrix((c, c), orthogonal(1.0)),
         output=matrix((c, c), zeros),
-        ln_x=norm(closed_form(ln_x)),
+        ln_x=norm(ln_x_weight),
     )
     ffn = ChannelMix(
         x_k=vector(closed_form(ffn_mix)),

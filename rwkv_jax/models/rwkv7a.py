@@ -24,10 +24,9 @@ from flax import struct
 from rwkv_jax import nn
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import rwkv7
-from rwkv_jax.models.rwkv7 import TimeMix
+from rwkv_jax.models.block import Block
 from rwkv_jax.models.state import BlockState, matrix_state
-from rwkv_jax.nn import Norm
-from rwkv_jax.params import ParamSpec, ones, orthogonal, uniform, zeros
+from rwkv_jax.params import Layers, ParamSpec, ones, orthogonal, uniform, zeros
 from rwkv_jax.typing import Array, Bool, Float, Int, Leaf
 
 __all__ = ["Block", "Carry", "ChannelMix", "block", "init_carry", "init_state", "look_up", "specs"]
@@ -48,16 +47,6 @@ class ChannelMix(Generic[Leaf]):
     s1: Leaf
     s2: Leaf
     s0: Leaf
-
-
-@struct.dataclass
-class Block(Generic[Leaf]):
-    """One layer."""
-
-    ln1: Norm[Leaf]
-    att: TimeMix[Leaf]
-    ln2: Norm[Leaf]
-    ffn: ChannelMix[Leaf]
 
 
 class Carry(NamedTuple):
@@ -142,7 +131,7 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     """The table of one layer's parameters, stacked over `cfg.layers`: version 7's and the new
     ones."""
     c, f, rank = cfg.width, cfg.ffn, cfg.rank_embed or RANK
-    base = rwkv7.specs(cfg)
+    base, make = rwkv7.specs(cfg), Layers(cfg.layers)
     table = ParamSpec(
         (cfg.vocab_size, rank**2), uniform(1e-4), cfg.layers, decay=True, layout="table"
     )
@@ -151,9 +140,9 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
         key=base.ffn.key,
         value=base.ffn.value,
         s_emb=table,
-        s_emb_x=ParamSpec((c, rank**2), orthogonal(0.1), cfg.layers, decay=True, layout="linear"),
-        s1=ParamSpec((c, rank), zeros, cfg.layers, layout="factor"),
-        s2=ParamSpec((rank, f), orthogonal(0.1), cfg.layers, layout="factor"),
-        s0=ParamSpec((f,), ones, cfg.layers, layout="row"),
+        s_emb_x=make.matrix((c, rank**2), orthogonal(0.1)),
+        s1=make.factor((c, rank), zeros),
+        s2=make.factor((rank, f), orthogonal(0.1)),
+        s0=make.row(f, ones),
     )
     return Block(ln1=base.ln1, att=base.att, ln2=base.ln2, ffn=ffn)
