@@ -6,7 +6,7 @@ there and [in, out] here; shift mixes are [1, 1, c] there and [c] here; layers a
 and stacked here. Numbers are neither computed nor rounded, so both ways lead back.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -64,38 +64,53 @@ def plain(tensors: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
 def check(tensors: Mapping[str, ArrayLike]) -> ModelConfig:
     """The config of a whole official checkpoint. Raises `WeightsError` as `from_official` does,
     without looking at a number."""
-    cfg = config_of(plain(tensors))
-    _find(plain(tensors), cfg)
+    tensors = plain(tensors)
+    cfg = config_of(tensors)
+    _find(tensors, cfg)
     return cfg
 
 
 def _find(tensors: Mapping[str, ArrayLike], cfg: ModelConfig) -> Model[list[ArrayLike]]:
     """Each parameter's tensors, one a layer; all are there, none is left over."""
-    used: set[str] = set()
+    for fault, more in faults(tensors, cfg):
+        raise WeightsError(fault + more)
 
     def find(path: tuple, spec: ParamSpec) -> list[ArrayLike]:
-        layers = []
-        for name in _names(path_name(path), spec):
-            if name not in tensors and optional(name):
-                layers.append(None)
-                continue
-            if name not in tensors:
-                raise WeightsError(
-                    f"{name} is missing: not a whole RWKV-{cfg.version} checkpoint; take the whole"
-                    " file"
-                )
-            used.add(name)
-            layers.append(_checked(name, tensors[name], spec))
+        layers = [tensors.get(name) for name in _names(path_name(path), spec)]
         stored = jnp.result_type(*{np.dtype(x.dtype) for x in layers if x is not None} or {"f4"})
         return [_zeros(spec, stored) if x is None else x for x in layers]
 
-    found = jax.tree_util.tree_map_with_path(find, specs(cfg), is_leaf=is_spec)
-    if extra := sorted(set(tensors) - used):
-        raise WeightsError(
-            f"{shown(extra[0])} is no parameter of RWKV-{cfg.version}; this release does not know"
-            " such a model"
-        )
-    return found
+    return jax.tree_util.tree_map_with_path(find, specs(cfg), is_leaf=is_spec)
+
+
+def faults(tensors: Mapping[str, ArrayLike], cfg: ModelConfig) -> Iterator[tuple[str, str]]:
+    """What keeps tensors from being a whole checkpoint of `cfg`'s model; of each, what goes on with
+    the remedy."""
+    needed = expected(cfg)
+    for name, shape in needed.items():
+        if name not in tensors:
+            if not optional(name):
+                more = f": not a whole RWKV-{cfg.version} checkpoint; take the whole file"
+                yield f"{name} is missing", more
+            continue
+        array = tensors[name]
+        if sizes(array) != [size for size in shape if size != 1]:
+            told = f"{name} has shape {list(array.shape)}, not {list(shape)}"
+            yield told, "; the file is damaged, or of another model"
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            kind = np.dtype(array.dtype).name
+            yield (
+                f"{name} is of {kind}",
+                "; only weights of 16, 32 or 64 bit floating point can be read",
+            )
+    for name in sorted(set(tensors) - set(needed)):
+        told = f"{shown(name)} is no parameter of RWKV-{cfg.version}"
+        yield told, "; this release does not know such a model"
+
+
+def sizes(array: ArrayLike) -> list[int]:
+    """A shape without its ones, in which files of one model may differ."""
+    return [size for size in array.shape if size != 1]
 
 
 def to_official(
@@ -145,21 +160,6 @@ def in_order(tensors: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
 def optional(name: str) -> bool:
     """Whether a checkpoint is whole without this tensor."""
     return name.startswith("blocks.0.att.") and name.endswith(_UNUSED)
-
-
-def _checked(name: str, array: ArrayLike, spec: ParamSpec) -> ArrayLike:
-    shape, needed = tuple(array.shape), _official_shape(spec)
-    if [n for n in shape if n != 1] != [n for n in needed if n != 1]:
-        raise WeightsError(
-            f"{name} has shape {list(shape)}, not {list(needed)}; the file is damaged, or of"
-            " another model"
-        )
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise WeightsError(
-            f"{name} is of {np.dtype(array.dtype).name}; only weights of 16, 32 or 64 bit floating"
-            " point can be read"
-        )
-    return array
 
 
 def _official_shape(spec: ParamSpec) -> tuple[int, ...]:

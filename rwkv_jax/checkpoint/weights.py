@@ -133,7 +133,7 @@ def find_tokenizer(weights: Weights, vocab_size: int, name: str = "") -> Tokeniz
     beside = _beside(weights)
     if not name and beside is not None:
         tokenizer = open_tokenizer(str(beside))
-        if 0 <= vocab_size - tokenizer.vocab_size < PADDING:
+        if _fits(tokenizer, vocab_size):
             return tokenizer
         # It is another model's: one folder often has several.
     if not name:
@@ -153,11 +153,15 @@ def find_tokenizer(weights: Weights, vocab_size: int, name: str = "") -> Tokeniz
 
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, called: str) -> None:
     """Raises `WeightsError` unless a model of so many embeddings may be of this tokenizer."""
-    if not 0 <= vocab_size - tokenizer.vocab_size < PADDING:
+    if not _fits(tokenizer, vocab_size):
         raise WeightsError(
             f"{called} has {tokenizer.vocab_size:,} tokens, and the model {vocab_size:,}"
             " embeddings: they do not belong together; name the model's own"
         )
+
+
+def _fits(tokenizer: Tokenizer, vocab_size: int) -> bool:
+    return 0 <= vocab_size - tokenizer.vocab_size < PADDING
 
 
 def _beside(weights: Weights) -> Path | None:

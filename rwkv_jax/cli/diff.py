@@ -59,14 +59,15 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax diff") -> int:
 def _diff(args: argparse.Namespace, differing: list[Row]) -> None:
     # Here, so that --help answers at once.
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import track
     from rich.table import Table
 
-    from rwkv_jax.checkpoint.keymaps import optional, plain
+    from rwkv_jax.checkpoint.keymaps import optional
     from rwkv_jax.checkpoint.weights import read
 
     console = Console()
-    first, second = (plain(read(path).tensors) for path in (args.A, args.B))
+    first, second = (read(path).tensors for path in (args.A, args.B))
     in_both = first.keys() & second.keys()
     union = dict.fromkeys([*first, *second])
     names: Any = [name for name in union if name in in_both or not optional(name)]
@@ -77,13 +78,13 @@ def _diff(args: argparse.Namespace, differing: list[Row]) -> None:
     differing += [row for row in rows if row.relative or row.note]
     shown = rows if args.all else differing[:FEW]
     if shown:
-        table = Table(title=f"A: {args.A}   B: {args.B}", title_justify="left")
+        table = Table(title=escape(f"A: {args.A}   B: {args.B}"), title_justify="left")
         table.add_column("tensor", overflow="fold")
         for name in ("shape", "difference", "largest", ""):
             table.add_column(name, justify="right")
         for row in shown:
             numbers = ["", ""] if row.note else [f"{row.relative:.3g}", f"{row.largest:.3g}"]
-            table.add_row(row.name, row.shape, *numbers, row.note)
+            table.add_row(escape(row.name), row.shape, *numbers, row.note)
         console.print(table)
     same, left = len(rows) - len(differing), len(differing) - len(shown)
     more = f"; {left:,} more differ (--all shows them)" if left > 0 else ""
@@ -93,14 +94,15 @@ def _diff(args: argparse.Namespace, differing: list[Row]) -> None:
 def _compare(name: str, first: Any, second: Any) -> Row:
     import numpy as np
 
+    from rwkv_jax.checkpoint.keymaps import sizes
+
     shape = " x ".join(map(str, (second if first is None else first).shape))
     if first is None or second is None:
         return Row(name, shape, np.inf, np.inf, f"only in {'B' if first is None else 'A'}")
-    sizes = [[size for size in x.shape if size != 1] for x in (first, second)]
-    if sizes[0] != sizes[1]:
+    if sizes(first) != sizes(second):
         other = " x ".join(map(str, second.shape))
         return Row(name, shape, np.inf, np.inf, f"{other} in B")
-    a, b = (np.asarray(x).astype(np.float64).reshape(sizes[0]) for x in (first, second))
+    a, b = (np.asarray(x).astype(np.float64).reshape(sizes(x)) for x in (first, second))
     if np.array_equal(a, b, equal_nan=True):
         return Row(name, shape, 0.0, 0.0)
     size, error = np.sqrt(np.mean(a**2)), np.sqrt(np.mean((b - a) ** 2))

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -48,29 +48,37 @@ class Statistics:
     tensors: int = 0
     kinds: set[str] = field(default_factory=set)
 
-    def add(self, array: Any) -> "Statistics":
-        """Counts a tensor in."""
-        import numpy as np
-
-        name, values = np.dtype(array.dtype).name, np.asarray(array)
-        values = values.astype(np.float32, copy=False)  # bfloat16 is slow to look at
-        finite = np.isfinite(values)
-        sound = values if finite.all() else values[finite]
-        self.count += values.size
-        self.odd += int(values.size - sound.size)
-        self.squares += float(np.sum(np.square(sound, dtype=np.float64)))
-        if sound.size:
-            self.least = min(self.least, float(sound.min()))
-            self.largest = max(self.largest, float(sound.max()))
-        self.tensors += 1
-        self.kinds.add(name.replace("bfloat", "bf").replace("float", "f"))
-        return self
+    def include(self, other: "Statistics") -> None:
+        """Counts those numbers in as well."""
+        self.count, self.squares = self.count + other.count, self.squares + other.squares
+        self.least, self.largest = min(self.least, other.least), max(self.largest, other.largest)
+        self.odd, self.tensors = self.odd + other.odd, self.tensors + other.tensors
+        self.kinds |= other.kinds
 
     def cells(self) -> list[str]:
         """RMS, least, largest, odd ones."""
         sound = self.count - self.odd
         rms = math.sqrt(self.squares / sound) if sound else math.nan
         return [f"{rms:.3g}", f"{self.least:.3g}", f"{self.largest:.3g}", f"{self.odd or ''}"]
+
+
+def statistics_of(array: Any) -> Statistics:
+    """Of one tensor."""
+    import numpy as np
+
+    name, values = np.dtype(array.dtype).name, np.asarray(array)
+    values = values.astype(np.float32, copy=False)  # bfloat16 is slow to look at
+    finite = np.isfinite(values)
+    sound = values if finite.all() else values[finite]
+    return Statistics(
+        count=values.size,
+        squares=float(np.sum(np.square(sound, dtype=np.float64))),
+        least=float(sound.min(initial=math.inf)),
+        largest=float(sound.max(initial=-math.inf)),
+        odd=int(values.size - sound.size),
+        tensors=1,
+        kinds={name.replace("bfloat", "bf").replace("float", "f")},
+    )
 
 
 def main(arguments: list[str], prog: str = "python -m rwkv_jax inspect") -> int:
@@ -87,33 +95,25 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax inspect") -> int:
     )
     parser.add_argument("--tensors", action="store_true", help="every tensor, not only groups")
     args = parser.parse_args(arguments)
-    faults: list[str] = []
-    code = run(spoken(prog), partial(_inspect, args, faults))
-    return code or int(bool(faults))
+    wrong: list[str] = []
+    code = run(spoken(prog), partial(_inspect, args, wrong))
+    return code or int(bool(wrong))
 
 
-def _inspect(args: argparse.Namespace, faults: list[str]) -> None:
+def _inspect(args: argparse.Namespace, wrong: list[str]) -> None:
     # Here, so that --help answers at once.
     from rich.console import Console
+    from rich.markup import escape
 
-    from rwkv_jax.checkpoint.keymaps import config_of, expected, optional, plain
-    from rwkv_jax.checkpoint.weights import read
+    from rwkv_jax.checkpoint.keymaps import config_of, faults
+    from rwkv_jax.checkpoint.weights import naming, read
 
     console = Console()
     weights = read(args.model)
-    tensors = plain(weights.tensors)
-    try:
+    tensors = weights.tensors
+    with naming(weights.path):
         cfg = config_of(tensors)
-    except UserError as error:
-        raise UserError(f"{args.model}: {error}") from error
-    shapes = expected(cfg)
-    missing = sorted(name for name in set(shapes) - set(tensors) if not optional(name))
-    extra = sorted(set(tensors) - set(shapes))
-    faults += [f"{name} is missing" for name in missing]
-    faults += [f"{name} is no parameter of RWKV-{cfg.version}" for name in extra]
-    for name in sorted(set(shapes) & set(tensors)):
-        if _sizes(tensors[name].shape) != _sizes(shapes[name]):
-            faults.append(f"{name} has shape {list(tensors[name].shape)}, not {list(shapes[name])}")
+    wrong += [fault for fault, _ in faults(tensors, cfg)]
 
     _header(console, weights, cfg, tensors)
     groups, each = _count(tensors, console)
@@ -121,18 +121,14 @@ def _inspect(args: argparse.Namespace, faults: list[str]) -> None:
     _layers(console, cfg, tensors, each)
     if args.tensors:
         _tensors(console, tensors, each)
-    faults += [f"{name} has {x.odd:,} NaN or infinite values" for name, x in each.items() if x.odd]
-    for fault in faults:
-        console.print(f"[bold red]wrong:[/] {fault}", highlight=False, soft_wrap=True)
-    if not faults:
+    wrong += [f"{name} has {x.odd:,} NaN or infinite values" for name, x in each.items() if x.odd]
+    for fault in wrong:
+        console.print(f"[bold red]wrong:[/] {escape(fault)}", highlight=False, soft_wrap=True)
+    if not wrong:
         console.print("whole, and all numbers finite", style="green")
 
 
-def _sizes(shape: Iterable[int]) -> list[int]:
-    return [size for size in shape if size != 1]
-
-
-def _header(console: Any, weights: Any, cfg: Any, tensors: dict[str, Any]) -> None:
+def _header(console: Any, weights: Any, cfg: Any, tensors: Mapping[str, Any]) -> None:
     import dataclasses
 
     from rwkv_jax.checkpoint.weights import find_tokenizer
@@ -161,21 +157,17 @@ def _header(console: Any, weights: Any, cfg: Any, tensors: dict[str, Any]) -> No
     header(console, "", {name: text for name, text in rows.items() if text})
 
 
-def _count(tensors: dict[str, Any], console: Any) -> tuple[dict[str, Statistics], dict]:
+def _count(tensors: Mapping[str, Any], console: Any) -> tuple[dict[str, Statistics], dict]:
     """Statistics by group and by tensor."""
     from rich.progress import track
 
     groups, each = {}, {}
     names = track(tensors, "reading", console=console, transient=True)
     for name in names if console.is_terminal else tensors:
-        each[name] = Statistics().add(tensors[name])
+        each[name] = statistics_of(tensors[name])
         inner = name.split(".", 2)[2] if name.startswith("blocks.") else name
         group = next((g for g, starts in GROUPS.items() if inner.startswith(starts)), "other")
-        total, one = groups.setdefault(group, Statistics()), each[name]
-        total.count, total.squares = total.count + one.count, total.squares + one.squares
-        total.least, total.largest = min(total.least, one.least), max(total.largest, one.largest)
-        total.odd, total.tensors = total.odd + one.odd, total.tensors + 1
-        total.kinds |= one.kinds
+        groups.setdefault(group, Statistics()).include(each[name])
     return groups, each
 
 
@@ -202,7 +194,9 @@ def _groups(console: Any, groups: dict[str, Statistics]) -> None:
     console.print(table)
 
 
-def _layers(console: Any, cfg: Any, tensors: dict[str, Any], each: dict[str, Statistics]) -> None:
+def _layers(
+    console: Any, cfg: Any, tensors: Mapping[str, Any], each: dict[str, Statistics]
+) -> None:
     """Decays before what depends on the token, and the size of the layer's last matrices."""
     import numpy as np
 
@@ -234,9 +228,11 @@ def _decay(version: str, raw: Any) -> Any:
     return np.exp(-np.exp(raw))
 
 
-def _tensors(console: Any, tensors: dict[str, Any], each: dict[str, Statistics]) -> None:
+def _tensors(console: Any, tensors: Mapping[str, Any], each: dict[str, Statistics]) -> None:
+    from rich.markup import escape
+
     table = _table("tensors", "name", ("shape", "type", "RMS", "least", "largest", "NaN"))
     for name, x in each.items():
         shape = " x ".join(map(str, tensors[name].shape))
-        table.add_row(name, shape, *x.kinds, *x.cells())
+        table.add_row(escape(name), shape, *x.kinds, *x.cells())
     console.print(table)

@@ -121,6 +121,17 @@ def test_inspect_tells_all_that_is_wrong(model, capsys):
     )
 
 
+def test_names_are_shown_as_they_are(model, tmp_path, capsys):
+    """A file's author chooses them: what a terminal library takes for markup is text here."""
+    path, tensors = model
+    weights.write(tmp_path / "odd.pth", tensors | {"[/]x[red]": np.zeros(2, np.float32)})
+    assert rwkv_jax("inspect", tmp_path / "odd.pth", "--tensors") == 1
+    text = capsys.readouterr().out
+    assert "wrong: [/]x[red] is no parameter" in text and text.count("[/]x[red]") == 2
+    assert rwkv_jax("diff", path, tmp_path / "odd.pth") == 1
+    assert "[/]x[red]" in capsys.readouterr().out
+
+
 def test_convert_around_and_back(model, tmp_path, capsys):
     """.pth, safetensors, a Hugging Face folder and back: the file is the one it began as."""
     path, tensors = model
