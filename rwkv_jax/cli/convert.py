@@ -4,8 +4,8 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from rwkv_jax.cli.running import run, spoken
-from rwkv_jax.errors import Parser, UserError
+from rwkv_jax.cli.running import command, run, spoken
+from rwkv_jax.errors import UserError
 
 ABOUT = """
 Weights from any format into another; the name of OUT says which.
@@ -24,12 +24,7 @@ larger than memory. OUT appears when all of it is on disk.
 
 def main(arguments: list[str], prog: str = "python -m rwkv_jax convert") -> int:
     """Runs the command line; returns the exit code: 2 for bad input, 130 when interrupted."""
-    parser = Parser(
-        prog=spoken(prog),
-        usage=f"{prog} MODEL OUT [options]",
-        description=ABOUT.format(prog=prog),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command(prog, "MODEL OUT [options]", ABOUT)
     add = parser.add_argument
     add("model", metavar="MODEL", help=".pth, .safetensors, Hugging Face folder, or a run's")
     add("out", metavar="OUT", help=".pth, .safetensors, or a new folder")

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rwkv_jax.cli.running import run, spoken
-from rwkv_jax.errors import Parser
+from rwkv_jax.cli.running import command, run, spoken
 
 ABOUT = """
 Two files of weights, tensor by tensor, whatever their formats: how far apart they are, the farthest
@@ -38,12 +37,7 @@ class Row:
 def main(arguments: list[str], prog: str = "python -m rwkv_jax diff") -> int:
     """Runs the command line; returns the exit code: 0 for the same numbers, 1 for others, 2 for bad
     input."""
-    parser = Parser(
-        prog=spoken(prog),
-        usage=f"{prog} A B [--all]",
-        description=ABOUT.format(prog=prog),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command(prog, "A B [--all]", ABOUT)
     for name in ("A", "B"):
         parser.add_argument(
             name, help=".pth, .safetensors, Hugging Face folder, or folder of a run"

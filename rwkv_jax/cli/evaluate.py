@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rwkv_jax.cli.running import run, spoken
-from rwkv_jax.errors import Parser, UserError
+from rwkv_jax.cli.running import command, run, spoken
+from rwkv_jax.errors import UserError
 
 ABOUT = """
 Measure a model: how well it predicts text, ends texts, chooses answers.
@@ -44,12 +44,7 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax eval") -> int:
 
 
 def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
-    parser = Parser(
-        prog=spoken(prog),
-        usage=f"{prog} MODEL [TEXT]... [options]",
-        description=ABOUT.format(prog=prog),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command(prog, "MODEL [TEXT]... [options]", ABOUT)
     parser.add_argument(
         "model", metavar="MODEL", help=".pth, .safetensors, Hugging Face folder, or folder of a run"
     )

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from rwkv_jax.cli.running import run, spoken
-from rwkv_jax.errors import Parser, UserError
+from rwkv_jax.cli.running import command, run, spoken
+from rwkv_jax.errors import UserError
 
 ABOUT = """
 What a file of weights holds: version, sizes, tokenizer, parameters by group, decays by layer, and
@@ -84,12 +84,7 @@ def statistics_of(array: Any) -> Statistics:
 def main(arguments: list[str], prog: str = "python -m rwkv_jax inspect") -> int:
     """Runs the command line; returns the exit code: 1 if something is wrong with the weights, 2 for
     bad input."""
-    parser = Parser(
-        prog=spoken(prog),
-        usage=f"{prog} MODEL [--tensors]",
-        description=ABOUT.format(prog=prog),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command(prog, "MODEL [--tensors]", ABOUT)
     parser.add_argument(
         "model", metavar="MODEL", help=".pth, .safetensors, Hugging Face folder, or a run's"
     )

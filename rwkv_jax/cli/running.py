@@ -1,9 +1,10 @@
 """What every command does around its work: one-line errors, exit codes, an end that is clean."""
 
+import argparse
 import sys
 from collections.abc import Callable
 
-from rwkv_jax.errors import UserError, abandon_stdout, interruptible, lost_output
+from rwkv_jax.errors import Parser, UserError, abandon_stdout, interruptible, lost_output
 
 
 def run(prog: str, action: Callable[[], object]) -> int:
@@ -27,6 +28,17 @@ def run(prog: str, action: Callable[[], object]) -> int:
         lost_output(error, prog)
         return 2
     return 0
+
+
+def command(prog: str, arguments: str, about: str) -> Parser:
+    """A command's parser: `arguments` as its usage names them, `about` its help with `{prog}` for
+    the command."""
+    return Parser(
+        prog=spoken(prog),
+        usage=f"{prog} {arguments}",
+        description=about.format(prog=prog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def spoken(prog: str) -> str:

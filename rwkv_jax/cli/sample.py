@@ -10,8 +10,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from rwkv_jax.cli.running import run, spoken
-from rwkv_jax.errors import Parser, UserError
+from rwkv_jax.cli.running import command, run, spoken
+from rwkv_jax.errors import UserError
 
 ABOUT = """
 Write on from a prompt with a model: official weights, a Hugging Face folder, or a run of train.py.
@@ -78,7 +78,7 @@ def _sample(args: argparse.Namespace) -> None:
         check_place(Path(args.save_state))
     _any_text()
     writer = _load(args)
-    start = _start(args.state, writer) if args.state else None
+    start = _start(args.state, _saved(args.state, writer), writer) if args.state else None
     if args.interactive or args.save_state:
         session = Session(writer, seed, start)
         try:
@@ -100,7 +100,6 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace, given: dict[str, float]) -> None:
-    from rwkv_jax import states
     from rwkv_jax.cli.chat import chat
     from rwkv_jax.generate.chat import CHAT_SAMPLING, TEMPLATES
 
@@ -114,7 +113,8 @@ def _chat(args: argparse.Namespace, given: dict[str, float]) -> None:
     _any_text()
     writer = _load(args)
     _edit_lines()
-    begun = args.state and "chat" in states.load(args.state, writer.cfg).notes
+    saved = _saved(args.state, writer) if args.state else None
+    begun = saved is not None and "chat" in saved.notes
     chat(
         writer,
         seed=args.seed,
@@ -123,7 +123,7 @@ def _chat(args: argparse.Namespace, given: dict[str, float]) -> None:
         template=TEMPLATES[args.template] if args.template else None,
         system=None if args.system is None else _text(args.system),
         think=args.think,
-        start=_start(args.state, writer) if args.state and not begun else None,
+        start=_start(args.state, saved, writer) if saved and not begun else None,
         resume=Path(args.state) if begun else None,
         save=Path(args.save_state) if args.save_state else None,
     )
@@ -145,11 +145,16 @@ def _one_text(session, prompt: str, sampling, tokens: int, echo: bool, stop: lis
     print(f"[{meter.summary()}, seed {session.seed}]", file=sys.stderr)
 
 
-def _start(path: str, writer):
+def _saved(path: str, writer):
+    from rwkv_jax import states
+
+    return states.load(path, writer.cfg)
+
+
+def _start(path: str, saved, writer):
     from rwkv_jax import states
     from rwkv_jax.generate import Start
 
-    saved = states.load(path, writer.cfg)
     if states.rows(saved.state) != 1:
         raise UserError(f"{path}: {states.rows(saved.state)} rows; take one with rwkv_jax.states")
     _check_tokenizer(path, saved.notes.get("tokenizer"), writer)
@@ -175,12 +180,7 @@ def _save(session, path: str) -> None:
 
 
 def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
-    parser = Parser(
-        prog=spoken(prog),
-        usage=f"{prog} MODEL [PROMPT]... [options]",
-        description=ABOUT.format(prog=prog),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command(prog, "MODEL [PROMPT]... [options]", ABOUT)
     parser.add_argument(
         "model", metavar="MODEL", help=".pth, .safetensors, Hugging Face folder, or folder of a run"
     )

@@ -1,11 +1,10 @@
 """`train`: train a model as a config says."""
 
-import argparse
 from functools import partial
 from pathlib import Path
 
-from rwkv_jax.cli.running import run, spoken
-from rwkv_jax.errors import Parser, UserError
+from rwkv_jax.cli.running import command, run, spoken
+from rwkv_jax.errors import UserError
 
 HELP = """
 Train an RWKV model on your text, and see what it has learnt.
@@ -50,12 +49,7 @@ def _train(config: Path, overrides: list[str]) -> None:
 
 
 def _parse(arguments: list[str], prog: str) -> tuple[Path, list[str]]:
-    parser = Parser(
-        prog=spoken(prog),
-        usage=f"{prog} [CONFIG] [section.key=value ...]",
-        description=HELP.format(prog=prog),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command(prog, "[CONFIG] [section.key=value ...]", HELP)
     parser.add_argument("config", nargs="?", help="a TOML file (default: configs/demo.toml)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="TOML values")
     parsed = parser.parse_args(arguments)
