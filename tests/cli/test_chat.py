@@ -1,16 +1,14 @@
 """Chat in a terminal: what is shown where, the commands, files, and a real terminal."""
 
 import io
-import os
-import pty
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from terminals import Typist, on_a_terminal
 
 from rwkv_jax import states
 from rwkv_jax.cli import chat as command
@@ -20,7 +18,6 @@ from rwkv_jax.generate.chat import CHAT_SAMPLING, TEMPLATES
 from rwkv_jax.generate.decode import prefill
 from tests.generate.conftest import config, weights
 from tests.generate.test_chat import Pieces, Scripted, random_talk, said, telling
-from tests.generate.test_sample import Screen, Typist
 
 ROOT = Path(command.__file__).parents[2]
 
@@ -230,11 +227,6 @@ def test_a_file_without_a_conversation(scripted, tmp_path):
 
 CHILD = """
 import readline  # as the command does: it is what echoes lines typed ahead
-import os, signal
-# Whoever opens a terminal first in a new session gets its Ctrl-C, and heeds it even if the suite
-# runs in the background, where shells have it ignored.
-os.open(os.ttyname(0), os.O_RDWR)
-signal.signal(signal.SIGINT, signal.default_int_handler)
 from rwkv_jax.cli.chat import chat
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.generate import Writer
@@ -245,30 +237,15 @@ chat(Writer(weights("7"), config("7"), ByteTokenizer()), seed=3, max_tokens=10**
 
 def test_on_a_terminal():
     """A reply that Ctrl-C stops, another one, a dimmed thought, and Ctrl-D."""
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", CHILD],
-        cwd=ROOT,
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        start_new_session=True,
-    )
-    os.close(slave)
-    screen = Screen(master)
-    try:
+    with on_a_terminal("-c", CHILD) as screen:
         screen.until(r"User: $")
-        os.write(master, b"hello\n")
+        screen.type(b"hello\n")
         screen.until(r"hello\r\nAssistant: .{200}")
-        os.write(master, b"\x03")
+        screen.type(b"\x03")
         screen.until(r"\[\d+ tokens.*, stopped\]\r\nUser: $")
-        os.write(master, b":set tokens 3\n:retry\n")
+        screen.type(b":set tokens 3\n:retry\n")
         screen.until(r"User: :retry\r\nAssistant: .*\r\n\[3 tokens.*, cut off\]\r\nUser: $")
-        os.write(master, b":think fast\n:retry\n")
+        screen.type(b":think fast\n:retry\n")
         screen.until(r"Assistant: \x1b\[2m</think.*\x1b\[22m\r\n.*\[3 tokens.*\]\r\nUser: $")
-        os.write(master, b"\x04")
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.wait()
-        os.close(master)
+        screen.type(b"\x04")
+        assert screen.exit_code() == 0

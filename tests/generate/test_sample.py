@@ -1,19 +1,15 @@
 """The command: what it prints, how it stops, what it says when it can't; and the dialogue."""
 
-import builtins
 import dataclasses
-import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from terminals import Typist, on_a_terminal
 
 import sample
 from rwkv_jax import states
@@ -285,22 +281,6 @@ def test_texts_in_order(capsys):
     ]
 
 
-class Typist:
-    """Stands in for the keyboard: what is typed line by line, then Ctrl-D; or Ctrl-C."""
-
-    def __init__(self, monkeypatch, *lines):
-        self._lines = list(lines)
-        monkeypatch.setattr(builtins, "input", self)
-
-    def __call__(self, prompt):
-        if not self._lines:
-            raise EOFError
-        line = self._lines.pop(0)
-        if line is KeyboardInterrupt:
-            raise line
-        return line
-
-
 @pytest.fixture(scope="module")
 def printable():
     class Printable(ByteTokenizer):
@@ -434,54 +414,15 @@ def test_dialogue_goes_on_after_a_mistake(printable, monkeypatch, capsys, line, 
     assert out == expected(printable, ("a", 8))
 
 
-def test_interactive_on_a_terminal(run, tmp_path):
+def test_interactive_on_a_terminal(run):
     """A prompt, a text that Ctrl-C stops, and Ctrl-D, typed at a pseudo-terminal."""
-    master, slave = pty.openpty()
-    # Whoever opens a terminal first in a new session gets its Ctrl-C, and heeds it even if the
-    # suite runs in the background, where shells have it ignored.
-    take = (
-        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
-        " os.open(os.ttyname(0), os.O_RDWR); os.execv(sys.argv[1], sys.argv[1:])"
-    )
-    command = [sys.executable, "sample.py", run, "--interactive", "--tokens", "1000000"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", take, *command],
-        cwd=ROOT,
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        start_new_session=True,
-    )
-    os.close(slave)
-    screen = Screen(master)
-    try:
+    with on_a_terminal("sample.py", run, "--interactive", "--tokens", "1000000") as screen:
         screen.until(r"> $")
-        os.write(master, b"def\n")
+        screen.type(b"def\n")
         screen.until(r"def\r\n.{200}")
-        os.write(master, b"\x03")
+        screen.type(b"\x03")
         screen.until(r"\[stopped after \d+ tokens.*\]\r\n> $")
-        os.write(master, b":set tokens 3\n\n")
+        screen.type(b":set tokens 3\n\n")
         screen.until(r"\[3 tokens.*\]\r\n> $")
-        os.write(master, b"\x04")
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.wait()
-        os.close(master)
-
-
-class Screen:
-    """What a terminal has shown since it was last looked at."""
-
-    def __init__(self, master):
-        self._master = master
-        self._text = b""
-
-    def until(self, pattern, seconds=120):
-        deadline = time.monotonic() + seconds
-        while not re.search(pattern.encode(), self._text, re.DOTALL):
-            left = deadline - time.monotonic()
-            assert left > 0, f"no {pattern} in {self._text[-500:]!r}"
-            if select.select([self._master], [], [], min(left, 1))[0]:
-                self._text += os.read(self._master, 65536)
-        self._text = b""
+        screen.type(b"\x04")
+        assert screen.exit_code() == 0
