@@ -417,8 +417,8 @@ def generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def tokenizer_config(kind: str, vocab_size: int) -> dict[str, Any] | None:
     """The `tokenizer_config.json` for a kind of tokenizer; None where there is no code for it.
 
-    `world` wants `rwkv_vocab_v20230424.txt` beside it, for `RWKV7Tokenizer` of rwkv7-hf; `bpe` and
-    `file` want their `tokenizer.json`, which transformers reads.
+    `world` wants `rwkv_vocab_v20230424.txt` beside it, for `RWKV7Tokenizer` of rwkv7-hf; `bpe` (a
+    run's own) and `file` want their `tokenizer.json`, which transformers reads.
     """
     if kind == "world":
         return {"tokenizer_class": "RWKV7Tokenizer", "model_vocab_size": vocab_size}

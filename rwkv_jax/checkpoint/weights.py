@@ -23,7 +23,7 @@ import numpy as np
 
 from rwkv_jax.checkpoint import huggingface, store
 from rwkv_jax.checkpoint.errors import WeightsError, shown
-from rwkv_jax.checkpoint.files import ArrayLike, Deferred, replacing
+from rwkv_jax.checkpoint.files import ArrayLike, Deferred, replacing, writing
 from rwkv_jax.checkpoint.keymaps import config_of, from_official, in_order, plain, to_official
 from rwkv_jax.checkpoint.pth import read_pth, write_pth
 from rwkv_jax.checkpoint.safetensors import read_safetensors, write_safetensors
@@ -52,6 +52,12 @@ FORMATS = {
 
 PILE = (50277, 50304)
 """Embeddings of models with the Pile's (GPT-NeoX's) vocabulary: its own number, and padded."""
+
+PILE_FILE = "20B_tokenizer.json"
+"""What official repositories call that vocabulary."""
+
+KNOWN = {WorldTokenizer.vocab_size: "world", ByteTokenizer.vocab_size: "bytes"}
+"""Embeddings of models with a vocabulary that needs no file beside them, and its name."""
 
 PADDING = 128
 """Models may have up to so many embeddings more than tokens, less one."""
@@ -124,22 +130,14 @@ def load_with_tokenizer(
 def find_tokenizer(weights: Weights, vocab_size: int, name: str = "") -> Tokenizer:
     """The tokenizer of a model with so many embeddings: the one named (`world`, `bytes`, or a
     `tokenizer.json`); else the run's own; else the `tokenizer.json` or `20B_tokenizer.json` beside
-    the weights; else the World vocabulary, or bytes, if their size is the model's.
+    the weights, whichever fits; else the World vocabulary, or bytes, if their size is the model's.
 
     Raises `UserError` if there is none, or it is of another size than the model's, up to padding.
     """
-    if not name and weights.format == "run":
-        return load_tokenizer(weights.path / store.TOKENIZER)
-    beside = _beside(weights)
-    if not name and beside is not None:
-        tokenizer = open_tokenizer(str(beside))
-        if _fits(tokenizer, vocab_size):
-            return tokenizer
-        # It is another model's: one folder often has several.
     if not name:
-        name = {WorldTokenizer.vocab_size: "world", ByteTokenizer.vocab_size: "bytes"}.get(
-            vocab_size, ""
-        )
+        if found := _beside(weights, vocab_size):
+            return found[1]
+        name = KNOWN.get(vocab_size, "")
     if not name:
         pile = " (the Pile's; models of it want 20B_tokenizer.json)" if vocab_size in PILE else ""
         raise WeightsError(
@@ -164,48 +162,45 @@ def _fits(tokenizer: Tokenizer, vocab_size: int) -> bool:
     return 0 <= vocab_size - tokenizer.vocab_size < PADDING
 
 
-def _beside(weights: Weights) -> Path | None:
-    """The tokenizer.json that came with the weights."""
+def _beside(weights: Weights, vocab_size: int) -> tuple[Path, Tokenizer] | None:
+    """The tokenizer that came with the weights, and the file that holds it; None if there is none
+    of the model's size. One that does not fit is another model's: a folder often has several."""
     if weights.format == "run":
-        folder, names = weights.path / store.TOKENIZER, [HF_FILE]
-    else:
-        folder = weights.path if weights.path.is_dir() else weights.path.parent
-        names = [HF_FILE, "20B_tokenizer.json"]
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+        folder = weights.path / store.TOKENIZER
+        return folder / HF_FILE, load_tokenizer(folder)
+    folder = weights.path if weights.path.is_dir() else weights.path.parent
+    for path in (folder / HF_FILE, folder / PILE_FILE):
+        if path.is_file() and _fits(tokenizer := open_tokenizer(str(path)), vocab_size):
+            return path, tokenizer
+    return None
 
 
-def check_tokenizer_place(target: Path, weights: Weights) -> None:
-    """Raises `WeightsError` if another model's tokenizer is where `write_tokenizer` would put that
-    of `weights`."""
-    source = _beside(weights)
-    folder = target if target.is_dir() else target.parent
-    if source is None or target.suffix not in (*PTH, *SAFETENSORS):
-        return
-    place = folder / source.name
-    if place.exists() and place.read_bytes() != source.read_bytes():
-        raise WeightsError(f"{place}: another model's tokenizer; convert into a folder of its own")
+def tokenizer_files(weights: Weights, vocab_size: int, target: Path) -> dict[str, bytes]:
+    """What `find_tokenizer` and Hugging Face's libraries need of the tokenizer of `weights` beside
+    `target`, or in it if that is a folder: names and contents, for `write`.
 
-
-def write_tokenizer(target: Path, weights: Weights, vocab_size: int) -> Path | None:
-    """Puts what `find_tokenizer` and Hugging Face's libraries need of the tokenizer of `weights`
-    beside `target`, and says where; None if nothing is needed, or it is there.
+    Raises `UserError` if another model's tokenizer is there and would be taken for this one's, or
+    the tokenizer cannot be read.
     """
-    source, folder = _beside(weights), target if target.is_dir() else target.parent
-    if target.is_dir():
-        kind = "file" if source else "world" if vocab_size == WorldTokenizer.vocab_size else ""
+    found = _beside(weights, vocab_size)
+    kind = found[1].kind if found else KNOWN.get(vocab_size, "")
+    own = found[0].read_bytes() if found and kind in ("bpe", "file") else b""
+    if not is_file(target):
+        files = {HF_FILE: own} if own else {}
+        files |= {WORLD_FILE: world_vocabulary().read_bytes()} if kind == "world" else {}
         if config := huggingface.tokenizer_config(kind, vocab_size):
-            _write_json(folder / "tokenizer_config.json", config)
-        if kind == "world":
-            shutil.copyfile(world_vocabulary(), folder / WORLD_FILE)
-            return folder / WORLD_FILE
-    if source is None:
-        return None
-    place = folder / source.name
-    if place.exists():
-        return None
-    with replacing(place) as file:
-        file.write(source.read_bytes())
-    return place
+            files["tokenizer_config.json"] = _json(config)
+        return files
+    there = _beside(Weights(target, "", {}), vocab_size) if kind else None
+    if there and there[0].read_bytes() == own:
+        return {}
+    place = target.with_name(found[0].name) if found and own else None
+    if there or (place and place.exists()):
+        raise WeightsError(
+            f"{there[0] if there else place}: another model's tokenizer; convert into a folder of"
+            " its own"
+        )
+    return {place.name: own} if place else {}
 
 
 def save(path: Path | str, params: Model[Array], cfg: ModelConfig, *, dtype: Any = None) -> None:
@@ -218,22 +213,37 @@ def save(path: Path | str, params: Model[Array], cfg: ModelConfig, *, dtype: Any
     write(path, to_official(params, cfg, dtype=dtype))
 
 
-def write(path: Path | str, tensors: Mapping[str, ArrayLike], *, dtype: Any = None) -> None:
-    """Writes tensors in official names as `save` does, one after the other."""
-    path, tensors = Path(path).expanduser(), in_order(tensors)
+def write(
+    path: Path | str,
+    tensors: Mapping[str, ArrayLike],
+    *,
+    dtype: Any = None,
+    beside: Mapping[str, bytes] | None = None,
+) -> None:
+    """Writes tensors in official names as `save` does, one after the other. Files that go `beside`
+    them, or into their folder, appear with them or not at all."""
+    path, tensors, beside = Path(path).expanduser(), in_order(tensors), beside or {}
     if dtype is not None:
         tensors = {name: _cast(x, np.dtype(dtype)) for name, x in tensors.items()}
-    if path.suffix in PTH:
-        write_pth(path, tensors)
-    elif path.suffix in SAFETENSORS:
-        write_safetensors(path, tensors)
-    elif re.fullmatch(r"\.[a-z]+", path.suffix):  # not that of `world-0.1b`
+    if not is_file(path):
+        _write_folder(path, tensors, beside)
+        return
+    if path.suffix not in (*PTH, *SAFETENSORS):
         raise WeightsError(
             f"{path}: {path.suffix} is no format; end the name in .pth or .safetensors, or in"
             " nothing for a Hugging Face folder"
         )
-    else:
-        _write_folder(path, tensors)
+    with contextlib.ExitStack() as stack:
+        for name, content in beside.items():
+            file = stack.enter_context(replacing(path.with_name(name)))
+            file.write(content)
+            file.flush()
+        (write_pth if path.suffix in PTH else write_safetensors)(path, tensors)
+
+
+def is_file(target: Path) -> bool:
+    """Whether a name asks for a file of weights, not a folder; `world-0.1b` has no ending."""
+    return target.suffix in (*PTH, *SAFETENSORS) or bool(re.fullmatch(r"\.[a-z]+", target.suffix))
 
 
 def _cast(array: ArrayLike, dtype: np.dtype) -> ArrayLike:
@@ -300,11 +310,13 @@ def naming(path: Path) -> Iterator[None]:
         raise WeightsError(f"{path}: {error}") from error
 
 
-def _write_json(path: Path, table: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+def _json(table: Mapping[str, Any]) -> bytes:
+    return (json.dumps(table, indent=2) + "\n").encode()
 
 
-def _write_folder(path: Path, tensors: Mapping[str, ArrayLike]) -> None:
+def _write_folder(
+    path: Path, tensors: Mapping[str, ArrayLike], others: Mapping[str, bytes]
+) -> None:
     """A Hugging Face folder, complete when it appears."""
     with naming(path):
         named, config = huggingface.from_official(tensors)
@@ -312,16 +324,25 @@ def _write_folder(path: Path, tensors: Mapping[str, ArrayLike]) -> None:
         raise WeightsError(f"{path}: is a file; name a new folder, or end in .pth or .safetensors")
     if path.exists() and any(path.iterdir()):
         raise WeightsError(f"{path}: is not empty; name a new folder")
+    files = {
+        "config.json": _json(config),
+        "generation_config.json": _json(huggingface.generation_config(config)),
+        **others,
+    }
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    parents = [folder for folder in path.parents if not folder.exists()]  # the deepest first
     try:
-        temporary.mkdir(parents=True)
-        write_safetensors(temporary / "model.safetensors", named, {"format": "pt"})
-        _write_json(temporary / "config.json", config)
-        _write_json(temporary / "generation_config.json", huggingface.generation_config(config))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise WeightsError(
-            f"{path}: cannot be written ({error.strerror}); choose another place"
-        ) from error
+        with writing(path):
+            temporary.mkdir(parents=True)
+            write_safetensors(temporary / "model.safetensors", named, {"format": "pt"})
+            for name, content in files.items():
+                with replacing(temporary / name) as file:
+                    file.write(content)
+            os.replace(temporary, path)
+    except WeightsError as error:  # nobody knows the folder by the name that it had
+        raise WeightsError(str(error).replace(str(temporary), str(path))) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for folder in parents:
+            with contextlib.suppress(OSError):  # the folder is there, and in it
+                folder.rmdir()

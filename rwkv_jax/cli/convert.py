@@ -1,6 +1,7 @@
 """`convert`: weights from any format into another."""
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -43,13 +44,8 @@ def _convert(args: argparse.Namespace) -> None:
     import numpy as np
 
     from rwkv_jax.checkpoint.keymaps import check
-    from rwkv_jax.checkpoint.weights import (
-        check_tokenizer_place,
-        naming,
-        read,
-        write,
-        write_tokenizer,
-    )
+    from rwkv_jax.checkpoint.weights import naming, read, tokenizer_files, write
+    from rwkv_jax.data.tokenizers import TokenizerError
 
     source, target = Path(args.model).expanduser(), Path(args.out).expanduser()
     if target.exists() and target.resolve() == source.resolve():
@@ -62,8 +58,14 @@ def _convert(args: argparse.Namespace) -> None:
     with naming(weights.path):
         cfg = check(weights.tensors)
     kind = {"bfloat16": ml_dtypes.bfloat16, None: None}.get(args.dtype, args.dtype)
-    check_tokenizer_place(target, weights)
-    write(target, weights.tensors, dtype=None if kind is None else np.dtype(kind))
+    try:
+        beside = tokenizer_files(weights, cfg.vocab_size, target)
+    except TokenizerError as error:  # weights are whole without one
+        print(f"{target}: without a tokenizer: {error}", file=sys.stderr)
+        beside = {}
+    dtype = None if kind is None else np.dtype(kind)
+    write(target, weights.tensors, dtype=dtype, beside=beside)
     print(f"{target}: RWKV-{cfg.version}, {len(weights.tensors):,} tensors")
-    if written := write_tokenizer(target, weights, cfg.vocab_size):
-        print(f"{written}: its tokenizer")
+    if names := [name for name in beside if name != "tokenizer_config.json"]:
+        folder = target if target.is_dir() else target.parent
+        print(f"{folder / names[0]}: its tokenizer")

@@ -107,15 +107,10 @@ class WorldTokenizer:
     eod = 0
 
     def __init__(self):
-        try:
-            import pyrwkv_tokenizer
-        except ImportError as error:
-            raise TokenizerError(
-                "the RWKV World vocabulary comes with a package that is not installed:"
-                " pip install pyrwkv-tokenizer"
-            ) from error
-        self._encoder = pyrwkv_tokenizer.RWKVTokenizer()
         text = world_vocabulary().read_text(encoding="utf-8")
+        import pyrwkv_tokenizer
+
+        self._encoder = pyrwkv_tokenizer.RWKVTokenizer()
         self._bytes = _world_bytes(text, self.vocab_size)
         self._checksum = hashlib.blake2b(b"\n".join(self._bytes), digest_size=8).hexdigest()
 
@@ -141,8 +136,17 @@ class WorldTokenizer:
 
 
 def world_vocabulary() -> Path:
-    """The file of the World vocabulary, as the package that encodes it has it."""
-    package = importlib.resources.files("pyrwkv_tokenizer")
+    """The file of the World vocabulary, as the package that encodes it has it.
+
+    Raises `TokenizerError` without that package.
+    """
+    try:
+        package = importlib.resources.files("pyrwkv_tokenizer")
+    except ImportError as error:
+        raise TokenizerError(
+            "the RWKV World vocabulary comes with a package that is not installed:"
+            " pip install pyrwkv-tokenizer"
+        ) from error
     return Path(str(package / WORLD_FILE))
 
 

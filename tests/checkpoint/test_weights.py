@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pickle
 import zipfile
 
@@ -233,6 +234,14 @@ def test_files_that_are_no_weights(tmp_path):
     with pytest.raises(UserError, match="cannot be written as a Hugging Face folder"):
         rwkv_jax.save(tmp_path / "new", *keymaps.from_official(tensors("6")))
     assert not (tmp_path / "new").exists()
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """A pipe, or a device such as /dev/full."""
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(UserError, match=r"pipe\.pth: is no regular file"):
+        weights.write(tmp_path / "pipe.pth", tensors("4"))
+    assert (tmp_path / "pipe.pth").is_fifo()
 
 
 def test_loading_runs_nothing(tmp_path):

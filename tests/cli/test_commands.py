@@ -1,5 +1,6 @@
 """`python -m rwkv_jax`: inspect, convert and diff, as typed; what they print, leave and return."""
 
+import errno
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from official import VERSIONS, checkpoint
 
 from rwkv_jax import __main__ as program
@@ -228,3 +230,81 @@ def test_diff_ranks_what_differs(model, tmp_path, capsys):
     assert rwkv_jax("diff", path, tmp_path / "other.safetensors", "--all") == 1
     assert "ln_out.weight" in capsys.readouterr().out
     assert rwkv_jax("diff", path, tmp_path / "none.pth") == 2
+
+
+def tokenizer_json(path, tokens):
+    """A vocabulary of so many tokens, the end of a document among them."""
+    vocabulary = {"<|endoftext|>": 0} | {f"t{i}": i for i in range(1, tokens)}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    bpe.add_special_tokens(["<|endoftext|>"])
+    bpe.save(str(path))
+    return path.read_bytes()
+
+
+def listing(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_convert_takes_the_model_s_tokenizer_and_no_other_s(model, tmp_path, monkeypatch, capsys):
+    """Of two files beside the weights the one that fits goes along; what fits nobody stays."""
+    path, tensors = model
+    vocab = len(tensors["emb.weight"])
+    tokenizer_json(tmp_path / "tokenizer.json", vocab + 1)
+    out = tmp_path / "out"
+    out.mkdir()
+    strange = tokenizer_json(out / "20B_tokenizer.json", vocab + 2)
+    assert rwkv_jax("convert", path, out / "alone.pth") == 0
+    assert rwkv_jax("convert", path, out / "alone") == 0
+    assert listing(out) == {"alone.pth", "alone", "20B_tokenizer.json"}
+    assert not listing(out / "alone") & {"tokenizer.json", "tokenizer_config.json"}
+    # Of a model whose vocabulary is known by its size, too.
+    monkeypatch.setitem(weights.KNOWN, vocab, "world")
+    assert rwkv_jax("convert", path, out / "world.pth") == 0
+    assert rwkv_jax("convert", path, out / "world") == 0
+    assert (out / "world" / "rwkv_vocab_v20230424.txt").stat().st_size > 1e6
+    assert "RWKV7Tokenizer" in (out / "world" / "tokenizer_config.json").read_text()
+    assert "tokenizer.json" not in listing(out) | listing(out / "world")
+    # And one that fits: beside the file, and in the folder by the name that transformers read.
+    own = tokenizer_json(tmp_path / "20B_tokenizer.json", vocab)
+    assert rwkv_jax("convert", path, tmp_path / "hf") == 0
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == own
+    assert "PreTrainedTokenizerFast" in (tmp_path / "hf" / "tokenizer_config.json").read_text()
+    assert rwkv_jax("convert", tmp_path / "hf", tmp_path / "back.pth") == 0  # as its own is there
+    assert rwkv_jax("convert", path, out / "own.pth") == 2
+    assert "/20B_tokenizer.json: another model's tokenizer" in capsys.readouterr().err
+    assert (out / "20B_tokenizer.json").read_bytes() == strange and "own.pth" not in listing(out)
+    (out / "20B_tokenizer.json").unlink()
+    for name in ("own.pth", "again.pth"):
+        assert rwkv_jax("convert", path, out / name) == 0
+        assert (out / "20B_tokenizer.json").read_bytes() == own
+
+
+def test_convert_does_without_a_tokenizer_that_cannot_be_read(model, tmp_path, capsys):
+    path, _ = model
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert rwkv_jax("convert", path, tmp_path / "hf") == 0
+    assert "hf: without a tokenizer: " in capsys.readouterr().err
+    assert "tokenizer.json" not in listing(tmp_path / "hf")
+
+
+def test_a_folder_is_written_with_its_tokenizer_or_not_at_all(model, tmp_path, monkeypatch, capsys):
+    """On a full disk: the message names OUT, and no folder of its path is left behind."""
+    path, tensors = model
+    tokenizer_json(tmp_path / "tokenizer.json", len(tensors["emb.weight"]))
+    before, real = listing(tmp_path), os.fsync
+
+    def full(number):
+        if "tokenizer.json" in os.readlink(f"/proc/self/fd/{number}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(number)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        for target in ("new/folder/hf", "file/m.pth"):
+            assert rwkv_jax("convert", path, tmp_path / target) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/new/folder/hf/tokenizer.json: no space left" in first
+    assert f"{tmp_path}/file/" in second
+    assert listing(tmp_path) == before
+    assert rwkv_jax("convert", path, tmp_path / "new/folder/hf") == 0
+    assert "tokenizer.json" in listing(tmp_path / "new/folder/hf")
