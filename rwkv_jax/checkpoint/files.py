@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
+import ml_dtypes
 import numpy as np
 
 from rwkv_jax.checkpoint.errors import WeightsError, shown
@@ -62,6 +63,46 @@ class Deferred:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The values, made anew at each call."""
         return self._make().astype(dtype or self.dtype, copy=False)
+
+
+FLOATS = {"float16": "bfloat16", "bfloat16": "float32", "float32": "float64", "float64": ""}
+"""The types that weights can be written in and read again, and one of a larger range each."""
+
+
+def float_type(dtype: Any) -> np.dtype:
+    """What `numpy.dtype` makes of it. Raises `ValueError` for another type than `FLOATS`."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in FLOATS:
+        raise ValueError(
+            f"dtype = {shown(dtype if found is None else found.name)}: weights can be"
+            f" {', '.join(FLOATS)}; name one of them"
+        )
+    return found
+
+
+def cast(name: str, array: ArrayLike, dtype: np.dtype) -> ArrayLike:
+    """The array, or the promise of it, rounded to a type of `FLOATS`. NaN and infinity stay; a
+    number that would become infinite is a `WeightsError`, when its turn comes."""
+    if np.dtype(array.dtype) == dtype:
+        return array
+
+    def make() -> np.ndarray:
+        values = np.asarray(array)
+        with np.errstate(over="ignore", invalid="ignore"):
+            rounded = values.astype(dtype)
+        if dtype.itemsize > values.dtype.itemsize or np.isfinite(rounded).all():
+            return rounded
+        if lost := int(np.isfinite(values).sum() - np.isfinite(rounded).sum()):
+            raise WeightsError(
+                f"{shown(name)} has {lost:,} too large for {dtype.name}, which ends at"
+                f" {float(ml_dtypes.finfo(dtype).max):.5g}; take {FLOATS[dtype.name]}"
+            )
+        return rounded
+
+    return Deferred(array.shape, dtype, make)
 
 
 @contextlib.contextmanager
@@ -128,10 +169,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Raises `WeightsError` if it cannot be written.
     """
-    if path.is_dir():
-        raise WeightsError(f"{path}: is a folder; name a file")
-    if path.exists() and not path.is_file():  # a device would be no more
-        raise WeightsError(f"{path}: is no regular file; name one")
+    _check_replaceable(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with writing(path):
@@ -143,6 +181,27 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def check_writable(path: Path) -> None:
+    """Raises `WeightsError` if `replacing` could not write there, as far as can be told without
+    doing it."""
+    path = path.expanduser()
+    with writing(path):
+        _check_replaceable(path)
+        if not path.parent.is_dir():
+            raise WeightsError(f"{path}: there is no folder {path.parent}; make it first")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise WeightsError(
+                f"{path}: cannot be written (no permission in {path.parent}); choose another place"
+            )
+
+
+def _check_replaceable(path: Path) -> None:
+    if path.is_dir():
+        raise WeightsError(f"{path}: is a folder; name a file")
+    if path.exists() and not path.is_file():  # a device would be no more
+        raise WeightsError(f"{path}: is no regular file; name one")
 
 
 @contextlib.contextmanager

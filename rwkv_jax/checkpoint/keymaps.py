@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from rwkv_jax.checkpoint.errors import WeightsError, shown
-from rwkv_jax.checkpoint.files import ArrayLike, Deferred
+from rwkv_jax.checkpoint.files import ArrayLike, Deferred, cast, float_type
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.models import Model, specs
 from rwkv_jax.params import ParamSpec, is_spec, path_name
@@ -38,19 +38,21 @@ def from_official(
     `jax.sharding.Sharding` for all, or a `Model` of them; None is the default device. Tensors are
     read one after the other, so the host holds about one at a time besides what its devices do.
 
-    Raises `WeightsError` for a tensor that is missing, unexpected, or of another shape or type.
+    Raises `WeightsError` for a tensor that is missing, unexpected, or of another shape or type, or
+    has numbers too large for `dtype`.
     """
+    dtype = None if dtype is None else jax.dtypes.canonicalize_dtype(float_type(dtype))
     tensors = plain(tensors)
     cfg = config_of(tensors)
     table = specs(cfg)
-    found = _find(tensors, cfg)
+    found = _find(tensors, cfg, dtype)
     # All is checked before the first tensor is read.
     leaves, tree = jax.tree.flatten(table, is_leaf=is_spec)
     sources = tree.flatten_up_to(found)
     one = sharding is None or isinstance(sharding, jax.sharding.Sharding)
     places = [sharding] * len(leaves) if one else tree.flatten_up_to(sharding)
     arrays = [
-        _placed(source, spec, dtype, place)
+        _placed(source, spec, place)
         for source, spec, place in zip(sources, leaves, places, strict=True)
     ]
     return jax.tree.unflatten(tree, arrays), cfg
@@ -70,15 +72,21 @@ def check(tensors: Mapping[str, ArrayLike]) -> ModelConfig:
     return cfg
 
 
-def _find(tensors: Mapping[str, ArrayLike], cfg: ModelConfig) -> Model[list[ArrayLike]]:
-    """Each parameter's tensors, one a layer; all are there, none is left over."""
+def _find(
+    tensors: Mapping[str, ArrayLike], cfg: ModelConfig, dtype: Any = None
+) -> Model[list[ArrayLike]]:
+    """Each parameter's tensors, one a layer and of one type; all are there, none is left over."""
     for fault, more in faults(tensors, cfg):
         raise WeightsError(fault + more)
 
     def find(path: tuple, spec: ParamSpec) -> list[ArrayLike]:
-        layers = [tensors.get(name) for name in _names(path_name(path), spec)]
-        stored = jnp.result_type(*{np.dtype(x.dtype) for x in layers if x is not None} or {"f4"})
-        return [_zeros(spec, stored) if x is None else x for x in layers]
+        layers = {name: tensors.get(name) for name in _names(path_name(path), spec)}
+        kinds = {np.dtype(x.dtype) for x in layers.values() if x is not None} or {np.dtype("f4")}
+        # What JAX has for each: it warns of float64, unless that is switched on.
+        kind = dtype or jnp.result_type(*map(jax.dtypes.canonicalize_dtype, kinds))
+        return [
+            _zeros(spec, kind) if x is None else cast(name, x, kind) for name, x in layers.items()
+        ]
 
     return jax.tree_util.tree_map_with_path(find, specs(cfg), is_leaf=is_spec)
 
@@ -115,17 +123,21 @@ def sizes(array: ArrayLike) -> list[int]:
 
 def to_official(
     params: Model[Array], cfg: ModelConfig, *, dtype: Any = None
-) -> dict[str, Deferred]:
+) -> dict[str, ArrayLike]:
     """The parameters under official names and in official shapes, in their own dtype or `dtype`;
     each is fetched when numpy asks for it. Inverse of `from_official`.
 
     Version 7 gets layer 0's unused v0, v1 and v2, as the current official trainer writes them.
+    Raises `ValueError` if the parameters are not those of `cfg`'s model.
     """
-    tensors: dict[str, Deferred] = {}
+    dtype = None if dtype is None else float_type(dtype)
+    check_params(params, cfg)
+    tensors: dict[str, ArrayLike] = {}
 
     def put(path: tuple, spec: ParamSpec, value: Array) -> None:
         for layer, name in enumerate(_names(path_name(path), spec)):
-            tensors[name] = _official(value, spec, layer if spec.layers else None, dtype)
+            tensor = _official(value, spec, layer if spec.layers else None)
+            tensors[name] = tensor if dtype is None else cast(name, tensor, dtype)
 
     jax.tree_util.tree_map_with_path(put, specs(cfg), params, is_leaf=is_spec)
     return tensors
@@ -140,6 +152,27 @@ def expected(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         for path, spec in leaves
         for name in _names(path_name(path), spec)
     }
+
+
+def check_params(params: Model[Array], cfg: ModelConfig) -> None:
+    """Raises `ValueError` unless these are parameters of `cfg`'s model, stacked and of floating
+    type."""
+    if isinstance(params.blocks, tuple):
+        raise ValueError("params are a tuple of layers: give rwkv_jax.stack(params)")
+    found = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    table = jax.tree_util.tree_leaves_with_path(specs(cfg), is_leaf=is_spec)
+    shapes = {path_name(path): spec.full_shape for path, spec in table}
+    for name in sorted(shapes.keys() | found.keys()):
+        have, want = (
+            list(x) if x is not None else "missing"
+            for x in (found[name].shape if name in found else None, shapes.get(name))
+        )
+        if have != want:
+            raise ValueError(
+                f"params.{name} is {have}, and in a model of cfg (RWKV-{cfg.version}, {cfg.layers}"
+                f" layers, width {cfg.width}) {want}: give the cfg that params were made with"
+            )
+        float_type(found[name].dtype)
 
 
 def in_order(tensors: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
@@ -173,17 +206,16 @@ def _zeros(spec: ParamSpec, dtype: Any) -> ArrayLike:
     return Deferred(shape, np.dtype(dtype), lambda: np.zeros(shape, dtype))
 
 
-def _ours(array: ArrayLike, spec: ParamSpec, dtype: Any) -> np.ndarray:
+def _ours(array: ArrayLike, spec: ParamSpec) -> np.ndarray:
     """One layer's tensor as we have it."""
     values = np.asarray(array)
     values = values.T if spec.layout == "linear" else values
-    return values.reshape(spec.shape).astype(dtype, copy=False)
+    return values.reshape(spec.shape)
 
 
-def _placed(sources: Sequence[ArrayLike], spec: ParamSpec, dtype: Any, sharding: Any) -> Array:
+def _placed(sources: Sequence[ArrayLike], spec: ParamSpec, sharding: Any) -> Array:
     """The parameter on its device or devices."""
-    kind = jnp.result_type(*{np.dtype(x.dtype) for x in sources}) if dtype is None else dtype
-    kind = jax.dtypes.canonicalize_dtype(kind)
+    kind = sources[0].dtype
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shape = spec.full_shape
@@ -191,14 +223,14 @@ def _placed(sources: Sequence[ArrayLike], spec: ParamSpec, dtype: Any, sharding:
     if one_device and spec.layers and np.prod(shape) * np.dtype(kind).itemsize >= LARGE:
         value = jnp.zeros(shape, kind, device=sharding)
         for layer, source in enumerate(sources):
-            value = _set_layer(value, jax.device_put(_ours(source, spec, kind), sharding), layer)
+            value = _set_layer(value, jax.device_put(_ours(source, spec), sharding), layer)
         return value
 
     def part(index: Any) -> np.ndarray:
         if not spec.layers:
-            return np.ascontiguousarray(_ours(sources[0], spec, kind)[index])
+            return np.ascontiguousarray(_ours(sources[0], spec)[index])
         layers = range(*index[0].indices(spec.layers))
-        return np.stack([_ours(sources[i], spec, kind)[index[1:]] for i in layers])
+        return np.stack([_ours(sources[i], spec)[index[1:]] for i in layers])
 
     return jax.make_array_from_callback(shape, sharding, part)
 
@@ -208,15 +240,15 @@ def _set_layer(into: Array, layer: Array, index: Any) -> Array:
     return lax.dynamic_update_index_in_dim(into, layer, index, 0)
 
 
-def _official(value: Array, spec: ParamSpec, layer: int | None, dtype: Any) -> Deferred:
+def _official(value: Array, spec: ParamSpec, layer: int | None) -> Deferred:
     """One layer's tensor as official files have it."""
-    shape, kind = _official_shape(spec), np.dtype(dtype or value.dtype)
+    shape = _official_shape(spec)
 
     def fetch() -> np.ndarray:
-        values = np.asarray(value if layer is None else value[layer]).astype(kind, copy=False)
+        values = np.asarray(value if layer is None else value[layer])
         return (values.T if spec.layout == "linear" else values).reshape(shape)
 
-    return Deferred(shape, kind, fetch)
+    return Deferred(shape, value.dtype, fetch)
 
 
 def _names(path: str, spec: ParamSpec) -> list[str]:

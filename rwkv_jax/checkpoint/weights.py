@@ -18,12 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from rwkv_jax.checkpoint import huggingface, store
 from rwkv_jax.checkpoint.errors import WeightsError, shown
-from rwkv_jax.checkpoint.files import ArrayLike, Deferred, replacing, writing
+from rwkv_jax.checkpoint.files import ArrayLike, cast, float_type, replacing, writing
 from rwkv_jax.checkpoint.keymaps import config_of, from_official, in_order, plain, to_official
 from rwkv_jax.checkpoint.pth import read_pth, write_pth
 from rwkv_jax.checkpoint.safetensors import read_safetensors, write_safetensors
@@ -95,10 +94,10 @@ def load(
     """Parameters and config of any weights: a `.pth`, a `.safetensors`, a Hugging Face folder, or
     one of our runs (its newest checkpoint). Version and all sizes are read from the file.
 
-    Parameters keep the type they are stored in, mostly bfloat16, or get `dtype`; a function
-    computes in its own `dtype` whatever theirs is. `sharding` is where they go: one
+    Parameters keep the type they are stored in, mostly bfloat16, or get `dtype`, a floating one; a
+    function computes in its own `dtype` whatever theirs is. `sharding` is where they go: one
     `jax.sharding.Sharding`, or a `Model` of them. Raises `UserError`, one line, for a file that
-    cannot be read.
+    cannot be read, or has numbers too large for `dtype`.
 
     >>> params, cfg = load("RWKV-x070-World-0.1B.pth")  # doctest: +SKIP
     """
@@ -118,7 +117,8 @@ def load_with_tokenizer(
     if not tokenizer and (path / store.CONFIG).is_file():
         params, cfg, found = store.load_run(path)
         if dtype is not None:
-            params = jax.tree.map(lambda x: x.astype(dtype), params)
+            with naming(path):
+                params, cfg = from_official(to_official(params, cfg), dtype=dtype)
         return params, cfg, found
     weights = read(path)
     with naming(path):
@@ -208,7 +208,8 @@ def save(path: Path | str, params: Model[Array], cfg: ModelConfig, *, dtype: Any
     ends in .pth, as safetensors if it ends in .safetensors (both in official names), and otherwise
     as a Hugging Face folder.
 
-    What was there before is replaced when all is written. Raises `WeightsError`.
+    What was there before is replaced when all is written. Raises `WeightsError`; and `ValueError`
+    if `cfg` is not that of `params`, or `dtype` no floating type of 16, 32 or 64 bits.
     """
     write(path, to_official(params, cfg, dtype=dtype))
 
@@ -224,7 +225,8 @@ def write(
     them, or into their folder, appear with them or not at all."""
     path, tensors, beside = Path(path).expanduser(), in_order(tensors), beside or {}
     if dtype is not None:
-        tensors = {name: _cast(x, np.dtype(dtype)) for name, x in tensors.items()}
+        kind = float_type(dtype)
+        tensors = {name: cast(name, x, kind) for name, x in tensors.items()}
     if not is_file(path):
         _write_folder(path, tensors, beside)
         return
@@ -238,16 +240,13 @@ def write(
             file = stack.enter_context(replacing(path.with_name(name)))
             file.write(content)
             file.flush()
-        (write_pth if path.suffix in PTH else write_safetensors)(path, tensors)
+        with naming(path):
+            (write_pth if path.suffix in PTH else write_safetensors)(path, tensors)
 
 
 def is_file(target: Path) -> bool:
     """Whether a name asks for a file of weights, not a folder; `world-0.1b` has no ending."""
     return target.suffix in (*PTH, *SAFETENSORS) or bool(re.fullmatch(r"\.[a-z]+", target.suffix))
-
-
-def _cast(array: ArrayLike, dtype: np.dtype) -> ArrayLike:
-    return Deferred(array.shape, dtype, lambda: np.asarray(array))
 
 
 def _begins(path: Path) -> bytes:
@@ -332,7 +331,7 @@ def _write_folder(
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     parents = [folder for folder in path.parents if not folder.exists()]  # the deepest first
     try:
-        with writing(path):
+        with naming(path), writing(path):
             temporary.mkdir(parents=True)
             write_safetensors(temporary / "model.safetensors", named, {"format": "pt"})
             for name, content in files.items():

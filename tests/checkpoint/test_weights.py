@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import zipfile
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -278,3 +279,64 @@ def test_the_tokenizer_is_found(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "none"}))
     with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer\.json"):
         weights.load_with_tokenizer(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"layers": 3}, {"layers": 1}, {"width": 64}, {"vocab_size": 300}],
+    ids=str,
+)
+def test_parameters_are_saved_with_their_own_config(tmp_path, change):
+    """JAX would take the last layer for those that are not there."""
+    params, cfg = keymaps.from_official(tensors("7"))
+    with pytest.raises(ValueError, match=r"^params\.\S+ is .*: give the cfg that params"):
+        rwkv_jax.save(tmp_path / "m.pth", params, replace(cfg, **change))
+    with pytest.raises(ValueError, match=r"give rwkv_jax\.stack"):
+        rwkv_jax.save(tmp_path / "m.pth", rwkv_jax.unstack(params), cfg)
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_floating_types_can_be_asked_for(tmp_path):
+    params, cfg = keymaps.from_official(tensors("7"))
+    weights.write(tmp_path / "m.pth", tensors("7"))
+    for dtype in ("int8", "float8_e4m3fn", "complex64", "letters"):
+        told = f"dtype = {dtype}: weights can be float16, "
+        with pytest.raises(ValueError, match=told):
+            rwkv_jax.save(tmp_path / "n.pth", params, cfg, dtype=dtype)
+        with pytest.raises(ValueError, match=told):
+            rwkv_jax.load(tmp_path / "m.pth", dtype=dtype)
+    with pytest.raises(ValueError, match="dtype = int8"):
+        rwkv_jax.save(tmp_path / "n.pth", jax.tree.map(lambda x: x.astype("int8"), params), cfg)
+    assert not (tmp_path / "n.pth").exists()
+
+
+@pytest.mark.parametrize("suffix", ["", ".pth", ".safetensors"])
+def test_numbers_too_large_for_a_type_are_refused(tmp_path, suffix):
+    """By the tensor's name; infinity and NaN that were there stay."""
+    given = checkpoint("4", layers=2)
+    given["blocks.1.att.key.weight"][2, 3:5] = 7e4, -7e4
+    path, out = tmp_path / "m.pth", tmp_path / f"out{suffix}"
+    weights.write(path, given)
+    told = r"blocks\.1\.att\.key\.weight has 2 too large for float16, .* 65504; take bfloat16"
+    with pytest.raises(UserError, match=f"^{path}: {told}"):
+        rwkv_jax.load(path, dtype="float16")
+    with pytest.raises(UserError, match=f"^{out}: {told}"):
+        weights.write(out, given, dtype="float16")
+    with pytest.raises(UserError, match=f"^{out}: {told}"):
+        rwkv_jax.save(out, *rwkv_jax.load(path), dtype=jnp.float16)
+    assert {x.name for x in tmp_path.iterdir()} == {"m.pth"}
+    given["blocks.1.att.key.weight"][2, 3:6] = np.inf, -np.inf, np.nan
+    weights.write(out, given, dtype="float16")
+    params, _ = rwkv_jax.load(out, dtype="bfloat16")
+    found = np.asarray(params.blocks.att.key[1, 3:6, 2], np.float32)
+    np.testing.assert_array_equal(found, [np.inf, -np.inf, np.nan])
+
+
+def test_float64_is_read_without_a_word(tmp_path):
+    """A warning would be an error here: JAX has no float64 unless it is told to."""
+    given = tensors("5.2")
+    weights.write(tmp_path / "m.pth", given | {"emb.weight": given["emb.weight"].astype("f8")})
+    params, _ = rwkv_jax.load(tmp_path / "m.pth")
+    assert params.emb.dtype == np.float32 and np.array_equal(params.emb, given["emb.weight"])
+    params, _ = rwkv_jax.load(tmp_path / "m.pth", dtype="float64")
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
