@@ -16,6 +16,7 @@ is here to be kept, copied and gone on from, and `jax.tree.map` works on it as o
 (1, 2, 1, 64, 64)
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rwkv_jax.checkpoint.errors import WeightsError, shown
+from rwkv_jax.checkpoint.files import check_writable
 from rwkv_jax.checkpoint.pth import read_pth
 from rwkv_jax.checkpoint.safetensors import read_metadata, read_safetensors, write_safetensors
 from rwkv_jax.config import ModelConfig
@@ -46,14 +48,41 @@ def rows(state: State) -> int:
     return jax.tree.leaves(stacked(state).blocks)[0].shape[1]
 
 
-def take(state: State, index: Sequence[int] | slice | np.ndarray) -> State:
-    """Some rows of a batch, as `x[index]` takes them; the result is a batch too."""
-    index = index if isinstance(index, slice) else np.asarray(index)
-    return jax.tree.map(lambda x: x[:, index], stacked(state))
+def take(state: State, index: int | Sequence[int] | slice | np.ndarray | Array) -> State:
+    """Some rows of a batch, in the order asked for, negative ones from the end; the result is a
+    batch too, also of one row.
+
+    Raises `IndexError` for a row that is not there, `ValueError` if none is left.
+    """
+    state = stacked(state)
+    chosen = np.arange(rows(state))
+    if isinstance(index, slice):
+        chosen = chosen[index]
+    else:
+        index = np.atleast_1d(np.asarray(index))
+        if index.dtype == bool and index.shape != chosen.shape:
+            raise IndexError(f"a mask of shape {list(index.shape)}: the state has {len(chosen)}")
+        if index.size and index.dtype != bool:
+            index = np.array([_row(state, row) for row in index])
+        chosen = chosen[index] if index.size else index
+    if not chosen.size:
+        raise ValueError("no row is asked for: a state is of at least one")
+    return jax.tree.map(lambda x: x[:, chosen], state)
+
+
+def _row(state: State, row: Any) -> int:
+    """Counted from the first. Raises `IndexError`: JAX would take the nearest that is there."""
+    count, row = rows(state), operator.index(row)
+    if not -count <= row < count:
+        raise IndexError(f"row {row}: the state has {count}, the last of them {count - 1}")
+    return row % count
 
 
 def join(parts: Sequence[State]) -> State:
-    """One batch of the rows of several. Raises `ValueError` for states of different models."""
+    """One batch of the rows of several. Raises `ValueError` for none, or for states of different
+    models."""
+    if not parts:
+        raise ValueError("no states to join: give at least one")
     parts = [stacked(part) for part in parts]
     _check_alike(*parts)
     return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *parts)
@@ -63,10 +92,11 @@ def interpolate(first: State, second: State, weight: float | Float[Array, ""]) -
     """`(1 - weight) * first + weight * second`, of what the states stand for: version 4 keeps its
     sums as mantissa and exponent, and it is the sums that are mixed.
 
-    Raises `ValueError` for states of different models.
+    Raises `ValueError` for states of different models or numbers of rows.
     """
     first, second = stacked(first), stacked(second)
     _check_alike(first, second)
+    _check_as_many(first, second)
 
     def mix(x: Any, y: Any) -> Any:
         if not isinstance(x, Wkv4State):
@@ -94,8 +124,7 @@ def compare(first: State, second: State) -> list[Difference]:
     """
     first, second = stacked(first), stacked(second)
     _check_alike(first, second)
-    if rows(first) != rows(second):
-        raise ValueError(f"states of {rows(first)} and {rows(second)} rows: take as many of each")
+    _check_as_many(first, second)
     parts = [_parts(state.blocks) for state in _with_one_scale(first, second)]
     found = []
     for name, x in parts[0].items():
@@ -135,6 +164,11 @@ def _check_alike(*parts: State) -> None:
             )
 
 
+def _check_as_many(first: State, second: State) -> None:
+    if rows(first) != rows(second):
+        raise ValueError(f"states of {rows(first)} and {rows(second)} rows: take as many of each")
+
+
 @dataclass(frozen=True)
 class Saved:
     """What a file of states holds."""
@@ -155,13 +189,22 @@ def save(
 ) -> None:
     """Writes a state as safetensors; `logits` of the next token and `notes` go with it.
 
-    What was there before is replaced when all is written. Raises `WeightsError`.
+    What was there before is replaced when all is written. Raises `WeightsError`; and `ValueError`
+    for logits of other rows than the state's, or notes that are not text.
     """
     check_place(Path(path))
     state = stacked(state)
     tensors = {f"state.{name}": np.asarray(x) for name, x in _parts(state.blocks).items()}
     if logits is not None:
         tensors["logits"] = np.asarray(logits)
+        if logits.ndim != 2 or len(logits) != rows(state):
+            raise ValueError(
+                f"logits of shape {list(logits.shape)}, and the state is of {rows(state)} rows:"
+                " give those of the next token, [b, V]"
+            )
+    for name, text in (notes or {}).items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise ValueError(f"the note {name!r} is {text!r}: notes and their names are text")
     notes = {f"note.{name}": text for name, text in (notes or {}).items()}
     metadata = {"format": FORMAT, "version": state.version, **notes}
     write_safetensors(Path(path).expanduser(), tensors, metadata)
@@ -171,8 +214,7 @@ def check_place(path: Path) -> None:
     """Raises `WeightsError` unless a state can be saved under this name."""
     if path.suffix != SUFFIX:
         raise WeightsError(f"{path}: a state is kept in a file named *{SUFFIX}; name it so")
-    if not path.expanduser().parent.is_dir():
-        raise WeightsError(f"{path}: there is no folder {path.parent}; make it first")
+    check_writable(path)
 
 
 def load(path: Path | str, cfg: ModelConfig) -> Saved:
@@ -214,11 +256,11 @@ def _saved(path: Path, cfg: ModelConfig) -> Saved:
         [jnp.asarray(parts[f"state.{name}"], jnp.float32) for name in _parts(fresh.blocks)],
     )
     logits = jnp.asarray(tensors["logits"]) if "logits" in tensors else None
-    batch = jax.tree.leaves(blocks)[0].shape[1:2]
-    if logits is not None and logits.shape != (*batch, cfg.vocab_size):
+    batch = jax.tree.leaves(blocks)[0].shape[1]
+    if logits is not None and logits.shape != (batch, cfg.vocab_size):
         raise WeightsError(
-            f"{path}: logits of shape {list(logits.shape)}, and the model has {cfg.vocab_size:,}"
-            " tokens; take one that this model wrote"
+            f"{path}: logits of shape {list(logits.shape)}, and the state is of {batch:,} rows and"
+            f" the model of {cfg.vocab_size:,} tokens; take one that this model wrote"
         )
     notes = {k.removeprefix("note."): x for k, x in metadata.items() if k.startswith("note.")}
     return Saved(State(blocks, version), logits, notes)
@@ -259,8 +301,10 @@ def to_pypi(state: State, row: int = 0) -> list[np.ndarray]:
     Per layer: version 4 has the time mix's last token, numerator, denominator, exponent, the
     channel mix's last token; later versions the time mix's, the matrices and the channel mix's. The
     matrices are [h, k, v] for versions 5 and 6, [h, v, k] for 7.
+
+    Raises `IndexError` for a row that is not there.
     """
-    out = []
+    out, row = [], _row(state, row)
     blocks = jax.tree.map(lambda x: np.array(x[:, row]), stacked(state).blocks)
     for layer in range(len(blocks.att_x)):
         wkv = jax.tree.map(lambda x, layer=layer: x[layer], blocks.wkv)

@@ -1,6 +1,8 @@
 """States as values: rows, mixtures, differences, files, and PyPI rwkv's lists."""
 
 import functools
+import inspect
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +81,28 @@ def test_rows_are_taken_and_joined(version):
     np.testing.assert_allclose(alone[0], together[1], rtol=0, atol=GOLDEN_LOGITS)
 
 
+def test_rows_that_are_not_there():
+    """JAX would take the nearest."""
+    state = models.init_state(golden("7")[1], 2)
+    state = jax.tree.map(lambda x: x + jnp.arange(2.0).reshape(1, 2, *[1] * (x.ndim - 2)), state)
+    for rows in (1, [-1], np.array([False, True]), jnp.array([1]), slice(1, None)):
+        assert farthest(states.take(state, rows), states.take(state, [1])) == 0
+        assert states.rows(states.take(state, rows)) == 1
+        assert np.all(states.take(state, rows).blocks.att_x == 1)
+    for rows in (2, [0, 5], [-3], np.array([True])):
+        with pytest.raises(IndexError, match=r"row (2|5|-3): the state has 2|mask of shape \[1\]"):
+            states.take(state, rows)
+    with pytest.raises(IndexError, match="row 7: the state has 2"):
+        states.to_pypi(state, 7)
+    for rows in ([], slice(2, None), np.array([False, False])):
+        with pytest.raises(ValueError, match="no row is asked for"):
+            states.take(state, rows)
+    with pytest.raises(ValueError, match="no states to join"):
+        states.join([])
+    with pytest.raises(ValueError, match="2 and 1 rows: take as many of each"):
+        states.interpolate(state, states.take(state, 0), 0.5)
+
+
 @each_kind
 def test_mixtures(version):
     """At the ends they are the states; between, linear in what the state stands for."""
@@ -136,6 +160,36 @@ def test_saved_and_loaded(version, tmp_path):
     assert jax.tree.structure(saved.state) == jax.tree.structure(state)
     states.save(path, state)
     assert states.load(path, cfg).logits is None
+
+
+def test_what_cannot_be_saved_is_refused_first(tmp_path, monkeypatch):
+    _, cfg, *_ = golden("7")
+    state, path = models.init_state(cfg, 2), tmp_path / "state.safetensors"
+    vocab = cfg.vocab_size
+    for logits in (jnp.zeros((1, vocab)), jnp.zeros((3, vocab))):
+        with pytest.raises(ValueError, match=r"logits of shape .* the state is of 2 rows"):
+            states.save(path, state, logits=logits)
+    with pytest.raises(ValueError, match=r"the note 'n' is 3: "):
+        inspect.unwrap(states.save)(
+            path, state, notes={"n": 3}
+        )  # as without the tests' type checks
+    assert not path.exists()
+    tensors = {
+        f"state.{name}": np.zeros((cfg.layers, 2, *x.shape[2:]), np.float32)
+        for name, x in states._parts(state.blocks).items()
+    }
+    metadata = {"format": states.FORMAT, "version": "7"}
+    write_safetensors(path, tensors | {"logits": np.zeros((1, vocab), np.float32)}, metadata)
+    with pytest.raises(UserError, match=rf"\[1, {vocab}\], and the state is of 2 rows"):
+        states.load(path, cfg)
+    (tmp_path / "d.safetensors").mkdir()
+    with pytest.raises(UserError, match="is a folder; name a file"):
+        states.check_place(tmp_path / "d.safetensors")
+    with pytest.raises(UserError, match="there is no folder"):
+        states.check_place(tmp_path / "none" / "s.safetensors")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(UserError, match=r"cannot be written \(no permission"):
+        states.check_place(tmp_path / "s.safetensors")
 
 
 @pytest.mark.parametrize("version", ["6", "7"])
