@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -64,9 +65,12 @@ def _in_main_thread() -> bool:
 
 
 def lost_output(error: OSError, program: str) -> None:
-    """The last word of a program whose output or files have gone: a full disk, a folder removed."""
+    """The last word of a program whose output or files have gone, or are not for it: a full disk, a
+    folder removed, no permission."""
     what = error.filename or "the output"
-    remedy = "see that it is there and has room, and start again"
+    barred = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    needed = "you may read it, or write there" if barred else "it is there and has room"
+    remedy = f"see that {needed}, and start again"
     print(f"{program}: {what}: {error.strerror}; {remedy}", file=sys.stderr)
     abandon_stdout()
 

@@ -97,7 +97,8 @@ def cast(name: str, array: ArrayLike, dtype: np.dtype) -> ArrayLike:
             return rounded
         if lost := int(np.isfinite(values).sum() - np.isfinite(rounded).sum()):
             raise WeightsError(
-                f"{shown(name)} has {lost:,} too large for {dtype.name}, which ends at"
+                f"{shown(name)} has {lost:,} number{'s' * (lost > 1)} too large for {dtype.name},"
+                " which ends at"
                 f" {float(ml_dtypes.finfo(dtype).max):.5g}; take {FLOATS[dtype.name]}"
             )
         return rounded

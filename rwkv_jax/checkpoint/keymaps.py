@@ -6,7 +6,8 @@ there and [in, out] here; shift mixes are [1, 1, c] there and [c] here; layers a
 and stacked here. Numbers are neither computed nor rounded, so both ways lead back.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -280,8 +281,9 @@ def config_of(tensors: Mapping[str, ArrayLike]) -> ModelConfig:
         )
     try:
         return _config(tensors)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        told = error if isinstance(error, ConfigError) else f"{shown(error)} is not as it should be"
+    except (KeyError, ConfigError, WeightsError) as error:
+        ours = isinstance(error, ConfigError | WeightsError)
+        told = error if ours else f"{shown(error)} is missing"
         raise WeightsError(f"no whole RWKV checkpoint: {told}; take the whole file") from error
 
 
@@ -297,37 +299,54 @@ _OTHERS = {
 """Tensors that only models of other kinds have."""
 
 
+def _layers(names: Iterable[str]) -> int:
+    """How many the names speak of; one without those before it is a `WeightsError`."""
+    numbers: dict[int, str] = {}
+    for name in names:
+        if match := re.match(r"blocks\.(0|[1-9][0-9]{0,8})\.", name):
+            numbers.setdefault(int(match[1]), name)
+    gap = next(layer for layer in range(len(numbers) + 1) if layer not in numbers)
+    if beyond := [layer for layer in numbers if layer > gap]:
+        after = min(beyond)
+        told = f"layer {gap} is" if after == gap + 1 else f"layers {gap} to {after - 1} are"
+        raise WeightsError(f"{shown(numbers[after])} is there, and {told} missing")
+    return gap
+
+
 def _config(tensors: Mapping[str, ArrayLike]) -> ModelConfig:
-    vocab, width = tensors["emb.weight"].shape
-    numbers = (name.split(".")[1] for name in tensors if name.startswith("blocks."))
-    layers = 1 + max(int(number) for number in numbers)
-    ffn = tensors["blocks.0.ffn.key.weight"].shape[0]
+    def size(name: str, axis: int, axes: int = 0) -> int:
+        """Of a tensor that has so many axes, or enough."""
+        shape = tensors[name].shape
+        if len(shape) <= axis or (axes and len(shape) != axes) or not shape[axis]:
+            raise WeightsError(f"{name} has shape {list(shape)}, which cannot be")
+        return shape[axis]
+
+    vocab, width = (size("emb.weight", axis, 2) for axis in (0, 1))
+    layers = _layers(tensors)
+    ffn = size("blocks.0.ffn.key.weight", 0)
     sizes: dict = {"layers": layers, "width": width, "vocab_size": vocab, "ffn_width": ffn}
     last = f"blocks.{layers - 1}.att."  # layer 0 may lack version 7's v0, v1, v2
 
     def has(name: str) -> bool:
         return f"blocks.0.{name}" in tensors
 
-    def shape(name: str) -> tuple[int, ...]:
-        return tuple(tensors[last + name].shape)
-
     if has("att.r_k"):
-        sizes |= {f"rank_{x}": shape(f"{x}1")[1] for x in "wag"}
+        sizes |= {f"rank_{x}": size(f"{last}{x}1", 1) for x in "wag"}
         # A model of one layer has no use for these, and mostly doesn't have them.
-        sizes["rank_v"] = shape("v1")[1] if layers > 1 or f"{last}v1" in tensors else 0
-        sizes["head_size"] = shape("r_k")[1]
+        sizes["rank_v"] = size(f"{last}v1", 1) if layers > 1 or f"{last}v1" in tensors else 0
+        sizes["head_size"] = size(f"{last}r_k", 1)
         if has("ffn.s_emb.weight"):
-            rank = tensors["blocks.0.ffn.s1"].shape[1]
+            rank = size("blocks.0.ffn.s1", 1)
             return ModelConfig(version="7a", rank_embed=rank, **sizes)
         return ModelConfig(version="7", **sizes)
     if has("att.time_maa_x"):
-        sizes["head_size"] = shape("time_faaaa")[1]
-        sizes["rank_mix"] = shape("time_maa_w2")[1]
-        sizes["rank_w"] = shape("time_decay_w1")[1]
+        sizes["head_size"] = size(f"{last}time_faaaa", 1)
+        sizes["rank_mix"] = size(f"{last}time_maa_w2", 1)
+        sizes["rank_w"] = size(f"{last}time_decay_w1", 1)
         return ModelConfig(version="6", state_tuned=has("att.time_state"), **sizes)
     if has("att.ln_x.weight"):
-        decay = shape("time_decay") or (0,)
-        by_channel = decay[1:] > (1,)
+        heads = size(f"{last}time_decay", 0)
+        by_channel = tensors[f"{last}time_decay"].shape[1:] > (1,)
         version = "5.0" if not has("att.gate.weight") else "5.2" if by_channel else "5.1"
-        return ModelConfig(version=version, head_size=width // decay[0], **sizes)
+        return ModelConfig(version=version, head_size=width // heads, **sizes)
     return ModelConfig(version="4", **sizes)

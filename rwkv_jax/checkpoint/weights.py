@@ -79,12 +79,18 @@ def read(path: Path | str) -> Weights:
     those of a whole model `from_official` finds out.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
-        found = _read_folder(path)
-    elif path.suffix in SAFETENSORS or (path.is_file() and _begins(path)[8:9] == b"{"):
-        found = _named(path, "safetensors", read_safetensors(path))
-    else:
-        found = _named(path, "pth", read_pth(path))
+    try:
+        if path.is_dir():
+            found = _read_folder(path)
+        elif path.suffix in SAFETENSORS or (path.is_file() and _begins(path)[8:9] == b"{"):
+            found = _named(path, "safetensors", read_safetensors(path))
+        else:
+            found = _named(path, "pth", read_pth(path))
+    except OSError as error:
+        raise WeightsError(
+            f"{error.filename or path}: cannot be read ({error.strerror}); name one that is there"
+            " and that you may read"
+        ) from error
     return replace(found, tensors=plain(found.tensors))
 
 

@@ -1,5 +1,6 @@
 """Any file in, the same numbers out: formats, types, placement, and one line for what is wrong."""
 
+import errno
 import functools
 import json
 import os
@@ -185,6 +186,22 @@ BROKEN = {
         lambda t: t | {"blocks.0.rosa.x_q": t["emb.weight"]},
         r"an RWKV-8 ROSA model; this release reads versions 4 to 7a",
     ),
+    "a row of embeddings": (
+        lambda t: t | {"emb.weight": t["emb.weight"][0]},
+        r"emb\.weight has shape \[32\], which cannot be; take",
+    ),
+    "flat": (
+        lambda t: t | {"blocks.1.att.time_maa_w2": t["blocks.1.att.time_maa_w2"].ravel()},
+        r"blocks\.1\.att\.time_maa_w2 has shape \[960\], which cannot be; take",
+    ),
+    "no number": (
+        lambda t: t | {"blocks.x.att.k": t["emb.weight"]},
+        r"blocks\.x\.att\.k is no par",
+    ),
+    "far away": (
+        lambda t: t | {"blocks.9999999.att.k": t["emb.weight"]},
+        r"blocks\.9999999\.att\.k is there, and layers 2 to 9999998 are missing",
+    ),
     "no ffn": (lambda t: drop(t, "blocks.0.ffn.key.weight"), r"blocks\.0\.ffn\.key\.weight"),
 }
 
@@ -235,6 +252,19 @@ def test_files_that_are_no_weights(tmp_path):
     with pytest.raises(UserError, match="cannot be written as a Hugging Face folder"):
         rwkv_jax.save(tmp_path / "new", *keymaps.from_official(tensors("6")))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("call", ["is_dir", "open"])
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, call):
+    """A folder that may not be looked into, and a file that may not be opened."""
+    weights.write(tmp_path / "m.pth", tensors("4"))
+
+    def barred(path, *_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(type(tmp_path), call, barred)
+    with pytest.raises(UserError, match=r"m\.pth: cannot be read \(Permission denied\); name"):
+        rwkv_jax.load(tmp_path / "m.pth")
 
 
 def test_what_is_no_file_is_not_replaced(tmp_path):
@@ -317,7 +347,9 @@ def test_numbers_too_large_for_a_type_are_refused(tmp_path, suffix):
     given["blocks.1.att.key.weight"][2, 3:5] = 7e4, -7e4
     path, out = tmp_path / "m.pth", tmp_path / f"out{suffix}"
     weights.write(path, given)
-    told = r"blocks\.1\.att\.key\.weight has 2 too large for float16, .* 65504; take bfloat16"
+    told = (
+        r"blocks\.1\.att\.key\.weight has 2 numbers too large for float16, .* 65504; take bfloat16"
+    )
     with pytest.raises(UserError, match=f"^{path}: {told}"):
         rwkv_jax.load(path, dtype="float16")
     with pytest.raises(UserError, match=f"^{out}: {told}"):
