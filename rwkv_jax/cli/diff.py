@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rwkv_jax.cli.running import command, run, spoken
+from rwkv_jax.cli.running import command, run, spoken, width
 
 ABOUT = """
 Two files of weights, tensor by tensor, whatever their formats: how far apart they are, the farthest
@@ -60,7 +60,7 @@ def _diff(args: argparse.Namespace, differing: list[Row]) -> None:
     from rwkv_jax.checkpoint.keymaps import optional
     from rwkv_jax.checkpoint.weights import read
 
-    console = Console()
+    console = Console(width=width())
     first, second = (read(path).tensors for path in (args.A, args.B))
     in_both = first.keys() & second.keys()
     union = dict.fromkeys([*first, *second])

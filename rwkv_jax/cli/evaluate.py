@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rwkv_jax.cli.running import command, run, spoken
+from rwkv_jax.cli.running import command, run, spoken, width
 from rwkv_jax.errors import UserError
 
 ABOUT = """
@@ -110,9 +110,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     sources = _sources(args)
     with _within_memory():
         subject = _load(args)
-        # Where there is no terminal, no width cuts a line.
-        width = None if sys.stdout.isatty() else 1000
-        console = LastingConsole(width=width, highlight=False)
+        console = LastingConsole(width=width(), highlight=False)
         console.print(subject.title, markup=False)
         results = {
             "model": args.model,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from rwkv_jax.cli.running import command, run, spoken
+from rwkv_jax.cli.running import command, run, spoken, width
 from rwkv_jax.errors import UserError
 
 ABOUT = """
@@ -103,7 +103,7 @@ def _inspect(args: argparse.Namespace, wrong: list[str]) -> None:
     from rwkv_jax.checkpoint.keymaps import config_of, faults
     from rwkv_jax.checkpoint.weights import naming, read
 
-    console = Console()
+    console = Console(width=width())
     weights = read(args.model)
     tensors = weights.tensors
     with naming(weights.path):
@@ -117,6 +117,7 @@ def _inspect(args: argparse.Namespace, wrong: list[str]) -> None:
     if args.tensors:
         _tensors(console, tensors, each)
     wrong += [f"{name} has {x.odd:,} NaN or infinite values" for name, x in each.items() if x.odd]
+    console.print()
     for fault in wrong:
         console.print(f"[bold red]wrong:[/] {escape(fault)}", highlight=False, soft_wrap=True)
     if not wrong:
@@ -166,27 +167,35 @@ def _count(tensors: Mapping[str, Any], console: Any) -> tuple[dict[str, Statisti
     return groups, each
 
 
-def _table(title: str, first: str, others: Iterable[str]) -> Any:
-    """Without lines between columns, so that it fits a terminal of 80."""
+def _table(console: Any, title: str, first: str, others: Iterable[str], rows: Iterable) -> None:
+    """Without lines between columns, so that it fits a terminal of 80; a narrower one breaks lines,
+    but no number is cut."""
     from rich import box
+    from rich.markup import escape
+    from rich.measure import Measurement
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(first, overflow="fold", min_width=11)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column(first, overflow="fold")
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
-    return table
+    for name, *numbers in rows:
+        table.add_row(escape(name), *numbers)
+    needed = Measurement.get(console, console.options.update(max_width=1000), table).minimum
+    console.print(f"\n[italic]{title}[/]\n", highlight=False)
+    console.width = max(console.width, needed)  # a terminal breaks lines where rich would cut them
+    console.print(table)
 
 
 def _groups(console: Any, groups: dict[str, Statistics]) -> None:
     whole = sum(x.count for x in groups.values()) or 1
     names = ("tensors", "parameters", "share", "type", "RMS", "least", "largest", "NaN")
-    table = _table("parameters by group", "group", names)
+    rows = []
     for name in [*GROUPS, "other"]:
         if x := groups.get(name):
             share, kinds = f"{100 * x.count / whole:.1f} %", " ".join(sorted(x.kinds))
-            table.add_row(name, f"{x.tensors:,}", f"{x.count:,}", share, kinds, *x.cells())
-    console.print(table)
+            rows.append((name, f"{x.tensors:,}", f"{x.count:,}", share, kinds, *x.cells()))
+    _table(console, "parameters by group", "group", names, rows)
 
 
 def _layers(
@@ -197,20 +206,21 @@ def _layers(
 
     names = ("fastest", "median", "slowest", "half-life", "longest", "att.output", "ffn.value")
     title = "layers: decay a token, half-life of the median and the longest in tokens, RMS"
-    table = _table(title, "layer", names)
+    rows = []
     for layer in range(cfg.layers):
         block = f"blocks.{layer}."
         source = tensors.get(f"{block}att.{'w0' if cfg.version[0] == '7' else 'time_decay'}")
         decay = np.array([math.nan]) if source is None else _decay(cfg.version, np.asarray(source))
         lives = math.log(0.5) / np.log(np.clip(decay, 1e-38, 1 - 1e-12))
         matrices = [each.get(f"{block}{name}.weight") for name in ("att.output", "ffn.value")]
-        table.add_row(
+        row = (
             str(layer),
             *(f"{x:.4f}" for x in (decay.min(), np.median(decay), decay.max())),
-            *(f"{x:,.1f}" for x in (np.median(lives), lives.max())),
+            *(f"{x:,.1f}" if x < 1e5 else f"{x:.2e}" for x in (np.median(lives), lives.max())),
             *("" if x is None else x.cells()[0] for x in matrices),
         )
-    console.print(table)
+        rows.append(row)
+    _table(console, title, "layer", names, rows)
 
 
 def _decay(version: str, raw: Any) -> Any:
@@ -224,10 +234,9 @@ def _decay(version: str, raw: Any) -> Any:
 
 
 def _tensors(console: Any, tensors: Mapping[str, Any], each: dict[str, Statistics]) -> None:
-    from rich.markup import escape
-
-    table = _table("tensors", "name", ("shape", "type", "RMS", "least", "largest", "NaN"))
-    for name, x in each.items():
-        shape = " x ".join(map(str, tensors[name].shape))
-        table.add_row(escape(name), shape, *x.kinds, *x.cells())
-    console.print(table)
+    names = ("shape", "type", "RMS", "least", "largest", "NaN")
+    rows = (
+        (name, " x ".join(map(str, tensors[name].shape)), *x.kinds, *x.cells())
+        for name, x in each.items()
+    )
+    _table(console, "tensors", "name", names, rows)

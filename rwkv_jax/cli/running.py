@@ -41,6 +41,11 @@ def command(prog: str, arguments: str, about: str) -> Parser:
     )
 
 
+def width() -> int | None:
+    """Of rich's consoles: None is the terminal's own; where there is none, no width cuts a line."""
+    return None if sys.stdout.isatty() else 1000
+
+
 def spoken(prog: str) -> str:
     """A command's name in its errors: `train.py` of `python train.py`."""
     return prog.removeprefix("python ").removeprefix("-m ")

@@ -16,6 +16,8 @@ from rwkv_jax import __main__ as program
 from rwkv_jax.checkpoint import weights
 from rwkv_jax.checkpoint.pth import write_pth
 from rwkv_jax.checkpoint.safetensors import read_safetensors
+from rwkv_jax.cli import inspect as inspect_command
+from rwkv_jax.cli.running import run
 
 ROOT = Path(program.__file__).parents[1]
 RANKS = (6, 5, 4, 7, 3)
@@ -90,6 +92,29 @@ def test_inspect_every_version(version, tmp_path, capsys):
     assert sum(float(row[row.index("%") - 1]) for row in found) == pytest.approx(100, abs=0.3)
 
 
+def test_inspect_cuts_no_number(model, capsys, monkeypatch):
+    """Lines fit 80 columns; in fewer, or where there is no terminal, all that is said is whole."""
+    path, _ = model
+    said = {}
+    for columns in (None, 80, 40):
+        monkeypatch.setattr(inspect_command, "width", lambda columns=columns: columns)
+        rwkv_jax("inspect", path, "--tensors")
+        text = capsys.readouterr().out
+        tables = text[text.index("parameters by group") :]
+        said[columns] = re.findall(r"(?<= )-?\d[\d.,e+-]*(?= |\n)", tables)
+        assert len(said[columns]) > 500
+        assert columns != 80 or max(map(len, text.splitlines())) <= 80
+    assert said[None] == said[80] == said[40]
+
+
+def test_no_permission_is_told_from_no_room(capsys, monkeypatch):
+    def barred():
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "there")
+
+    assert run("rwkv_jax x", barred) == 2
+    assert "there: Permission denied; see that you may read it" in capsys.readouterr().err
+
+
 def test_inspect_decays(tmp_path, capsys):
     """Half-lives that can be worked out by hand: log 2 / exp(time_decay) tokens."""
     tensors = checkpoint("4", layers=1, width=4, vocab=257)
@@ -97,7 +122,7 @@ def test_inspect_decays(tmp_path, capsys):
     weights.write(tmp_path / "m.pth", tensors)
     rwkv_jax("inspect", tmp_path / "m.pth")
     row = re.search(
-        r"^ 0 +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d,.]+) ", capsys.readouterr().out, re.M
+        r"^0 +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d,.]+) ", capsys.readouterr().out, re.M
     )
     assert row and row.groups() == ("0.5000", "0.7740", "0.9993", "3.0", "1,000.0")
 
