@@ -14,6 +14,12 @@ class UserError(ValueError):
     """Bad input. The message is one line: it names the thing that is wrong and the remedy."""
 
 
+PREDICTS_NAN = (
+    "the model predicts NaN: its weights are damaged, or too large for the compute type; take"
+    " another copy, or float32"
+)
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Ctrl-C as KeyboardInterrupt, also where a library has made an error of its own of it: JAX

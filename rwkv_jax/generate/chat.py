@@ -247,7 +247,8 @@ class Conversation:
     on. Each reply is drawn with a seed of its own, the last one's plus 1. With `start`, all begins
     there instead of at nothing.
 
-    Raises `UserError` for a way to think, a system prompt or a start that cannot be.
+    Raises `UserError` for a way to think, a system prompt or a start that cannot be, and while a
+    reply is iterated, if the model predicts NaN.
 
     >>> chat = Conversation(writer, system="Answer in French.")  # doctest: +SKIP
     >>> for piece in chat.say("Hello!"):  # doctest: +SKIP
