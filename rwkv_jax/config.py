@@ -184,8 +184,8 @@ class TrainConfig(_Strict):
 
     output: str = "runs/demo"
     init: str = ""
-    """Weights to start from, of any kind that `load` reads; `model` is then theirs. Empty: fresh
-    ones."""
+    """Weights to start from, of any kind that `load` reads; empty: fresh ones. The model is theirs:
+    its version has to be stated so, or not at all, and sizes in a config file make way."""
     seed: int = 0
     steps: int = 1000
     """Optimizer steps; the schedule ends at the last one."""
@@ -260,6 +260,10 @@ class Config(_Strict):
                 _require(not large, f"{section.name}.{key} = {value}: at most {2**31 - 1}")
 
 
+TYPED = "command line"
+"""Where overrides come from."""
+
+
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
     """The run that a TOML file describes (None: the defaults), with overrides on top.
 
@@ -267,14 +271,23 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Confi
     not valid TOML is taken as text, so that `data.tokenizer=bytes` needs no quotes.
     Raises `ConfigError` for a file that cannot be read and for whatever `parse_config` rejects.
     """
+    return load_stated(path, overrides)[0]
+
+
+def load_stated(
+    path: Path | str | None, overrides: Sequence[str] = ()
+) -> tuple[Config, dict[str, str]]:
+    """What `load_config` gives, and where each setting that is no default was stated: its name ->
+    the file's path, or `TYPED` for an override."""
     tables = {} if path is None else _read_toml(Path(path))
     # The file on its own first, so that an error says which of the two to mend.
     config = parse_config(tables, origin="" if path is None else str(path))
+    stated = {f"{section}.{key}": str(path) for section, keys in tables.items() for key in keys}
     if not overrides:
-        return config
-    for override in overrides:
-        _apply(tables, override)
-    return parse_config(tables, origin="overrides" if path is None else f"{path} with overrides")
+        return config, stated
+    stated |= {_apply(tables, override): TYPED for override in overrides}
+    origin = "overrides" if path is None else f"{path} with overrides"
+    return parse_config(tables, origin=origin), stated
 
 
 def parse_config(tables: Mapping[str, Any], *, origin: str = "") -> Config:
@@ -302,7 +315,7 @@ def to_toml(config: Config) -> str:
     blocks = []
     for section in fields(config):
         table = getattr(config, section.name)
-        lines = [f"{key.name} = {_literal(getattr(table, key.name))}" for key in fields(table)]
+        lines = [f"{key.name} = {literal(getattr(table, key.name))}" for key in fields(table)]
         blocks.append("\n".join([f"[{section.name}]", *lines, ""]))
     return "\n".join(blocks)
 
@@ -348,18 +361,20 @@ def _configs(folder: Path) -> list[str]:
     return [path.name for path in folder.glob("*.toml") if path.name != "pyproject.toml"]
 
 
-def _apply(tables: dict[str, Any], override: str) -> None:
+def _apply(tables: dict[str, Any], override: str) -> str:
+    """Puts an override into the tables; returns the setting's name."""
     name, equals, text = override.partition("=")
     section, dot, key = (part.strip() for part in name.partition("."))
     if not (equals and dot):
         bare = equals and section and section not in _SCHEMA
         why = _unknown(section) if bare else "written section.key=value"
-        raise ConfigError(f"override {_literal(override)}: {why}")
+        raise ConfigError(f"override {literal(override)}: {why}")
     value = _parse_value(text)
     kind = _SCHEMA.get(section, {}).get(key)
     if (kind is str or get_origin(kind) is Literal) and not isinstance(value, str):
         value = text  # sample.prompt=42 is the text "42"
     tables[section] = {**tables.get(section, {}), key: value}
+    return f"{section}.{key}"
 
 
 def _parse_value(text: str) -> Any:
@@ -405,10 +420,10 @@ def _problem(details: Any, tables: Mapping[str, Any]) -> str:
         needed = f"a table [{where[0]}] is needed"
     elif kind == "literal_error":
         choices = get_args(_SCHEMA[where[0]][where[1]])
-        needed = "one of " + ", ".join(_literal(choice) for choice in choices)
+        needed = "one of " + ", ".join(literal(choice) for choice in choices)
     else:
         needed = _NEEDED.get(kind, details["msg"])
-    return f"{'.'.join(where)} = {_literal(value)}: {needed}"
+    return f"{'.'.join(where)} = {literal(value)}: {needed}"
 
 
 def _unknown(section: str, key: str | None = None) -> str:
@@ -424,10 +439,10 @@ def _unknown(section: str, key: str | None = None) -> str:
 
 
 def _key(name: str) -> str:
-    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else _literal(name)
+    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else literal(name)
 
 
-def _literal(value: Any) -> str:
+def literal(value: Any) -> str:
     """A value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"

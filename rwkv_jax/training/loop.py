@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,14 +46,19 @@ class Interrupted(KeyboardInterrupt):
     """Training was asked to stop and has saved; the message is one line that says how to go on."""
 
 
-def train(cfg: Config, *, console: Console | None = None) -> Path:
+def train(
+    cfg: Config, *, stated: Mapping[str, str] | None = None, console: Console | None = None
+) -> Path:
     """Trains as `cfg` says, going on where the run in `train.output` stopped; returns that folder.
+
+    With weights in `train.init` the model is theirs, not `cfg.model`; `stated`, from `load_stated`,
+    says what of it was asked for and must be so.
 
     Raises `UserError` for whatever the user can mend (`NonFiniteError` if training diverged), and
     `Interrupted` after the first SIGINT or SIGTERM, once a checkpoint is saved.
     """
     console = console or show.LastingConsole()
-    cfg = adopt(cfg)
+    cfg = adopt(cfg, stated or {})
     tokens = prepare(cfg.data)
     cfg = resolve(cfg, tokens)
     epoch_windows(len(tokens.train), cfg.train.context)  # raises if the corpus is too short
@@ -172,7 +177,7 @@ def _print_header(run: _Run) -> None:
     rows = {
         "model": f"RWKV-{cfg.model.version}, {cfg.model.layers} layers of width {cfg.model.width},"
         f" {count:,} parameters",
-        **({"weights": f"from {train.init}"} if train.init else {}),
+        **({"weights": f"from {train.init}, and so are version and sizes"} if train.init else {}),
         **run.tokens.describe(),
         "training": f"{train.steps:,} steps of {train.batch} x {train.context} tokens:"
         f" {seen:,} tokens, {seen / len(run.tokens.train):.2f} epochs",
