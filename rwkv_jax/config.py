@@ -11,10 +11,11 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
@@ -49,6 +50,15 @@ _OWN = {
 """Which of the settings that not all versions have each one has."""
 
 
+_NEEDED = {
+    "int_type": "an integer is needed",
+    "float_type": "a number is needed",
+    "finite_number": "a finite number is needed",
+    "string_type": "a string is needed",
+}
+"""pydantic's names of wrong types, in words."""
+
+
 @dataclass(frozen=True)
 class ModelConfig(_Strict):
     """The architecture: all that decides shapes, and nothing else; it travels with checkpoints."""
@@ -75,6 +85,17 @@ class ModelConfig(_Strict):
     """Version 6: documents start from a learnt state."""
 
     def __post_init__(self):
+        # From a file these are settled before; a constructor takes anything.
+        if not (isinstance(self.version, str) and self.version in _OWN):
+            text = f' (text: "{self.version}")' if str(self.version) in _OWN else ""
+            raise ConfigError(f"model.version = {literal(self.version)}: {_one_of(_OWN)}{text}")
+        for key in fields(self):
+            value = getattr(self, key.name)
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
+            _require(
+                whole or key.type is not int,
+                f"model.{key.name} = {literal(value)}: {_NEEDED['int_type']}",
+            )
         for name in ("layers", "width"):
             _require(getattr(self, name) >= 1, f"model.{name} = {getattr(self, name)}: at least 1")
         ranks = [field.name for field in fields(self) if field.name.startswith("rank_")]
@@ -320,21 +341,6 @@ def to_toml(config: Config) -> str:
     return "\n".join(blocks)
 
 
-_SCHEMA = {
-    section.name: {key.name: key.type for key in fields(getattr(Config(), section.name))}
-    for section in fields(Config)
-}
-"""Section -> key -> type."""
-
-_NEEDED = {
-    "int_type": "an integer is needed",
-    "float_type": "a number is needed",
-    "finite_number": "a finite number is needed",
-    "string_type": "a string is needed",
-}
-"""pydantic's names of wrong types, in words."""
-
-
 @cache
 def _adapter():
     from pydantic import TypeAdapter
@@ -419,8 +425,7 @@ def _problem(details: Any, tables: Mapping[str, Any]) -> str:
     if kind == "dataclass_type":
         needed = f"a table [{where[0]}] is needed"
     elif kind == "literal_error":
-        choices = get_args(_SCHEMA[where[0]][where[1]])
-        needed = "one of " + ", ".join(literal(choice) for choice in choices)
+        needed = _one_of(get_args(_SCHEMA[where[0]][where[1]]))
     else:
         needed = _NEEDED.get(kind, details["msg"])
     return f"{'.'.join(where)} = {literal(value)}: {needed}"
@@ -438,6 +443,10 @@ def _unknown(section: str, key: str | None = None) -> str:
     return f"{written} is not a {noun}; {remedy.format(', '.join(allowed))}"
 
 
+def _one_of(choices: Iterable[str]) -> str:
+    return "one of " + ", ".join(literal(choice) for choice in choices)
+
+
 def _key(name: str) -> str:
     return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else literal(name)
 
@@ -449,3 +458,10 @@ def literal(value: Any) -> str:
     if isinstance(value, str):  # TOML's escapes are JSON's, and it wants DEL escaped too
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value)
+
+
+_SCHEMA = {
+    section.name: {key.name: key.type for key in fields(getattr(Config(), section.name))}
+    for section in fields(Config)
+}
+"""Section -> key -> type."""
