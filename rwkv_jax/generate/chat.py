@@ -393,11 +393,7 @@ class Conversation:
 
         `start` is where `reset` begins. Raises `UserError` unless they are of a conversation.
         """
-        if (wrote := notes.get("tokenizer")) != (mine := writer.tokenizer.identity()):
-            raise UserError(
-                f"written with the tokenizer {wrote}, and this is {mine}; take the model that it"
-                " was written with"
-            )
+        writer.check_wrote(notes.get("tokenizer"))
         try:
             said: dict[str, Any] = json.loads(notes["chat"])
             tokens, exchanges = list(said.pop("tokens")), int(said.pop("exchanges"))

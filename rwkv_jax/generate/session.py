@@ -130,6 +130,14 @@ class Writer:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary_of(tokenizer, cfg.vocab_size)
 
+    def check_wrote(self, tokenizer: str | None) -> None:
+        """Raises `UserError` if a state's `tokenizer`, an identity, is another; None: not known."""
+        if tokenizer not in (None, mine := self.tokenizer.identity()):
+            raise UserError(
+                f"written with the tokenizer {tokenizer}, and this is {mine}; take the model that"
+                " it was written with"
+            )
+
     def start(
         self, prompts: Sequence[str], seeds: Sequence[int], start: "Start | None" = None
     ) -> Rows[Array]:

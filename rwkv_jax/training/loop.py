@@ -28,7 +28,7 @@ from rwkv_jax.checkpoint.weights import load
 from rwkv_jax.config import Config
 from rwkv_jax.data.loader import Batch, batch, epoch_windows
 from rwkv_jax.data.prepare import Tokens, prepare
-from rwkv_jax.errors import UserError
+from rwkv_jax.errors import UserError, within_memory
 from rwkv_jax.training import console as show
 from rwkv_jax.training.evaluate import compressors, evaluate
 from rwkv_jax.training.metrics import MetricsLog, read_metrics
@@ -36,6 +36,8 @@ from rwkv_jax.training.plot import plot
 from rwkv_jax.training.run import RunError, adopt, claim, describe, fingerprint, resolve, writing
 from rwkv_jax.training.state import TrainState, abstract_train_state, init_train_state
 from rwkv_jax.training.step import Metrics, make_train_step, what_is_not_finite
+
+LESS_MEMORY = "lower train.batch or model.width, raise train.accumulate, or set train.remat=full"
 
 
 class NonFiniteError(UserError):
@@ -66,7 +68,7 @@ def train(
         if not (folder / CONFIG).exists():
             describe(folder, cfg, tokens)  # first of all, so that whatever stops us leaves a run
         store = Store(folder / CHECKPOINTS, cfg.train.keep)
-        with contextlib.closing(store), _within_memory():
+        with contextlib.closing(store), within_memory(LESS_MEMORY):
             run = _open(cfg, tokens, folder, store, console)
             with contextlib.closing(run.log):
                 _print_header(run)
@@ -80,21 +82,6 @@ def train(
                         " the same command evaluates it."
                     ) from None
     return folder
-
-
-@contextlib.contextmanager
-def _within_memory() -> Iterator[None]:
-    """Turns an allocation that fails into one line."""
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "MemoryError"
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason:
-            raise UserError(
-                f"not enough memory ({reason[:120]}); lower train.batch or model.width, raise"
-                " train.accumulate, or set train.remat=full"
-            ) from error
-        raise
 
 
 @dataclass

@@ -14,6 +14,7 @@ from rwkv_jax import __main__ as program
 from rwkv_jax.checkpoint import weights
 from rwkv_jax.checkpoint.pth import write_pth
 from rwkv_jax.checkpoint.safetensors import read_safetensors
+from rwkv_jax.cli.running import run
 
 ROOT = Path(program.__file__).parents[1]
 RANKS = (6, 5, 4, 7, 3)
@@ -228,3 +229,16 @@ def test_diff_ranks_what_differs(model, tmp_path, capsys):
     assert rwkv_jax("diff", path, tmp_path / "other.safetensors", "--all") == 1
     assert "ln_out.weight" in capsys.readouterr().out
     assert rwkv_jax("diff", path, tmp_path / "none.pth") == 2
+
+
+def test_ctrl_c_while_something_is_imported(capsys):
+    """An extension makes an ImportError of it, from which its cause can be told."""
+
+    def interrupted():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as press:
+            raise ImportError("numpy failed to import") from press
+
+    assert run("it", interrupted) == 130
+    assert capsys.readouterr() == ("", "\n")
