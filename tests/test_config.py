@@ -1,6 +1,7 @@
 """The loader is strict, says in one line what to mend, and `to_toml` is its inverse."""
 
 import dataclasses
+import tomllib
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from rwkv_jax.cli.train import DEFAULT
 from rwkv_jax.config import (
     Config,
     ConfigError,
@@ -458,3 +460,11 @@ def test_the_constructor_is_as_strict_as_a_file(settings, expected):
     with pytest.raises(ConfigError) as caught:
         model.__post_init__()
     assert str(caught.value) == expected
+
+
+def test_the_default_config_is_in_the_package():
+    """So that `python -m rwkv_jax train` works wherever it is installed."""
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert pyproject["tool"]["setuptools"]["package-data"]["rwkv_jax"] == [DEFAULT.name]
+    assert DEFAULT.parent == ROOT / "rwkv_jax"
+    assert load_config(DEFAULT) == load_config(ROOT / "configs" / "demo.toml")

@@ -4,7 +4,6 @@ from functools import partial
 from pathlib import Path
 
 from rwkv_jax.cli.running import command, run, spoken
-from rwkv_jax.errors import UserError
 
 HELP = """
 Train an RWKV model on your text, and see what it has learnt.
@@ -24,7 +23,8 @@ Train an RWKV model on your text, and see what it has learnt.
 Ctrl-C saves and stops; the same command goes on from there, and so it does after a crash.
 Then: python sample.py runs/demo "def main("
 """
-DEFAULT = Path(__file__).parents[2] / "configs" / "demo.toml"
+DEFAULT = Path(__file__).parents[1] / "demo.toml"
+"""configs/demo.toml: here it is a link, and installed with the package a file."""
 
 
 def main(arguments: list[str], prog: str = "python -m rwkv_jax train") -> int:
@@ -37,8 +37,6 @@ def _train(config: Path, overrides: list[str]) -> None:
     # Here, so that --help and a mistyped setting answer at once.
     from rwkv_jax.config import load_stated
 
-    if config == DEFAULT and not config.is_file():
-        raise UserError("the demo's config is not installed with the package; name a TOML file")
     cfg, stated = load_stated(config, overrides)
     from rwkv_jax.compiled import keep_compiled_programs
     from rwkv_jax.training.loop import train
