@@ -11,10 +11,11 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
@@ -49,6 +50,15 @@ _OWN = {
 """Which of the settings that not all versions have each one has."""
 
 
+_NEEDED = {
+    "int_type": "an integer is needed",
+    "float_type": "a number is needed",
+    "finite_number": "a finite number is needed",
+    "string_type": "a string is needed",
+}
+"""pydantic's names of wrong types, in words."""
+
+
 @dataclass(frozen=True)
 class ModelConfig(_Strict):
     """The architecture: all that decides shapes, and nothing else; it travels with checkpoints."""
@@ -75,6 +85,17 @@ class ModelConfig(_Strict):
     """Version 6: documents start from a learnt state."""
 
     def __post_init__(self):
+        # From a file these are settled before; a constructor takes anything.
+        if not (isinstance(self.version, str) and self.version in _OWN):
+            text = f' (text: "{self.version}")' if str(self.version) in _OWN else ""
+            raise ConfigError(f"model.version = {literal(self.version)}: {_one_of(_OWN)}{text}")
+        for key in fields(self):
+            value = getattr(self, key.name)
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
+            _require(
+                whole or key.type is not int,
+                f"model.{key.name} = {literal(value)}: {_NEEDED['int_type']}",
+            )
         for name in ("layers", "width"):
             _require(getattr(self, name) >= 1, f"model.{name} = {getattr(self, name)}: at least 1")
         ranks = [field.name for field in fields(self) if field.name.startswith("rank_")]
@@ -184,8 +205,8 @@ class TrainConfig(_Strict):
 
     output: str = "runs/demo"
     init: str = ""
-    """Weights to start from, of any kind that `load` reads; `model` is then theirs. Empty: fresh
-    ones."""
+    """Weights to start from, of any kind that `load` reads; empty: fresh ones. The model is theirs:
+    its version has to be stated so, or not at all, and sizes in a config file make way."""
     seed: int = 0
     steps: int = 1000
     """Optimizer steps; the schedule ends at the last one."""
@@ -260,6 +281,10 @@ class Config(_Strict):
                 _require(not large, f"{section.name}.{key} = {value}: at most {2**31 - 1}")
 
 
+TYPED = "command line"
+"""Where overrides come from."""
+
+
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
     """The run that a TOML file describes (None: the defaults), with overrides on top.
 
@@ -267,14 +292,23 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Confi
     not valid TOML is taken as text, so that `data.tokenizer=bytes` needs no quotes.
     Raises `ConfigError` for a file that cannot be read and for whatever `parse_config` rejects.
     """
+    return load_stated(path, overrides)[0]
+
+
+def load_stated(
+    path: Path | str | None, overrides: Sequence[str] = ()
+) -> tuple[Config, dict[str, str]]:
+    """What `load_config` gives, and where each setting that is no default was stated: its name ->
+    the file's path, or `TYPED` for an override."""
     tables = {} if path is None else _read_toml(Path(path))
     # The file on its own first, so that an error says which of the two to mend.
     config = parse_config(tables, origin="" if path is None else str(path))
+    stated = {f"{section}.{key}": str(path) for section, keys in tables.items() for key in keys}
     if not overrides:
-        return config
-    for override in overrides:
-        _apply(tables, override)
-    return parse_config(tables, origin="overrides" if path is None else f"{path} with overrides")
+        return config, stated
+    stated |= {_apply(tables, override): TYPED for override in overrides}
+    origin = "overrides" if path is None else f"{path} with overrides"
+    return parse_config(tables, origin=origin), stated
 
 
 def parse_config(tables: Mapping[str, Any], *, origin: str = "") -> Config:
@@ -302,24 +336,9 @@ def to_toml(config: Config) -> str:
     blocks = []
     for section in fields(config):
         table = getattr(config, section.name)
-        lines = [f"{key.name} = {_literal(getattr(table, key.name))}" for key in fields(table)]
+        lines = [f"{key.name} = {literal(getattr(table, key.name))}" for key in fields(table)]
         blocks.append("\n".join([f"[{section.name}]", *lines, ""]))
     return "\n".join(blocks)
-
-
-_SCHEMA = {
-    section.name: {key.name: key.type for key in fields(getattr(Config(), section.name))}
-    for section in fields(Config)
-}
-"""Section -> key -> type."""
-
-_NEEDED = {
-    "int_type": "an integer is needed",
-    "float_type": "a number is needed",
-    "finite_number": "a finite number is needed",
-    "string_type": "a string is needed",
-}
-"""pydantic's names of wrong types, in words."""
 
 
 @cache
@@ -348,18 +367,20 @@ def _configs(folder: Path) -> list[str]:
     return [path.name for path in folder.glob("*.toml") if path.name != "pyproject.toml"]
 
 
-def _apply(tables: dict[str, Any], override: str) -> None:
+def _apply(tables: dict[str, Any], override: str) -> str:
+    """Puts an override into the tables; returns the setting's name."""
     name, equals, text = override.partition("=")
     section, dot, key = (part.strip() for part in name.partition("."))
     if not (equals and dot):
         bare = equals and section and section not in _SCHEMA
         why = _unknown(section) if bare else "written section.key=value"
-        raise ConfigError(f"override {_literal(override)}: {why}")
+        raise ConfigError(f"override {literal(override)}: {why}")
     value = _parse_value(text)
     kind = _SCHEMA.get(section, {}).get(key)
     if (kind is str or get_origin(kind) is Literal) and not isinstance(value, str):
         value = text  # sample.prompt=42 is the text "42"
     tables[section] = {**tables.get(section, {}), key: value}
+    return f"{section}.{key}"
 
 
 def _parse_value(text: str) -> Any:
@@ -404,11 +425,10 @@ def _problem(details: Any, tables: Mapping[str, Any]) -> str:
     if kind == "dataclass_type":
         needed = f"a table [{where[0]}] is needed"
     elif kind == "literal_error":
-        choices = get_args(_SCHEMA[where[0]][where[1]])
-        needed = "one of " + ", ".join(_literal(choice) for choice in choices)
+        needed = _one_of(get_args(_SCHEMA[where[0]][where[1]]))
     else:
         needed = _NEEDED.get(kind, details["msg"])
-    return f"{'.'.join(where)} = {_literal(value)}: {needed}"
+    return f"{'.'.join(where)} = {literal(value)}: {needed}"
 
 
 def _unknown(section: str, key: str | None = None) -> str:
@@ -423,14 +443,25 @@ def _unknown(section: str, key: str | None = None) -> str:
     return f"{written} is not a {noun}; {remedy.format(', '.join(allowed))}"
 
 
+def _one_of(choices: Iterable[str]) -> str:
+    return "one of " + ", ".join(literal(choice) for choice in choices)
+
+
 def _key(name: str) -> str:
-    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else _literal(name)
+    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else literal(name)
 
 
-def _literal(value: Any) -> str:
+def literal(value: Any) -> str:
     """A value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):  # TOML's escapes are JSON's, and it wants DEL escaped too
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value)
+
+
+_SCHEMA = {
+    section.name: {key.name: key.type for key in fields(getattr(Config(), section.name))}
+    for section in fields(Config)
+}
+"""Section -> key -> type."""

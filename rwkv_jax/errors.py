@@ -15,17 +15,32 @@ class UserError(ValueError):
     """Bad input. The message is one line: it names the thing that is wrong and the remedy."""
 
 
+PREDICTS_NAN = (
+    "the model predicts NaN: its weights are damaged, or too large for the compute type; take"
+    " another copy, or float32"
+)
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C as KeyboardInterrupt, also where a library has made an error of its own of it: JAX
-    raises ValueError, with the traceback in its text, of one that hits the comparison of two cache
-    keys."""
+    """Ctrl-C as KeyboardInterrupt, also where a library has made an error of its own of it: an
+    import that it hits raises ImportError, and JAX, where it compares two cache keys, ValueError
+    with the traceback in its text."""
     try:
         yield
     except Exception as error:
-        if "KeyboardInterrupt" in str(error):
+        if _comes_of_ctrl_c(error):
             raise KeyboardInterrupt from error
         raise
+
+
+def _comes_of_ctrl_c(error: BaseException | None) -> bool:
+    """Whether a KeyboardInterrupt is the error, or its cause, or what was handled when it came."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextlib.contextmanager
@@ -58,6 +73,18 @@ def held_interrupts() -> Iterator[Callable[[], None]]:
     finally:
         signal.signal(signal.SIGINT, before)
     check()
+
+
+@contextlib.contextmanager
+def within_memory(remedy: str) -> Iterator[None]:
+    """Turns an allocation that fails, Python's or JAX's, into one line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # JAX's errors are RuntimeErrors
+        reason = str(error).splitlines()[0] if str(error) else "MemoryError"
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason:
+            raise UserError(f"not enough memory ({reason[:120]}); {remedy}") from error
+        raise
 
 
 def _in_main_thread() -> bool:

@@ -1,6 +1,7 @@
 """The loader is strict, says in one line what to mend, and `to_toml` is its inverse."""
 
 import dataclasses
+import tomllib
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from rwkv_jax.cli.train import DEFAULT
 from rwkv_jax.config import (
     Config,
     ConfigError,
@@ -439,3 +441,30 @@ def test_the_0_1b_config_is_the_official_recipe():
     assert train.steps == 1_498_226_207 // tokens_a_step, "one pass over MiniPile"
     assert optimizer == OptimizerConfig(6e-4, 6e-5, 10, 0.9, 0.99, 1e-18, 0.001, 1.0)
     assert config.data.tokenizer == "world"
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"version": "8"}, f'model.version = "8": {VERSIONS}'),
+        ({"version": 7}, f'model.version = 7: {VERSIONS} (text: "7")'),
+        ({"layers": 2.5}, "model.layers = 2.5: an integer is needed"),
+        ({"vocab_size": True}, "model.vocab_size = true: an integer is needed"),
+        ({"width": 100}, "model.width = 100 is not a multiple of model.head_size = 64"),
+    ],
+)
+def test_the_constructor_is_as_strict_as_a_file(settings, expected):
+    """Without the types that tests check at every call."""
+    model = object.__new__(ModelConfig)
+    vars(model).update(dataclasses.asdict(ModelConfig()) | settings)
+    with pytest.raises(ConfigError) as caught:
+        model.__post_init__()
+    assert str(caught.value) == expected
+
+
+def test_the_default_config_is_in_the_package():
+    """So that `python -m rwkv_jax train` works wherever it is installed."""
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert pyproject["tool"]["setuptools"]["package-data"]["rwkv_jax"] == [DEFAULT.name]
+    assert DEFAULT.parent == ROOT / "rwkv_jax"
+    assert load_config(DEFAULT) == load_config(ROOT / "configs" / "demo.toml")

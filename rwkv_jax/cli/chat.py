@@ -170,10 +170,10 @@ class Dialogue:
                 check_seed(seed)
                 talk.seed = seed
             case "save", name if name:
-                save(Path(name), talk)
-                note(f"saved in {name}")
+                save(path := _file(name), talk)
+                note(f"saved in {path}")
             case "load", name if name:
-                self.conversation = load(Path(name), talk.writer, self.start)
+                self.conversation = load(_file(name), talk.writer, self.start)
                 note(self._length())
             case _:
                 raise UserError(
@@ -205,6 +205,11 @@ class Dialogue:
             aside.end()
         show("\n")
         note(", ".join(filter(None, [meter.summary(), reason])))
+
+
+def _file(name: str) -> Path:
+    """What `:save` and `:load` mean: the suffix may be left out."""
+    return Path(name if name.endswith(states.SUFFIX) else name + states.SUFFIX)
 
 
 class _Aside:

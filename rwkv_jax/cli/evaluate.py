@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_jax.cli.running import command, run, spoken, width
-from rwkv_jax.errors import UserError
+from rwkv_jax.errors import UserError, within_memory
 
 ABOUT = """
 Measure a model: how well it predicts text, ends texts, chooses answers.
@@ -108,7 +108,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     endings = [(name, tasks.read_endings(name, args.limit or 0)) for name in args.lambada]
     choices = [(name, tasks.read_choices(name, args.limit or 0)) for name in args.choices]
     sources = _sources(args)
-    with _within_memory():
+    with within_memory("lower --batch, or --dtype bfloat16"):
         subject = _load(args)
         console = LastingConsole(width=width(), highlight=False)
         console.print(subject.title, markup=False)
@@ -155,6 +155,11 @@ def _sources(args: argparse.Namespace) -> list[tuple[str, Iterable[str]]]:
         return []
     folder = Path(args.model).expanduser()
     if not (folder / CONFIG).is_file():
+        if args.by_position or args.plot:
+            raise UserError(
+                f"{'--by-position' if args.by_position else '--plot'} is of a text: name a TEXT"
+                " (only a run has held-out text of its own)"
+            )
         raise UserError(
             "nothing to measure it on: name a TEXT, --lambada FILE or --choices FILE (only a run"
             " has held-out text of its own)"
@@ -244,19 +249,6 @@ def _load(args: argparse.Namespace) -> _Subject:
     params, cfg, tokenizer = load_with_tokenizer(args.model, args.tokenizer)
     dtype = args.dtype or decoding_dtype().__name__
     return _Subject(params, cfg, tokenizer, {"cfg": cfg, "batch": args.batch, "dtype": dtype})
-
-
-@contextlib.contextmanager
-def _within_memory() -> Iterator[None]:
-    """Turns an allocation that fails into one line."""
-    import jax
-
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise UserError("not enough memory; lower --batch, or --dtype bfloat16") from error
-        raise
 
 
 @contextlib.contextmanager

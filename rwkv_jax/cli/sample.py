@@ -157,17 +157,11 @@ def _start(path: str, saved, writer):
 
     if states.rows(saved.state) != 1:
         raise UserError(f"{path}: {states.rows(saved.state)} rows; take one with rwkv_jax.states")
-    _check_tokenizer(path, saved.notes.get("tokenizer"), writer)
+    try:
+        writer.check_wrote(saved.notes.get("tokenizer"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return Start(saved.state, writer.cfg, saved.logits)
-
-
-def _check_tokenizer(path: str, of_state: str | None, writer) -> None:
-    mine = writer.tokenizer.identity()
-    if of_state not in (None, mine):
-        raise UserError(
-            f"{path}: written with the tokenizer {of_state}, and this is {mine}; take the model"
-            " that it was written with"
-        )
 
 
 def _save(session, path: str) -> None:
@@ -185,7 +179,11 @@ def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
         "model", metavar="MODEL", help=".pth, .safetensors, Hugging Face folder, or folder of a run"
     )
     parser.add_argument(
-        "prompt", metavar="PROMPT", nargs="*", help="without one, a new document is written"
+        "prompt",
+        metavar="PROMPT",
+        nargs="*",
+        default=[],  # without it argparse calls PROMPT required
+        help="without one, a new document is written",
     )
 
     text = parser.add_argument_group("what is written")

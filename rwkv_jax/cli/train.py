@@ -4,7 +4,6 @@ from functools import partial
 from pathlib import Path
 
 from rwkv_jax.cli.running import command, run, spoken
-from rwkv_jax.errors import UserError
 
 HELP = """
 Train an RWKV model on your text, and see what it has learnt.
@@ -17,11 +16,15 @@ Train an RWKV model on your text, and see what it has learnt.
       your own text: a file, a folder, a quoted glob, or .jsonl[.gz|.zst] (data.field: its field)
   {prog} model.width=512 model.layers=6 optimizer.peak_lr=4e-4 train.output=runs/large
       any setting of rwkv_jax/config.py
+  {prog} train.init=RWKV-x070-World-0.1B-v2.8.pth data.tokenizer=world data.source=~/notes
+      from given weights: their sizes take the place of the config's, and with other versions than
+      7 model.version=6 (say) is needed; data.tokenizer is to be the one that they were trained with
 
 Ctrl-C saves and stops; the same command goes on from there, and so it does after a crash.
 Then: python sample.py runs/demo "def main("
 """
-DEFAULT = Path(__file__).parents[2] / "configs" / "demo.toml"
+DEFAULT = Path(__file__).parents[1] / "demo.toml"
+"""configs/demo.toml: here it is a link, and installed with the package a file."""
 
 
 def main(arguments: list[str], prog: str = "python -m rwkv_jax train") -> int:
@@ -32,17 +35,15 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax train") -> int:
 
 def _train(config: Path, overrides: list[str]) -> None:
     # Here, so that --help and a mistyped setting answer at once.
-    from rwkv_jax.config import load_config
+    from rwkv_jax.config import load_stated
 
-    if config == DEFAULT and not config.is_file():
-        raise UserError("the demo's config is not installed with the package; name a TOML file")
-    cfg = load_config(config, overrides)
+    cfg, stated = load_stated(config, overrides)
     from rwkv_jax.compiled import keep_compiled_programs
     from rwkv_jax.training.loop import train
 
     keep_compiled_programs(cfg.data.cache_root)
     try:
-        train(cfg)
+        train(cfg, stated=stated)
     except KeyboardInterrupt as interrupt:
         told = str(interrupt) or "Interrupted before the first step."
         raise KeyboardInterrupt(told) from None

@@ -35,7 +35,7 @@ from rwkv_jax.evaluation.text import WINDOW
 from rwkv_jax.generate import Sampling, Start, Writer, generate_with
 from rwkv_jax.generate.decode import decoding_dtype, decoding_layout
 from rwkv_jax.models import Model
-from rwkv_jax.training.evaluate import token_costs
+from rwkv_jax.training.evaluate import finite, token_costs
 from rwkv_jax.typing import Array
 
 try:
@@ -82,6 +82,8 @@ class RWKV(LM):
         self.dtype = jnp.dtype(dtype or decoding_dtype())
         automatic = str(batch_size).startswith("auto")
         self.batch = (max_batch_size or BATCH) if automatic else int(batch_size)
+        if self.batch < 1:
+            raise UserError(f"batch_size {self.batch}: 1 or more, or auto")
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """log p of each continuation, and whether all of its tokens are the likeliest."""
@@ -128,7 +130,7 @@ class RWKV(LM):
                 np.add.at(nats, np.array(some)[cost.document], cost.nats.astype(float))
                 done += len(cost.nats)
                 report(done, total)
-        return (-nats).tolist()
+        return (-finite(nats)).tolist()
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """What the model writes after each context, up to one of the task's stop strings."""

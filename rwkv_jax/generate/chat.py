@@ -247,7 +247,8 @@ class Conversation:
     on. Each reply is drawn with a seed of its own, the last one's plus 1. With `start`, all begins
     there instead of at nothing.
 
-    Raises `UserError` for a way to think, a system prompt or a start that cannot be.
+    Raises `UserError` for a way to think, a system prompt or a start that cannot be, and while a
+    reply is iterated, if the model predicts NaN.
 
     >>> chat = Conversation(writer, system="Answer in French.")  # doctest: +SKIP
     >>> for piece in chat.say("Hello!"):  # doctest: +SKIP
@@ -392,11 +393,7 @@ class Conversation:
 
         `start` is where `reset` begins. Raises `UserError` unless they are of a conversation.
         """
-        if (wrote := notes.get("tokenizer")) != (mine := writer.tokenizer.identity()):
-            raise UserError(
-                f"written with the tokenizer {wrote}, and this is {mine}; take the model that it"
-                " was written with"
-            )
+        writer.check_wrote(notes.get("tokenizer"))
         try:
             said: dict[str, Any] = json.loads(notes["chat"])
             tokens, exchanges = list(said.pop("tokens")), int(said.pop("exchanges"))

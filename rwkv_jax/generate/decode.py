@@ -31,7 +31,7 @@ from rwkv_jax.generate.transforms import (
 from rwkv_jax.models import Model, State, backbone, forward, head, init_state, specs, unstack
 from rwkv_jax.nn import Transposed
 from rwkv_jax.params import ParamSpec, is_spec
-from rwkv_jax.typing import Array, Float, Int, Leaf
+from rwkv_jax.typing import Array, Bool, Float, Int, Leaf
 
 CHUNKS = (256, 16, 1)
 """Lengths that are compiled: a prompt is cut into these, longest first, as there is no padding."""
@@ -41,6 +41,10 @@ BLOCK = 64
 
 NO_TOKEN = -1
 """Stands in `decode`'s output after the end of a row."""
+
+NOT_FINITE = -2
+"""Stands in `decode`'s output, as the last of a row, where the model predicts NaN or infinity: no
+token can be drawn then."""
 
 
 @struct.dataclass
@@ -198,7 +202,8 @@ def decode(
 ) -> tuple[Int[Array, "b BLOCK"], Rows[Array]]:
     """Writes up to `tokens` (at most `BLOCK`) tokens in every row: these, and the rows after them.
 
-    A row ends with the token `end`, which is its last; after it come `NO_TOKEN`s. The loop stops
+    A row ends with the token `end`, which is its last, or with `NOT_FINITE` where the model's
+    logits are no numbers to draw from; after it come `NO_TOKEN`s. The loop stops
     early when all rows have ended, so a single row's state is that after its last token (a row that
     ended beside others still being written has a state of no use). `tokens` and `end` are traced:
     one program for all of them.
@@ -211,8 +216,8 @@ def decode(
     def step(carry: tuple[Array, Array, Rows[Array]]) -> tuple[Array, Array, Rows[Array]]:
         index, written, rows = carry
         with jax.named_scope("sample"):
-            token = _next_token(rows, settings, vocabulary)
-        output = jnp.where(rows.ended, NO_TOKEN, token)
+            token, finite = _next_token(rows, settings, vocabulary)
+        output = jnp.where(rows.ended, NO_TOKEN, jnp.where(finite, token, NOT_FINITE))
         counts = count_tokens(rows.counts, token, settings, vocabulary)
         logits, state = forward(
             params, token[:, None], rows.state, cfg=cfg, dtype=params.head.dtype
@@ -223,7 +228,7 @@ def decode(
             counts=counts,
             key=rows.key,
             written=rows.written + 1,
-            ended=rows.ended | (token == end),
+            ended=rows.ended | (token == end) | ~finite,
         )
         return index + 1, lax.dynamic_update_index_in_dim(written, output, index, 1), rows
 
@@ -234,8 +239,10 @@ def decode(
 
 def _next_token(
     rows: Rows[Array], settings: Settings[Array], vocabulary: Vocabulary[Array]
-) -> Int[Array, " b"]:
+) -> tuple[Int[Array, " b"], Bool[Array, " b"]]:
+    """A token for each row, and whether it could be drawn."""
     logits = apply_penalties(rows.logits, rows.counts, settings)
     logits = jnp.where(vocabulary.allowed[None], logits, -jnp.inf)
     keys = jax.vmap(jax.random.fold_in)(rows.key, rows.written)
-    return sample(logits, keys, settings)
+    # The largest is NaN if any is, and drawing needs it in any case.
+    return sample(logits, keys, settings), jnp.isfinite(jnp.max(logits, axis=-1))

@@ -16,10 +16,11 @@ import numpy as np
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import StreamDecoder, Tokenizer
-from rwkv_jax.errors import UserError
+from rwkv_jax.errors import PREDICTS_NAN, UserError
 from rwkv_jax.generate.decode import (
     BLOCK,
     NO_TOKEN,
+    NOT_FINITE,
     Rows,
     decode,
     decoding_layout,
@@ -129,6 +130,14 @@ class Writer:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary_of(tokenizer, cfg.vocab_size)
 
+    def check_wrote(self, tokenizer: str | None) -> None:
+        """Raises `UserError` if a state's `tokenizer`, an identity, is another; None: not known."""
+        if tokenizer not in (None, mine := self.tokenizer.identity()):
+            raise UserError(
+                f"written with the tokenizer {tokenizer}, and this is {mine}; take the model that"
+                " it was written with"
+            )
+
     def start(
         self, prompts: Sequence[str], seeds: Sequence[int], start: "Start | None" = None
     ) -> Rows[Array]:
@@ -157,7 +166,8 @@ class Writer:
     def write(
         self, rows: Rows[Array], settings: Settings[Array], tokens: int
     ) -> tuple[np.ndarray, Rows[Array]]:
-        """Up to `tokens` more tokens in every row, int32 [b, tokens], and the rows after them."""
+        """Up to `tokens` more tokens in every row, int32 [b, tokens], and the rows after them; what
+        is no token is told by `decode`."""
         # JAX compiles again when some arrays are bound to a device that were not before.
         rows = jax.device_put(rows, rows.logits.sharding)
         written, rows = decode(
@@ -246,7 +256,8 @@ def generate(
     prompt starts a document. A text ends with its document, at a stop string (never part of the
     text), or after `max_tokens`. To use a model many times, make a `Writer` and `generate_with`.
 
-    Raises `UserError` for a setting out of range, at the call.
+    Raises `UserError` for a setting out of range, at the call; and while it is iterated, if the
+    model predicts NaN.
 
     >>> pieces = generate(params, cfg, tokenizer, ["def main("], max_tokens=50)  # doctest: +SKIP
     >>> print("".join(piece.text for piece in pieces))  # doctest: +SKIP
@@ -308,11 +319,14 @@ def _pieces(
 
 
 def read_block(index: int, reader: Reader, tokens: np.ndarray) -> Piece:
-    """What a row's new tokens say, up to its end."""
+    """What a row's new tokens say, up to its end. Raises `UserError` if the model predicts NaN
+    before that."""
     text, used = [], 0
     for token in tokens:
         if reader.finish or token == NO_TOKEN:
             break
+        if token == NOT_FINITE:
+            raise UserError(PREDICTS_NAN)
         text.append(reader.push(int(token)))
         used += 1
     return Piece(index, "".join(text), used, reader.finish)
@@ -400,7 +414,11 @@ class Session:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
     ) -> Iterator[Piece]:
-        """What the model writes next, piece by piece; arguments as in `generate`."""
+        """What the model writes next, piece by piece; arguments as in `generate`.
+
+        Raises `UserError` while it is iterated, if the model predicts NaN; the state is then that
+        after the last piece.
+        """
         check_tokens(max_tokens)
         return self._stream(max_tokens, (sampling or Sampling()).rows(1), stop)
 

@@ -152,11 +152,16 @@ def backbone(
 ) -> tuple[Float[Array, "b t c"], State]:
     """Hidden vectors after `ln_out` [b, t, c] in `dtype`, and the state after the last token.
 
+    Ids of `tokens` that the vocabulary doesn't have are not noticed: as JAX indexes arrays, a
+    negative one counts from the end, and one too large is read as the last.
+
     `state` None starts a document; one of another model is a `ValueError`. `reset[b, t]` starts one
     before token t. `dtype` is the compute type; states, decays, norms and the WKV accumulation are
     float32 whatever it is. `remat` says what the backward pass keeps (`rwkv_jax.remat`).
     `implementation` names a WKV form (`rwkv_jax.wkv`).
     """
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens have shape {tokens.shape}: [b, t] is needed, both at least 1")
     module = VERSIONS[cfg.version]
     unstacked = isinstance(params.blocks, tuple)
     if state is None:

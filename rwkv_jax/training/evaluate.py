@@ -29,7 +29,7 @@ import numpy as np
 from rwkv_jax import models
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.prepare import Tokens
-from rwkv_jax.errors import UserError
+from rwkv_jax.errors import PREDICTS_NAN, UserError
 from rwkv_jax.training.loss import token_nats
 from rwkv_jax.typing import Callable, PyTree
 
@@ -116,10 +116,7 @@ def evaluate(
 def finite(nats: np.ndarray) -> np.ndarray:
     """The same. Raises `UserError` if one of them is NaN or infinite."""
     if not np.isfinite(nats).all():
-        raise UserError(
-            "the model predicts NaN: its weights are damaged, or too large for the compute type;"
-            " take another copy, or float32"
-        )
+        raise UserError(PREDICTS_NAN)
     return nats
 
 

@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from rwkv_jax.checkpoint.weights import load
 from rwkv_jax.config import Config
 from rwkv_jax.data.loader import Batch, batch, epoch_windows
 from rwkv_jax.data.prepare import Tokens, prepare
-from rwkv_jax.errors import UserError
+from rwkv_jax.errors import UserError, within_memory
 from rwkv_jax.training import console as show
 from rwkv_jax.training.evaluate import compressors, evaluate
 from rwkv_jax.training.metrics import MetricsLog, read_metrics
@@ -36,6 +36,8 @@ from rwkv_jax.training.plot import plot
 from rwkv_jax.training.run import RunError, adopt, claim, describe, fingerprint, resolve, writing
 from rwkv_jax.training.state import TrainState, abstract_train_state, init_train_state
 from rwkv_jax.training.step import Metrics, make_train_step, what_is_not_finite
+
+LESS_MEMORY = "lower train.batch or model.width, raise train.accumulate, or set train.remat=full"
 
 
 class NonFiniteError(UserError):
@@ -46,14 +48,19 @@ class Interrupted(KeyboardInterrupt):
     """Training was asked to stop and has saved; the message is one line that says how to go on."""
 
 
-def train(cfg: Config, *, console: Console | None = None) -> Path:
+def train(
+    cfg: Config, *, stated: Mapping[str, str] | None = None, console: Console | None = None
+) -> Path:
     """Trains as `cfg` says, going on where the run in `train.output` stopped; returns that folder.
+
+    With weights in `train.init` the model is theirs, not `cfg.model`; `stated`, from `load_stated`,
+    says what of it was asked for and must be so.
 
     Raises `UserError` for whatever the user can mend (`NonFiniteError` if training diverged), and
     `Interrupted` after the first SIGINT or SIGTERM, once a checkpoint is saved.
     """
     console = console or show.LastingConsole()
-    cfg = adopt(cfg)
+    cfg = adopt(cfg, stated or {})
     tokens = prepare(cfg.data)
     cfg = resolve(cfg, tokens)
     epoch_windows(len(tokens.train), cfg.train.context)  # raises if the corpus is too short
@@ -61,7 +68,7 @@ def train(cfg: Config, *, console: Console | None = None) -> Path:
         if not (folder / CONFIG).exists():
             describe(folder, cfg, tokens)  # first of all, so that whatever stops us leaves a run
         store = Store(folder / CHECKPOINTS, cfg.train.keep)
-        with contextlib.closing(store), _within_memory():
+        with contextlib.closing(store), within_memory(LESS_MEMORY):
             run = _open(cfg, tokens, folder, store, console)
             with contextlib.closing(run.log):
                 _print_header(run)
@@ -75,21 +82,6 @@ def train(cfg: Config, *, console: Console | None = None) -> Path:
                         " the same command evaluates it."
                     ) from None
     return folder
-
-
-@contextlib.contextmanager
-def _within_memory() -> Iterator[None]:
-    """Turns an allocation that fails into one line."""
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "MemoryError"
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason:
-            raise UserError(
-                f"not enough memory ({reason[:120]}); lower train.batch or model.width, raise"
-                " train.accumulate, or set train.remat=full"
-            ) from error
-        raise
 
 
 @dataclass
@@ -172,7 +164,7 @@ def _print_header(run: _Run) -> None:
     rows = {
         "model": f"RWKV-{cfg.model.version}, {cfg.model.layers} layers of width {cfg.model.width},"
         f" {count:,} parameters",
-        **({"weights": f"from {train.init}"} if train.init else {}),
+        **({"weights": f"from {train.init}, and so are version and sizes"} if train.init else {}),
         **run.tokens.describe(),
         "training": f"{train.steps:,} steps of {train.batch} x {train.context} tokens:"
         f" {seen:,} tokens, {seen / len(run.tokens.train):.2f} epochs",

@@ -7,13 +7,13 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rwkv_jax.checkpoint.keymaps import check
 from rwkv_jax.checkpoint.store import CHECKPOINTS, CONFIG, TOKENIZER, read_config
 from rwkv_jax.checkpoint.weights import check_tokenizer, naming, read
-from rwkv_jax.config import Config, to_toml
+from rwkv_jax.config import TYPED, Config, ModelConfig, literal, to_toml
 from rwkv_jax.data.prepare import Tokens
 from rwkv_jax.errors import UserError
 
@@ -40,28 +40,44 @@ class RunError(UserError):
     """A run that cannot be started or taken up in this folder."""
 
 
-def adopt(cfg: Config) -> Config:
+def adopt(cfg: Config, stated: Mapping[str, str]) -> Config:
     """The config with the model of the weights in `train.init`, if it names any.
 
-    Raises `UserError` if they can't be read, or are of another model than the config asks for.
+    `stated` says where settings come from (`load_stated`): the version must be that of the weights
+    wherever it was stated, sizes where they were typed; those of a file make way. Raises
+    `UserError` for one that is not, and for weights that can't be read.
     """
     if not cfg.train.init:
         return cfg
     folder = Path(cfg.train.output).expanduser()
     if (folder / CONFIG).is_file() and _trained(folder):
-        # Going on needs the weights no more.
-        return dataclasses.replace(cfg, model=read_config(folder).model)
+        run = read_config(folder)  # going on needs the weights no more
+        if run.train.init == cfg.train.init:  # otherwise it is another run, and `claim` says so
+            _check_agrees(cfg.model, stated, str(folder), run.model)
+        return dataclasses.replace(cfg, model=run.model)
     weights = read(cfg.train.init)
     with naming(weights.path):
         found = check(weights.tensors)
-    for key in dataclasses.fields(found):
-        asked, there = getattr(cfg.model, key.name), getattr(found, key.name)
-        if asked != key.default and asked != there:
-            raise RunError(
-                f"model.{key.name} = {asked!r}, and {cfg.train.init} has {there!r}; leave [model]"
-                " out, or start from other weights"
-            )
+    _check_agrees(cfg.model, stated, cfg.train.init, found)
     return dataclasses.replace(cfg, model=found)
+
+
+def _check_agrees(
+    asked: ModelConfig, stated: Mapping[str, str], name: str, found: ModelConfig
+) -> None:
+    """Raises `RunError` if what was stated of the model is not so in the one called `name`."""
+    for key in dataclasses.fields(found):
+        setting = f"model.{key.name}"
+        want, there = getattr(asked, key.name), getattr(found, key.name)
+        where = stated.get(setting)
+        binding = where == TYPED or (where and key.name == "version")
+        if not binding or want == there or (want == 0 and key.type is int):  # 0: automatic
+            continue
+        remedy = f"add {setting}={there}" if where != TYPED else f"say {setting}={there}"
+        raise RunError(
+            f"{setting} = {literal(want)} ({where}), and {name} has {literal(there)}; {remedy}, or"
+            " start from other weights"
+        )
 
 
 def resolve(cfg: Config, tokens: Tokens) -> Config:

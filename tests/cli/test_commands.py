@@ -333,3 +333,16 @@ def test_a_folder_is_written_with_its_tokenizer_or_not_at_all(model, tmp_path, m
     assert listing(tmp_path) == before
     assert rwkv_jax("convert", path, tmp_path / "new/folder/hf") == 0
     assert "tokenizer.json" in listing(tmp_path / "new/folder/hf")
+
+
+def test_ctrl_c_while_something_is_imported(capsys):
+    """An extension makes an ImportError of it, from which its cause can be told."""
+
+    def interrupted():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as press:
+            raise ImportError("numpy failed to import") from press
+
+    assert run("it", interrupted) == 130
+    assert capsys.readouterr() == ("", "\n")

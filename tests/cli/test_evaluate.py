@@ -203,6 +203,10 @@ def test_dtype_and_batch_are_used(run_eval):
     "arguments, message",
     [
         (["model.safetensors"], "nothing to measure it on: name a TEXT, --lambada FILE or"),
+        (
+            ["model.safetensors", "--choices", "quiz.jsonl", "--by-position"],
+            "--by-position is of a",
+        ),
         (["model.safetensors", "none"], "none: no such file or folder; give one that exists"),
         (["model.safetensors", "latin"], "latin: not UTF-8 at byte 3; convert it"),
         (["model.safetensors", "empty"], "empty: no text in it; give one that has some"),
@@ -242,7 +246,7 @@ def test_too_little_memory_is_one_line(run_eval, monkeypatch):
 
     monkeypatch.setattr(text, "measure", full)
     done = run_eval("model.safetensors", "long.txt")
-    assert done.code == 2 and "not enough memory; lower --batch" in done.err[0]
+    assert done.code == 2 and re.search(r"not enough memory \(RES.*\); lower --batch", done.err[0])
 
 
 def test_output_that_goes_nowhere(folder):

@@ -224,3 +224,15 @@ def test_the_command_line_knows_the_name(folder, results):
     assert float(accuracy) == results["results"]["choosing"]["acc,none"]
     assert missing.returncode == 1
     assert missing.stderr.splitlines()[-1].startswith(f"{folder / 'none.pth'}: ")
+
+
+def test_nan_and_a_batch_of_none_are_errors():
+    pytest.importorskip("lm_eval")
+    from rwkv_jax.evaluation.lm_eval import RWKV
+
+    params, cfg = model("7")
+    broken = params.replace(head=params.head.at[0, 0].set(np.nan))
+    with pytest.raises(UserError, match="the model predicts NaN"):
+        RWKV((broken, cfg, TOKENIZER)).loglikelihood_rolling([SimpleNamespace(args=("x",))])
+    with pytest.raises(UserError, match="batch_size 0: 1 or more, or auto"):
+        RWKV((params, cfg, TOKENIZER), batch_size=0)

@@ -104,7 +104,7 @@ def test_stop(run, capsys):
         (["RUN", "--seed", "-1"], "seed -1: between"),
         (["RUN", "--seed", "x"], "argument --seed: invalid int value: 'x'; see --help"),
         (["RUN", "--no-such"], "unrecognized arguments: --no-such; see --help"),
-        ([], "the following arguments are required: MODEL.*; see --help"),
+        ([], "the following arguments are required: MODEL; see --help"),
         (["RUN", "a", "b", "-i"], "--interactive is one text: give it one prompt, not 2"),
         (["RUN", "-i", "--prompt-file", "-"], "--interactive reads what you type"),
         (["RUN", "--prompt-file", "TMP/none"], "--prompt-file .*none: No such file"),

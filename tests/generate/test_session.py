@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from rwkv_jax import states
-from rwkv_jax.data.tokenizers import ByteTokenizer
+from rwkv_jax.data.tokenizers import ByteTokenizer, StreamDecoder
 from rwkv_jax.errors import UserError
 from rwkv_jax.generate import Sampling, Session, Start, Writer, generate, generate_with, session
-from rwkv_jax.generate.decode import decoding_layout, prefill
+from rwkv_jax.generate.chat import Conversation
+from rwkv_jax.generate.decode import NOT_FINITE, decoding_layout, prefill
+from rwkv_jax.generate.session import Reader, read_block
 from tests.generate.conftest import config, weights
 
 PROMPTS = ["def", "", "é"]
@@ -271,3 +273,24 @@ def test_decoding_keeps_decays_in_float32():
         factors = {"5.2": (), "6": ("time_maa_w2", "time_decay_w1"), "7a": ("w1", "g2")}[version]
         assert {getattr(att, name).dtype for name in factors} <= {jnp.dtype("bfloat16")}
         assert params.head.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_predicts_nan_is_an_error(temperature):
+    """One line, whatever writes; but not where the text ends before."""
+    params, tokenizer = weights("7"), ByteTokenizer()
+    broken = params.replace(emb=params.emb.at[tokenizer.encode("x")[0]].set(jnp.nan))
+    writer, sampling = Writer(broken, config("7"), tokenizer), Sampling(temperature=temperature)
+    one = Session(writer)
+    one.feed("ax")
+    for pieces in (
+        generate_with(writer, ["ax"], sampling=sampling),
+        generate_with(writer, ["a", "x"], sampling=sampling),
+        one.stream(sampling=sampling),
+        Conversation(writer, sampling=sampling).say("ax"),
+    ):
+        with pytest.raises(UserError, match="the model predicts NaN"):
+            list(pieces)
+    reader = Reader(StreamDecoder(tokenizer), tokenizer.eod, ["b"])
+    piece = read_block(0, reader, np.array([*tokenizer.encode("ab"), NOT_FINITE]))
+    assert (piece.text, piece.finish) == ("a", "stop")

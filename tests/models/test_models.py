@@ -293,3 +293,12 @@ def test_a_state_of_another_model_is_refused():
     _, tuned_cfg = weights("6")
     with pytest.raises(ValueError, match="state-tuned"):
         models.init_state(tuned_cfg, 1)
+
+
+def test_tokens_without_a_row_or_a_column_are_refused():
+    params, cfg = weights("7")
+    for shape in ((1, 0), (0, 3)):
+        with pytest.raises(
+            ValueError, match=rf"tokens have shape \({shape[0]}, {shape[1]}\): \[b, t"
+        ):
+            models.forward(params, jnp.zeros(shape, jnp.int32), cfg=cfg)

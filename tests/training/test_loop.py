@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from training.runs import config, settings
 from rwkv_jax.checkpoint import weights
 from rwkv_jax.checkpoint.keymaps import from_official
 from rwkv_jax.checkpoint.store import load_run
+from rwkv_jax.config import load_stated
 from rwkv_jax.data.prepare import prepare
 from rwkv_jax.errors import UserError
 from rwkv_jax.training import loop
@@ -373,7 +375,7 @@ def test_a_damaged_metrics_file_keeps_its_whole_lines(tmp_path):
     assert [line["step"] for line in read_metrics(path)] == [1, 2]
 
 
-def test_training_starts_from_given_weights(tmp_path):
+def test_training_starts_from_given_weights(tmp_path, console):
     """The model is the file's; at a learning rate of next to nothing it stays it; and a fresh start
     of the same folder goes on."""
     rng = np.random.default_rng(0)
@@ -384,29 +386,54 @@ def test_training_starts_from_given_weights(tmp_path):
     weights.write(tmp_path / "given.pth", given)
     options = {"train.init": tmp_path / "given.pth", "train.steps": 2, "optimizer.peak_lr": 1e-9}
     options |= {"optimizer.final_lr": 1e-9, "train.eval_every": 0}
-    options |= {"model.layers": 12, "model.width": 768}  # the defaults: not asked for
-    folder = train(config(tmp_path, **options))
+    path = tmp_path / "given.toml"
+    path.write_text('[model]\nversion = "6"\nlayers = 3\nhead_size = 32\n')  # sizes make way
+    typed = [x for x in settings(tmp_path, **options) if not x.startswith("model.")]
+    folder = train_py(path, typed, console)
+    shown = re.sub(r"[\s│]", "", (tmp_path / "stdout").read_text())
+    assert "given.pth,andsoareversionandsizes" in shown
     params, cfg, _ = load_run(folder)
     assert (cfg.version, cfg.layers, cfg.width, cfg.rank_w) == ("6", 2, 32, 3)
     expected, _ = from_official(given)
     for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-7)
-    assert train(config(tmp_path, **options | {"train.steps": 3})) == folder
+    assert train_py(path, [*typed, "train.steps=3"], console) == folder
+    with pytest.raises(UserError, match=r"model.layers = 3 \(command line\), and .*run has 2; say"):
+        train_py(path, [*typed, "model.layers=3"], console)
+    # The run's own config states everything.
+    assert train_py(folder / "config.toml", ["train.steps=4"], console) == folder
 
 
-def test_given_weights_that_do_not_belong_are_refused(tmp_path):
+def train_py(path, overrides, console):
+    """As the command does it."""
+    cfg, stated = load_stated(path, overrides)
+    return train(cfg, stated=stated, console=console)
+
+
+def test_given_weights_that_do_not_belong_are_refused(tmp_path, console):
     """Before anything is compiled or written."""
     given = checkpoint("6", layers=2, width=32, vocab=257, ranks=(4, 3))
     weights.write(tmp_path / "given.pth", given)
     weights.write(tmp_path / "part.pth", {x: given[x] for x in list(given)[:-1]})
-    start = {"train.init": tmp_path / "given.pth", "model.layers": 12, "model.width": 768}
+    start = {"train.init": tmp_path / "given.pth", "model.layers": 2, "model.width": 32}
+    start |= {"model.head_size": 16, "model.version": 6}
+    path = tmp_path / "seven.toml"
+    path.write_text('[model]\nversion = "7"\n')
     for key, value, message in (
-        ("model.version", "5.2", r"model.version = '5\.2', and .*given.pth has '6'; leave"),
-        ("model.width", 64, "model.width = 64, and .*given.pth has 32"),
+        (
+            "model.version",
+            "5.2",
+            r'model.version = "5\.2" \(command line\), and .*given.pth has "6"',
+        ),
+        ("model.version", "7", "say model.version=6, or start from other weights"),
+        ("model.version", None, r'"7" \(.*seven.toml\), and .*given.pth has "6"; add model.vers'),
+        ("model.layers", 12, r"model.layers = 12 \(command line\), and .*given.pth has 2; say"),
+        ("model.width", 64, "model.width = 64 .*, and .*given.pth has 32"),
         ("data.tokenizer", "world", "data.tokenizer = world has 65,536 tokens, and the model 257"),
         ("train.init", tmp_path / "part.pth", r"part.pth: head\.weight is missing"),
         ("train.init", tmp_path / "none.pth", "none.pth: cannot be read"),
     ):
         with pytest.raises(UserError, match=message):
-            train(config(tmp_path, **start | {key: value}))
+            overrides = settings(tmp_path, **start | {key: value})
+            train_py(path, [x for x in overrides if not x.endswith("=None")], console)
         assert not (tmp_path / "run").exists()
