@@ -21,7 +21,8 @@ def set_up() -> None:
     as programs only, before all else.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if _has_glibc() and "glibc.malloc." not in tunables:
+    # Python may not know its own name: with another user's rights, or inside another program.
+    if _has_glibc() and sys.executable and "glibc.malloc." not in tunables:
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, SETTINGS)))
         # Not orig_argv[0]: Python finds its virtual environment by the name it is started under.
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

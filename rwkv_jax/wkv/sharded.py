@@ -1,0 +1,165 @@
+"""The recurrences with their time axis spread over the devices of a mesh axis.
+
+Each device runs its part of the sequence as if nothing had come before, and sums it up as a map of
+the state that enters it. The maps, whose size does not depend on the length, are gathered; every
+device applies those of the devices before it to the first state and so learns what enters its own
+part.
+
+    version   the map of a part                what y still lacks
+    4         (e^D, numerator, denominator)    a second pass, from the state that enters
+    5, 6      S -> S diag(P) + X               S (r_t * decay since the part began)
+    7         S -> S M + X                     S Q_t, Q_t the same recurrence of the unit matrix
+
+Versions 5 to 7 are linear in the state, so that one pass is enough: y is the part's own plus what
+is read from the state that enters. Version 7 finds M and Q_t in the same pass, by n more rows of
+the state, which start as the unit matrix and are fed nothing.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from rwkv_jax.typing import Array, Bool, Callable, Float, Int
+from rwkv_jax.wkv.v4.associative import combine
+from rwkv_jax.wkv.v4.scan import LOG_ZERO, Wkv4State
+from rwkv_jax.wkv.v6 import associative as v6
+from rwkv_jax.wkv.v7 import associative as v7
+
+
+def over_mesh(
+    operator: str, axis: str, run: Callable, split: dict[str, Any], whole: dict[str, Any]
+) -> Any:
+    """`run(**split, **whole)` on every device of the mesh axis, `split` and y by their second axis.
+
+    Raises `ValueError` if there is no such axis, or it does not divide the length.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if axis not in mesh.axis_names:
+        known = ", ".join(mesh.axis_names) or "none; name one by jax.set_mesh(mesh)"
+        raise ValueError(f"{operator}: no mesh axis {axis!r}; there is {known}")
+    length, devices = jax.tree.leaves(split)[0].shape[1], mesh.shape[axis]
+    if length % devices:
+        raise ValueError(
+            f"{operator}: {length} tokens do not divide over the {devices} devices of mesh axis"
+            f" {axis!r}; the nearest lengths that do are {length - length % devices} and"
+            f" {length + -length % devices}"
+        )
+    time = PartitionSpec(None, axis)
+    spread = jax.shard_map(
+        lambda split, whole: run(**split, **whole),
+        in_specs=(time, PartitionSpec()),
+        out_specs=(time, PartitionSpec()),
+        axis_names={axis},
+        check_vma=False,
+    )
+    return spread(split, whole)
+
+
+def is_manual(axis: str) -> bool:
+    """Whether the caller runs inside a `jax.shard_map` over this axis, and sees its own part."""
+    return axis in jax.sharding.get_abstract_mesh().manual_axes
+
+
+def mask_of(
+    lengths: Int[Array, " b"] | None, time: int, axis: str | None
+) -> Bool[Array, "b t"] | None:
+    """Where tokens are real, given how many of each row are."""
+    if lengths is None:
+        return None
+    first = 0 if axis is None else lax.axis_index(axis) * time
+    return first + jnp.arange(time)[None] < lengths[:, None]
+
+
+def exchange(axis: str, act: Callable, part: Any, state: Any) -> tuple[Any, Any]:
+    """The state that enters this device's part, and the one after the last device's.
+
+    `act(state, part)` is the state after a part. What is gathered is the parts' size times the
+    number of devices, whatever the length.
+    """
+
+    def step(state: Any, part: Any) -> tuple[Any, Any]:
+        return act(state, part), state
+
+    last, entering = lax.scan(step, state, lax.all_gather(part, axis))
+    mine = lax.axis_index(axis)
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, mine, keepdims=False), entering), last
+
+
+def wkv4(
+    run: Callable,
+    axis: str,
+    log_w: Float[Array, " c"],
+    k: Float[Array, "b t c"],
+    v: Float[Array, "b t c"],
+    u: Float[Array, " c"],
+    state: Wkv4State,
+    reset: Bool[Array, "b t"] | None,
+    mask: Bool[Array, "b t"] | None,
+) -> tuple[Float[Array, "b t c"], Wkv4State]:
+    """A device's part of `rwkv_jax.wkv.wkv4`; `run` is the implementation that it uses."""
+    empty = Wkv4State.empty(state.num.shape, state.num.dtype)
+    _, part = run(log_w, k, v, u, empty, reset, mask)
+    count = k.shape[1] if mask is None else jnp.sum(mask, 1, dtype=log_w.dtype)[:, None]
+    decay = jnp.broadcast_to(count * log_w[None], state.num.shape)
+    if reset is not None:
+        decay = jnp.where(jnp.any(reset, 1)[:, None], LOG_ZERO, decay)
+    entering, last = exchange(axis, lambda state, x: combine(state, *x), (decay, part), state)
+    y, _ = run(log_w, k, v, u, entering, reset, mask)
+    return y, last
+
+
+def wkv6(
+    run: Callable,
+    axis: str,
+    r: Float[Array, "b t h k"],
+    log_w: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    u: Float[Array, "h k"],
+    state: Float[Array, "b h v k"],
+    reset: Bool[Array, "b t"] | None,
+    initial: Float[Array, "h v k"] | None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+    """A device's part of `rwkv_jax.wkv.wkv6`."""
+    y, added = run(r, log_w, k, v, u, jnp.zeros_like(state), reset, initial)
+    upto = jnp.cumsum(log_w, axis=1)
+    seen = jnp.exp(jnp.pad(upto[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0))))
+    kept = jnp.exp(upto[:, -1])[:, :, None]
+    if reset is not None:
+        begun = jnp.cumsum(reset, axis=1) > 0
+        seen = jnp.where(begun[:, :, None, None], 0, seen)
+        kept = jnp.where(begun[:, -1, None, None, None], 0, kept)
+
+    entering, last = exchange(axis, v6.act, (kept, added), state)
+    return y + read(entering, r * seen), last
+
+
+def wkv7(
+    run: Callable,
+    axis: str,
+    r: Float[Array, "b t h k"],
+    log_w: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    a: Float[Array, "b t h k"],
+    b: Float[Array, "b t h k"],
+    state: Float[Array, "b h v k"],
+    reset: Bool[Array, "b t"] | None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+    """A device's part of `rwkv_jax.wkv.wkv7`."""
+    rows, n = state.shape[-2:]
+    unit = jnp.broadcast_to(jnp.eye(n, dtype=state.dtype), (*state.shape[:-2], n, n))
+    start = jnp.concatenate([jnp.zeros_like(state), unit], -2)
+    both = jnp.concatenate([v, jnp.zeros_like(r)], -1)
+    y, after = run(r, log_w, k, both, a, b, start, reset)
+    part = (after[..., rows:, :], after[..., :rows, :])
+    entering, last = exchange(axis, v7.act, part, state)
+    return y[..., :rows] + read(entering, y[..., rows:]), last
+
+
+def read(state: Float[Array, "b h v k"], with_: Float[Array, "b t h k"]) -> Float[Array, "b t h v"]:
+    """What every token reads from one state."""
+    return jnp.einsum("bhvk,bthk->bthv", state, with_, precision=lax.Precision.HIGHEST)
