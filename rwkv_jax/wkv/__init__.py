@@ -32,11 +32,25 @@ Their state layout is [b, h, v, k], float32.
 `implementation=None` picks one for the length at hand; a name is that one, or an error that says
 why not.
 
+**Every operator** takes
+
+    state      what the tokens before left; None starts a document
+    reset      [b, t]: where documents start; the state that token t meets is then a fresh one
+    lengths    [b]: how many tokens of each row are real. The others, on the right, leave the state
+               as it is after the last real one; their y has no meaning
+    mesh_axis  the name of a mesh axis over which time is sharded, its one trace in the call: under
+               `jax.set_mesh` the operator splits its inputs itself, inside a `jax.shard_map` over
+               that axis it is given each device's part. States are whole, on every device
+
+and returns the state after the last token. No document's output depends on another's by a bit:
+`leak_test` shows it for any function of documents.
+
 Sources: arXiv:2305.13048 (version 4), arXiv:2404.05892 (versions 5 and 6), arXiv:2503.14456
 (version 7), RWKV-LM `cuda/`.
 """
 
 from rwkv_jax.wkv.dispatch import IMPLEMENTATIONS, wkv4, wkv6, wkv7
+from rwkv_jax.wkv.leaks import leak_test
 from rwkv_jax.wkv.v4.scan import Wkv4State
 from rwkv_jax.wkv.v4.scan import step as wkv4_step
 from rwkv_jax.wkv.v6.scan import step as wkv6_step
@@ -45,6 +59,7 @@ from rwkv_jax.wkv.v7.scan import step as wkv7_step
 __all__ = [
     "IMPLEMENTATIONS",
     "Wkv4State",
+    "leak_test",
     "wkv4",
     "wkv4_step",
     "wkv6",

@@ -63,10 +63,10 @@ def document_ids(reset: Bool[Array, "b t"] | None, size: int) -> DocumentIds | N
 
 
 class Documents(NamedTuple):
-    """Masks of rows of C tokens, 1 where it is so; [..., 1, C, C] or [..., 1, C, 1], the 1 for the
-    heads."""
+    """Masks of rows of C tokens; [..., 1, C, C] or [..., 1, C, 1], the 1 for the heads. All but the
+    first, a choice, are factors: 1 where it is so, else 0."""
 
-    same: Array  # [C, C]: row and column are of one document
+    same: Array  # [C, C], bool: row and column are of one document
     sees_state: Array  # [C, 1]: rows of the document that the state belongs to
     reaches_end: Array  # [C, 1]: columns of the document that the chunk ends in
     carries_on: Array  # [1, 1]: no document starts in the chunk
@@ -83,19 +83,25 @@ def documents(ids: DocumentIds | None, dtype: Any) -> Documents | None:
         reaches_end=(ids.tokens == last)[..., None],
         carries_on=(ids.before == last)[..., None],
     )
-    return Documents(*(jnp.expand_dims(x, -3).astype(dtype) for x in masks))
+    same, *factors = (jnp.expand_dims(x, -3) for x in masks)
+    return Documents(same, *(x.astype(dtype) for x in factors))
 
 
-def masked(mask: np.ndarray, x: Float[Array, "*lanes i j"]) -> Float[Array, "*lanes i j"]:
-    """`x` where the [i, j] mask holds, zero elsewhere."""
+def within(mask: np.ndarray, docs: Documents | None) -> np.ndarray | Array:
+    """The [i, j] mask, only where token `i` and token `j` are of one document."""
+    return mask if docs is None else jnp.broadcast_to(mask, docs.same.shape) & docs.same
+
+
+def masked(mask: np.ndarray | Array, x: Float[Array, "*lanes i j"]) -> Float[Array, "*lanes i j"]:
+    """`x` where the [i, j] mask holds, zero elsewhere, whatever `x` is there."""
     return jnp.where(jnp.broadcast_to(mask, x.shape), x, jnp.zeros((), x.dtype))
 
 
-def summed(which: np.ndarray, x: Float[Array, "*lanes j n"]) -> Float[Array, "*lanes i n"]:
+def summed(which: np.ndarray | Array, x: Float[Array, "*lanes j n"]) -> Float[Array, "*lanes i n"]:
     """Sums over rows, each over those `j` where `which` [i, j] holds: a product with ones, which
     takes less time than running sums or slices do."""
     ones = jnp.asarray(which, x.dtype)
-    return dot(jnp.broadcast_to(ones, (*x.shape[:-2], *ones.shape)), x)
+    return dot(jnp.broadcast_to(ones, (*x.shape[:-2], *ones.shape[-2:])), x)
 
 
 def cut(x: Float[Array, "b t h n"], size: int) -> Float[Array, "chunks b h C n"]:

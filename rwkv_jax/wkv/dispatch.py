@@ -1,10 +1,12 @@
 """The front of each operator: checks arguments, fills in defaults, picks the implementation."""
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from rwkv_jax.typing import Array, Bool, Callable, Float
+from rwkv_jax.typing import Array, Bool, Callable, Float, Int
+from rwkv_jax.wkv import sharded
 from rwkv_jax.wkv.v4 import associative as v4_associative
 from rwkv_jax.wkv.v4 import chunked as v4_chunked
 from rwkv_jax.wkv.v4 import scan as v4_scan
@@ -22,21 +24,27 @@ IMPLEMENTATIONS = ("scan", "chunked", "associative")
 SHORT = 8
 """Sequences shorter than this are scanned: a chunk would be mostly padding."""
 
-_WKV4 = {
-    "scan": v4_scan.wkv4,
-    "chunked": v4_chunked.wkv4,
-    "associative": v4_associative.wkv4,
-}
-_WKV6 = {
-    "scan": v6_scan.wkv6,
-    "chunked": v6_chunked.wkv6,
-    "associative": v6_associative.wkv6,
-}
-_WKV7 = {
-    "scan": v7_scan.wkv7,
-    "chunked": v7_chunked.wkv7,
-    "associative": v7_associative.wkv7,
-}
+
+class Table(NamedTuple):
+    """What there is of one operator."""
+
+    forms: dict[str, Callable[..., Any]]
+    part: Callable[..., Any]
+    """(form, mesh axis, ...): a device's part of the sequence."""
+
+
+_WKV4 = Table(
+    {"scan": v4_scan.wkv4, "chunked": v4_chunked.wkv4, "associative": v4_associative.wkv4},
+    sharded.wkv4,
+)
+_WKV6 = Table(
+    {"scan": v6_scan.wkv6, "chunked": v6_chunked.wkv6, "associative": v6_associative.wkv6},
+    sharded.wkv6,
+)
+_WKV7 = Table(
+    {"scan": v7_scan.wkv7, "chunked": v7_chunked.wkv7, "associative": v7_associative.wkv7},
+    sharded.wkv7,
+)
 
 
 def wkv4(
@@ -47,28 +55,37 @@ def wkv4(
     state: Wkv4State | None = None,
     *,
     reset: Bool[Array, "b t"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
+    mesh_axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t c"], Wkv4State]:
     """The WKV of version 4: `y` in `v`'s dtype, and the state after the last token.
 
     `log_w <= 0` is the log of the decay per token (official `-exp(time_decay)`), `u` the bonus of
-    the current token (`time_first`). `state` None starts a document; `reset[b, t]` starts one
-    before token t. Computes in float32, or float64 for float64 inputs. The gradient of the final
-    state flows through `num` and `den`; `max_exp` is their scale, not a quantity of its own.
+    the current token (`time_first`). Computes in float32, or float64 for float64 inputs. The
+    gradient of the final state flows through `num` and `den`; `max_exp` is their scale, not a
+    quantity of its own. The other arguments are those of all versions (`rwkv_jax.wkv`).
 
-    Raises `ValueError` for an unknown implementation, or shapes that do not belong together.
+    Raises `ValueError` for an unknown implementation, shapes that do not belong together, or a mesh
+    axis that is not there or does not divide the length.
     """
     _check_shapes("wkv4", k.ndim == 3 and k.shape == v.shape, k=k, v=v)
-    b, _, c = k.shape
+    b, t, c = k.shape
     _check_shapes("wkv4", log_w.shape == u.shape == (c,), log_w=log_w, u=u, k=k)
-    run = _choose(_WKV4, implementation, k.shape[1])
+    _check_rows("wkv4", k, reset, lengths)
+    run = _choose(_WKV4, implementation, t, mesh_axis)
     dtype = _precision(k)
     if state is None:
         state = Wkv4State.empty((b, c), dtype)
     _check_shapes("wkv4", state.num.shape == (b, c), state=state.num, k=k)
-    _check_reset("wkv4", reset, k)
+    if mesh_axis and not sharded.is_manual(mesh_axis):
+        options: Any = {"mesh_axis": mesh_axis, "implementation": implementation}
+        whole = {"log_w": log_w, "u": u, "state": state, "lengths": lengths}
+        split = {"k": k, "v": v, "reset": reset}
+        return sharded.over_mesh("wkv4", mesh_axis, partial(wkv4, **options), split, whole)
     state = Wkv4State(*(x.astype(dtype) for x in state))
-    y, after = run(*(x.astype(dtype) for x in (log_w, k, v, u)), state, reset)
+    reset, mask = _masks(reset, lengths, t, mesh_axis)
+    y, after = run(*(x.astype(dtype) for x in (log_w, k, v, u)), state, reset, mask)
     return y.astype(v.dtype), after
 
 
@@ -81,24 +98,28 @@ def wkv6(
     state: Float[Array, "b h v k"] | None = None,
     *,
     reset: Bool[Array, "b t"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
     initial: Float[Array, "h v k"] | None = None,
+    mesh_axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """The WKV of versions 5 and 6: `y` in `v`'s dtype, and the state after the last token.
 
     `log_w <= 0` is the log of the decay, of every token in version 6, of all tokens alike (`[h,
     k]`) in version 5; every implementation is exact for any decay. `u` is the bonus of the current
-    token. `state` None starts a document; `reset[b, t]` starts one before token t. Documents start
-    from `initial` (state tuning), or from zero. Computes in float32, or float64 for float64 inputs.
+    token. Documents start from `initial` (state tuning), or from zero. Computes in float32, or
+    float64 for float64 inputs. The other arguments are those of all versions (`rwkv_jax.wkv`).
 
-    Raises `ValueError` for an unknown implementation, or shapes that do not belong together.
+    Raises `ValueError` for an unknown implementation, shapes that do not belong together, or a mesh
+    axis that is not there or does not divide the length.
     """
     same = r.ndim == 4 and r.shape == k.shape and log_w.shape in (r.shape, r.shape[2:])
     _check_shapes("wkv6", same, r=r, log_w=log_w, k=k)
     _check_shapes("wkv6", v.ndim == 4 and v.shape[:3] == r.shape[:3], r=r, v=v)
     _check_shapes("wkv6", u.shape == r.shape[2:], u=u, r=r)
+    _check_rows("wkv6", r, reset, lengths)
     batch, t, h, n = r.shape
-    run = _choose(_WKV6, implementation, t)
+    run = _choose(_WKV6, implementation, t, mesh_axis)
     dtype = _precision(v)
     shape = (batch, h, v.shape[-1], n)
     if initial is not None:
@@ -108,9 +129,15 @@ def wkv6(
         state = jnp.zeros(shape, dtype)
         state = state if initial is None else state + initial[None]
     _check_shapes("wkv6", state.shape == shape, state=state, r=r, v=v)
-    _check_reset("wkv6", reset, r)
     if log_w.ndim == 2:
         log_w = jnp.broadcast_to(log_w[None, None], r.shape)
+    if mesh_axis and not sharded.is_manual(mesh_axis):
+        options: Any = {"mesh_axis": mesh_axis, "implementation": implementation}
+        whole = {"u": u, "state": state, "initial": initial, "lengths": lengths}
+        split = {"r": r, "log_w": log_w, "k": k, "v": v, "reset": reset}
+        return sharded.over_mesh("wkv6", mesh_axis, partial(wkv6, **options), split, whole)
+    reset, mask = _masks(reset, lengths, t, mesh_axis)
+    log_w, k = _erase(mask, log_w, k)
     x = (y.astype(dtype) for y in (r, log_w, k, v, u, state))
     y, after = run(*x, reset, initial)
     return y.astype(v.dtype), after
@@ -126,38 +153,54 @@ def wkv7(
     state: Float[Array, "b h v k"] | None = None,
     *,
     reset: Bool[Array, "b t"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
+    mesh_axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """The WKV of version 7: `y` in `v`'s dtype, and the state after the last token.
 
     `log_w <= 0` is the log of the decay, in (-0.6066, 0) in the model; the chunked forms are exact
     down to -4 a token, `scan` for any decay. The model passes `a = -kk` and `b = kk * (learning
-    rate)` with |kk| = 1. `state` None starts a document; `reset[b, t]` starts one before token t.
-    Computes in float32, or float64 for float64 inputs.
+    rate)` with |kk| = 1. Computes in float32, or float64 for float64 inputs. The other arguments
+    are those of all versions (`rwkv_jax.wkv`).
 
-    Raises `ValueError` for an unknown implementation, or shapes that do not belong together.
+    Raises `ValueError` for an unknown implementation, shapes that do not belong together, or a mesh
+    axis that is not there or does not divide the length.
     """
     same = r.ndim == 4 and r.shape == log_w.shape == k.shape == a.shape == b.shape
     _check_shapes("wkv7", same, r=r, log_w=log_w, k=k, a=a, b=b)
     _check_shapes("wkv7", v.ndim == 4 and v.shape[:3] == r.shape[:3], r=r, v=v)
+    _check_rows("wkv7", r, reset, lengths)
     batch, t, h, n = r.shape
-    run = _choose(_WKV7, implementation, t)
+    run = _choose(_WKV7, implementation, t, mesh_axis)
     dtype = _precision(v)
     shape = (batch, h, v.shape[-1], n)
     if state is None:
         state = jnp.zeros(shape, dtype)
     _check_shapes("wkv7", state.shape == shape, state=state, r=r, v=v)
-    _check_reset("wkv7", reset, r)
-    y, after = run(*(x.astype(dtype) for x in (r, log_w, k, v, a, b)), state.astype(dtype), reset)
+    if mesh_axis and not sharded.is_manual(mesh_axis):
+        options: Any = {"mesh_axis": mesh_axis, "implementation": implementation}
+        split = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b, "reset": reset}
+        whole = {"state": state, "lengths": lengths}
+        return sharded.over_mesh("wkv7", mesh_axis, partial(wkv7, **options), split, whole)
+    reset, mask = _masks(reset, lengths, t, mesh_axis)
+    log_w, k, b = _erase(mask, log_w, k, b)
+    x = (y.astype(dtype) for y in (r, log_w, k, v, a, b, state))
+    y, after = run(*x, reset)
     return y.astype(v.dtype), after
 
 
-def _choose(table: dict[str, Callable], implementation: str | None, length: int) -> Callable:
+def _choose(
+    table: Table, implementation: str | None, length: int, mesh_axis: str | None
+) -> Callable[..., Any]:
+    """The implementation; under a mesh axis, of each device's part."""
     if implementation is None:
         implementation = "scan" if length < SHORT else "chunked"
-    if implementation not in table:
-        raise ValueError(f"implementation {implementation!r}: one of {', '.join(table)}, or None")
-    return table[implementation]
+    if implementation not in table.forms:
+        known = ", ".join(table.forms)
+        raise ValueError(f"implementation {implementation!r}: one of {known}, or None")
+    run = table.forms[implementation]
+    return partial(table.part, run, mesh_axis) if mesh_axis else run
 
 
 def _precision(x: Array) -> Any:
@@ -171,6 +214,23 @@ def _check_shapes(operator: str, agree: bool, **arrays: Any) -> None:
         raise ValueError(f"{operator}: shapes do not belong together: {shapes}")
 
 
-def _check_reset(operator: str, reset: Any, x: Array) -> None:
+def _check_rows(operator: str, x: Array, reset: Array | None, lengths: Array | None) -> None:
     if reset is not None:
         _check_shapes(operator, reset.shape == x.shape[:2], reset=reset, x=x)
+    if lengths is not None:
+        _check_shapes(operator, lengths.shape == x.shape[:1], lengths=lengths, x=x)
+
+
+def _masks(
+    reset: Array | None, lengths: Array | None, time: int, mesh_axis: str | None
+) -> tuple[Array | None, Array | None]:
+    """Where documents start, and where tokens are real: none starts in the padding."""
+    mask = sharded.mask_of(lengths, time, mesh_axis)
+    return (reset if mask is None or reset is None else reset & mask), mask
+
+
+def _erase(mask: Array | None, *inputs: Array) -> tuple[Array, ...]:
+    """Zeros where tokens are padding: no decay, nothing written, nothing removed."""
+    if mask is None:
+        return inputs
+    return tuple(jnp.where(mask[:, :, None, None], x, jnp.zeros_like(x)) for x in inputs)

@@ -1,25 +1,37 @@
-"""RWKV-4's WKV with the chunks' summaries joined by `lax.associative_scan`: log depth in time.
+"""RWKV-4's WKV with every chunk swept at once, the chunks' summaries joined by
+`lax.associative_scan`: depth 2 C + log(T / C).
 
-A chunk is the map "decay the state by e^d, then add (num, den) e^max_exp"; two maps in a row are
-one again.
+Sweep 1 starts every chunk from the empty state and leaves its summary. The summaries are joined,
+which gives the state that enters each chunk. Sweep 2 starts from those and emits y. The backward
+pass does the same the other way round. The algebra is in `tokens.py`.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rwkv_jax.remat import keep
 from rwkv_jax.typing import Array, Bool, Float
-from rwkv_jax.wkv.v4.chunked import (
-    Steps,
+from rwkv_jax.wkv.reverse import reverse_only
+from rwkv_jax.wkv.v4.scan import LOG_ZERO, Wkv4State, blend
+from rwkv_jax.wkv.v4.tokens import (
+    SweptBack,
+    Tokens,
     advance,
-    chunk_decay,
-    combine,
-    join,
+    arriving,
+    cut,
     meet,
-    steps,
-    summaries,
+    of_state,
+    readings,
+    retreat,
+    sweep,
+    sweep_back,
+    tokens,
 )
-from rwkv_jax.wkv.v4.scan import Wkv4State, read
+
+CHUNK = 64
 
 
 def wkv4(
@@ -29,27 +41,105 @@ def wkv4(
     u: Float[Array, " c"],
     state: Wkv4State,
     reset: Bool[Array, "b t"] | None,
+    mask: Bool[Array, "b t"] | None,
 ) -> tuple[Float[Array, "b t c"], Wkv4State]:
-    """`rwkv_jax.wkv.wkv4` by an associative scan over chunks of 64; differentiated by JAX."""
-    x = steps(k, v, reset)
-    decay, parts = chunk_decay(log_w, x), summaries(log_w, x)
-    total, prefix = lax.associative_scan(compose, (decay, parts), axis=1)
-    start = jax.tree.map(lambda s: s[:, None], state)
-    after = combine(start, total, prefix)
-    entering = jax.tree.map(lambda s, a: jnp.concatenate([s, a[:, :-1]], 1), start, after)
+    """`rwkv_jax.wkv.wkv4` by an associative scan over chunks of 64."""
+    log_w, k, v, u, state = reverse_only("wkv4", (log_w, k, v, u, state))
+    y, after = _over_chunks(log_w, k, v, u, state, reset, mask)
+    return y, after
 
-    @jax.checkpoint
-    def step(state: Wkv4State, token: Steps) -> tuple[Wkv4State, Array]:
-        state = meet(state, token.starts)
-        y = read(state, u[None, None], token.k, token.v)
-        return advance(state, token, log_w), y
 
-    y = join(lax.scan(step, entering, x)[1], k.shape[1])
-    return y, jax.tree.map(lambda s: s[:, -1], after)
+@jax.custom_vjp
+def _over_chunks(log_w, k, v, u, state, reset, mask):
+    return _forward(log_w, k, v, u, state, reset, mask)[0]
+
+
+def side_by_side(x: Array) -> Array:
+    """[b, chunks, C, c] -> [C, b, chunks, c]."""
+    return x.transpose(2, 0, 1, 3)
+
+
+def join(x: Float[Array, "C b chunks c"], t: int) -> Float[Array, "b t c"]:
+    """The inverse of `cut` and `side_by_side`."""
+    size, b, chunks, c = x.shape
+    return x.transpose(1, 2, 0, 3).reshape(b, chunks * size, c)[:, :t]
+
+
+def combine(first: Wkv4State, decay: Array, second: Wkv4State) -> Wkv4State:
+    """`first` decayed by e^decay, plus `second`."""
+    top, old, new = blend(first.max_exp + decay, second.max_exp)
+    return Wkv4State(old * first.num + new * second.num, old * first.den + new * second.den, top)
 
 
 def compose(
     first: tuple[Array, Wkv4State], second: tuple[Array, Wkv4State]
 ) -> tuple[Array, Wkv4State]:
-    """`first`, then `second`."""
-    return first[0] + second[0], combine(first[1], *second)
+    """`first`, then `second`: a log decay each, and what is added after it."""
+    # Sums of log 0 would end in -inf.
+    return jnp.maximum(first[0] + second[0], LOG_ZERO), combine(first[1], *second)
+
+
+def total_decay(log_w: Array, x: Tokens) -> Float[Array, "b chunks c"]:
+    """The log decay over each whole chunk; log 0 where a document starts inside."""
+    size, b, chunks, c = x.k.shape
+    count = jnp.full((b, chunks, 1), size, log_w.dtype)
+    if x.padding is not None:
+        count = count - jnp.sum(x.padding, axis=0, dtype=log_w.dtype)
+    decay = count * log_w[None, None, :]
+    if x.starts is not None:
+        decay = jnp.where(jnp.any(x.starts, axis=0), LOG_ZERO, decay)
+    return jnp.broadcast_to(decay, (b, chunks, c))
+
+
+def joined(
+    decay: Array, parts: Wkv4State, start: Wkv4State, reverse: bool = False
+) -> tuple[Wkv4State, Wkv4State]:
+    """The state that enters each chunk [b, chunks, c] from its side, and the one after the last."""
+    start = jax.tree.map(lambda x: x[:, None], start)
+    # Reversed, JAX hands over what comes later in time first: the order of sweeping, as it is here.
+    total, prefix = lax.associative_scan(compose, (decay, parts), axis=1, reverse=reverse)
+    after = combine(start, total, prefix)
+    if reverse:
+        entering = jax.tree.map(lambda s, x: jnp.concatenate([x[:, 1:], s], 1), start, after)
+        return entering, jax.tree.map(lambda x: x[:, 0], after)
+    entering = jax.tree.map(lambda s, x: jnp.concatenate([s, x[:, :-1]], 1), start, after)
+    return entering, jax.tree.map(lambda x: x[:, -1], after)
+
+
+def _forward(log_w, k, v, u, state, reset, mask):
+    x = jax.tree.map(side_by_side, tokens(k, v, reset, mask, CHUNK))
+
+    def step(state: Wkv4State, token: Tokens) -> tuple[Wkv4State, None]:
+        return advance(meet(state, token), token, log_w), None
+
+    parts, _ = lax.scan(step, Wkv4State.empty(x.k.shape[1:], k.dtype), x)
+    entering, last = joined(total_decay(log_w, x), parts, state)
+    y = join(sweep(log_w, u, x, entering)[1], k.shape[1])
+    y, entering, last = keep((y, entering, last))
+    return (y, last), (log_w, k, v, u, state, reset, mask, y, entering, last)
+
+
+def _backward(kept, cotangents):
+    log_w, k, v, u, state, reset, mask, y, entering, last = kept
+    dy, dlast = cotangents
+    x = jax.tree.map(side_by_side, tokens(k, v, reset, mask, CHUNK))
+    y, dy = (side_by_side(cut(z, CHUNK)) for z in (y, dy))
+    reading = readings(log_w, u, x, dy, entering)
+
+    def step(grad: Wkv4State, inputs: tuple) -> tuple[Wkv4State, None]:
+        token, y, reading = inputs
+        return retreat(grad, token, y, reading, log_w), None
+
+    empty = Wkv4State.empty(x.k.shape[1:], k.dtype)
+    parts, _ = lax.scan(step, empty, (x, y, reading), reverse=True)
+    leaving, first = joined(total_decay(log_w, x), parts, arriving(dlast, last), reverse=True)
+    ends = jax.tree.map(lambda e, s: jnp.concatenate([e[:, 1:], s[:, None]], 1), entering, last)
+
+    after = SweptBack(leaving, jnp.zeros_like(empty.num), jnp.zeros_like(empty.num))
+    before, gradients = sweep_back(log_w, x, y, reading, ends, after)
+    dk, dv = map(partial(join, t=k.shape[1]), gradients)
+    dlog_w, du = jnp.sum(before.log_w, (0, 1)), jnp.sum(before.u, (0, 1))
+    return dlog_w, dk, dv, du, of_state(first, state), None, None
+
+
+_over_chunks.defvjp(_forward, _backward)

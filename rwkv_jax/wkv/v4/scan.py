@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -75,19 +76,22 @@ def wkv4(
     u: Float[Array, " c"],
     state: Wkv4State,
     reset: Bool[Array, "b t"] | None,
+    mask: Bool[Array, "b t"] | None,
 ) -> tuple[Float[Array, "b t c"], Wkv4State]:
     """`rwkv_jax.wkv.wkv4` by `lax.scan`. Its gradient keeps every state: O(t) of them."""
 
     def token(state: Wkv4State, inputs: tuple) -> tuple[Wkv4State, Array]:
-        k, v, starts = inputs
+        k, v, starts, real = inputs
         if starts is not None:
             state = forget(state, starts[:, None])
-        y, state = step(log_w, k, v, u, state)
-        return state, y
+        y, after = step(log_w, k, v, u, state)
+        if real is not None:
+            after = jax.tree.map(lambda x, y: jnp.where(real[:, None], x, y), after, state)
+        return after, y
 
+    inputs = (k, v, reset, mask)
     if k.shape[1] == 1:
-        state, y = token(state, (k[:, 0], v[:, 0], None if reset is None else reset[:, 0]))
+        state, y = token(state, jax.tree.map(lambda x: x[:, 0], inputs))
         return y[:, None], state
-    starts = None if reset is None else reset.T
-    state, y = lax.scan(token, state, (jnp.moveaxis(k, 1, 0), jnp.moveaxis(v, 1, 0), starts))
+    state, y = lax.scan(token, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), inputs))
     return jnp.moveaxis(y, 0, 1), state

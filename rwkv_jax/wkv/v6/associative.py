@@ -32,7 +32,7 @@ def wkv6(
     heads = Heads(u, initial)
     docs = documents(document_ids(reset, CHUNK), state.dtype)
     maps = lax.associative_scan(compose, jax.checkpoint(summarise)(x, heads, docs))
-    after = state[None] * maps[0] + maps[1]
+    after = act(state[None], maps)
     entering = jnp.concatenate([state[None], after[:-1]])
     y = jax.checkpoint(read)(x, heads, entering, docs)
     return join(y, r.shape[1]), after[-1]
@@ -46,7 +46,12 @@ def summarise(x: Inputs, heads: Heads, docs: Documents | None) -> tuple[Array, A
 
 def compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
     """`first`, then `second`."""
-    return first[0] * second[0], first[1] * second[0] + second[1]
+    return first[0] * second[0], act(first[1], second)
+
+
+def act(state: Array, part: tuple[Array, Array]) -> Array:
+    """The state after a chunk, or any part of the sequence: S P + X."""
+    return state * part[0] + part[1]
 
 
 def read(x: Inputs, heads: Heads, entering: Array, docs: Documents | None) -> Array:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rwkv_jax.typing import Array, Float
-from rwkv_jax.wkv.chunks import Documents, dot, masked, summed, transpose
+from rwkv_jax.wkv.chunks import Documents, dot, masked, summed, transpose, within
 
 
 class Inputs(NamedTuple):
@@ -98,7 +98,7 @@ def relate(x: Inputs, heads: Heads, docs: Documents | None) -> Scores:
     reading, writing = x.r * before, x.k * after
     total = jnp.exp(jnp.sum(x.log_w, axis=-2, keepdims=True))
     if docs is not None:
-        scores = scores * docs.same
+        scores = masked(docs.same, scores)
         reading, writing = reading * docs.sees_state, writing * docs.reaches_end
         total = total * docs.carries_on
     return Scores(scores, reading, writing, total)
@@ -128,6 +128,5 @@ def written(x: Inputs, heads: Heads, s: Scores, docs: Documents | None) -> Array
 
 def late_reading(x: Inputs, docs: Documents) -> Array:
     """What the rows of documents that start in the chunk read `initial` with."""
-    before = masked(np.tri(x.r.shape[-2], k=-1, dtype=bool), docs.same)
-    since = dot(jnp.broadcast_to(before, (*x.r.shape[:-2], *before.shape[-2:])), x.log_w)
+    since = summed(within(np.tri(x.r.shape[-2], k=-1, dtype=bool), docs), x.log_w)
     return x.r * jnp.exp(since) * (1 - docs.sees_state)

@@ -16,6 +16,7 @@ from jax import lax
 from rwkv_jax.remat import keep
 from rwkv_jax.typing import Array, Bool, Float
 from rwkv_jax.wkv.chunks import documents, in_chunks, pad, put, take
+from rwkv_jax.wkv.reverse import reverse_only
 from rwkv_jax.wkv.v6 import chunk
 from rwkv_jax.wkv.v6.chunk import Heads, Inputs
 
@@ -34,6 +35,7 @@ def wkv6(
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """`rwkv_jax.wkv.wkv6` by chunks."""
     x, heads = Inputs(r, log_w, k, v), Heads(u, initial)
+    x, heads, state = reverse_only("wkv6", (x, heads, state), "'scan' or 'associative'")
     outputs: Any = _over_chunks(CHUNK, x, heads, state, reset)
     return outputs
 

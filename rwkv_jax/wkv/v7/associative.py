@@ -30,9 +30,8 @@ def wkv7(
     """`rwkv_jax.wkv.wkv7` by an associative scan over chunks of 32; differentiated by JAX."""
     x = Inputs(*(cut(array, CHUNK) for array in (r, log_w, k, v, a, b)))
     docs = chunk.documents(document_ids(reset, CHUNK), state.dtype)
-    maps, sums = jax.checkpoint(summarise)(x, docs)
-    maps, sums = lax.associative_scan(compose, (maps, sums))
-    after = dot(state[None], maps) + sums
+    maps = lax.associative_scan(compose, jax.checkpoint(summarise)(x, docs))
+    after = act(state[None], maps)
     entering = jnp.concatenate([state[None], after[:-1]])
     y = jax.checkpoint(read)(x, entering, docs)
     return join(y, r.shape[1]), after[-1]
@@ -58,7 +57,12 @@ def summarise(x: Inputs, docs: Documents | None) -> tuple[Array, Array]:
 
 def compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
     """`first`, then `second`."""
-    return dot(first[0], second[0]), dot(first[1], second[0]) + second[1]
+    return dot(first[0], second[0]), act(first[1], second)
+
+
+def act(state: Array, part: tuple[Array, Array]) -> Array:
+    """The state after a chunk, or any part of the sequence: S M + X."""
+    return dot(state, part[0]) + part[1]
 
 
 def read(x: Inputs, entering: Array, docs: Documents | None) -> Array:

@@ -1,7 +1,7 @@
 """The algebra of one chunk of RWKV-7's WKV, forward and backward.
 
-C tokens, rows = time, entered with state S [v, k]. With g the cumulative log decay, m its value in
-the middle of the chunk and u_t = S_{t-1} a_t the removed vectors:
+C tokens, rows = time, entered with state S [v, k]. With g the cumulative log decay, m half of its
+last value and u_t = S_{t-1} a_t the removed vectors:
 
     left  = [a e^{g - log w - m}; r e^{g - m}]   [2C, k]        right = [b; k] e^{m - g}   [2C, k]
     A     = left right^T, causal (strictly in the a rows)       Sm = S e^m
@@ -15,7 +15,8 @@ triangular inverse is by exact block doubling: the usual product (I + L)(I + L^2
 powers of L that grow like binomials when a key repeats, and is wrong by 100 % in float32 at C = 32.
 
 A document that starts inside the chunk masks A where document numbers differ, the rows that may not
-see S, the columns that may not reach S', and S itself; the cumulative decay stays as it is.
+see S, the columns that may not reach S', and S itself. g and m are of each document's own tokens,
+so that nothing of one document depends on another, not even its rounding.
 """
 
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from jax import lax
 
 from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv import chunks
-from rwkv_jax.wkv.chunks import DocumentIds, Documents, dot, masked, summed, transpose
+from rwkv_jax.wkv.chunks import DocumentIds, Documents, dot, masked, summed, transpose, within
 
 
 class Inputs(NamedTuple):
@@ -90,16 +91,16 @@ def unit_inverse(lower: Float[Array, "*lanes C C"]) -> Float[Array, "*lanes C C"
 def relate(x: Inputs, docs: Documents | None) -> Scores:
     """The state-free part of a chunk."""
     size = x.r.shape[-2]
-    g = summed(np.tri(size, dtype=bool), x.log_w)
+    rows = token_rows(docs, size)
+    g = summed(within(np.tri(size, dtype=bool), rows), x.log_w)
+    total = g[..., -1:, :] if rows is None else summed(rows.same, x.log_w)
     # Nothing depends on m but rounding, so its gradient, which is zero, need not be computed.
-    m = lax.stop_gradient(g[..., (size - 1) // 2, None, :])
-    left_scale = jnp.exp(jnp.concatenate([g - x.log_w, g], -2) - m)
+    m = lax.stop_gradient(total / 2)
+    left_scale = jnp.exp(jnp.concatenate([g - x.log_w - m, g - m], -2))
     right_scale = jnp.exp(m - g)
     left = jnp.concatenate([x.a, x.r], -2) * left_scale
     right = jnp.concatenate([x.b * right_scale, x.k * right_scale], -2)
-    scores = masked(causal(size), dot(left, transpose(right)))
-    if docs is not None:
-        scores = scores * docs.same
+    scores = masked(within(causal(size), docs), dot(left, transpose(right)))
     inverse = unit_inverse(scores[..., :size, :size])
     return Scores(
         left_scale,
@@ -108,8 +109,19 @@ def relate(x: Inputs, docs: Documents | None) -> Scores:
         right,
         scores,
         inverse,
-        jnp.exp(m),
-        jnp.exp(g[..., -1:, :] - m),
+        jnp.exp(m[..., :1, :]),
+        jnp.exp(g[..., -1:, :] - m[..., -1:, :]),
+    )
+
+
+def token_rows(docs: Documents | None, size: int) -> Documents | None:
+    """The masks of the C tokens, from those of 2C rows."""
+    if docs is None:
+        return None
+    return docs._replace(
+        same=docs.same[..., :size, :size],
+        sees_state=docs.sees_state[..., :size, :],
+        reaches_end=docs.reaches_end[..., :size, :],
     )
 
 
@@ -154,11 +166,10 @@ def backward(
     z = dot(transpose(s.inverse), duv[..., :size, :])
     dv = duv[..., size:, :] + dot(transpose(s.scores[..., :size, size:]), z)
     zdy = jnp.concatenate([z, dy], -2)
-    dscores = masked(causal(size), dot(zdy, transpose(uv)))
+    dscores = masked(within(causal(size), docs), dot(zdy, transpose(uv)))
     dright_end = dot(uv, dend)
     dkept = dend
     if docs is not None:
-        dscores = dscores * docs.same
         dright_end = dright_end * docs.reaches_end
         dkept = dend * docs.carries_on
     dreading = zdy if docs is None else zdy * docs.sees_state
@@ -173,8 +184,12 @@ def backward(
     # An a row has token t's exponent before its decay, the others after it: at or after t counts.
     from_t = np.tri(size, dtype=bool).T
     after_t = np.tri(size, k=-1, dtype=bool).T
-    dlog_w = summed(np.hstack([after_t, from_t]), flow_left)
-    dlog_w = dlog_w - summed(np.hstack([from_t, from_t]), flow_right) + flow_end
+    rows = token_rows(docs, size)
+    if docs is not None and rows is not None:
+        flow_end = flow_end * rows.reaches_end
+        docs = docs._replace(same=docs.same[..., :size, :])
+    dlog_w = summed(within(np.hstack([after_t, from_t]), docs), flow_left)
+    dlog_w = dlog_w - summed(within(np.hstack([from_t, from_t]), docs), flow_right) + flow_end
     dleft = dleft * s.left_scale
     gradients = Inputs(
         r=dleft[..., size:, :],

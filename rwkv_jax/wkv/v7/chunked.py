@@ -14,6 +14,7 @@ from jax import lax
 from rwkv_jax.remat import keep
 from rwkv_jax.typing import Array, Bool, Float
 from rwkv_jax.wkv.chunks import in_chunks, pad, put, take
+from rwkv_jax.wkv.reverse import reverse_only
 from rwkv_jax.wkv.v7 import chunk
 from rwkv_jax.wkv.v7.chunk import Inputs
 
@@ -31,7 +32,9 @@ def wkv7(
     reset: Bool[Array, "b t"] | None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """`rwkv_jax.wkv.wkv7` by chunks."""
-    outputs: Any = _over_chunks(CHUNK, Inputs(r, log_w, k, v, a, b), state, reset)
+    x = Inputs(r, log_w, k, v, a, b)
+    x, state = reverse_only("wkv7", (x, state), "'scan' or 'associative'")
+    outputs: Any = _over_chunks(CHUNK, x, state, reset)
     return outputs
 
 
