@@ -3,6 +3,7 @@
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rwkv_jax.typing import Array, Bool, Callable, PyTree
@@ -43,10 +44,10 @@ def leak_test(
         # Other tokens of the batch are valid tokens, whatever the arrays mean.
         source = np.roll(np.arange(changed.size), rng.integers(1, max(changed.size, 2)))
 
-        def exchange(x: Array, changed: np.ndarray = changed, source: np.ndarray = source) -> Array:
-            x = jax.numpy.asarray(x)
+        def exchange(x, changed=changed, source=source):
+            x = jnp.asarray(x)
             other = x.reshape(-1, *x.shape[2:])[source].reshape(x.shape)
-            return jax.numpy.where(changed.reshape(*changed.shape, *(1,) * (x.ndim - 2)), other, x)
+            return jnp.where(changed.reshape(*changed.shape, *(1,) * (x.ndim - 2)), other, x)
 
         after = jax.tree_util.tree_leaves_with_path(f(jax.tree.map(exchange, inputs), reset))
         moved = False

@@ -15,6 +15,7 @@ is read from the state that enters. Version 7 finds M and Q_t in the same pass, 
 the state, which start as the unit matrix and are fed nothing.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -47,6 +48,8 @@ def over_mesh(
             f" {axis!r}; the nearest lengths that do are {length - length % devices} and"
             f" {length + -length % devices}"
         )
+    if axis in mesh.explicit_axes:
+        split = jax.tree.map(partial(_reshard, axis), split)
     time = PartitionSpec(None, axis)
     spread = jax.shard_map(
         lambda split, whole: run(**split, **whole),
@@ -56,6 +59,13 @@ def over_mesh(
         check_vma=False,
     )
     return spread(split, whole)
+
+
+def _reshard(axis: str, x: Array) -> Array:
+    """`x` with its second axis over the mesh axis; where axes are explicit nobody else does it."""
+    spec = list(jax.typeof(x).sharding.spec)
+    spec[1] = axis
+    return jax.reshard(x, PartitionSpec(*spec))
 
 
 def is_manual(axis: str) -> bool:

@@ -1,0 +1,207 @@
+"""The operators as the tests see them: one table of versions, and their compiled calls."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from compiling import quick_jit
+
+from rwkv_jax.wkv import (
+    IMPLEMENTATIONS,
+    Wkv4State,
+    cases,
+    wkv4,
+    wkv4_step,
+    wkv6,
+    wkv6_step,
+    wkv7,
+    wkv7_step,
+)
+
+SHAPES = {name: shape for name, shape in cases.SHAPES.items() if name != "benchmark"}
+LONG, SMALL = cases.SHAPES["long"], cases.Shape(2, 101, 2, 8)
+"""Both cross the borders of chunks of any implementation, and end inside one."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """One operator. Final states are compared gauge-free: what they stand for, over e^scale."""
+
+    name: str
+    regimes: tuple[str, ...]
+    inputs: Callable
+    state: Callable
+    call: Callable  # (inputs, state, reset, implementation) -> y, state
+    final: Callable  # (state, scale) -> named arrays
+    expected: Callable  # (inputs, state, reset) -> y, named arrays, scale
+    gradients: (
+        Callable  # (inputs, state, reset, dy, cotangents of `final`, scale) -> named gradients
+    )
+    step: Callable  # (inputs of one token, state) -> y, state
+    operator: Callable
+
+
+def _call4(inputs, state, reset, implementation):
+    state = None if state is None else Wkv4State(*state)
+    return wkv4(**inputs, state=state, reset=reset, implementation=implementation)
+
+
+def _final4(state, scale):
+    factor = jnp.exp(state.max_exp - scale)
+    return {"final N": state.num * factor, "final D": state.den * factor}
+
+
+def _expected4(inputs, state, reset):
+    sums = None if state is None else oracles.wkv4_sums(*state)
+    y, (n, d) = oracles.wkv4(**inputs, sums=sums, reset=reset)
+    scale = np.log(d).astype(np.float32)
+    factor = np.exp(-scale.astype(np.float64))
+    return y, {"final N": n * factor, "final D": d * factor}, scale
+
+
+def _gradients4(inputs, state, reset, dy, dfinal, scale):
+    factor = np.exp(-scale.astype(np.float64))
+    dsums = dfinal["final N"] * factor, dfinal["final D"] * factor
+    grads = oracles.wkv4_grad(
+        **inputs, sums=oracles.wkv4_sums(*state), reset=reset, dy=dy, dsums=dsums
+    )
+    weight = np.exp(state[2].astype(np.float64))
+    return grads | {"num": grads.pop("N") * weight, "den": grads.pop("D") * weight}
+
+
+def _call6(inputs, state, reset, implementation):
+    return wkv6(**inputs, state=state, reset=reset, implementation=implementation)
+
+
+def _expected6(inputs, state, reset):
+    y, state = oracles.wkv6(**inputs, state=state, reset=reset)
+    return y, {"final state": state}, np.zeros((), np.float32)
+
+
+def _gradients6(inputs, state, reset, dy, dfinal, scale):
+    dstate = dfinal["final state"]
+    grads = oracles.wkv6_grad(**inputs, state=state, reset=reset, dy=dy, dstate=dstate)
+    del grads["initial"]
+    return grads
+
+
+def _step6(r, log_w, k, v, u, state):
+    return wkv6_step(r, jnp.broadcast_to(log_w, r.shape), k, v, u, state)
+
+
+def _call7(inputs, state, reset, implementation):
+    return wkv7(**inputs, state=state, reset=reset, implementation=implementation)
+
+
+def _expected7(inputs, state, reset):
+    y, state = oracles.wkv7(**inputs, state=state, reset=reset)
+    return y, {"final state": state}, np.zeros((), np.float32)
+
+
+def _gradients7(inputs, state, reset, dy, dfinal, scale):
+    return oracles.wkv7_grad(
+        **inputs, state=state, reset=reset, dy=dy, dstate=dfinal["final state"]
+    )
+
+
+VERSIONS = {
+    "4": Version(
+        "4",
+        cases.WKV4_REGIMES,
+        cases.wkv4_inputs,
+        cases.wkv4_state,
+        _call4,
+        _final4,
+        _expected4,
+        _gradients4,
+        lambda state, **token: wkv4_step(**token, state=Wkv4State(*state)),
+        wkv4,
+    ),
+    "5": Version(
+        "5",
+        cases.WKV6_REGIMES,
+        cases.wkv5_inputs,
+        cases.matrix_state,
+        _call6,
+        lambda state, scale: {"final state": state},
+        _expected6,
+        _gradients6,
+        _step6,
+        wkv6,
+    ),
+    "6": Version(
+        "6",
+        cases.WKV6_REGIMES,
+        cases.wkv6_inputs,
+        cases.matrix_state,
+        _call6,
+        lambda state, scale: {"final state": state},
+        _expected6,
+        _gradients6,
+        _step6,
+        wkv6,
+    ),
+    "7": Version(
+        "7",
+        cases.WKV7_REGIMES,
+        cases.wkv7_inputs,
+        cases.matrix_state,
+        _call7,
+        lambda state, scale: {"final state": state},
+        _expected7,
+        _gradients7,
+        wkv7_step,
+        wkv7,
+    ),
+}
+
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+DISTINCT = [version for name, version in VERSIONS.items() if name != "5"]
+"""Version 5 is version 6 with the decays of one token: a test of its own has what differs."""
+
+every_version = pytest.mark.parametrize(
+    "version", DISTINCT, ids=lambda version: f"wkv{version.name}"
+)
+
+
+@functools.cache
+def compiled(version, implementation, jit=jax.jit):
+    """(inputs, state, reset, scale, dy, dfinal) -> all values and gradients, by one program."""
+
+    @jit
+    def everything(inputs, state, reset, scale, dy, dfinal):
+        def run(inputs, state):
+            y, after = version.call(inputs, state, reset, implementation)
+            return {"y": y} | version.final(after, scale)
+
+        values, pull_back = jax.vjp(run, inputs, state)
+        dinputs, dstate = pull_back({"y": dy} | dfinal)
+        dstate = {"num": dstate[0], "den": dstate[1]} if version.name == "4" else {"state": dstate}
+        return values, dinputs | dstate
+
+    return everything
+
+
+@functools.cache
+def forward(version, implementation):
+    """(inputs, state, reset) -> y and the state as it is; state and reset may be None."""
+    return quick_jit(
+        lambda inputs, state, reset: version.call(inputs, state, reset, implementation)
+    )
+
+
+def cotangents(version, shape, final, seed=0):
+    rng = np.random.default_rng([seed, 2])
+    size = (shape.batch, shape.time, shape.width) if version.name == "4" else shape.heads_shape
+    dfinal = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in final.items()}
+    return rng.normal(size=size).astype(np.float32), dfinal
+
+
+def per_token(x):
+    """Whether an input has a time axis, as u and the log_w of versions 4 and 5 have not."""
+    return x.ndim > 2

@@ -1,0 +1,175 @@
+"""Time over the devices of a mesh axis: the same values and gradients, and what it costs."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiling import quick_jit
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tolerances import assert_close
+from wkv.operators import VERSIONS, every_implementation, every_version, per_token
+
+from rwkv_jax.wkv import Wkv4State, cases, wkv7
+
+SHAPE = cases.Shape(2, 144, 2, 8)
+
+
+def mesh(devices, kind=AxisType.Auto):
+    return jax.make_mesh(
+        (devices,), ("sequence",), axis_types=(kind,), devices=jax.devices()[:devices]
+    )
+
+
+def everything(version, **options):
+    """(inputs, state, reset, lengths, dy, dstate) -> y, sums of the final state, all gradients."""
+
+    def run(inputs, state, reset, lengths, dy, dstate):
+        def call(inputs, state):
+            given = Wkv4State(*state) if version.name == "4" else state
+            y, after = version.operator(
+                **inputs, state=given, reset=reset, lengths=lengths, **options
+            )
+            if version.name == "4":
+                after = (after.num * jnp.exp(after.max_exp), after.den * jnp.exp(after.max_exp))
+            return y, after
+
+        values, pull_back = jax.vjp(call, inputs, state)
+        return values, pull_back((dy, dstate))
+
+    return quick_jit(run)
+
+
+def arguments(version, lengths=None):
+    inputs, state = version.inputs("typical", SHAPE), version.state(SHAPE)
+    reset = np.zeros((SHAPE.batch, SHAPE.time), bool)
+    reset[1, [50, 51, 72]] = True  # the last at the border of two devices; row 0 is one document
+    rng = np.random.default_rng(1)
+    y = (SHAPE.batch, SHAPE.time, SHAPE.width) if version.name == "4" else SHAPE.heads_shape
+    after = state[:2] if version.name == "4" else state
+    draw = lambda shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    dy, dstate = draw(y), jax.tree.map(lambda x: draw(x.shape), after)
+    if lengths is not None:
+        real = np.arange(SHAPE.time)[None] < np.array(lengths)[:, None]
+        dy = dy * real.reshape(*real.shape, *(1,) * (dy.ndim - 2))
+        lengths = np.array(lengths)
+    return inputs, state, reset, lengths, dy, dstate
+
+
+def compare(version, devices, lengths=None, kind=AxisType.Auto, implementation=None):
+    x = arguments(version, lengths)
+    whole = everything(version, implementation=implementation)(*x)
+    with jax.set_mesh(mesh(devices, kind)):
+        split = everything(version, implementation=implementation, mesh_axis="sequence")(*x)
+    if lengths is not None:  # y of padding has no meaning
+        real = (np.arange(SHAPE.time)[None] < np.array(lengths)[:, None]).astype(np.float32)
+        whole, split = (
+            ((y * real.reshape(*real.shape, *(1,) * (y.ndim - 2)), *rest), grads)
+            for (y, *rest), grads in (whole, split)
+        )
+    paths = jax.tree_util.tree_leaves_with_path(split)
+    for (path, actual), expected in zip(paths, jax.tree.leaves(whole), strict=True):
+        assert_close(actual, expected, "float32", name=jax.tree_util.keystr(path))
+
+
+@every_version
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_as_on_one_device(version, devices):
+    compare(version, devices)
+
+
+@every_implementation
+@every_version
+def test_every_implementation_does_a_part(version, implementation):
+    compare(version, 4, implementation=implementation)
+
+
+@pytest.mark.parametrize("version", VERSIONS.values(), ids=VERSIONS)
+def test_padding_over_devices(version):
+    """Rows that end on another device, one of them on the first."""
+    compare(version, 4, lengths=(100, 30), kind=AxisType.Explicit)
+
+
+def test_documents_start_from_the_initial_state_on_every_device():
+    version = VERSIONS["6"]
+    inputs, state, reset, _, dy, dstate = arguments(version)
+    shape = (SHAPE.heads, SHAPE.size, SHAPE.size)
+    inputs |= {"initial": np.random.default_rng(3).normal(size=shape).astype(np.float32)}
+    x = (inputs, state, reset, None, dy, dstate)
+    whole = everything(version)(*x)
+    with jax.set_mesh(mesh(4)):
+        split = everything(version, mesh_axis="sequence")(*x)
+    for a, b in zip(*map(jax.tree.leaves, (split, whole)), strict=True):
+        assert_close(a, b, "float32")
+
+
+def test_inside_a_shard_map_of_the_caller():
+    """The operator is given a device's part, and says so by the axis alone."""
+    inputs = jax.tree.map(jnp.asarray, VERSIONS["7"].inputs("typical", SHAPE))
+    y, after = jax.jit(wkv7)(**inputs)
+    time = PartitionSpec(None, "sequence")
+    part = jax.shard_map(
+        lambda x: wkv7(**x, mesh_axis="sequence"),
+        mesh=mesh(4),
+        in_specs=time,
+        out_specs=(time, PartitionSpec()),
+        check_vma=False,
+    )
+    y4, after4 = jax.jit(part)(inputs)
+    assert_close(y4, y, "float32")
+    assert_close(after4, after, "float32")
+
+
+KINDS = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all"
+COLLECTIVE = re.compile(rf"= (\(?[^=]*?) ({KINDS})(?:-start)?\(")
+
+
+def bytes_moved(program):
+    """What a device receives, summed over the collectives of a compiled program."""
+    total = 0
+    for shapes, _ in COLLECTIVE.findall(program):
+        for sizes in re.findall(r"f32\[([\d,]*)\]", shapes):
+            total += 4 * int(np.prod([int(n) for n in sizes.split(",") if n] or [1]))
+    return total
+
+
+@every_version
+def test_bytes_moved_do_not_grow_with_length(version):
+    """Forward and backward: the parts' maps alone, whose size is that of states."""
+    moved = {}
+    for length in (64, 256):
+        shape = cases.Shape(1, length, 2, 8)
+        with jax.set_mesh(mesh(4)) as devices:
+            inputs = {
+                name: jax.device_put(
+                    x,
+                    NamedSharding(
+                        mesh(4), PartitionSpec(*((None, "sequence") if per_token(x) else ()))
+                    ),
+                )
+                for name, x in version.inputs("typical", shape).items()
+            }
+            del devices
+
+            def loss(x):
+                y, _ = version.operator(**x, mesh_axis="sequence")
+                return jnp.sum(jnp.sin(y))
+
+            program = jax.jit(jax.grad(loss)).lower(inputs).compile().as_text()
+        moved[length] = bytes_moved(program)
+    state = 4 * (shape.width * 3 if version.name == "4" else shape.heads * shape.size**2)
+    assert state <= moved[64] == moved[256] <= 20 * 4 * state
+
+
+@every_version
+def test_errors_name_the_axis_and_the_length(version):
+    inputs = jax.tree.map(jnp.asarray, version.inputs("typical", cases.Shape(1, 30, 2, 8)))
+    with pytest.raises(ValueError, match=r"no mesh axis 'sequence'; there is none; .*set_mesh"):
+        version.operator(**inputs, mesh_axis="sequence")
+    with jax.set_mesh(mesh(4)):
+        with pytest.raises(ValueError, match=r"no mesh axis 'time'; there is sequence"):
+            version.operator(**inputs, mesh_axis="time")
+        told = r"30 tokens do not divide over the 4 devices .* nearest .* 28 and 32"
+        with pytest.raises(ValueError, match=told):
+            version.operator(**inputs, mesh_axis="sequence")

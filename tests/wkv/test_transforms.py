@@ -1,0 +1,132 @@
+"""The operators under JAX's transformations: each works, or says which implementation does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerances import relative_rms
+from wkv.operators import every_implementation, every_version
+
+from rwkv_jax.wkv import IMPLEMENTATIONS, Wkv4State, cases
+
+slow = pytest.mark.slow
+chunked_and_slowly_others = pytest.mark.parametrize(
+    "implementation",
+    ["chunked", *(pytest.param(x, marks=slow) for x in IMPLEMENTATIONS if x != "chunked")],
+)
+"""The others are differentiated by JAX, or by the code of `chunked`."""
+
+TINY = cases.Shape(1, 37, 2, 4)
+FORWARD_MODE = {"4": ("scan",), "6": ("scan", "associative"), "7": ("scan", "associative")}
+
+
+def problem(version, implementation):
+    """A scalar function of everything that an operator takes, in float64, and where to stand."""
+    inputs, state = version.inputs("typical", TINY), version.state(TINY)
+    inputs, state = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (inputs, state))
+    state = Wkv4State(*state) if version.name == "4" else state
+    reset = jnp.asarray(cases.reset_pattern("random", TINY, seed=3))
+
+    def loss(x):
+        y, after = version.operator(**x[0], state=x[1], reset=reset, implementation=implementation)
+        if version.name == "4":
+            after = (after.num / after.den,)
+        return sum(jnp.sum(jnp.sin(z)) for z in jax.tree.leaves((y, after)))
+
+    return loss, (inputs, state)
+
+
+def directions(x):
+    rng = np.random.default_rng(5)
+    return jax.tree.map(lambda z: jnp.asarray(rng.normal(size=z.shape)), x)
+
+
+def inner(x, y):
+    return sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True))
+
+
+@every_implementation
+@every_version
+def test_forward_mode_is_the_gradient_or_names_who_has_it(version, implementation):
+    with jax.enable_x64(True):
+        loss, x = problem(version, implementation)
+        v = directions(x)
+        if implementation in FORWARD_MODE[version.name]:
+            _, along = jax.jit(lambda x, v: jax.jvp(loss, (x,), (v,)))(x, v)
+            assert np.isclose(along, inner(jax.jit(jax.grad(loss))(x), v), rtol=1e-9)
+            return
+        forms = " or ".join(f"'{name}'" for name in FORWARD_MODE[version.name])
+        told = rf"wkv{version.name}: forward-mode .* needs implementation={forms}"
+        for call in (jax.jvp, jax.jit(jax.jvp, static_argnums=0)):
+            with pytest.raises(TypeError, match=told):
+                call(loss, (x,), (v,))
+        with pytest.raises(TypeError, match=told):
+            jax.linearize(loss, x)[1](v)
+
+
+@chunked_and_slowly_others
+@every_version
+def test_gradients_of_gradients(version, implementation):
+    """Reverse over reverse, and forward over reverse where the form knows forward mode, against
+    differences of gradients."""
+    with jax.enable_x64(True):
+        loss, x = problem(version, implementation)
+        v = directions(x)
+        gradient = jax.jit(jax.grad(loss))
+        step = 1e-5
+        ahead, behind = (jax.tree.map(lambda a, b, s=s: a + s * b, x, v) for s in (step, -step))
+        differences = jax.tree.map(
+            lambda a, b: (a - b) / (2 * step), gradient(ahead), gradient(behind)
+        )
+        curved = jax.jit(jax.grad(lambda x: inner(jax.grad(loss)(x), v)))(x)
+        for a, b in zip(*map(jax.tree.leaves, (curved, differences)), strict=True):
+            assert relative_rms(a, b) < 1e-6
+        if implementation == "chunked" and version.name != "4":
+            pushed = jax.jit(lambda x, v: jax.jvp(jax.grad(loss), (x,), (v,))[1])(x, v)
+            for a, b in zip(*map(jax.tree.leaves, (pushed, curved)), strict=True):
+                assert relative_rms(a, b) < 1e-9
+
+
+@chunked_and_slowly_others
+@every_version
+def test_checkpoint_and_scan(version, implementation):
+    """Inside `jax.checkpoint` and `lax.scan` the gradient is the same."""
+    with jax.enable_x64(True):
+        loss, x = problem(version, implementation)
+        plain = jax.jit(jax.grad(loss))(x)
+
+        def twice(x):
+            body = jax.checkpoint(lambda total, _: (total + loss(x), None))
+            return jax.lax.scan(body, jnp.zeros(()), None, length=2)[0]
+
+        for a, b in zip(*map(jax.tree.leaves, (jax.jit(jax.grad(twice))(x), plain)), strict=True):
+            assert relative_rms(a, 2 * b) < 1e-12
+
+
+@chunked_and_slowly_others
+@every_version
+@pytest.mark.parametrize("mapped", ["one input", "state"])
+def test_vmap_over_one_of_all(version, implementation, mapped):
+    """What is not mapped is not copied by the caller: parameters with one sequence, states."""
+    with jax.enable_x64(True):
+        loss, (inputs, state) = problem(version, implementation)
+        if mapped == "state":
+            axes = {name: None for name in inputs}, 0
+            rows = [(inputs, state), (inputs, directions(state))]
+        else:
+            name = "u" if "u" in inputs else "a"
+            axes = {other: 0 if other == name else None for other in inputs}, None
+            rows = [(inputs, state), (inputs | {name: 0.5 * inputs[name]}, state)]
+        if mapped == "state" and version.name == "4":
+            rows[1] = (inputs, Wkv4State(state.num + 1, state.den + 1, state.max_exp - 1))
+        gradient = jax.grad(loss)
+        pairs = jax.tree.map(lambda *x: jnp.stack(x), *rows)
+        x = (
+            {name: pairs[0][name] if axes[0][name] == 0 else inputs[name] for name in inputs},
+            pairs[1] if axes[1] == 0 else state,
+        )
+        together = jax.jit(jax.vmap(gradient, in_axes=(axes,)))(x)
+        alone = jax.jit(gradient)
+        for i, row in enumerate(rows):
+            for a, b in zip(*map(jax.tree.leaves, (together, alone(row))), strict=True):
+                assert relative_rms(a[i], b) < 1e-10
