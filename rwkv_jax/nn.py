@@ -12,7 +12,7 @@ from flax import struct
 from jax import lax
 
 from rwkv_jax.remat import keep
-from rwkv_jax.typing import Array, Bool, Callable, Float, Leaf
+from rwkv_jax.typing import Array, Bool, Callable, Float, Int, Leaf
 
 LAYER_NORM_EPS = 1e-5
 """Of every layer norm of every version (official `nn.LayerNorm` default)."""
@@ -114,14 +114,46 @@ def join_heads(x: Float[Array, "*shape h n"]) -> Float[Array, "*shape c"]:
 
 
 def token_shift(
-    x: Float[Array, "b t c"], last: Float[Array, "b c"], reset: Bool[Array, "b t"] | None = None
+    x: Float[Array, "b t c"],
+    last: Float[Array, "b c"],
+    reset: Bool[Array, "b t"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
+    mesh_axis: str | None = None,
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b c"]]:
     """The previous token's `x` for every token, and the `last` to hand on.
 
     `last` (float32) is what the token before the first one left; a token at which `reset` holds
-    starts a document, so its previous token is zero.
+    starts a document, so its previous token is zero. Of each row the first `lengths` tokens are
+    real. Inside a `jax.shard_map` over `mesh_axis`, `x` is a device's part of the sequence: its
+    first token's neighbour comes from the device before it.
     """
-    previous = jnp.concatenate([last.astype(x.dtype)[:, None], x[:, :-1]], axis=1)
+    before, after = last.astype(x.dtype), x[:, -1]
+    if lengths is not None or mesh_axis:
+        after = _last_real(x, last, lengths, mesh_axis)
+    if mesh_axis:
+        ring = [(i, i + 1) for i in range(lax.axis_size(mesh_axis) - 1)]
+        neighbour = lax.ppermute(x[:, -1], mesh_axis, ring)
+        before = jnp.where(lax.axis_index(mesh_axis) == 0, before, neighbour)
+    previous = jnp.concatenate([before[:, None], x[:, :-1]], axis=1)
     if reset is not None:
         previous = jnp.where(reset[:, :, None], jnp.zeros((), x.dtype), previous)
-    return previous, x[:, -1].astype(last.dtype)
+    return previous, after.astype(last.dtype)
+
+
+def _last_real(
+    x: Float[Array, "b t c"],
+    last: Float[Array, "b c"],
+    lengths: Int[Array, " b"] | None,
+    mesh_axis: str | None,
+) -> Float[Array, "b c"]:
+    """The last real token of each row, of all devices' parts; `last` for a row of none."""
+    time, devices, mine = x.shape[1], 1, 0
+    if mesh_axis:
+        devices, mine = lax.axis_size(mesh_axis), lax.axis_index(mesh_axis)
+    count = jnp.full(x.shape[:1], time * devices) if lengths is None else lengths
+    place = (count - 1 - mine * time)[:, None]
+    found = jnp.take_along_axis(x, jnp.clip(place, 0, time - 1)[:, :, None], axis=1)[:, 0]
+    found = jnp.where((place >= 0) & (place < time), found, jnp.zeros_like(found))
+    if mesh_axis:
+        found = lax.psum(found, mesh_axis)
+    return jnp.where(count[:, None] > 0, found, last.astype(x.dtype))

@@ -8,7 +8,7 @@ from flax import struct
 from rwkv_jax import nn
 from rwkv_jax.models.state import BlockState
 from rwkv_jax.nn import Norm
-from rwkv_jax.typing import Array, Bool, Callable, Float, Leaf
+from rwkv_jax.typing import Array, Bool, Callable, Float, Int, Leaf
 
 
 @struct.dataclass
@@ -32,6 +32,8 @@ def residual(time_mix: Callable[..., Any], channel_mix: Callable[..., Any]) -> C
         *,
         first: Bool[Array, ""] | bool,
         reset: Bool[Array, "b t"] | None = None,
+        lengths: Int[Array, " b"] | None = None,
+        mesh_axis: str | None = None,
         implementation: str | None = None,
     ) -> tuple[Float[Array, "b t c"], None, BlockState[Array]]:
         """One layer: `x` after both residual branches, and the layer's new state.
@@ -45,12 +47,16 @@ def residual(time_mix: Callable[..., Any], channel_mix: Callable[..., Any]) -> C
                 state.att_x,
                 state.wkv,
                 reset=reset,
+                lengths=lengths,
+                mesh_axis=mesh_axis,
                 implementation=implementation,
             )
             x = x + out
         with jax.named_scope("channel_mix"):
             h = nn.layer_norm(x, params.ln2)
-            out, ffn_x = channel_mix(params.ffn, h, state.ffn_x, reset=reset)
+            out, ffn_x = channel_mix(
+                params.ffn, h, state.ffn_x, reset=reset, lengths=lengths, mesh_axis=mesh_axis
+            )
         return x + out, carry, BlockState(att_x=att_x, wkv=wkv, ffn_x=ffn_x)
 
     return block

@@ -25,7 +25,8 @@ from rwkv_jax.models.state import State
 from rwkv_jax.nn import Norm
 from rwkv_jax.params import Layers, ParamSpec, orthogonal, uniform
 from rwkv_jax.remat import Remat, rematerialise
-from rwkv_jax.typing import Array, Bool, Float, Int, Leaf, PRNGKeyArray
+from rwkv_jax.typing import Array, Bool, Callable, Float, Int, Leaf, PRNGKeyArray
+from rwkv_jax.wkv.sharded import is_manual, over_mesh
 
 VERSIONS: dict[str, ModuleType] = {
     "4": rwkv4,
@@ -146,6 +147,8 @@ def backbone(
     *,
     cfg: ModelConfig,
     reset: Bool[Array, "b t"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
+    mesh_axis: str | None = None,
     dtype: Any = jnp.float32,
     remat: Remat = "none",
     implementation: str | None = None,
@@ -156,10 +159,16 @@ def backbone(
     negative one counts from the end, and one too large is read as the last.
 
     `state` None starts a document; one of another model is a `ValueError`. `reset[b, t]` starts one
-    before token t. `dtype` is the compute type; states, decays, norms and the WKV accumulation are
-    float32 whatever it is. `remat` says what the backward pass keeps (`rwkv_jax.remat`).
-    `implementation` names a WKV form (`rwkv_jax.wkv`).
+    before token t. The first `lengths[b]` tokens of a row are real: the state is that after the
+    last of them, and what comes out for the others has no meaning. `mesh_axis` spreads time over
+    the devices of that axis of the mesh in context (`jax.set_mesh`); states and parameters are
+    whole on each of them. `dtype` is the compute type; states, decays, norms and the WKV
+    accumulation are float32 whatever it is. `remat` says what the backward pass keeps
+    (`rwkv_jax.remat`). `implementation` names a WKV form (`rwkv_jax.wkv`).
     """
+    if mesh_axis and not is_manual(mesh_axis):
+        run = partial(backbone, cfg=cfg, dtype=dtype, remat=remat, implementation=implementation)
+        return _over_mesh(run, mesh_axis, params, tokens, state, reset, lengths)
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"tokens have shape {tokens.shape}: [b, t] is needed, both at least 1")
     module = VERSIONS[cfg.version]
@@ -171,7 +180,13 @@ def backbone(
     blocks = params.blocks
     if look_up := getattr(module, "look_up", None):
         blocks = look_up(blocks, tokens)
-    block = partial(module.block, reset=reset, implementation=implementation)
+    block = partial(
+        module.block,
+        reset=reset,
+        lengths=lengths,
+        mesh_axis=mesh_axis,
+        implementation=implementation,
+    )
     with jax.named_scope("embed"):
         x = nn.layer_norm(params.emb[tokens].astype(dtype), params.ln0)
 
@@ -194,6 +209,21 @@ def backbone(
     return nn.layer_norm(stream[0], params.ln_out), State(after, cfg.version)
 
 
+def _over_mesh(
+    run: Callable[..., tuple[Array, State]],
+    mesh_axis: str,
+    params: Model[Array],
+    tokens: Array,
+    state: State | None,
+    reset: Array | None,
+    lengths: Array | None,
+) -> tuple[Array, State]:
+    """`backbone` or `forward` on every device, of its part of the tokens."""
+    split = {"tokens": tokens, "reset": reset}
+    whole = {"params": params, "state": state, "lengths": lengths}
+    return over_mesh("forward", mesh_axis, partial(run, mesh_axis=mesh_axis), split, whole)
+
+
 def head(params: Model[Array], hidden: Float[Array, "*shape c"]) -> Float[Array, "*shape V"]:
     """Float32 logits of `hidden`."""
     with jax.named_scope("head"):
@@ -207,6 +237,8 @@ def forward(
     *,
     cfg: ModelConfig,
     reset: Bool[Array, "b t"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
+    mesh_axis: str | None = None,
     dtype: Any = jnp.float32,
     remat: Remat = "none",
     implementation: str | None = None,
@@ -215,12 +247,17 @@ def forward(
 
     One code path for training, prefill and one token; the arguments are `backbone`'s.
     """
+    if mesh_axis and not is_manual(mesh_axis):
+        run = partial(forward, cfg=cfg, dtype=dtype, remat=remat, implementation=implementation)
+        return _over_mesh(run, mesh_axis, params, tokens, state, reset, lengths)
     hidden, state = backbone(
         params,
         tokens,
         state,
         cfg=cfg,
         reset=reset,
+        lengths=lengths,
+        mesh_axis=mesh_axis,
         dtype=dtype,
         remat=remat,
         implementation=implementation,

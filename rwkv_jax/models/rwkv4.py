@@ -32,7 +32,7 @@ from rwkv_jax.params import (
     orthogonal,
     zeros,
 )
-from rwkv_jax.typing import Array, Bool, Float, Leaf
+from rwkv_jax.typing import Array, Bool, Float, Int, Leaf
 from rwkv_jax.wkv import Wkv4State, wkv4
 
 __all__ = [
@@ -95,13 +95,15 @@ def time_mix(
     state: Wkv4State,
     *,
     reset: Bool[Array, "b t"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
+    mesh_axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b c"], Wkv4State]:
     """The time mix of `x`, and the two states to hand on (`last` for the token shift, `state` for
     the WKV)."""
     p = params
     with jax.named_scope("token_shift"):
-        previous, last = nn.token_shift(x, last, reset)
+        previous, last = nn.token_shift(x, last, reset, lengths, mesh_axis)
         x_k, x_v, x_r = (
             interpolate(x, previous, mu) for mu in (p.time_mix_k, p.time_mix_v, p.time_mix_r)
         )
@@ -116,6 +118,8 @@ def time_mix(
             p.time_first,
             state,
             reset=reset,
+            lengths=lengths,
+            mesh_axis=mesh_axis,
             implementation=implementation,
         )
     with jax.named_scope("output"):
@@ -128,10 +132,12 @@ def channel_mix(
     last: Float[Array, "b c"],
     *,
     reset: Bool[Array, "b t"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
+    mesh_axis: str | None = None,
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b c"]]:
     """`sigma(x_r W_r) * (relu(x_k W_k)^2 W_v)`, and the token-shift state to hand on."""
     p = params
-    previous, last = nn.token_shift(x, last, reset)
+    previous, last = nn.token_shift(x, last, reset, lengths, mesh_axis)
     hidden = nn.linear(interpolate(x, previous, p.time_mix_k), p.key)
     r = jax.nn.sigmoid(nn.linear(interpolate(x, previous, p.time_mix_r), p.receptance))
     return r * nn.squared_relu_linear(hidden, p.value), last

@@ -42,7 +42,7 @@ from rwkv_jax.params import (
     orthogonal,
     zeros,
 )
-from rwkv_jax.typing import Array, Bool, Float, Leaf
+from rwkv_jax.typing import Array, Bool, Float, Int, Leaf
 from rwkv_jax.wkv import wkv6
 
 __all__ = ["GROUP_NORM_EPS", "Block", "TimeMix", "block", "init_carry", "init_state", "specs"]
@@ -80,13 +80,15 @@ def time_mix(
     state: Float[Array, "b h v k"],
     *,
     reset: Bool[Array, "b t"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
+    mesh_axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b c"], Float[Array, "b h v k"]]:
     """The time mix of `x`, and the two states to hand on (`last` for the token shift, `state` for
     the WKV)."""
     p, n = params, state.shape[-1]
     with jax.named_scope("token_shift"):
-        previous, last = nn.token_shift(x, last, reset)
+        previous, last = nn.token_shift(x, last, reset, lengths, mesh_axis)
         x_k, x_v, x_r = (
             interpolate(x, previous, mu) for mu in (p.time_mix_k, p.time_mix_v, p.time_mix_r)
         )
@@ -102,6 +104,8 @@ def time_mix(
             per_channel(bonus(p), n),
             state,
             reset=reset,
+            lengths=lengths,
+            mesh_axis=mesh_axis,
             implementation=implementation,
         )
     with jax.named_scope("output"):

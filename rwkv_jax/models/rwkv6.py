@@ -40,7 +40,7 @@ from rwkv_jax.params import (
     uniform,
     zeros,
 )
-from rwkv_jax.typing import Array, Bool, Float, Leaf
+from rwkv_jax.typing import Array, Bool, Float, Int, Leaf
 from rwkv_jax.wkv import wkv6
 
 __all__ = [
@@ -104,13 +104,15 @@ def time_mix(
     state: Float[Array, "b h v k"],
     *,
     reset: Bool[Array, "b t"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
+    mesh_axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b c"], Float[Array, "b h v k"]]:
     """The time mix of `x`, and the two states to hand on (`last` for the token shift, `state` for
     the WKV)."""
     p, n = params, state.shape[-1]
     with jax.named_scope("token_shift"):
-        previous, last = nn.token_shift(x, last, reset)
+        previous, last = nn.token_shift(x, last, reset, lengths, mesh_axis)
         x_w, x_k, x_v, x_r, x_g = shifted(p, x, previous - x)
     with jax.named_scope("projections"):
         r, k, v = nn.linear(x_r, p.receptance), nn.linear(x_k, p.key), nn.linear(x_v, p.value)
@@ -127,6 +129,8 @@ def time_mix(
             p.time_faaaa,
             state,
             reset=reset,
+            lengths=lengths,
+            mesh_axis=mesh_axis,
             initial=p.time_state,
             implementation=implementation,
         )
@@ -155,10 +159,12 @@ def channel_mix(
     last: Float[Array, "b c"],
     *,
     reset: Bool[Array, "b t"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
+    mesh_axis: str | None = None,
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b c"]]:
     """`sigma(x_r W_r) * (relu(x_k W_k)^2 W_v)`, and the token-shift state to hand on."""
     p = params
-    previous, last = nn.token_shift(x, last, reset)
+    previous, last = nn.token_shift(x, last, reset, lengths, mesh_axis)
     delta = previous - x
     hidden = nn.linear(x + delta * nn.along(p.time_maa_k, x), p.key)
     r = jax.nn.sigmoid(nn.linear(x + delta * nn.along(p.time_maa_r, x), p.receptance))

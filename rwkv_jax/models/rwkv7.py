@@ -38,7 +38,7 @@ from rwkv_jax.params import (
     orthogonal,
     zeros,
 )
-from rwkv_jax.typing import Array, Bool, Float, Leaf
+from rwkv_jax.typing import Array, Bool, Float, Int, Leaf
 from rwkv_jax.wkv import wkv7
 
 GROUP_NORM_EPS = 64e-5
@@ -99,6 +99,8 @@ def time_mix(
     *,
     first: Bool[Array, ""] | bool,
     reset: Bool[Array, "b t"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
+    mesh_axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[
     Float[Array, "b t c"], Float[Array, "b t c"], Float[Array, "b c"], Float[Array, "b h v k"]
@@ -110,7 +112,7 @@ def time_mix(
     """
     p, n = params, params.r_k.shape[-1]
     with jax.named_scope("token_shift"):
-        previous, last = nn.token_shift(x, last, reset)
+        previous, last = nn.token_shift(x, last, reset, lengths, mesh_axis)
         delta = previous - x
         x_r, x_w, x_k, x_v, x_a, x_g = (
             x + delta * nn.along(mu, x) for mu in (p.x_r, p.x_w, p.x_k, p.x_v, p.x_a, p.x_g)
@@ -129,7 +131,17 @@ def time_mix(
         r, log_w, k, v_heads, a = (nn.split_heads(z, n) for z in (r, log_w, k, v, a))
     with jax.named_scope("wkv"):
         y, state = wkv7(
-            r, log_w, k, v_heads, -kk, kk * a, state, reset=reset, implementation=implementation
+            r,
+            log_w,
+            k,
+            v_heads,
+            -kk,
+            kk * a,
+            state,
+            reset=reset,
+            lengths=lengths,
+            mesh_axis=mesh_axis,
+            implementation=implementation,
         )
     with jax.named_scope("output"):
         y = nn.group_norm(y, p.ln_x, GROUP_NORM_EPS)
@@ -151,9 +163,11 @@ def channel_mix(
     last: Float[Array, "b c"],
     *,
     reset: Bool[Array, "b t"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
+    mesh_axis: str | None = None,
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b c"]]:
     """`relu(x_k W_k)^2 W_v`, and the token-shift state to hand on."""
-    previous, last = nn.token_shift(x, last, reset)
+    previous, last = nn.token_shift(x, last, reset, lengths, mesh_axis)
     x_k = x + (previous - x) * nn.along(params.x_k, x)
     return nn.squared_relu_linear(nn.linear(x_k, params.key), params.value), last
 
@@ -171,6 +185,8 @@ def block(
     *,
     first: Bool[Array, ""] | bool,
     reset: Bool[Array, "b t"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
+    mesh_axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b t c"], BlockState[Array]]:
     """One layer: `x` after both residual branches, `v_first`, and the layer's new state."""
@@ -183,11 +199,20 @@ def block(
             state.wkv,
             first=first,
             reset=reset,
+            lengths=lengths,
+            mesh_axis=mesh_axis,
             implementation=implementation,
         )
         x = x + out
     with jax.named_scope("channel_mix"):
-        out, ffn_x = channel_mix(params.ffn, nn.layer_norm(x, params.ln2), state.ffn_x, reset=reset)
+        out, ffn_x = channel_mix(
+            params.ffn,
+            nn.layer_norm(x, params.ln2),
+            state.ffn_x,
+            reset=reset,
+            lengths=lengths,
+            mesh_axis=mesh_axis,
+        )
     return x + out, v_first, BlockState(att_x=att_x, wkv=wkv, ffn_x=ffn_x)
 
 

@@ -80,11 +80,13 @@ def channel_mix(
     last: Float[Array, "b c"],
     *,
     reset: Bool[Array, "b t"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
+    mesh_axis: str | None = None,
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b c"]]:
     """The channel mix and the token-shift state to hand on; `params.s_emb` as `look_up` leaves
     it."""
     p = params
-    previous, last = nn.token_shift(x, last, reset)
+    previous, last = nn.token_shift(x, last, reset, lengths, mesh_axis)
     hidden = nn.linear(x + (previous - x) * nn.along(p.x_k, x), p.key)
     with jax.named_scope("deep_embed"):
         low = nn.linear(x, p.s1)
@@ -105,6 +107,8 @@ def block(
     *,
     first: Bool[Array, ""] | bool,
     reset: Bool[Array, "b t"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
+    mesh_axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t c"], Carry, BlockState[Array]]:
     """One layer: `x` after both residual branches, the carry, and the layer's new state."""
@@ -117,12 +121,22 @@ def block(
             state.wkv,
             first=first,
             reset=reset,
+            lengths=lengths,
+            mesh_axis=mesh_axis,
             implementation=implementation,
         )
         x = x + out
     with jax.named_scope("channel_mix"):
         h = nn.layer_norm(x, params.ln2)
-        out, ffn_x = channel_mix(params.ffn, h, carry.embedded, state.ffn_x, reset=reset)
+        out, ffn_x = channel_mix(
+            params.ffn,
+            h,
+            carry.embedded,
+            state.ffn_x,
+            reset=reset,
+            lengths=lengths,
+            mesh_axis=mesh_axis,
+        )
     after = BlockState(att_x=att_x, wkv=wkv, ffn_x=ffn_x)
     return x + out, carry._replace(v_first=v_first), after
 
