@@ -17,7 +17,13 @@ from rwkv_jax.wkv import leak_test
 
 ROWS, LENGTH = 2, 48
 
-every_version = pytest.mark.parametrize("version", models.VERSIONS)
+every_version = pytest.mark.parametrize(
+    "version",
+    [
+        pytest.param(version, marks=[pytest.mark.slow] if version in ("5.0", "5.1") else [])
+        for version in models.VERSIONS  # 5.2 stands for these two: they mix tokens alike
+    ],
+)
 
 
 @functools.cache

@@ -105,7 +105,7 @@ def test_checkpoint_and_scan(version, implementation):
 
 @chunked_and_slowly_others
 @every_version
-@pytest.mark.parametrize("mapped", ["one input", "state"])
+@pytest.mark.parametrize("mapped", ["one input", pytest.param("state", marks=slow)])
 def test_vmap_over_one_of_all(version, implementation, mapped):
     """What is not mapped is not copied by the caller: parameters with one sequence, states."""
     with jax.enable_x64(True):
