@@ -29,8 +29,9 @@ Their state layout is [b, h, v, k], float32.
     chunked      matrix products inside chunks, states handed from chunk to chunk; the training form
     associative  the same chunk summaries combined by `lax.associative_scan`: log depth
 
-`implementation=None` picks one for the length at hand; a name is that one, or an error that says
-why not.
+`implementation=None` is `scan` for a few tokens and `chunked` for more; on a CPU, where no gradient
+is taken, it goes token by token there too, which is faster. A name is that one, or an error that
+says why not.
 
 **Every operator** takes
 

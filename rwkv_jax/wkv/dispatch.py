@@ -29,20 +29,25 @@ class Table(NamedTuple):
     """What there is of one operator."""
 
     forms: dict[str, Callable[..., Any]]
+    fastest: Callable[..., Any]
+    """What `implementation=None` is for sequences that are not short."""
     part: Callable[..., Any]
     """(form, mesh axis, ...): a device's part of the sequence."""
 
 
 _WKV4 = Table(
     {"scan": v4_scan.wkv4, "chunked": v4_chunked.wkv4, "associative": v4_associative.wkv4},
+    v4_chunked.wkv4,
     sharded.wkv4,
 )
 _WKV6 = Table(
     {"scan": v6_scan.wkv6, "chunked": v6_chunked.wkv6, "associative": v6_associative.wkv6},
+    v6_chunked.fastest,
     sharded.wkv6,
 )
 _WKV7 = Table(
     {"scan": v7_scan.wkv7, "chunked": v7_chunked.wkv7, "associative": v7_associative.wkv7},
+    v7_chunked.fastest,
     sharded.wkv7,
 )
 
@@ -195,11 +200,12 @@ def _choose(
 ) -> Callable[..., Any]:
     """The implementation; under a mesh axis, of each device's part."""
     if implementation is None:
-        implementation = "scan" if length < SHORT else "chunked"
-    if implementation not in table.forms:
+        run = table.forms["scan"] if length < SHORT else table.fastest
+    elif implementation in table.forms:
+        run = table.forms[implementation]
+    else:
         known = ", ".join(table.forms)
         raise ValueError(f"implementation {implementation!r}: one of {known}, or None")
-    run = table.forms[implementation]
     return partial(table.part, run, mesh_axis) if mesh_axis else run
 
 

@@ -435,3 +435,51 @@ def test_documents_start_from_the_initial_state(name, implementation):
     assert grads.keys() == gradients.keys()
     for array, x in gradients.items():
         assert_close(grads[array], x, "float32", name=f"d {array}")
+
+
+@pytest.mark.parametrize("reset", ["none", "random"])
+@pytest.mark.parametrize(
+    ("version", "regime"),
+    [
+        pytest.param(version, regime, id=f"wkv{version.name}-{regime.replace(' ', '-')}")
+        for version in DISTINCT
+        for regime in version.regimes
+    ],
+)
+def test_the_default_where_no_gradient_is_taken(version, regime, reset):
+    """It goes token by token on this device, by code that no named implementation runs."""
+    inputs, state = version.inputs(regime, LONG), version.state(LONG)
+    reset = cases.reset_pattern(reset, LONG)
+    y, final, scale = version.expected(inputs, state, reset)
+    actual_y, after = forward(version, None)(inputs, state, reset)
+    for name, x in {"y": y, **final}.items():
+        actual = actual_y if name == "y" else version.final(after, scale)[name]
+        error, allowed = relative_rms(actual, x), slack(inputs) * bar("float32", LONG.time)
+        assert error <= allowed, f"{name}: error {error:.2e}, bar {allowed:.1e}"
+
+
+@pytest.mark.parametrize("shape", [SMALL, cases.Shape(40, 20, 2, 64)], ids=["small", "large"])
+def test_version_6_default_starts_documents_from_the_learnt_state(shape):
+    """In both ways that it has: the second shape's state is too large for the first."""
+    inputs, reset = cases.wkv6_inputs("typical", shape), cases.reset_pattern("random", shape)
+    initial = cases.matrix_state(shape)[0]
+    start = np.broadcast_to(initial, (shape.batch, *initial.shape))
+    y, state = oracles.wkv6(**inputs, state=start, reset=reset, initial=initial)
+    actual_y, actual = jax.jit(wkv6)(**inputs, reset=reset, initial=initial)
+    assert_close(actual_y, y, "float32", name="y")
+    assert_close(actual, state, "float32", name="final state")
+
+
+@pytest.mark.parametrize("name", ["6", "7"])
+def test_on_an_accelerator_the_default_is_chunks(name):
+    """Compiled for one from here, it has the products of the chunks, and no others."""
+    version = VERSIONS[name]
+    inputs, state = version.inputs("typical", SMALL), version.state(SMALL)
+
+    def products(implementation, platform):
+        run = jax.jit(lambda inputs, state: version.call(inputs, state, None, implementation))
+        lowered = run.trace(inputs, state).lower(lowering_platforms=(platform,))
+        return lowered.as_text().count("dot_general")
+
+    assert products(None, "tpu") == products("chunked", "tpu")
+    assert products(None, "cpu") < products("chunked", "cpu")

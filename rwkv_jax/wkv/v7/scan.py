@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Float
+from rwkv_jax.wkv.tokens import in_place, read
 
 
 def step(
@@ -17,13 +18,13 @@ def step(
 ) -> tuple[Float[Array, "b h v"], Float[Array, "b h v k"]]:
     """One token: `y` and the state after it. The removal `state @ a` reads the state before its
     decay."""
-    removed = jnp.sum(state * a[:, :, None], axis=-1)
+    removed = read(state, a)
     state = (
         state * jnp.exp(log_w)[:, :, None]
         + removed[..., None] * b[:, :, None]
         + v[..., None] * k[:, :, None]
     )
-    return jnp.sum(state * r[:, :, None], axis=-1), state
+    return read(state, r), state
 
 
 def wkv7(
@@ -53,3 +54,23 @@ def wkv7(
     starts = None if reset is None else reset.T
     state, y = lax.scan(token, state, (time_first, starts))
     return jnp.moveaxis(y, 0, 1), state
+
+
+def forward(
+    r: Float[Array, "b t h k"],
+    log_w: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    a: Float[Array, "b t h k"],
+    b: Float[Array, "b t h k"],
+    state: Float[Array, "b h v k"],
+    reset: Bool[Array, "b t"] | None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+    """The same with nothing kept for a gradient, nor copied: for where none is taken."""
+
+    def token(state: Array, x: tuple, starts: Array | None) -> tuple[Array, Array]:
+        if starts is not None:
+            state = jnp.where(starts[:, None, None, None], jnp.zeros_like(state), state)
+        return step(*x, state=state)
+
+    return in_place(token, (r, log_w, k, v, a, b), state, reset, jnp.zeros_like(v))

@@ -1,0 +1,38 @@
+"""What the token-by-token forms of versions 5 to 7 share."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from rwkv_jax.typing import Array, Bool, Callable, Float
+
+
+def read(state: Float[Array, "b h v k"], key: Float[Array, "b h k"]) -> Float[Array, "b h v"]:
+    """`state @ key`, as a product: a sum takes XLA's CPU backend six times as long."""
+    return jnp.einsum("bhvk,bhk->bhv", state, key, precision=lax.Precision.HIGHEST)
+
+
+def in_place(
+    token: Callable,
+    inputs: tuple[Array, ...],
+    state: Float[Array, "b h v k"],
+    reset: Bool[Array, "b t"] | None,
+    y: Float[Array, "b t h v"],
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+    """`y, state = token(state, inputs of one token, starts)` over all tokens.
+
+    They are read from `inputs`, [b, t, h, n] each, where they lie, and written into `y`: no array
+    is transposed or kept. Not to be differentiated: each step's gradient would be as long as the
+    sequence.
+    """
+
+    def at(x: Array, t: Array) -> Array:
+        return lax.dynamic_index_in_dim(x, t, axis=1, keepdims=False)
+
+    def body(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        state, y = carry
+        starts = None if reset is None else at(reset, t)
+        out, state = token(state, tuple(at(x, t) for x in inputs), starts)
+        return state, lax.dynamic_update_index_in_dim(y, out, t, axis=1)
+
+    state, y = lax.fori_loop(0, y.shape[1], body, (state, y))
+    return y, state
