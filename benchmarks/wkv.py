@@ -1,111 +1,130 @@
-"""The WKV operators' implementations against `scan`: time, compile time and temporary memory.
+"""The WKV operators next to the JAX packages on PyPI that have them: time and memory.
 
-    python -m benchmarks.wkv [--version 4 6 7] [--rounds 7]
+    python -m benchmarks.wkv [--version 4 6 7] [--tokens 256 1024 4096] [--peer-python PATH]
 
-The shape is `benchmark` of rwkv_jax.wkv.cases (B=2, T=1024, H=8, N=64; version 4: its 512
-channels), float32. Backward is the gradient of all inputs for random cotangents of output and
-final state. Memory is what XLA allocates for the compiled program besides its arguments and
-results.
+B=2, H=8, N=64 (version 4: 512 channels), float32, on the CPU. `forward` is output and final state;
+`forward + backward` also the gradients of all inputs, for random cotangents of both. `rwkv_jax` is
+what `implementation=None` takes; the rows below it are those that can be asked for by name. Memory
+is what XLA allocates for the compiled program besides its arguments and results. `apart` is how far
+results are from ours, relative to their size, over a sample of all of them.
 """
 
 import argparse
-import time
+from functools import partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness
-from benchmarks.harness import console, shown, spread
-from benchmarks.worker import versions
-from rwkv_jax.wkv import IMPLEMENTATIONS, wkv4, wkv6, wkv7
-from rwkv_jax.wkv.cases import SHAPES, wkv4_inputs, wkv6_inputs, wkv7_inputs
+from benchmarks.harness import GIB, Worker, console, shown, spread
+from rwkv_jax.wkv import IMPLEMENTATIONS
 
-SHAPE = SHAPES["benchmark"]
-OPERATORS = {"4": (wkv4, wkv4_inputs), "6": (wkv6, wkv6_inputs), "7": (wkv7, wkv7_inputs)}
+SHAPE = {"batch": 2, "heads": 8, "size": 64}
+OURS = "rwkv_jax"
+PEERS = {
+    "ejkernel, xla": {"package": "ejkernel"},
+    "rwkv-ops, native": {"package": "rwkv-ops"},
+    "jaxrwkv, scan": {"package": "jaxrwkv", "implementation": "ScanRWKV"},
+    "jaxrwkv, associative scan": {"package": "jaxrwkv", "implementation": "AssociativeScanRWKV"},
+}
+KINDS = {"forward": False, "forward + backward": True}
 MIB = 2**20
 
 
-def programs(version: str, implementation: str) -> dict[str, tuple]:
-    """Forward and forward+backward, compiled: (timed call, compile seconds, temporary bytes)."""
-    operator, inputs = OPERATORS[version]
-    arguments = {name: jnp.asarray(x) for name, x in inputs("typical", SHAPE).items()}
-
-    def forward(arguments):
-        return operator(**arguments, implementation=implementation)
-
-    rng = np.random.default_rng(1)
-    results = jax.eval_shape(forward, arguments)
-    cotangents = jax.tree.map(
-        lambda x: jnp.asarray(rng.standard_normal(x.shape, dtype=np.float32)), results
-    )
-
-    def both(arguments, cotangents):
-        y, pull = jax.vjp(forward, arguments)
-        return y, pull(cotangents)
-
-    compiled = {}
-    for name, function, given in (
-        ("forward", forward, (arguments,)),
-        ("both", both, (arguments, cotangents)),
-    ):
-        began = time.perf_counter()
-        program = jax.jit(function).lower(*given).compile()
-        seconds = time.perf_counter() - began
-        analysis = program.memory_analysis()
-        memory = analysis.temp_size_in_bytes if analysis else 0
-
-        def call(program=program, given=given) -> float:
-            began = time.perf_counter()
-            jax.block_until_ready(program(*given))
-            return time.perf_counter() - began
-
-        call()
-        compiled[name] = (call, seconds, memory)
-    return compiled
-
-
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--version", nargs="*", choices=tuple(OPERATORS), default=list(OPERATORS))
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
-    results = {version: measure(version, args.rounds) for version in args.version}
-    found = {"ours": versions("jax", "jaxlib", "numpy")}
-    harness.report(
-        "wkv", {"shape": str(SHAPE), "rounds": args.rounds, "versions": found, "results": results}
+    parser.add_argument("--version", nargs="*", choices=("4", "6", "7"), default=["4", "6", "7"])
+    parser.add_argument("--tokens", nargs="*", type=int, default=[256, 1024, 4096])
+    parser.add_argument(
+        "--peer-python",
+        default=None,
+        help="interpreter with benchmarks/requirements-wkv.txt (default: this)",
     )
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=harness.device()["cores"])
+    parser.add_argument(
+        "--gib", type=float, default=8, help="programs that take more are not run (default: 8)"
+    )
+    return parser.parse_args()
 
 
-def measure(version: str, rounds: int) -> dict:
-    compiled = {}
-    for implementation in IMPLEMENTATIONS:
-        console.print(f"[dim]version {version}: compiling {implementation}[/]")
-        compiled[implementation] = programs(version, implementation)
-    seconds = {(name, kind): [] for name in compiled for kind in ("forward", "both")}
-    for _ in range(rounds):
-        for name, kind in seconds:
-            seconds[name, kind].append(compiled[name][kind][0]())
-    rows, result = [], {}
-    for kind, title in (("forward", "forward"), ("both", "forward + backward")):
-        for name in compiled:
-            times = seconds[name, kind]
-            faster = [scan / mine for scan, mine in zip(seconds["scan", kind], times, strict=True)]
-            _, compile_seconds, memory = compiled[name][kind]
-            row = [f"{title}, {name}", shown([1e3 * t for t in times], 1), shown(faster, 2)]
-            rows.append([*row, f"{memory / MIB:,.1f}", f"{compile_seconds:.1f}"])
-            result.setdefault(name, {})[kind] = {
-                "seconds": spread(times),
-                "times_as_fast_as_scan": spread(faster),
-                "temporary_bytes": memory,
-                "share_of_scan_memory": memory / max(compiled["scan"][kind][2], 1),
-                "compile_seconds": compile_seconds,
+def main() -> None:
+    args = parse()
+    peer = {"python": args.peer_python} if args.peer_python else {}
+    base = {"threads": args.threads, "largest": int(args.gib * GIB)}
+    makers = {}
+    for name in (None, *IMPLEMENTATIONS):
+        options = {**base, "package": "rwkv_jax", "implementation": name}
+        makers[f"{OURS}, {name}" if name else OURS] = partial(Worker, "operators.py", options)
+    for name, which in PEERS.items():
+        makers[name] = partial(Worker, "operators.py", {**base, **which}, **peer)
+    workers = harness.start_all(makers)
+    results = {}
+    for version in args.version:
+        for tokens in args.tokens:
+            cells = {
+                kind: measure(workers, version, tokens, gradients, args.rounds)
+                for kind, gradients in KINDS.items()
             }
-    title = f"WKV of version {version}, {SHAPE}, float32: median [min..max] of {rounds} rounds"
-    harness.table(title, ["", "ms", "x times as fast as scan", "temporary MiB", "compile s"], rows)
-    return result
+            show(version, tokens, args.rounds, cells)
+            for about in (cell for found in cells.values() for cell in found.values()):
+                about.pop("shown", None)
+            results[f"version {version}, T={tokens}"] = cells
+    found = {name: worker.about["versions"] for name, worker in workers.items()}
+    for worker in workers.values():
+        worker.close()
+    found = {name: x for name, x in found.items() if not name.startswith(f"{OURS},")}
+    settings = {"shape": SHAPE, "threads": args.threads, "rounds": args.rounds}
+    harness.report("wkv", {**settings, "versions": found, "results": results})
+
+
+def measure(workers: dict, version: str, tokens: int, gradients: bool, rounds: int) -> dict:
+    """What every contestant takes for one program; ratios are to ours, of the same round."""
+    what = "forward and backward" if gradients else "forward"
+    console.print(f"[dim]version {version}, {tokens} tokens, {what}[/]")
+    request = {"version": version, "time": tokens, "gradients": gradients, **SHAPE}
+    about = {name: worker.ask(request) for name, worker in workers.items()}
+    able = {name: worker for name, worker in workers.items() if "absent" not in about[name]}
+    for worker in able.values():  # the first turn warms up
+        worker.ask({})
+    turns = [harness.in_turn(able, {}, index) for index in range(rounds)]
+    samples = {name: about[name].pop("samples") for name in able}
+    for name in able:
+        seconds = [turn[name]["seconds"] for turn in turns]
+        ratios = [turn[name]["seconds"] / turn[OURS]["seconds"] for turn in turns]
+        about[name] |= {
+            "seconds": spread(seconds),
+            "times_ours": spread(ratios),
+            "memory_times_ours": ratio(about[name], about[OURS]),
+            "apart": apart(samples[name], samples[OURS]),
+            "shown": [f"{1e3 * spread(seconds)['median']:,.1f}", shown(ratios, 2)],
+        }
+    return about
+
+
+def ratio(theirs: dict, ours: dict) -> float:
+    return theirs["temporary_bytes"] / max(ours["temporary_bytes"], 1)
+
+
+def apart(theirs: list, ours: list) -> float:
+    """The largest relative RMS difference over the results."""
+    pairs = [(np.array(x), np.array(y)) for x, y in zip(theirs, ours, strict=True)]
+    return max(float(np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2))) for x, y in pairs)
+
+
+def show(version: str, tokens: int, rounds: int, cells: dict) -> None:
+    rows = []
+    for name in next(iter(cells.values())):
+        row = [name]
+        for cell in (found[name] for found in cells.values()):
+            row += cell.get("shown", [cell.get("absent", ""), ""])
+            row.append(f"{cell['temporary_bytes'] / MIB:,.1f}" if "temporary_bytes" in cell else "")
+        errors = [found[name]["apart"] for found in cells.values() if "apart" in found[name]]
+        rows.append([*row, f"{max(errors):.0e}" if errors else ""])
+    columns = ["", *["ms", "times ours", "MiB"] * 2, "apart"]
+    title = f"WKV of version {version}, T={tokens}: forward, then forward + backward"
+    harness.table(f"{title}; median [min..max] of {rounds} rounds", columns, rows)
 
 
 if __name__ == "__main__":
