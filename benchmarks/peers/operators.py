@@ -56,8 +56,9 @@ def prepare(operator, request: dict, largest: int):
     import jax
     import numpy as np
 
-    version, gradients = request["version"], request["gradients"]
-    x = inputs(version, request["batch"], request["time"], request["heads"], request["size"])
+    gradients = request["gradients"]
+    with np.load(request["inputs"]) as file:
+        x = dict(file)
     results = jax.eval_shape(operator, x)
     rng = np.random.default_rng(1)
     cotangents = jax.tree.map(lambda r: rng.standard_normal(r.shape, dtype=np.float32), results)
@@ -91,31 +92,6 @@ def prepare(operator, request: dict, largest: int):
     flat = [np.asarray(leaf).reshape(-1) for leaf in jax.tree.leaves(program(*given))]
     samples = [leaf[(where * leaf.size).astype(int)].tolist() for leaf in flat]
     return run, about | {"samples": samples}
-
-
-def inputs(version: str, batch: int, time: int, heads: int, size: int) -> dict:
-    """Inputs as a model makes them, by our names for them; version 4's as [b, t, heads * size]."""
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    shape = (batch, time, heads, size)
-
-    def normal():
-        return rng.standard_normal(shape, dtype=np.float32)
-
-    if version == "4":
-        k, v = (normal().reshape(batch, time, -1) for _ in range(2))
-        u = rng.standard_normal(heads * size, dtype=np.float32)
-        decay = -np.exp(rng.uniform(-5.0, 0.5, heads * size))
-        return {"log_w": decay.astype(np.float32), "k": k, "v": v, "u": u}
-    x = {"r": normal(), "k": normal(), "v": normal()}
-    if version == "6":
-        x["u"] = rng.standard_normal((heads, size), dtype=np.float32)
-        return x | {"log_w": -np.exp(rng.uniform(-6.0, 1.5, shape)).astype(np.float32)}
-    removed = normal()
-    removed /= np.linalg.norm(removed, axis=-1, keepdims=True)
-    rate, decay = (1 / (1 + np.exp(-normal())) for _ in range(2))
-    return x | {"a": -removed, "b": removed * rate, "log_w": -np.float32(np.exp(-0.5)) * decay}
 
 
 def ours(implementation: str | None) -> dict:

@@ -46,9 +46,8 @@ SHAPES = {
     "odd": Shape(2, 53, 2, 64),
     "power of two": Shape(2, 128, 2, 8),
     "long": Shape(2, 200, 2, 64),
-    "benchmark": Shape(2, 1024, 8, 64),
 }
-"""Lengths around the chunk borders for tests; `benchmark` is the shape of the README's table."""
+"""Lengths around the chunk borders, for tests."""
 
 LOG_W_MIN = -float(np.exp(-0.5))
 """Version 7: the strongest decay of the official parametrisation, log w = -exp(-1/2) sigmoid(.)."""

@@ -42,12 +42,12 @@ _WKV4 = Table(
 )
 _WKV6 = Table(
     {"scan": v6_scan.wkv6, "chunked": v6_chunked.wkv6, "associative": v6_associative.wkv6},
-    v6_chunked.fastest,
+    partial(v6_chunked.wkv6, by_token=True),
     sharded.wkv6,
 )
 _WKV7 = Table(
     {"scan": v7_scan.wkv7, "chunked": v7_chunked.wkv7, "associative": v7_associative.wkv7},
-    v7_chunked.fastest,
+    partial(v7_chunked.wkv7, by_token=True),
     sharded.wkv7,
 )
 

@@ -24,8 +24,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int
-from rwkv_jax.wkv.v4.associative import combine
-from rwkv_jax.wkv.v4.scan import LOG_ZERO, Wkv4State
+from rwkv_jax.wkv.v4.associative import combine, part_decay
+from rwkv_jax.wkv.v4.scan import Wkv4State
 from rwkv_jax.wkv.v6 import associative as v6
 from rwkv_jax.wkv.v7 import associative as v7
 
@@ -113,9 +113,8 @@ def wkv4(
     empty = Wkv4State.empty(state.num.shape, state.num.dtype)
     _, part = run(log_w, k, v, u, empty, reset, mask)
     count = k.shape[1] if mask is None else jnp.sum(mask, 1, dtype=log_w.dtype)[:, None]
-    decay = jnp.broadcast_to(count * log_w[None], state.num.shape)
-    if reset is not None:
-        decay = jnp.where(jnp.any(reset, 1)[:, None], LOG_ZERO, decay)
+    begun = None if reset is None else jnp.any(reset, 1)[:, None]
+    decay = jnp.broadcast_to(part_decay(log_w[None], count, begun), state.num.shape)
     entering, last = exchange(axis, lambda state, x: combine(state, *x), (decay, part), state)
     y, _ = run(log_w, k, v, u, entering, reset, mask)
     return y, last

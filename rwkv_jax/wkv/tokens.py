@@ -1,5 +1,6 @@
 """What the token-by-token forms of versions 5 to 7 share."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -11,6 +12,22 @@ def read(state: Float[Array, "b h v k"], key: Float[Array, "b h k"]) -> Float[Ar
     return jnp.einsum("bhvk,bhk->bhv", state, key, precision=lax.Precision.HIGHEST)
 
 
+def in_order(
+    token: Callable,
+    inputs: tuple[Array, ...],
+    state: Float[Array, "b h v k"],
+    reset: Bool[Array, "b t"] | None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+    """`state, y = token(state, inputs of one token, starts)` over all tokens by `lax.scan`."""
+    over = (inputs, reset)
+    if inputs[0].shape[1] == 1:
+        state, y = token(state, *jax.tree.map(lambda x: x[:, 0], over))
+        return y[:, None], state
+    time_first = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), over)
+    state, y = lax.scan(lambda state, x: token(state, *x), state, time_first)
+    return jnp.moveaxis(y, 0, 1), state
+
+
 def in_place(
     token: Callable,
     inputs: tuple[Array, ...],
@@ -18,9 +35,9 @@ def in_place(
     reset: Bool[Array, "b t"] | None,
     y: Float[Array, "b t h v"],
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
-    """`y, state = token(state, inputs of one token, starts)` over all tokens.
+    """What `in_order` computes, for where no gradient is taken.
 
-    They are read from `inputs`, [b, t, h, n] each, where they lie, and written into `y`: no array
+    Tokens are read from `inputs`, [b, t, h, n] each, where they lie, and written into `y`: no array
     is transposed or kept. Not to be differentiated: each step's gradient would be as long as the
     sequence.
     """
@@ -31,7 +48,7 @@ def in_place(
     def body(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         state, y = carry
         starts = None if reset is None else at(reset, t)
-        out, state = token(state, tuple(at(x, t) for x in inputs), starts)
+        state, out = token(state, tuple(at(x, t) for x in inputs), starts)
         return state, lax.dynamic_update_index_in_dim(y, out, t, axis=1)
 
     state, y = lax.fori_loop(0, y.shape[1], body, (state, y))

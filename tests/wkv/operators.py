@@ -23,7 +23,7 @@ from rwkv_jax.wkv import (
     wkv7_step,
 )
 
-SHAPES = {name: shape for name, shape in cases.SHAPES.items() if name != "benchmark"}
+SHAPES = cases.SHAPES
 LONG, SMALL = cases.SHAPES["long"], cases.Shape(2, 101, 2, 8)
 """Both cross the borders of chunks of any implementation, and end inside one."""
 

@@ -438,14 +438,7 @@ def test_documents_start_from_the_initial_state(name, implementation):
 
 
 @pytest.mark.parametrize("reset", ["none", "random"])
-@pytest.mark.parametrize(
-    ("version", "regime"),
-    [
-        pytest.param(version, regime, id=f"wkv{version.name}-{regime.replace(' ', '-')}")
-        for version in DISTINCT
-        for regime in version.regimes
-    ],
-)
+@pytest.mark.parametrize(("version", "regime"), REGIMES)
 def test_the_default_where_no_gradient_is_taken(version, regime, reset):
     """It goes token by token on this device, by code that no named implementation runs."""
     inputs, state = version.inputs(regime, LONG), version.state(LONG)

@@ -79,16 +79,20 @@ def compose(
     return jnp.maximum(first[0] + second[0], LOG_ZERO), combine(first[1], *second)
 
 
+def part_decay(log_w: Array, steps: Array | int, begun: Array | None) -> Array:
+    """The log decay over so many tokens; log 0 where a document starts among them."""
+    decay = steps * log_w
+    return decay if begun is None else jnp.where(begun, LOG_ZERO, decay)
+
+
 def total_decay(log_w: Array, x: Tokens) -> Float[Array, "b chunks c"]:
-    """The log decay over each whole chunk; log 0 where a document starts inside."""
+    """The log decay over each whole chunk."""
     size, b, chunks, c = x.k.shape
     count = jnp.full((b, chunks, 1), size, log_w.dtype)
     if x.padding is not None:
         count = count - jnp.sum(x.padding, axis=0, dtype=log_w.dtype)
-    decay = count * log_w[None, None, :]
-    if x.starts is not None:
-        decay = jnp.where(jnp.any(x.starts, axis=0), LOG_ZERO, decay)
-    return jnp.broadcast_to(decay, (b, chunks, c))
+    begun = None if x.starts is None else jnp.any(x.starts, axis=0)
+    return jnp.broadcast_to(part_decay(log_w[None, None, :], count, begun), (b, chunks, c))
 
 
 def joined(

@@ -17,6 +17,7 @@ from rwkv_jax.remat import keep
 from rwkv_jax.typing import Array, Bool, Float
 from rwkv_jax.wkv.chunks import documents, in_chunks, pad, put, take
 from rwkv_jax.wkv.reverse import reverse_only
+from rwkv_jax.wkv.tokens import in_place
 from rwkv_jax.wkv.v6 import chunk, scan
 from rwkv_jax.wkv.v6.chunk import Heads, Inputs
 
@@ -35,44 +36,30 @@ def wkv6(
     state: Float[Array, "b h v k"],
     reset: Bool[Array, "b t"] | None,
     initial: Float[Array, "h v k"] | None,
+    *,
+    by_token: bool = False,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
-    """`rwkv_jax.wkv.wkv6` by chunks."""
-    return _run(_over_chunks, r, log_w, k, v, u, state, reset, initial)
-
-
-def fastest(
-    r: Float[Array, "b t h k"],
-    log_w: Float[Array, "b t h k"],
-    k: Float[Array, "b t h k"],
-    v: Float[Array, "b t h v"],
-    u: Float[Array, "h k"],
-    state: Float[Array, "b h v k"],
-    reset: Bool[Array, "b t"] | None,
-    initial: Float[Array, "h v k"] | None,
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
-    """`rwkv_jax.wkv.wkv6` by chunks; on a CPU, where no gradient is taken and the state is small
-    enough for its caches, token by token."""
-    small = state.size <= LARGEST_STATE
-    return _run(_fastest if small else _over_chunks, r, log_w, k, v, u, state, reset, initial)
-
-
-def _run(over_chunks: Any, r, log_w, k, v, u, state, reset, initial) -> tuple[Array, Array]:
+    """`rwkv_jax.wkv.wkv6` by chunks; with `by_token`, on a CPU, where no gradient is taken and the
+    state is small enough for its caches, token by token."""
     x, heads = Inputs(r, log_w, k, v), Heads(u, initial)
     x, heads, state = reverse_only("wkv6", (x, heads, state), "'scan' or 'associative'")
-    return over_chunks(CHUNK, x, heads, state, reset)
+    by_token = by_token and state.size <= LARGEST_STATE
+    outputs: Any = _over_chunks(CHUNK, by_token, x, heads, state, reset)
+    return outputs
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _over_chunks(size: int, x: Inputs, heads: Heads, state: Array, reset: Array | None):
-    return _forward(size, x, heads, state, reset)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _over_chunks(
+    size: int, by_token: bool, x: Inputs, heads: Heads, state: Array, reset: Array | None
+):
+    def chunks() -> tuple[Array, Array]:
+        return _forward(size, by_token, x, heads, state, reset)[0]
 
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fastest(size: int, x: Inputs, heads: Heads, state: Array, reset: Array | None):
-    return lax.platform_dependent(
-        cpu=lambda: scan.forward(*x, heads.u, state, reset, heads.initial),
-        default=lambda: _forward(size, x, heads, state, reset)[0],
-    )
+    if not by_token:
+        return chunks()
+    token = partial(scan.token, heads.u, heads.initial)
+    tokens = partial(in_place, token, x, state, reset, jnp.zeros_like(x.v))
+    return lax.platform_dependent(cpu=tokens, default=chunks)
 
 
 def _chunk(ids: Any, x: Inputs, heads: Heads, state: Array) -> tuple[Array, Array]:
@@ -80,7 +67,7 @@ def _chunk(ids: Any, x: Inputs, heads: Heads, state: Array) -> tuple[Array, Arra
     return chunk.forward(x, heads, chunk.relate(x, heads, docs), state, docs)
 
 
-def _forward(size: int, x: Inputs, heads: Heads, state: Array, reset: Array | None):
+def _forward(size: int, by_token: bool, x: Inputs, heads: Heads, state: Array, reset: Array | None):
     padded, steps = in_chunks(size, x, reset)
 
     # Chunks are sliced from the time axis as they are needed: cutting all of them beforehand would
@@ -97,7 +84,9 @@ def _forward(size: int, x: Inputs, heads: Heads, state: Array, reset: Array | No
     return (y, after), (x, heads, entering, reset)
 
 
-def _backward(size: int, kept: tuple, cotangents: tuple) -> tuple[Inputs, Heads, Array, None]:
+def _backward(
+    size: int, by_token: bool, kept: tuple, cotangents: tuple
+) -> tuple[Inputs, Heads, Array, None]:
     x, heads, entering, reset = kept
     dy, dstate = cotangents
     padded, steps = in_chunks(size, x, reset)
@@ -118,4 +107,3 @@ def _backward(size: int, kept: tuple, cotangents: tuple) -> tuple[Inputs, Heads,
 
 
 _over_chunks.defvjp(_forward, _backward)
-_fastest.defvjp(_forward, _backward)
