@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -151,6 +152,8 @@ def _writing(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        # What else was being written is given up, and says so whenever it is collected.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         # The library that writes arrays raises ValueError with the number in its text.
         told = re.search(r"os_error_code='(\d+)'", str(error))
         number = int(told[1]) if told else getattr(error, "errno", None)

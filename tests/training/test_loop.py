@@ -252,6 +252,7 @@ def test_kill_9_leaves_a_run_that_goes_on_exactly(tmp_path, compiled_once):
 LIMITED = """
 import resource, sys
 sys.path.insert(0, {root!r})
+import matplotlib.font_manager  # which would write its cache
 import train
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 sys.exit(train.main(sys.argv[1:], "python train.py"))
