@@ -9,10 +9,9 @@ from functools import partial
 
 import jax
 
-quick_jit = partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
+_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+quick_jit = partial(jax.jit, compiler_options=_QUICK)
+
+QUICK_FLAGS = " ".join(f"--{name}={int(value)}" for name, value in _QUICK.items())
+"""The same for a process, as `XLA_FLAGS`."""

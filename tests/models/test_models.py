@@ -20,6 +20,9 @@ LENGTH = 41
 
 every_version = pytest.mark.parametrize("version", models.VERSIONS)
 one_of_each_recurrence = pytest.mark.parametrize("version", ["4", "6", "7"])
+slowly_all_recurrences = pytest.mark.parametrize(
+    "version", [*(pytest.param(version, marks=pytest.mark.slow) for version in "46"), "7"]
+)
 
 
 @functools.cache
@@ -195,7 +198,7 @@ def loss_gradient(version, remat, layout, implementation="chunked"):
     return to_official(models.stack(gradient) if layout == "unstacked" else gradient, cfg)
 
 
-@one_of_each_recurrence
+@slowly_all_recurrences
 @pytest.mark.parametrize(
     ("remat", "layout", "implementation"),
     [("full", "unstacked", "chunked"), ("dots", "stacked", "scan")],
@@ -207,7 +210,7 @@ def test_options_leave_the_gradient_alone(version, remat, layout, implementation
         assert_close(x, expected[name], "float32", name=name)
 
 
-@pytest.mark.parametrize("version", ["4", "7"])
+@slowly_all_recurrences
 def test_remat_keeps_less(version):
     """The backward pass holds one layer's intermediates under "full", not every layer's; "dots" is
     between."""

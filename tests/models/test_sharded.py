@@ -24,6 +24,13 @@ every_version = pytest.mark.parametrize(
         for version in models.VERSIONS  # 5.2 stands for these two: they mix tokens alike
     ],
 )
+one_of_each_recurrence = pytest.mark.parametrize(
+    "version",
+    [
+        pytest.param(version, marks=[] if version in ("4", "6", "7") else [pytest.mark.slow])
+        for version in models.VERSIONS
+    ],
+)
 
 
 @functools.cache
@@ -46,7 +53,7 @@ def leaves(tree):
     return jax.tree.leaves(tree)
 
 
-@every_version
+@one_of_each_recurrence
 def test_time_over_devices(version):
     """Logits, state and every gradient are those of one device; the state that comes in, too."""
     params, cfg = weights(version)
@@ -81,7 +88,7 @@ def test_time_over_devices(version):
         assert relative_rms(a, b) < MODEL_RMS
 
 
-@every_version
+@one_of_each_recurrence
 def test_rows_of_given_lengths(version):
     """The state is that after each row's last real token, and goes on as it would alone."""
     params, cfg = weights(version)

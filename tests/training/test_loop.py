@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import QUICK_FLAGS
 from official import checkpoint
 from rich.console import Console
 from training.runs import config, settings
@@ -204,7 +205,7 @@ def start(tmp_path, cache, *extra):
     toml.write_text("")
     env = {
         **os.environ,
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": QUICK_FLAGS,
         "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -268,7 +269,7 @@ def test_a_disk_that_takes_no_checkpoint_is_one_line(tmp_path):
         [sys.executable, "-c", code, tmp_path / "empty.toml", *settings(tmp_path)],
         capture_output=True,
         text=True,
-        env={**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        env={**os.environ, "XLA_FLAGS": QUICK_FLAGS, "JAX_ENABLE_COMPILATION_CACHE": "false"},
     )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()

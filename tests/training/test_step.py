@@ -41,7 +41,7 @@ def batch(seed=0, b=4, t=16, vocab=32):
     return Batch(tokens[:, :-1], tokens[:, 1:], tokens[:, :-1] == 0)
 
 
-@pytest.mark.parametrize("version", MODELS)
+@pytest.mark.parametrize("version", [pytest.param("4", marks=pytest.mark.slow), "7"])
 def test_accumulated_gradient_is_the_whole_batchs(version):
     # One step without momentum: the parameters after it show the gradient.
     results = []
@@ -65,7 +65,7 @@ def test_accumulated_gradient_is_the_whole_batchs(version):
     assert (sum(jax.tree.leaves(difference)) / total) ** 0.5 < 1e-5
 
 
-@pytest.mark.parametrize("version", MODELS)
+@pytest.mark.parametrize("version", [pytest.param("4", marks=pytest.mark.slow), "7"])
 def test_learns_a_batch_by_heart(version):
     cfg = config()
     state = init_train_state(cfg, MODELS[version])
