@@ -42,7 +42,7 @@ _WKV4 = Table(
 )
 _WKV6 = Table(
     {"scan": v6_scan.wkv6, "chunked": v6_chunked.wkv6, "associative": v6_associative.wkv6},
-    partial(v6_chunked.wkv6, by_token=True),
+    v6_chunked.wkv6,
     sharded.wkv6,
 )
 _WKV7 = Table(

@@ -1,4 +1,4 @@
-"""What the token-by-token forms of versions 5 to 7 share."""
+"""What `scan` of versions 5 to 7 share."""
 
 import jax
 import jax.numpy as jnp
@@ -26,30 +26,3 @@ def in_order(
     time_first = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), over)
     state, y = lax.scan(lambda state, x: token(state, *x), state, time_first)
     return jnp.moveaxis(y, 0, 1), state
-
-
-def in_place(
-    token: Callable,
-    inputs: tuple[Array, ...],
-    state: Float[Array, "b h v k"],
-    reset: Bool[Array, "b t"] | None,
-    y: Float[Array, "b t h v"],
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
-    """What `in_order` computes, for where no gradient is taken.
-
-    Tokens are read from `inputs`, [b, t, h, n] each, where they lie, and written into `y`: no array
-    is transposed or kept. Not to be differentiated: each step's gradient would be as long as the
-    sequence.
-    """
-
-    def at(x: Array, t: Array) -> Array:
-        return lax.dynamic_index_in_dim(x, t, axis=1, keepdims=False)
-
-    def body(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        state, y = carry
-        starts = None if reset is None else at(reset, t)
-        state, out = token(state, tuple(at(x, t) for x in inputs), starts)
-        return state, lax.dynamic_update_index_in_dim(y, out, t, axis=1)
-
-    state, y = lax.fori_loop(0, y.shape[1], body, (state, y))
-    return y, state

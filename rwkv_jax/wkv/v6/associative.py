@@ -1,8 +1,8 @@
 """RWKV-5's and 6's WKV with the chunks' summaries joined by `lax.associative_scan`: log depth in
 time.
 
-A chunk is the map S -> S P + X, P a decay per key channel, and two in a row are one again:
-(P1 P2, X1 P2 + X2).
+A chunk is the map S -> P S + X, P a decay per key channel, and two in a row are one again:
+(P2 P1, P2 X1 + X2).
 """
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Float
-from rwkv_jax.wkv.chunks import Documents, cut, document_ids, documents, join
+from rwkv_jax.wkv.chunks import Documents, cut, document_ids, documents, join, transpose
 from rwkv_jax.wkv.v6 import chunk
 from rwkv_jax.wkv.v6.chunk import Heads, Inputs
 
@@ -29,19 +29,20 @@ def wkv6(
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """`rwkv_jax.wkv.wkv6` by an associative scan over chunks of 16; differentiated by JAX."""
     x = Inputs(*(cut(array, CHUNK) for array in (r, log_w, k, v)))
-    heads = Heads(u, initial)
+    heads, state = Heads.of(u, initial), transpose(state)
     docs = documents(document_ids(reset, CHUNK), state.dtype)
     maps = lax.associative_scan(compose, jax.checkpoint(summarise)(x, heads, docs))
     after = act(state[None], maps)
     entering = jnp.concatenate([state[None], after[:-1]])
     y = jax.checkpoint(read)(x, heads, entering, docs)
-    return join(y, r.shape[1]), after[-1]
+    return join(y, r.shape[1]), transpose(after[-1])
 
 
 def summarise(x: Inputs, heads: Heads, docs: Documents | None) -> tuple[Array, Array]:
-    """P [.., 1, k] and X [.., v, k] of every chunk."""
+    """P [.., k, 1] and X [.., k, v] of every chunk."""
     s = chunk.relate(x, heads, docs)
-    return s.total, chunk.written(x, heads, s, docs)
+    nothing = jnp.zeros((*x.v.shape[:-2], x.k.shape[-1], x.v.shape[-1]), x.v.dtype)
+    return s.total, chunk.forward(x, heads, s, nothing, docs)[1]
 
 
 def compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -50,7 +51,7 @@ def compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Ar
 
 
 def act(state: Array, part: tuple[Array, Array]) -> Array:
-    """The state after a chunk, or any part of the sequence: S P + X."""
+    """The state after a chunk, or any part of the sequence: P S + X."""
     return state * part[0] + part[1]
 
 
