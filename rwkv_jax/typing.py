@@ -19,11 +19,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from jax import Array
-from jaxtyping import Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Bool, Float, Int, PRNGKeyArray, Shaped
 
 Leaf = TypeVar("Leaf")
 """What a container of parameters or states holds: arrays, specs, labels, shapes."""
 
 PyTree = Any
 
-__all__ = ["Array", "Bool", "Callable", "Float", "Int", "Leaf", "PRNGKeyArray", "PyTree"]
+__all__ = ["Array", "Bool", "Callable", "Float", "Int", "Leaf", "PRNGKeyArray", "PyTree", "Shaped"]

@@ -14,6 +14,11 @@ dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 transpose = jnp.matrix_transpose
 
 
+def fit(size: int, time: int) -> int:
+    """Tokens a chunk for so many: `size`, or the power of two below it that holds them all."""
+    return min(size, 1 << (time - 1).bit_length())
+
+
 def pad(x: Float[Array, "b t h n"], size: int) -> Float[Array, "b padded h n"]:
     """Fill the last chunk up with zeros: decay 1, nothing removed, nothing written."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)))

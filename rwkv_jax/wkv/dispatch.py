@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int
-from rwkv_jax.wkv import sharded
+from rwkv_jax.wkv import default, sharded
 from rwkv_jax.wkv.v4 import associative as v4_associative
 from rwkv_jax.wkv.v4 import chunked as v4_chunked
 from rwkv_jax.wkv.v4 import scan as v4_scan
@@ -21,33 +21,30 @@ from rwkv_jax.wkv.v7 import scan as v7_scan
 IMPLEMENTATIONS = ("scan", "chunked", "associative")
 """Names that `implementation=` takes."""
 
-SHORT = 8
-"""Sequences shorter than this are scanned: a chunk would be mostly padding."""
-
 
 class Table(NamedTuple):
     """What there is of one operator."""
 
     forms: dict[str, Callable[..., Any]]
     fastest: Callable[..., Any]
-    """What `implementation=None` is for sequences that are not short."""
+    """What `implementation=None` is for more than one token."""
     part: Callable[..., Any]
     """(form, mesh axis, ...): a device's part of the sequence."""
 
 
 _WKV4 = Table(
     {"scan": v4_scan.wkv4, "chunked": v4_chunked.wkv4, "associative": v4_associative.wkv4},
-    v4_chunked.wkv4,
+    default.wkv4,
     sharded.wkv4,
 )
 _WKV6 = Table(
     {"scan": v6_scan.wkv6, "chunked": v6_chunked.wkv6, "associative": v6_associative.wkv6},
-    v6_chunked.wkv6,
+    default.wkv6,
     sharded.wkv6,
 )
 _WKV7 = Table(
     {"scan": v7_scan.wkv7, "chunked": v7_chunked.wkv7, "associative": v7_associative.wkv7},
-    partial(v7_chunked.wkv7, by_token=True),
+    default.wkv7,
     sharded.wkv7,
 )
 
@@ -200,7 +197,7 @@ def _choose(
 ) -> Callable[..., Any]:
     """The implementation; under a mesh axis, of each device's part."""
     if implementation is None:
-        run = table.forms["scan"] if length < SHORT else table.fastest
+        run = table.forms["scan"] if length == 1 else table.fastest
     elif implementation in table.forms:
         run = table.forms[implementation]
     else:

@@ -1,10 +1,14 @@
-"""What `scan` of versions 5 to 7 share."""
+"""Loops over tokens, and what `scan` of versions 5 to 7 share."""
+
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rwkv_jax.typing import Array, Bool, Callable, Float
+from rwkv_jax.typing import Array, Callable, Float, Int, PyTree, Shaped
+
+State = TypeVar("State")
 
 
 def read(state: Float[Array, "b h v k"], key: Float[Array, "b h k"]) -> Float[Array, "b h v"]:
@@ -13,16 +17,37 @@ def read(state: Float[Array, "b h v k"], key: Float[Array, "b h k"]) -> Float[Ar
 
 
 def in_order(
-    token: Callable,
-    inputs: tuple[Array, ...],
-    state: Float[Array, "b h v k"],
-    reset: Bool[Array, "b t"] | None,
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
-    """`state, y = token(state, inputs of one token, starts)` over all tokens by `lax.scan`."""
-    over = (inputs, reset)
-    if inputs[0].shape[1] == 1:
-        state, y = token(state, *jax.tree.map(lambda x: x[:, 0], over))
+    token: Callable, inputs: PyTree, state: State
+) -> tuple[Float[Array, "b t ..."], State]:
+    """`state, y = token(state, inputs of one token)` over all tokens of `inputs`, a tree of arrays
+    [b, t, ...], by `lax.scan`."""
+    if jax.tree.leaves(inputs)[0].shape[1] == 1:
+        state, y = token(state, jax.tree.map(lambda x: x[:, 0], inputs))
         return y[:, None], state
-    time_first = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), over)
-    state, y = lax.scan(lambda state, x: token(state, *x), state, time_first)
+    time_first = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), inputs)
+    state, y = lax.scan(token, state, time_first)
     return jnp.moveaxis(y, 0, 1), state
+
+
+def in_place(
+    token: Callable, inputs: PyTree, state: State, y: Float[Array, "b t ..."]
+) -> tuple[Float[Array, "b t ..."], State]:
+    """What `in_order` computes, for where no gradient is taken.
+
+    Tokens are read where they lie and written into `y`, whose values do not matter: no array is
+    transposed or kept. Not to be differentiated: each step's gradient would be as long as the
+    sequence.
+    """
+
+    def body(t: Array, carry: tuple[State, Array]) -> tuple[State, Array]:
+        state, y = carry
+        state, out = token(state, jax.tree.map(lambda x: at(x, t), inputs))
+        return state, lax.dynamic_update_index_in_dim(y, out, t, axis=1)
+
+    state, y = lax.fori_loop(0, y.shape[1], body, (state, y))
+    return y, state
+
+
+def at(x: Shaped[Array, "b t ..."], t: Int[Array, ""] | int) -> Shaped[Array, "b ..."]:
+    """Token `t`."""
+    return lax.dynamic_index_in_dim(x, t, axis=1, keepdims=False)

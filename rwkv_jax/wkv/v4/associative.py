@@ -3,7 +3,7 @@
 
 Sweep 1 starts every chunk from the empty state and leaves its summary. The summaries are joined,
 which gives the state that enters each chunk. Sweep 2 starts from those and emits y. The backward
-pass does the same the other way round. The algebra is in `tokens.py`.
+pass does the same the other way round. The algebra is in `sweeps.py`.
 """
 
 from functools import partial
@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rwkv_jax.remat import keep
 from rwkv_jax.typing import Array, Bool, Float
+from rwkv_jax.wkv.chunks import fit
+from rwkv_jax.wkv.gradient import outputs_of, with_gradient
 from rwkv_jax.wkv.reverse import reverse_only
 from rwkv_jax.wkv.v4.scan import LOG_ZERO, Wkv4State, blend
-from rwkv_jax.wkv.v4.tokens import (
+from rwkv_jax.wkv.v4.sweeps import (
     SweptBack,
     Tokens,
     advance,
@@ -45,18 +46,17 @@ def wkv4(
 ) -> tuple[Float[Array, "b t c"], Wkv4State]:
     """`rwkv_jax.wkv.wkv4` by an associative scan over chunks of 64."""
     log_w, k, v, u, state = reverse_only("wkv4", (log_w, k, v, u, state))
-    y, after = _over_chunks(log_w, k, v, u, state, reset, mask)
-    return y, after
-
-
-@jax.custom_vjp
-def _over_chunks(log_w, k, v, u, state, reset, mask):
-    return _forward(log_w, k, v, u, state, reset, mask)[0]
+    return _over_chunks(log_w, k, v, u, state, reset, mask)
 
 
 def side_by_side(x: Array) -> Array:
     """[b, chunks, C, c] -> [C, b, chunks, c]."""
     return x.transpose(2, 0, 1, 3)
+
+
+def chunks_first(x: Array) -> Array:
+    """[b, chunks, c] -> [chunks, b, c], and back."""
+    return x.swapaxes(0, 1)
 
 
 def join(x: Float[Array, "C b chunks c"], t: int) -> Float[Array, "b t c"]:
@@ -110,8 +110,10 @@ def joined(
     return entering, jax.tree.map(lambda x: x[:, -1], after)
 
 
-def _forward(log_w, k, v, u, state, reset, mask):
-    x = jax.tree.map(side_by_side, tokens(k, v, reset, mask, CHUNK))
+def forward(log_w, k, v, u, state, reset, mask):
+    """(`y`, the state after), and the states that enter the chunks, as in `chunked`."""
+    size = fit(CHUNK, k.shape[1])
+    x = jax.tree.map(side_by_side, tokens(k, v, reset, mask, size))
 
     def step(state: Wkv4State, token: Tokens) -> tuple[Wkv4State, None]:
         return advance(meet(state, token), token, log_w), None
@@ -119,15 +121,18 @@ def _forward(log_w, k, v, u, state, reset, mask):
     parts, _ = lax.scan(step, Wkv4State.empty(x.k.shape[1:], k.dtype), x)
     entering, last = joined(total_decay(log_w, x), parts, state)
     y = join(sweep(log_w, u, x, entering)[1], k.shape[1])
-    y, entering, last = keep((y, entering, last))
-    return (y, last), (log_w, k, v, u, state, reset, mask, y, entering, last)
+    return (y, last), jax.tree.map(chunks_first, entering)
 
 
-def _backward(kept, cotangents):
-    log_w, k, v, u, state, reset, mask, y, entering, last = kept
+def backward(given, kept, cotangents):
+    """Gradients of what `forward` was given, from those of `y` and the state after."""
+    log_w, k, v, u, state, reset, mask = given
+    (y, last), entering = kept
+    entering = jax.tree.map(chunks_first, entering)
     dy, dlast = cotangents
-    x = jax.tree.map(side_by_side, tokens(k, v, reset, mask, CHUNK))
-    y, dy = (side_by_side(cut(z, CHUNK)) for z in (y, dy))
+    size = fit(CHUNK, k.shape[1])
+    x = jax.tree.map(side_by_side, tokens(k, v, reset, mask, size))
+    y, dy = (side_by_side(cut(z, size)) for z in (y, dy))
     reading = readings(log_w, u, x, dy, entering)
 
     def step(grad: Wkv4State, inputs: tuple) -> tuple[Wkv4State, None]:
@@ -146,4 +151,4 @@ def _backward(kept, cotangents):
     return dlog_w, dk, dv, du, of_state(first, state), None, None
 
 
-_over_chunks.defvjp(_forward, _backward)
+_over_chunks = with_gradient(outputs_of(forward), forward, backward, keeps_outputs=True)

@@ -1,12 +1,13 @@
 """RWKV-4's WKV as it is defined: one token after another, in log space."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Float
+from rwkv_jax.wkv.tokens import in_order
 
 LOG_ZERO = -1e38
 """Stands for log 0: survives additions in float32 without becoming -inf, whose differences are
@@ -69,6 +70,18 @@ def step(
     return y, absorb(state, log_w[None], k, v, jnp.ones_like(v))
 
 
+def token(log_w: Array, u: Array, state: Wkv4State, inputs: tuple) -> tuple[Wkv4State, Array]:
+    """The state after a token and its `y`; `inputs` are k, v, whether a document starts, and
+    whether the token is real."""
+    k, v, starts, real = inputs
+    if starts is not None:
+        state = forget(state, starts[:, None])
+    y, after = step(log_w, k, v, u, state)
+    if real is not None:
+        after = jax.tree.map(lambda x, y: jnp.where(real[:, None], x, y), after, state)
+    return after, y
+
+
 def wkv4(
     log_w: Float[Array, " c"],
     k: Float[Array, "b t c"],
@@ -79,19 +92,4 @@ def wkv4(
     mask: Bool[Array, "b t"] | None,
 ) -> tuple[Float[Array, "b t c"], Wkv4State]:
     """`rwkv_jax.wkv.wkv4` by `lax.scan`. Its gradient keeps every state: O(t) of them."""
-
-    def token(state: Wkv4State, inputs: tuple) -> tuple[Wkv4State, Array]:
-        k, v, starts, real = inputs
-        if starts is not None:
-            state = forget(state, starts[:, None])
-        y, after = step(log_w, k, v, u, state)
-        if real is not None:
-            after = jax.tree.map(lambda x, y: jnp.where(real[:, None], x, y), after, state)
-        return after, y
-
-    inputs = (k, v, reset, mask)
-    if k.shape[1] == 1:
-        state, y = token(state, jax.tree.map(lambda x: x[:, 0], inputs))
-        return y[:, None], state
-    state, y = lax.scan(token, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), inputs))
-    return jnp.moveaxis(y, 0, 1), state
+    return in_order(partial(token, log_w, u), (k, v, reset, mask), state)

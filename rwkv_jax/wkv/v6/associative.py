@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Float
-from rwkv_jax.wkv.chunks import Documents, cut, document_ids, documents, join, transpose
+from rwkv_jax.wkv.chunks import Documents, cut, document_ids, documents, fit, join, transpose
 from rwkv_jax.wkv.v6 import chunk
 from rwkv_jax.wkv.v6.chunk import Heads, Inputs
 
@@ -28,9 +28,10 @@ def wkv6(
     initial: Float[Array, "h v k"] | None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """`rwkv_jax.wkv.wkv6` by an associative scan over chunks of 16; differentiated by JAX."""
-    x = Inputs(*(cut(array, CHUNK) for array in (r, log_w, k, v)))
+    size = fit(CHUNK, r.shape[1])
+    x = Inputs(*(cut(array, size) for array in (r, log_w, k, v)))
     heads, state = Heads.of(u, initial), transpose(state)
-    docs = documents(document_ids(reset, CHUNK), state.dtype)
+    docs = documents(document_ids(reset, size), state.dtype)
     maps = lax.associative_scan(compose, jax.checkpoint(summarise)(x, heads, docs))
     after = act(state[None], maps)
     entering = jnp.concatenate([state[None], after[:-1]])

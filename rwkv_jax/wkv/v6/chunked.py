@@ -5,20 +5,20 @@ The backward pass recomputes each chunk from its inputs and the state that enter
 a chunk is kept, not one a token. The algebra is in `chunk.py`.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rwkv_jax.remat import keep
 from rwkv_jax.typing import Array, Bool, Float
-from rwkv_jax.wkv.chunks import documents, in_chunks, pad, put, take, transpose
+from rwkv_jax.wkv.chunks import documents, fit, in_chunks, pad, put, take, transpose
+from rwkv_jax.wkv.gradient import outputs_of, with_gradient
 from rwkv_jax.wkv.reverse import reverse_only
 from rwkv_jax.wkv.v6 import chunk
 from rwkv_jax.wkv.v6.chunk import Heads, Inputs
 
 CHUNK = 32
+FORWARD_MODE = "'scan' or 'associative'"
+"""The forms that know forward-mode differentiation."""
 
 
 def wkv6(
@@ -33,17 +33,16 @@ def wkv6(
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """`rwkv_jax.wkv.wkv6` by chunks of 32."""
     x, heads = Inputs(r, log_w, k, v), Heads.of(u, initial)
-    x, heads, state = reverse_only("wkv6", (x, heads, state), "'scan' or 'associative'")
-    y, after = _over_chunks(CHUNK, x, heads, transpose(state), reset)
+    x, heads, state = reverse_only("wkv6", (x, heads, state), FORWARD_MODE)
+    y, after = _over_chunks(x, heads, transpose(state), reset)
     return y, transpose(after)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _over_chunks(size: int, x: Inputs, heads: Heads, state: Array, reset: Array | None):
-    return _forward(size, x, heads, state, reset)[0]
-
-
-def _forward(size: int, x: Inputs, heads: Heads, state: Array, reset: Array | None):
+def forward(
+    x: Inputs, heads: Heads, state: Float[Array, "b h k v"], reset: Bool[Array, "b t"] | None
+) -> tuple[tuple[Array, Array], Array]:
+    """(`y`, the state after), and the states that enter the chunks; all transposed (`chunk.py`)."""
+    size = fit(CHUNK, x.r.shape[1])
     padded, steps = in_chunks(size, x, reset)
 
     # Chunks are sliced from the time axis as they are needed: cutting all of them beforehand would
@@ -57,13 +56,18 @@ def _forward(size: int, x: Inputs, heads: Heads, state: Array, reset: Array | No
         return (after, put(y, out, i)), state
 
     (after, y), entering = lax.scan(body, (state, jnp.zeros_like(padded.v)), steps)
-    y, entering = keep(y[:, : x.v.shape[1]]), keep(entering)
-    return (y, after), (x, heads, entering, reset)
+    return (y[:, : x.v.shape[1]], after), entering
 
 
-def _backward(size: int, kept: tuple, cotangents: tuple) -> tuple[Inputs, Heads, Array, None]:
-    x, heads, entering, reset = kept
+def backward(
+    given: tuple[Inputs, Heads, Array, Array | None],
+    entering: Float[Array, "chunks b h k v"],
+    cotangents: tuple[Array, Array],
+) -> tuple[Inputs, Heads, Array, None]:
+    """Gradients of what `forward` was given, from those of `y` and the state after."""
+    x, heads, _, reset = given
     dy, dstate = cotangents
+    size = fit(CHUNK, x.r.shape[1])
     padded, steps = in_chunks(size, x, reset)
     dy = pad(dy, size)
 
@@ -73,9 +77,7 @@ def _backward(size: int, kept: tuple, cotangents: tuple) -> tuple[Inputs, Heads,
         x = Inputs(*(take(array, i, size) for array in padded))
         docs = documents(ids, state.dtype)
         scores = chunk.relate(x, heads, docs)
-        dx, more, dstate = chunk.backward(
-            x, heads, scores, state, take(dy, i, size), dstate, docs
-        )
+        dx, more, dstate = chunk.backward(x, heads, scores, state, take(dy, i, size), dstate, docs)
         out = jax.tree.map(lambda into, x: put(into, x, i), out, dx)
         return (dstate, jax.tree.map(jnp.add, dheads, more), out), None
 
@@ -84,4 +86,4 @@ def _backward(size: int, kept: tuple, cotangents: tuple) -> tuple[Inputs, Heads,
     return Inputs(*(array[:, : x.v.shape[1]] for array in dx)), dheads, dstate, None
 
 
-_over_chunks.defvjp(_forward, _backward)
+_over_chunks = with_gradient(outputs_of(forward), forward, backward)

@@ -23,14 +23,11 @@ def step(
 
 
 def token(
-    u: Float[Array, "h k"],
-    initial: Float[Array, "h v k"] | None,
-    state: Array,
-    x: tuple,
-    starts: Array | None,
+    u: Float[Array, "h k"], initial: Float[Array, "h v k"] | None, state: Array, inputs: tuple
 ) -> tuple[Array, Array]:
-    """The state after a token and its `y`, from the other arguments of `step` and where documents
-    start."""
+    """The state after a token and its `y`; `inputs` are (r, log_w, k, v), and whether a document
+    starts."""
+    x, starts = inputs
     if starts is not None:
         fresh = jnp.zeros_like(state) if initial is None else initial[None]
         state = jnp.where(starts[:, None, None, None], fresh, state)
@@ -49,4 +46,4 @@ def wkv6(
     initial: Float[Array, "h v k"] | None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """`rwkv_jax.wkv.wkv6` by `lax.scan`. Its gradient keeps every state: O(t) of them."""
-    return in_order(partial(token, u, initial), (r, log_w, k, v), state, reset)
+    return in_order(partial(token, u, initial), ((r, log_w, k, v), reset), state)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Float
-from rwkv_jax.wkv.chunks import Documents, cut, document_ids, dot, join, transpose
+from rwkv_jax.wkv.chunks import Documents, cut, document_ids, dot, fit, join, transpose
 from rwkv_jax.wkv.v7 import chunk
 from rwkv_jax.wkv.v7.chunk import Inputs
 
@@ -28,8 +28,9 @@ def wkv7(
     reset: Bool[Array, "b t"] | None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """`rwkv_jax.wkv.wkv7` by an associative scan over chunks of 32; differentiated by JAX."""
-    x = Inputs(*(cut(array, CHUNK) for array in (r, log_w, k, v, a, b)))
-    docs = chunk.documents(document_ids(reset, CHUNK), state.dtype)
+    size = fit(CHUNK, r.shape[1])
+    x = Inputs(*(cut(array, size) for array in (r, log_w, k, v, a, b)))
+    docs = chunk.documents(document_ids(reset, size), state.dtype)
     maps = lax.associative_scan(compose, jax.checkpoint(summarise)(x, docs))
     after = act(state[None], maps)
     entering = jnp.concatenate([state[None], after[:-1]])

@@ -4,21 +4,20 @@ The backward pass recomputes each chunk from its inputs and the state that enter
 a chunk is kept, not one a token. The algebra is in `chunk.py`.
 """
 
-from functools import partial
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rwkv_jax.remat import keep
 from rwkv_jax.typing import Array, Bool, Float
-from rwkv_jax.wkv.chunks import in_chunks, pad, put, take
+from rwkv_jax.wkv.chunks import fit, in_chunks, pad, put, take
+from rwkv_jax.wkv.gradient import outputs_of, with_gradient
 from rwkv_jax.wkv.reverse import reverse_only
-from rwkv_jax.wkv.v7 import chunk, tokens
+from rwkv_jax.wkv.v7 import chunk
 from rwkv_jax.wkv.v7.chunk import Inputs
 
 CHUNK = 32
+FORWARD_MODE = "'scan' or 'associative'"
+"""The forms that know forward-mode differentiation."""
 
 
 def wkv7(
@@ -30,28 +29,17 @@ def wkv7(
     b: Float[Array, "b t h k"],
     state: Float[Array, "b h v k"],
     reset: Bool[Array, "b t"] | None,
-    *,
-    by_token: bool = False,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
-    """`rwkv_jax.wkv.wkv7` by chunks; with `by_token`, token by token on a CPU where no gradient is
-    taken."""
-    x = Inputs(r, log_w, k, v, a, b)
-    x, state = reverse_only("wkv7", (x, state), "'scan' or 'associative'")
-    outputs: Any = _over_chunks(CHUNK, by_token, x, state, reset)
-    return outputs
+    """`rwkv_jax.wkv.wkv7` by chunks of 32."""
+    x, state = reverse_only("wkv7", (Inputs(r, log_w, k, v, a, b), state), FORWARD_MODE)
+    return _over_chunks(x, state, reset)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _over_chunks(size: int, by_token: bool, x: Inputs, state: Array, reset: Array | None):
-    def chunks() -> tuple[Array, Array]:
-        return _forward(size, by_token, x, state, reset)[0]
-
-    if not by_token:
-        return chunks()
-    return lax.platform_dependent(cpu=partial(tokens.wkv7, x, state, reset), default=chunks)
-
-
-def _forward(size: int, by_token: bool, x: Inputs, state: Array, reset: Array | None):
+def forward(
+    x: Inputs, state: Float[Array, "b h v k"], reset: Bool[Array, "b t"] | None
+) -> tuple[tuple[Array, Array], Array]:
+    """(`y`, the state after), and the states that enter the chunks."""
+    size = fit(CHUNK, x.r.shape[1])
     padded, steps = in_chunks(size, x, reset)
 
     # Chunks are sliced from the time axis as they are needed: cutting all of them beforehand would
@@ -65,15 +53,18 @@ def _forward(size: int, by_token: bool, x: Inputs, state: Array, reset: Array | 
         return (after, put(y, out, i)), state
 
     (after, y), entering = lax.scan(body, (state, jnp.zeros_like(padded.v)), steps)
-    y, entering = keep(y[:, : x.v.shape[1]]), keep(entering)
-    return (y, after), (x, entering, reset)
+    return (y[:, : x.v.shape[1]], after), entering
 
 
-def _backward(
-    size: int, by_token: bool, kept: tuple, cotangents: tuple
+def backward(
+    given: tuple[Inputs, Array, Array | None],
+    entering: Float[Array, "chunks b h v k"],
+    cotangents: tuple[Array, Array],
 ) -> tuple[Inputs, Array, None]:
-    x, entering, reset = kept
+    """Gradients of what `forward` was given, from those of `y` and the state after."""
+    x, _, reset = given
     dy, dstate = cotangents
+    size = fit(CHUNK, x.r.shape[1])
     padded, steps = in_chunks(size, x, reset)
     dy = pad(dy, size)
 
@@ -92,4 +83,4 @@ def _backward(
     return Inputs(*(array[:, : x.v.shape[1]] for array in gradients)), dstate, None
 
 
-_over_chunks.defvjp(_forward, _backward)
+_over_chunks = with_gradient(outputs_of(forward), forward, backward)

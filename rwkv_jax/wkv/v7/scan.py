@@ -26,9 +26,10 @@ def step(
     return read(state, r), state
 
 
-def token(state: Array, x: tuple, starts: Array | None) -> tuple[Array, Array]:
-    """The state after a token and its `y`, from the arguments of `step` and where documents
-    start."""
+def token(state: Array, inputs: tuple) -> tuple[Array, Array]:
+    """The state after a token and its `y`; `inputs` are (r, log_w, k, v, a, b), and whether a
+    document starts."""
+    x, starts = inputs
     if starts is not None:
         state = jnp.where(starts[:, None, None, None], jnp.zeros_like(state), state)
     y, state = step(*x, state=state)
@@ -46,4 +47,4 @@ def wkv7(
     reset: Bool[Array, "b t"] | None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """`rwkv_jax.wkv.wkv7` by `lax.scan`. Its gradient keeps every state: O(t) of them."""
-    return in_order(token, (r, log_w, k, v, a, b), state, reset)
+    return in_order(token, ((r, log_w, k, v, a, b), reset), state)

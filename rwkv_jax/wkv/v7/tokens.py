@@ -11,6 +11,7 @@ from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Float
 from rwkv_jax.wkv.chunks import dot, transpose
+from rwkv_jax.wkv.tokens import at
 from rwkv_jax.wkv.v7.chunk import Inputs
 
 
@@ -20,9 +21,6 @@ def wkv7(
     """`rwkv_jax.wkv.wkv7`. Not to be differentiated: each step's gradient would be as long as the
     sequence."""
     last = x.r.shape[1] - 1
-
-    def at(array: Array, t: Array | int) -> Array:
-        return lax.dynamic_index_in_dim(array, t, axis=1, keepdims=False)
 
     def kept(array: Array, t: Array | int) -> Array:
         """`array`, with zeros where token `t` starts a document."""
