@@ -62,13 +62,13 @@ def make_train_step(cfg: Config, model_cfg: ModelConfig) -> jax.stages.Wrapped:
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
-        grad_norm = jnp.sqrt(jnp.sum(squares))
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        # A bad update is not taken: the state stays the last good one, whatever reads it
-        # afterwards.
-        updated = TrainState(state.step + 1, params, opt_state)
-        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+            squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
+            grad_norm = jnp.sqrt(jnp.sum(squares))
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            # A bad update is not taken: the state stays the last good one, whatever reads it
+            # afterwards.
+            updated = TrainState(state.step + 1, params, opt_state)
+            state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
         lr = learning_rate(updated.step - 1)
         return state, Metrics(loss, grad_norm, lr, finite, ~jnp.isfinite(squares))
 
