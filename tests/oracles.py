@@ -72,7 +72,8 @@ def wkv4_grad(log_w, k, v, u, sums, reset, dy, dsums):
         weight, bonus = np.exp(k[:, t]), np.exp(u + k[:, t])
         y = (n + bonus * v[:, t]) / (d + bonus)
         q = dy[:, t] / (d + bonus)
-        by_bonus = bonus * q * (v[:, t] - y)
+        # v - y without the cancellation where the bonus is strong.
+        by_bonus = bonus * q * (d * v[:, t] - n) / (d + bonus)
         grads["k"][:, t] = weight * (v[:, t] * dn + dd) + by_bonus
         grads["v"][:, t] = weight * dn + bonus * q
         grads["u"] += by_bonus.sum(0)

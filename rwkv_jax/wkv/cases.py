@@ -1,4 +1,4 @@
-"""Named shapes and hard regimes of the WKV operators, shared by tests and benchmarks.
+"""Shapes and named hard regimes of the WKV operators, shared by tests and benchmarks.
 
 Random keys alone prove little. The forms that go wrong do so where decays are extreme (ratios of
 cumulative decays overflow), where the same key repeats with alpha near 1 and no decay (a Neumann
@@ -37,18 +37,6 @@ class Shape:
         return f"b{self.batch}t{self.time}h{self.heads}n{self.size}"
 
 
-SHAPES = {
-    "one token": Shape(2, 1, 2, 8),
-    "two tokens": Shape(2, 2, 3, 16),
-    "below a chunk": Shape(2, 15, 2, 8),
-    "one chunk": Shape(2, 16, 2, 16),
-    "above a chunk": Shape(2, 17, 3, 8),
-    "odd": Shape(2, 53, 2, 64),
-    "power of two": Shape(2, 128, 2, 8),
-    "long": Shape(2, 200, 2, 64),
-}
-"""Lengths around the chunk borders, for tests."""
-
 LOG_W_MIN = -float(np.exp(-0.5))
 """Version 7: the strongest decay of the official parametrisation, log w = -exp(-1/2) sigmoid(.)."""
 
@@ -81,6 +69,8 @@ WKV6_REGIMES = (
     "vanishing decay",
     "pure sum",
     "silent head",
+    "repeated key",
+    "alternating sign",
 )
 
 RESETS = ("none", "first", "last", "random", "every")
@@ -161,6 +151,10 @@ def wkv6_inputs(regime: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarra
             log_w = rng.choice([-3e-4, -1e4], size=size)
         case "pure sum":
             log_w = np.full(size, -3e-4)
+        case "repeated key" | "alternating sign":
+            log_w, k = np.full(size, -3e-4), np.repeat(k[:, :1], shape.time, axis=1)
+            if regime == "alternating sign":
+                k = k * (1 - 2 * (np.arange(shape.time)[:, None, None] % 2))
     arrays = {"r": r, "log_w": log_w, "k": k, "v": v}
     arrays = {name: np.array(x, np.float32) for name, x in arrays.items()}
     if regime == "silent head":

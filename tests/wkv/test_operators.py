@@ -1,8 +1,5 @@
-"""Every implementation of every WKV operator against float64: values, states, all gradients.
-
-One body for all. A `Version` says how to draw inputs, call the operator and ask the oracle; what is
-compared is always a dict of named arrays: the output, the final state and every gradient.
-"""
+"""What every implementation of every WKV operator does alike, beside its numbers (for those see
+`test_accuracy.py`): states, documents, padding, causality, types, messages."""
 
 import inspect
 from functools import partial
@@ -15,11 +12,9 @@ import pytest
 from compiling import quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import assert_close, bar, relative_rms
+from tolerances import assert_close
 from wkv.operators import (
-    DISTINCT,
     LONG,
-    SHAPES,
     SMALL,
     VERSIONS,
     compiled,
@@ -33,76 +28,27 @@ from wkv.operators import (
 from rwkv_jax.wkv import IMPLEMENTATIONS, Wkv4State, cases, leak_test, wkv6
 
 
-def compare(version, implementation, regime, shape, reset):
-    """Values and gradients of one case against the oracle's; an error names the array."""
-    inputs, state = version.inputs(regime, shape), version.state(shape)
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS], ids=str)
+@pytest.mark.parametrize("size", [1, 8, 128])
+@every_version
+def test_head_sizes(version, implementation, size):
+    """Others than those of `test_accuracy.py`, and an odd number of heads."""
+    shape = cases.Shape(1, 37, 3, size)
+    inputs, state, reset = (
+        version.inputs("typical", shape),
+        version.state(shape),
+        cases.reset_pattern("random", shape),
+    )
     y, final, scale = version.expected(inputs, state, reset)
     dy, dfinal = cotangents(version, shape, final)
     gradients = version.gradients(inputs, state, reset, dy, dfinal, scale)
-    run = compiled(version, implementation, jax.jit if shape == LONG else quick_jit)
-    values, dinputs = run(inputs, state, reset, scale, dy, dfinal)
-    assert {x.dtype for x in jax.tree.leaves((values, dinputs))} == {np.dtype("float32")}
+    values, dinputs = compiled(version, implementation, quick_jit)(
+        inputs, state, reset, scale, dy, dfinal
+    )
     expected = {"y": y} | final | {f"d {name}": x for name, x in gradients.items()}
     actual = values | {f"d {name}": x for name, x in dinputs.items()}
-    assert actual.keys() == expected.keys()
     for name, x in expected.items():
-        # Where the true gradient is zero the oracle may hold its own float64 rounding.
-        x = np.where(np.abs(x) < 1e-12, 0.0, x)
-        error, allowed = relative_rms(actual[name], x), slack(inputs) * bar("float32", shape.time)
-        assert error <= allowed, (
-            f"{name} of {regime}, {shape}: error {error:.2e}, bar {allowed:.1e}"
-        )
-
-
-def slack(inputs):
-    """Factor on the bar for large exponents: rounding x is a relative error of |x| eps in e^x.
-
-    Version 4 keeps its sums as a mantissa and an exponent as large as the largest key; the bars are
-    measured with keys of standard deviation 1, which stay below 4 or so.
-    """
-    return max(1.0, np.abs(inputs["k"]).max() / 4) if inputs["k"].ndim == 3 else 1.0
-
-
-@pytest.mark.parametrize(
-    ("implementation", "shape"),
-    [
-        pytest.param(implementation, shape, id=f"{implementation}-{name}")
-        for implementation in IMPLEMENTATIONS
-        for name, shape in SHAPES.items()
-        # What is in a chunk is the same code as that of `chunked`.
-        if implementation != "associative" or name in ("one token", "above a chunk", "odd")
-    ],
-)
-@every_version
-def test_lengths_and_head_sizes(version, implementation, shape):
-    compare(version, implementation, "typical", shape, cases.reset_pattern("random", shape))
-
-
-@every_implementation
-@pytest.mark.parametrize("regime", ["typical", "half and half"])
-def test_one_decay_for_all_tokens(implementation, regime):
-    shape = cases.SHAPES["odd"]
-    compare(VERSIONS["5"], implementation, regime, shape, cases.reset_pattern("random", shape))
-
-
-REGIMES = [
-    pytest.param(version, regime, id=f"wkv{version.name}-{regime.replace(' ', '-')}")
-    for version in DISTINCT
-    for regime in version.regimes
-]
-
-
-@every_implementation
-@pytest.mark.parametrize(("version", "regime"), REGIMES)
-def test_hard_regimes(version, implementation, regime):
-    compare(version, implementation, regime, LONG, cases.reset_pattern("none", LONG))
-
-
-@every_implementation
-@every_version
-@pytest.mark.parametrize("pattern", cases.RESETS)
-def test_resets(version, implementation, pattern):
-    compare(version, implementation, "typical", LONG, cases.reset_pattern(pattern, LONG, seed=1))
+        assert_close(actual[name], x, "float32", name=name)
 
 
 @every_implementation
@@ -308,49 +254,6 @@ def test_steps_equal_the_sequence(version):
 
 @every_implementation
 @every_version
-def test_bfloat16_inputs_accumulate_in_float32(version, implementation):
-    """Outputs carry one rounding to bfloat16, and the state, a sum of 200 terms, none."""
-    shape = cases.SHAPES["long"]
-    inputs = version.inputs("typical" if version.name == "4" else "pure sum", shape)
-    low = {
-        name: x if name in ("log_w", "u") else jnp.asarray(x, jnp.bfloat16)
-        for name, x in inputs.items()
-    }
-    same = {name: np.asarray(x).astype(np.float32) for name, x in low.items()}
-    y, final, scale = version.expected(same, version.state(shape), None)
-    actual, after = forward(version, implementation)(low, version.state(shape), None)
-    assert actual.dtype == jnp.bfloat16
-    assert {x.dtype for x in jax.tree.leaves(after)} == {np.dtype("float32")}
-    # Rounding to 8 bits has a relative RMS error of 1.7e-3; sums in bfloat16 show 1e-2.
-    assert relative_rms(np.asarray(actual).astype(np.float32), y) < 2.5e-3
-    for name, x in version.final(after, scale).items():
-        assert_close(x, final[name], "float32", shape.time, name=name)
-
-
-@every_implementation
-@every_version
-def test_float64_is_exact(version, implementation):
-    """In float64 nothing hides: an approximation, a clamp, a term left out would show."""
-    reset = cases.reset_pattern("random", SMALL)
-    with jax.enable_x64(True):
-        inputs = {
-            name: x.astype(np.float64) for name, x in version.inputs("typical", SMALL).items()
-        }
-        state = jax.tree.map(lambda x: x.astype(np.float64), version.state(SMALL))
-        y, final, scale = version.expected(inputs, state, reset)
-        dy, dfinal = jax.tree.map(lambda x: x.astype(np.float64), cotangents(version, SMALL, final))
-        gradients = version.gradients(inputs, state, reset, dy, dfinal, scale)
-        scale = scale.astype(np.float64)
-        run = compiled(version, implementation, quick_jit)
-        values, dinputs = run(inputs, state, reset, scale, dy, dfinal)
-        for name, x in ({"y": y} | final).items():
-            assert_close(values[name], x, "float64", name=name)
-        for name, x in gradients.items():
-            assert_close(dinputs[name], x, "float64", name=f"d {name}")
-
-
-@every_implementation
-@every_version
 def test_vmap_is_a_loop(version, implementation):
     """The operators are functions like any other: a mapped axis in front is a loop."""
     draws = [version.inputs("typical", SMALL, seed) for seed in range(2)]
@@ -437,23 +340,10 @@ def test_documents_start_from_the_initial_state(name, implementation):
         assert_close(grads[array], x, "float32", name=f"d {array}")
 
 
-@pytest.mark.parametrize("reset", ["none", "random"])
-@pytest.mark.parametrize(("version", "regime"), REGIMES)
-def test_the_default_where_no_gradient_is_taken(version, regime, reset):
-    """It goes token by token on this device, by code that no named implementation runs."""
-    inputs, state = version.inputs(regime, LONG), version.state(LONG)
-    reset = cases.reset_pattern(reset, LONG)
-    y, final, scale = version.expected(inputs, state, reset)
-    actual_y, after = forward(version, None)(inputs, state, reset)
-    for name, x in {"y": y, **final}.items():
-        actual = actual_y if name == "y" else version.final(after, scale)[name]
-        error, allowed = relative_rms(actual, x), slack(inputs) * bar("float32", LONG.time)
-        assert error <= allowed, f"{name}: error {error:.2e}, bar {allowed:.1e}"
-
-
-@pytest.mark.parametrize("shape", [SMALL, cases.Shape(40, 20, 2, 64)], ids=["small", "large"])
-def test_version_6_default_starts_documents_from_the_learnt_state(shape):
-    """In both ways that it has: the second shape's state is too large for the first."""
+@pytest.mark.parametrize("size", [8, 64])
+def test_version_6_default_starts_documents_from_the_learnt_state(size):
+    """In both ways that it has: small heads go token by token."""
+    shape = cases.Shape(2, 40, 2, size)
     inputs, reset = cases.wkv6_inputs("typical", shape), cases.reset_pattern("random", shape)
     initial = cases.matrix_state(shape)[0]
     start = np.broadcast_to(initial, (shape.batch, *initial.shape))
@@ -463,16 +353,18 @@ def test_version_6_default_starts_documents_from_the_learnt_state(shape):
     assert_close(actual, state, "float32", name="final state")
 
 
-@pytest.mark.parametrize("name", ["6", "7"])
-def test_on_an_accelerator_the_default_is_chunks(name):
-    """Compiled for one from here, it has the products of the chunks, and no others."""
+@pytest.mark.parametrize(
+    ("name", "form"), [("4", "associative"), ("6", "chunked"), ("7", "chunked")]
+)
+def test_the_default_is_chosen_for_the_device_of_the_program(name, form):
+    """Compiled for an accelerator from here, it is another than on this CPU."""
     version = VERSIONS[name]
     inputs, state = version.inputs("typical", SMALL), version.state(SMALL)
 
-    def products(implementation, platform):
+    def operations(implementation, platform):
         run = jax.jit(lambda inputs, state: version.call(inputs, state, None, implementation))
-        lowered = run.trace(inputs, state).lower(lowering_platforms=(platform,))
-        return lowered.as_text().count("dot_general")
+        text = run.trace(inputs, state).lower(lowering_platforms=(platform,)).as_text()
+        return [text.count(f"stablehlo.{name}") for name in ("dot_general", "while", "exponential")]
 
-    assert products(None, "tpu") == products("chunked", "tpu")
-    assert products(None, "cpu") < products("chunked", "cpu")
+    assert operations(None, "tpu") == operations(form, "tpu")
+    assert operations(None, "cpu") != operations(form, "cpu")

@@ -1,0 +1,102 @@
+"""How far the operators are from float64: one body for every case there is.
+
+A case is a version, an implementation, a type, a length, a regime and a pattern of resets. Compared
+are y, the final state and the gradients of all inputs and of the initial state.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from compiling import quick_jit
+from tolerances import bar, relative_rms
+from wkv.operators import Version, compiled, cotangents, forward
+
+from rwkv_jax.wkv import IMPLEMENTATIONS, cases
+from rwkv_jax.wkv.v4 import chunked as v4_chunked
+from rwkv_jax.wkv.v6 import associative as v6_associative
+from rwkv_jax.wkv.v6 import chunked as v6_chunked
+from rwkv_jax.wkv.v7 import chunked as v7_chunked
+
+DTYPES = ("float32", "bfloat16", "float64")
+FORMS = (None, *IMPLEMENTATIONS)
+"""None: what is chosen by default, where no gradient is taken; with one it is `chunked`."""
+LENGTHS = {
+    "1": lambda chunk: 1,
+    "C - 1": lambda chunk: chunk - 1,
+    "C": lambda chunk: chunk,
+    "C + 1": lambda chunk: chunk + 1,
+    "3 C + 5": lambda chunk: 3 * chunk + 5,
+}
+
+_CHUNKS = {"4": v4_chunked.CHUNK, "6": v6_chunked.CHUNK, "7": v7_chunked.CHUNK}
+
+
+def shape_of(version: Version, implementation: str | None, length: str) -> cases.Shape:
+    """Two rows of two heads, as long as `length` says of the implementation's chunk; the heads of
+    the longest are as large as the official ones."""
+    number = "6" if version.name == "5" else version.name
+    chunk = _CHUNKS[number]
+    if number == "6" and implementation == "associative":
+        chunk = v6_associative.CHUNK
+    return cases.Shape(2, LENGTHS[length](chunk), 2, 64 if length == "3 C + 5" else 16)
+
+
+def errors(
+    version: Version, implementation: str | None, dtype: str, shape: cases.Shape, jit=quick_jit
+) -> Iterator[tuple[str, str, dict[str, tuple[float, float]]]]:
+    """(regime, resets, the error and its bar by array) of every regime and pattern of resets."""
+    wide = "float64" if dtype == "float64" else "float32"
+    with jax.enable_x64(dtype == "float64"):
+        for regime in version.regimes:
+            for pattern in cases.RESETS:
+                inputs, state = version.inputs(regime, shape), version.state(shape)
+                reset = cases.reset_pattern(pattern, shape, seed=1)
+                given = {name: _typed(name, x, dtype) for name, x in inputs.items()}
+                same = {name: np.asarray(x, np.float64) for name, x in given.items()}
+                y, final, scale = version.expected(same, state, reset)
+                dy, dfinal = cotangents(version, shape, final)
+                dy = _typed("y", dy, dtype)
+                dfinal, start, scale = jax.tree.map(
+                    partial(np.asarray, dtype=wide), (dfinal, state, scale)
+                )
+                expected = {"y": y} | final
+                if implementation is None:
+                    out, after = forward(version, None, jit)(given, start, reset)
+                    actual = {"y": out} | version.final(after, scale)
+                else:
+                    values, gradients = compiled(version, implementation, jit)(
+                        given, start, reset, scale, dy, dfinal
+                    )
+                    actual = values | {f"d {name}": x for name, x in gradients.items()}
+                    exact = version.gradients(
+                        same, state, reset, np.asarray(dy, np.float64), dfinal, scale
+                    )
+                    expected |= {f"d {name}": x for name, x in exact.items()}
+                assert actual.keys() == expected.keys()
+                found = {}
+                for name, x in expected.items():
+                    # Where all of a gradient is zero the oracle may hold its own rounding.
+                    x = x if np.abs(x).max() > 1e-14 else np.zeros_like(x)
+                    stored = dtype if actual[name].dtype == jnp.bfloat16 else wide
+                    assert actual[name].dtype == stored, f"{name} is {actual[name].dtype}"
+                    allowed = _slack(inputs) * bar(stored, shape.time)
+                    found[name] = relative_rms(np.asarray(actual[name], np.float64), x), allowed
+                yield regime, pattern, found
+
+
+def _typed(name: str, x: np.ndarray, dtype: str) -> np.ndarray | jax.Array:
+    """Decays and bonuses of bfloat16 models are float32, as all states are."""
+    if dtype == "bfloat16" and name in ("log_w", "u"):
+        return x
+    return jnp.asarray(x, dtype)
+
+
+def _slack(inputs: dict[str, np.ndarray]) -> float:
+    """Factor on the bar for large exponents: rounding x is a relative error of |x| eps in e^x.
+
+    Version 4 keeps its sums as a mantissa and an exponent, which is as large as the largest key.
+    """
+    return max(1.0, np.abs(inputs["k"]).max() / 2) if inputs["k"].ndim == 3 else 1.0

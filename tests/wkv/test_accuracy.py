@@ -1,0 +1,36 @@
+"""Every version, implementation, type and length against float64, in every hard regime and with
+every pattern of resets: values, states, all gradients."""
+
+import itertools
+
+import jax
+import pytest
+from compiling import quick_jit
+from wkv import accuracy
+from wkv.operators import VERSIONS
+
+
+def cases():
+    """All there are; slow is what differs from others in nothing but type and length."""
+    for name, form, dtype, length in itertools.product(
+        VERSIONS, accuracy.FORMS, accuracy.DTYPES, accuracy.LENGTHS
+    ):
+        quick = length == "3 C + 5" or (dtype == "float32" and name != "5")
+        yield pytest.param(
+            *(VERSIONS[name], form, dtype, length),
+            id=f"wkv{name}-{form}-{dtype}-{length}".replace(" ", ""),
+            marks=() if quick else pytest.mark.slow,
+        )
+
+
+@pytest.mark.parametrize(("version", "implementation", "dtype", "length"), [*cases()])
+def test_against_float64(version, implementation, dtype, length):
+    shape = accuracy.shape_of(version, implementation, length)
+    jit = jax.jit if length == "3 C + 5" and dtype == "float32" else quick_jit
+    wrong = [
+        f"{regime}, resets {pattern}: {name} {error:.1e}, bar {allowed:.1e}"
+        for regime, pattern, found in accuracy.errors(version, implementation, dtype, shape, jit)
+        for name, (error, allowed) in found.items()
+        if not error <= allowed  # written so that a NaN fails
+    ]
+    assert not wrong, f"{len(wrong)} arrays, {shape}:\n" + "\n".join(wrong[:20])
