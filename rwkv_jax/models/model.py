@@ -166,11 +166,10 @@ def backbone(
     accumulation are float32 whatever it is. `remat` says what the backward pass keeps
     (`rwkv_jax.remat`). `implementation` names a WKV form (`rwkv_jax.wkv`).
     """
+    _check_tokens(tokens)
     if mesh_axis and not is_manual(mesh_axis):
         run = partial(backbone, cfg=cfg, dtype=dtype, remat=remat, implementation=implementation)
         return _over_mesh(run, mesh_axis, params, tokens, state, reset, lengths)
-    if tokens.ndim != 2 or 0 in tokens.shape:
-        raise ValueError(f"tokens have shape {tokens.shape}: [b, t] is needed, both at least 1")
     module = VERSIONS[cfg.version]
     unstacked = isinstance(params.blocks, tuple)
     if state is None:
@@ -207,6 +206,11 @@ def backbone(
         first = jnp.arange(cfg.layers) == 0
         stream, after = lax.scan(layer, stream, (blocks, state.blocks, first))
     return nn.layer_norm(stream[0], params.ln_out), State(after, cfg.version)
+
+
+def _check_tokens(tokens: Array) -> None:
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens have shape {tokens.shape}: [b, t] is needed, both at least 1")
 
 
 def _over_mesh(
@@ -247,6 +251,7 @@ def forward(
 
     One code path for training, prefill and one token; the arguments are `backbone`'s.
     """
+    _check_tokens(tokens)
     if mesh_axis and not is_manual(mesh_axis):
         run = partial(forward, cfg=cfg, dtype=dtype, remat=remat, implementation=implementation)
         return _over_mesh(run, mesh_axis, params, tokens, state, reset, lengths)

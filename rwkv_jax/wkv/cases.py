@@ -71,6 +71,7 @@ WKV6_REGIMES = (
     "silent head",
     "repeated key",
     "alternating sign",
+    "endless decay",
 )
 
 RESETS = ("none", "first", "last", "random", "every")
@@ -149,6 +150,8 @@ def wkv6_inputs(regime: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarra
             log_w = np.broadcast_to(np.where(time % 2 == 0, -3e-4, -20.0), size)
         case "vanishing decay":
             log_w = rng.choice([-3e-4, -1e4], size=size)
+        case "endless decay":
+            log_w = rng.choice([-3e-4, -np.inf], size=size)
         case "pure sum":
             log_w = np.full(size, -3e-4)
         case "repeated key" | "alternating sign":

@@ -131,13 +131,14 @@ def wkv6(
         state = jnp.zeros(shape, dtype)
         state = state if initial is None else state + initial[None]
     _check_shapes("wkv6", state.shape == shape, state=state, r=r, v=v)
-    if log_w.ndim == 2:
-        log_w = jnp.broadcast_to(log_w[None, None], r.shape)
     if mesh_axis and not sharded.is_manual(mesh_axis):
         options: Any = {"mesh_axis": mesh_axis, "implementation": implementation}
+        split = {"r": r, "k": k, "v": v, "reset": reset}
         whole = {"u": u, "state": state, "initial": initial, "lengths": lengths}
-        split = {"r": r, "log_w": log_w, "k": k, "v": v, "reset": reset}
+        (split if log_w.ndim == 4 else whole)["log_w"] = log_w
         return sharded.over_mesh("wkv6", mesh_axis, partial(wkv6, **options), split, whole)
+    if log_w.ndim == 2:
+        log_w = jnp.broadcast_to(log_w[None, None], r.shape)
     reset, mask = _masks(reset, lengths, t, mesh_axis)
     log_w, k = _erase(mask, log_w, k)
     x = (y.astype(dtype) for y in (r, log_w, k, v, u, state))

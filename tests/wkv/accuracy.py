@@ -45,13 +45,18 @@ def shape_of(version: Version, implementation: str | None, length: str) -> cases
 
 
 def errors(
-    version: Version, implementation: str | None, dtype: str, shape: cases.Shape, jit=quick_jit
+    version: Version,
+    implementation: str | None,
+    dtype: str,
+    shape: cases.Shape,
+    jit=quick_jit,
+    patterns: tuple[str, ...] = cases.RESETS,
 ) -> Iterator[tuple[str, str, dict[str, tuple[float, float]]]]:
     """(regime, resets, the error and its bar by array) of every regime and pattern of resets."""
     wide = "float64" if dtype == "float64" else "float32"
     with jax.enable_x64(dtype == "float64"):
         for regime in version.regimes:
-            for pattern in cases.RESETS:
+            for pattern in patterns:
                 inputs, state = version.inputs(regime, shape), version.state(shape)
                 reset = cases.reset_pattern(pattern, shape, seed=1)
                 given = {name: _typed(name, x, dtype) for name, x in inputs.items()}

@@ -21,10 +21,10 @@ decayed by grows by the decay over one half:
     second halves   r decayed since the middle; next, since the node's start: times the first's
     first halves    k decayed up to the middle; next, up to the node's end:   times the second's
 
-At the top r and k are what reads the entering state and writes the next. One exponential a number,
-then products of factors in [0, 1]: nothing overflows, whatever the decay, and what vanishes is
-zero. The gradient goes down again. Each r, k and decay is met by the flow r dr or k dk through its
-exponent alone, never by a difference of longer sums, so that strong decays have exact gradients.
+At the top r and k are what reads the entering state and writes the next. All factors are in [0, 1]:
+nothing overflows, whatever the decay, and what vanishes is zero. The gradient goes down again. Each
+r, k and decay is met by the flow r dr or k dk through its exponent alone, never by a difference of
+longer sums, so that strong decays have exact gradients.
 
 A document that starts inside the chunk masks A where document numbers differ, the rows that may not
 see S, the columns that may not reach S', and S itself. State-tuned models start it from `initial`,
@@ -40,6 +40,9 @@ import numpy as np
 
 from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv.chunks import Documents, dot, masked, summed, transpose, within
+
+LOG_ZERO = -1e30
+"""Stands for the log of 0, of which a product with ones would make NaN."""
 
 
 class Inputs(NamedTuple):
@@ -111,16 +114,31 @@ def over_rows(x: Float[Array, "*lanes C n"]) -> Float[Array, "*lanes 1 n"]:
 def climb(x: Inputs) -> tuple[list[Level], Array, Array, Array]:
     """The levels, and what there is at the top: r and k, decayed since the chunk's start and up to
     its end [C, k], and the decay over it [1, k]."""
-    reading, writing, decay = x.r, x.k, jnp.exp(x.log_w)
+    reading, writing, decays = x.r, x.k, node_decays(x.log_w)
     levels, size = [], 1
-    while size < x.r.shape[-2]:
+    for decay in decays[:-1]:
         (r1, r2), (k1, k2) = halves(reading, size), halves(writing, size)
         first, second = (d[..., 0, :] for d in halves(decay, 1))
         levels.append(Level(r2, k1, first, second))
         reading = whole(r1, r2 * first[..., None, :])
         writing = whole(k1 * second[..., None, :], k2)
-        decay, size = first * second, 2 * size
-    return levels, reading, writing, decay
+        size = 2 * size
+    return levels, reading, writing, decays[-1]
+
+
+def node_decays(log_w: Float[Array, "*lanes C n"]) -> list[Array]:
+    """The decay over every node, [nodes, n] a level, from single tokens up to the whole chunk.
+
+    Of sums, not products of decays: where all are the same and nearly 1, so are their roundings,
+    which would add up over all that a state remembers.
+    """
+    log_w, size = jnp.maximum(log_w, LOG_ZERO), log_w.shape[-2]
+    if size == 1:
+        return [jnp.exp(log_w)]
+    counts = [size >> level for level in range(1, size.bit_length())]
+    nodes = np.concatenate([np.kron(np.eye(n), np.ones(size // n)) for n in counts])
+    above = jnp.split(jnp.exp(summed(nodes, log_w)), np.cumsum(counts)[:-1], -2)
+    return [jnp.exp(log_w), *above]
 
 
 def relate(x: Inputs, heads: Heads, docs: Documents | None) -> Scores:
@@ -164,8 +182,7 @@ def started(
 ) -> tuple[Float[Array, "*lanes C v"], Float[Array, "*lanes k v"]]:
     """What rows of documents that start in the chunk read from `initial`, and what is left of it at
     the end, if the last one does."""
-    # exp(-1e30) is zero too, and a product with ones does not make NaN of it.
-    log_w = jnp.maximum(log_w, -1e30)
+    log_w = jnp.maximum(log_w, LOG_ZERO)
     since = summed(within(np.tri(r.shape[-2], k=-1, dtype=bool), docs), log_w)
     reading = r * jnp.exp(since) * (1 - docs.sees_state)
     kept = jnp.exp(over_rows(log_w * docs.reaches_end)) * (1 - docs.carries_on)
