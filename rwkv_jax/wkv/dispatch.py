@@ -49,6 +49,13 @@ _WKV7 = Table(
 )
 
 
+_ROWS = {"reset": "bt", "lengths": "b"}
+_DIMS4 = _ROWS | {"log_w": "c", "k": "btc", "v": "btc", "u": "c", "state": "bc"}
+_DIMS7 = _ROWS | dict.fromkeys(("r", "log_w", "k", "v", "a", "b"), "bthn") | {"state": "bhnn"}
+_DIMS6 = _DIMS7 | {"u": "hn", "initial": "hnn"}
+"""The axes of what the operators are given, for their parts on devices."""
+
+
 def wkv4(
     log_w: Float[Array, " c"],
     k: Float[Array, "b t c"],
@@ -80,11 +87,12 @@ def wkv4(
     if state is None:
         state = Wkv4State.empty((b, c), dtype)
     _check_shapes("wkv4", state.num.shape == (b, c), state=state.num, k=k)
-    if mesh_axis and not sharded.is_manual(mesh_axis):
-        options: Any = {"mesh_axis": mesh_axis, "implementation": implementation}
-        whole = {"log_w": log_w, "u": u, "state": state, "lengths": lengths}
-        split = {"k": k, "v": v, "reset": reset}
-        return sharded.over_mesh("wkv4", mesh_axis, partial(wkv4, **options), split, whole)
+    options: Any = {"mesh_axis": mesh_axis, "implementation": implementation}
+    given = {"log_w": log_w, "k": k, "v": v, "u": u, "state": state}
+    given |= {"reset": reset, "lengths": lengths}
+    parts = sharded.over_devices("wkv4", partial(wkv4, **options), mesh_axis, _DIMS4, given)
+    if parts is not None:
+        return parts
     state = Wkv4State(*(x.astype(dtype) for x in state))
     reset, mask = _masks(reset, lengths, t, mesh_axis)
     y, after = run(*(x.astype(dtype) for x in (log_w, k, v, u)), state, reset, mask)
@@ -131,12 +139,13 @@ def wkv6(
         state = jnp.zeros(shape, dtype)
         state = state if initial is None else state + initial[None]
     _check_shapes("wkv6", state.shape == shape, state=state, r=r, v=v)
-    if mesh_axis and not sharded.is_manual(mesh_axis):
-        options: Any = {"mesh_axis": mesh_axis, "implementation": implementation}
-        split = {"r": r, "k": k, "v": v, "reset": reset}
-        whole = {"u": u, "state": state, "initial": initial, "lengths": lengths}
-        (split if log_w.ndim == 4 else whole)["log_w"] = log_w
-        return sharded.over_mesh("wkv6", mesh_axis, partial(wkv6, **options), split, whole)
+    options: Any = {"mesh_axis": mesh_axis, "implementation": implementation}
+    given = {"r": r, "log_w": log_w, "k": k, "v": v, "u": u, "state": state}
+    given |= {"reset": reset, "lengths": lengths, "initial": initial}
+    dims = _DIMS6 if log_w.ndim == 4 else _DIMS6 | {"log_w": "hn"}
+    parts = sharded.over_devices("wkv6", partial(wkv6, **options), mesh_axis, dims, given)
+    if parts is not None:
+        return parts
     if log_w.ndim == 2:
         log_w = jnp.broadcast_to(log_w[None, None], r.shape)
     reset, mask = _masks(reset, lengths, t, mesh_axis)
@@ -181,11 +190,12 @@ def wkv7(
     if state is None:
         state = jnp.zeros(shape, dtype)
     _check_shapes("wkv7", state.shape == shape, state=state, r=r, v=v)
-    if mesh_axis and not sharded.is_manual(mesh_axis):
-        options: Any = {"mesh_axis": mesh_axis, "implementation": implementation}
-        split = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b, "reset": reset}
-        whole = {"state": state, "lengths": lengths}
-        return sharded.over_mesh("wkv7", mesh_axis, partial(wkv7, **options), split, whole)
+    options: Any = {"mesh_axis": mesh_axis, "implementation": implementation}
+    given = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b, "state": state}
+    given |= {"reset": reset, "lengths": lengths}
+    parts = sharded.over_devices("wkv7", partial(wkv7, **options), mesh_axis, _DIMS7, given)
+    if parts is not None:
+        return parts
     reset, mask = _masks(reset, lengths, t, mesh_axis)
     log_w, k, b = _erase(mask, log_w, k, b)
     x = (y.astype(dtype) for y in (r, log_w, k, v, a, b, state))

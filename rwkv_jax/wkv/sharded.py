@@ -30,27 +30,67 @@ from rwkv_jax.wkv.v6 import associative as v6
 from rwkv_jax.wkv.v7 import associative as v7
 
 
+def over_devices(
+    operator: str,
+    run: Callable,
+    mesh_axis: str | None,
+    dims: dict[str, str],
+    given: dict[str, Any],
+) -> Any:
+    """`run(**given)`, (y, state), on every device of its part; None where there is nothing to part.
+
+    `dims` has a letter for each axis of each array, as `rwkv_jax.typing`; y's are those of v. Time,
+    "t", is parted over `mesh_axis`, unless the caller runs there already. Over explicit mesh axes
+    arrays are parted as v is: a loop's carry must be what its type says, which shapes with a name
+    inside are not.
+
+    Raises `ValueError` if there is no such mesh axis, it does not divide the length, or v is parted
+    along an axis that recurrences run over or look along.
+    """
+    axes = _explicit(dims["v"], given["v"])
+    if mesh_axis and not is_manual(mesh_axis):
+        _check_axis(operator, mesh_axis, given["v"].shape[1])
+        axes["t"] = mesh_axis
+    elif "t" in axes:
+        raise ValueError(
+            f"{operator}: time is sharded over {axes['t']!r}; say so, by mesh_axis={axes['t']!r}"
+        )
+    if not axes:
+        return None
+    if "n" in axes:
+        raise ValueError(
+            f"{operator}: heads are sharded inside over {axes['n']!r}; shard whole ones"
+        )
+
+    def spec(name: str) -> PartitionSpec:
+        return PartitionSpec(*(axes.get(letter) for letter in dims[name]))
+
+    specs = {name: jax.tree.map(lambda _, n=name: spec(n), x) for name, x in given.items()}
+    explicit = set(jax.sharding.get_abstract_mesh().explicit_axes)
+    if explicit:
+        given = jax.tree.map(partial(_reshard, explicit), given, specs)
+    spread = jax.shard_map(
+        lambda given: run(**given),
+        in_specs=(specs,),
+        out_specs=(spec("v"), spec("state")),
+        axis_names={name for axis in axes.values() for name in _names(axis)},
+        check_vma=False,
+    )
+    return spread(given)
+
+
 def over_mesh(
     operator: str, axis: str, run: Callable, split: dict[str, Any], whole: dict[str, Any]
 ) -> Any:
-    """`run(**split, **whole)` on every device of the mesh axis, `split` and y by their second axis.
+    """`run(**split, **whole)` on every device of the mesh axis, `split` and what comes first out by
+    their second axis.
 
     Raises `ValueError` if there is no such axis, or it does not divide the length.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if axis not in mesh.axis_names:
-        known = ", ".join(mesh.axis_names) or "none; name one by jax.set_mesh(mesh)"
-        raise ValueError(f"{operator}: no mesh axis {axis!r}; there is {known}")
-    length, devices = jax.tree.leaves(split)[0].shape[1], mesh.shape[axis]
-    if length % devices:
-        raise ValueError(
-            f"{operator}: {length} tokens do not divide over the {devices} devices of mesh axis"
-            f" {axis!r}; the nearest lengths that do are {length - length % devices} and"
-            f" {length + -length % devices}"
-        )
-    if axis in mesh.explicit_axes:
-        split = jax.tree.map(partial(_reshard, axis), split)
+    _check_axis(operator, axis, jax.tree.leaves(split)[0].shape[1])
     time = PartitionSpec(None, axis)
+    if axis in jax.sharding.get_abstract_mesh().explicit_axes:
+        split = jax.tree.map(lambda x: _reshard({axis}, x, time), split)
     spread = jax.shard_map(
         lambda split, whole: run(**split, **whole),
         in_specs=(time, PartitionSpec()),
@@ -61,11 +101,41 @@ def over_mesh(
     return spread(split, whole)
 
 
-def _reshard(axis: str, x: Array) -> Array:
-    """`x` with its second axis over the mesh axis; where axes are explicit nobody else does it."""
-    spec = list(jax.typeof(x).sharding.spec)
-    spec[1] = axis
-    return jax.reshard(x, PartitionSpec(*spec))
+def _check_axis(operator: str, axis: str, length: int) -> None:
+    mesh = jax.sharding.get_abstract_mesh()
+    if axis not in mesh.axis_names:
+        known = ", ".join(mesh.axis_names) or "none; name one by jax.set_mesh(mesh)"
+        raise ValueError(f"{operator}: no mesh axis {axis!r}; there is {known}")
+    devices = mesh.shape[axis]
+    if length % devices:
+        raise ValueError(
+            f"{operator}: {length} tokens do not divide over the {devices} devices of mesh axis"
+            f" {axis!r}; the nearest lengths that do are {length - length % devices} and"
+            f" {length + -length % devices}"
+        )
+
+
+Axis = str | tuple[str, ...]
+
+
+def _names(axis: Axis | None) -> tuple[str, ...]:
+    return (axis,) if isinstance(axis, str) else axis or ()
+
+
+def _explicit(dims: str, x: Array) -> dict[str, Axis]:
+    """The explicit mesh axes that an array's type says it is parted over, by letter."""
+    spec = jax.typeof(x).sharding.spec
+    return {letter: axis for letter, axis in zip(dims, spec, strict=False) if _names(axis)}
+
+
+def _reshard(explicit: set[str], x: Array, spec: PartitionSpec) -> Array:
+    """`x` parted so; where axes are explicit nobody else does it."""
+    mine = list(jax.typeof(x).sharding.spec) + [None] * x.ndim
+    wanted = [
+        axis if set(_names(axis)) and set(_names(axis)) <= explicit else mine[i]
+        for i, axis in enumerate(spec)
+    ]
+    return jax.reshard(x, PartitionSpec(*wanted, *mine[len(wanted) : x.ndim]))
 
 
 def is_manual(axis: str) -> bool:

@@ -10,7 +10,7 @@ import oracles
 import pytest
 from compiling import quick_jit
 from official import checkpoint
-from tolerances import GOLDEN_LOGITS, assert_close, relative_rms
+from tolerances import GOLDEN_LOGITS, MODEL_BFLOAT16, assert_close, relative_rms
 
 from rwkv_jax import models
 from rwkv_jax.checkpoint.keymaps import from_official, to_official

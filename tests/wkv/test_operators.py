@@ -351,20 +351,3 @@ def test_version_6_default_starts_documents_from_the_learnt_state(size):
     actual_y, actual = jax.jit(wkv6)(**inputs, reset=reset, initial=initial)
     assert_close(actual_y, y, "float32", name="y")
     assert_close(actual, state, "float32", name="final state")
-
-
-@pytest.mark.parametrize(
-    ("name", "form"), [("4", "associative"), ("6", "chunked"), ("7", "chunked")]
-)
-def test_the_default_is_chosen_for_the_device_of_the_program(name, form):
-    """Compiled for an accelerator from here, it is another than on this CPU."""
-    version = VERSIONS[name]
-    inputs, state = version.inputs("typical", SMALL), version.state(SMALL)
-
-    def operations(implementation, platform):
-        run = jax.jit(lambda inputs, state: version.call(inputs, state, None, implementation))
-        text = run.trace(inputs, state).lower(lowering_platforms=(platform,)).as_text()
-        return [text.count(f"stablehlo.{name}") for name in ("dot_general", "while", "exponential")]
-
-    assert operations(None, "tpu") == operations(form, "tpu")
-    assert operations(None, "cpu") != operations(form, "cpu")

@@ -1,7 +1,5 @@
 """Time over the devices of a mesh axis: the same values and gradients, and what it costs."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tolerances import assert_close
 from wkv.operators import VERSIONS, every_implementation, every_version, per_token
 
+from benchmarks.hlo import bytes_moved
 from rwkv_jax.wkv import Wkv4State, cases, wkv7
 
 SHAPE = cases.Shape(2, 144, 2, 8)
@@ -91,6 +90,75 @@ def test_padding_over_devices(version):
     compare(version, 4, lengths=(100, 30), kind=AxisType.Explicit)
 
 
+MESHES = {
+    "rows and heads": {"data": 4, "tensor": 2},
+    "time too": {"data": 2, "sequence": 2, "tensor": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("axes", "kind"),
+    [
+        pytest.param(MESHES["rows and heads"], AxisType.Explicit, id="rows-and-heads"),
+        pytest.param(MESHES["time too"], AxisType.Auto, id="time-too-automatic"),
+        pytest.param(MESHES["time too"], AxisType.Explicit, id="time-too", marks=pytest.mark.slow),
+    ],
+)
+@every_version
+def test_rows_and_heads_over_devices(version, axes, kind):
+    """Nothing is gathered but states, and what all share is summed once; alike without a `jit`."""
+    shape = cases.Shape(4, 48, 4, 8)
+    inputs, reset = version.inputs("typical", shape), cases.reset_pattern("random", shape)
+    axis = "sequence" if "sequence" in axes else None
+
+    def loss(inputs, reset, mesh_axis=None):
+        y, after = version.operator(**inputs, reset=reset, mesh_axis=mesh_axis)
+        after = after.num / after.den if version.name == "4" else after
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(after)), y
+
+    (_, y), grads = quick_jit(jax.value_and_grad(loss, has_aux=True))(inputs, reset)
+    devices = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(kind,) * len(axes))
+
+    def spread(x):
+        spec = ("data", axis, "tensor") if per_token(x) else ("tensor",)
+        return jax.device_put(x, NamedSharding(devices, PartitionSpec(*spec)))
+
+    with jax.set_mesh(devices):
+        given = jax.tree.map(spread, inputs)
+        starts = jax.device_put(reset, NamedSharding(devices, PartitionSpec("data", axis)))
+        run = jax.value_and_grad(lambda x, reset: loss(x, reset, axis), has_aux=True)
+        program = jax.jit(run).lower(given, starts).compile()
+        (_, split), split_grads = program(given, starts)
+        moved = bytes_moved(program.as_text())
+        if version.name == "7" and not axis:
+            eager, _ = version.operator(**given, reset=starts)
+            assert_close(eager, y, "float32")
+    states = {"all-gather", "reduce-scatter"} if axis else set()
+    assert moved.keys() <= {"all-reduce", *states}
+    assert sum(moved.values()) < 20 * shape.batch * shape.heads * shape.size**2 * 4
+    assert split.sharding.spec[0] == "data"
+    for a, b in zip(
+        jax.tree.leaves((split, split_grads)), jax.tree.leaves((y, grads)), strict=True
+    ):
+        assert_close(a, b, "float32")
+
+
+def test_parts_along_other_axes_are_refused():
+    """By a sentence, where JAX would speak of a scan's carry."""
+    inputs = cases.wkv7_inputs("typical", cases.Shape(2, 48, 2, 8))
+    devices = mesh(4, AxisType.Explicit)
+
+    def given(spec):
+        sharding = NamedSharding(devices, PartitionSpec(*spec))
+        return {name: jax.device_put(x, sharding) for name, x in inputs.items()}
+
+    with jax.set_mesh(devices):
+        with pytest.raises(ValueError, match=r"time is sharded over 'sequence'; .*mesh_axis='seq"):
+            wkv7(**given([None, "sequence"]))
+        with pytest.raises(ValueError, match="heads are sharded inside over 'sequence'"):
+            wkv7(**given([None, None, None, "sequence"]))
+
+
 def test_documents_start_from_the_initial_state_on_every_device():
     version = VERSIONS["6"]
     inputs, state, reset, _, dy, dstate = arguments(version)
@@ -121,19 +189,6 @@ def test_inside_a_shard_map_of_the_caller():
     assert_close(after4, after, "float32")
 
 
-KINDS = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all"
-COLLECTIVE = re.compile(rf"= (\(?[^=]*?) ({KINDS})(?:-start)?\(")
-
-
-def bytes_moved(program):
-    """What a device receives, summed over the collectives of a compiled program."""
-    total = 0
-    for shapes, _ in COLLECTIVE.findall(program):
-        for sizes in re.findall(r"f32\[([\d,]*)\]", shapes):
-            total += 4 * int(np.prod([int(n) for n in sizes.split(",") if n] or [1]))
-    return total
-
-
 @every_version
 def test_bytes_moved_do_not_grow_with_length(version):
     """Forward and backward: the parts' maps alone, whose size is that of states."""
@@ -157,7 +212,7 @@ def test_bytes_moved_do_not_grow_with_length(version):
                 return jnp.sum(jnp.sin(y))
 
             program = jax.jit(jax.grad(loss)).lower(inputs).compile().as_text()
-        moved[length] = bytes_moved(program)
+        moved[length] = sum(bytes_moved(program).values())
     state = 4 * (shape.width * 3 if version.name == "4" else shape.heads * shape.size**2)
     assert state <= moved[64] == moved[256] <= 20 * 4 * state
 
