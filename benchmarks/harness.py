@@ -1,7 +1,7 @@
 """What the benchmarks share: workers (processes), interleaved rounds, device, tables, results.
 
-A noisy machine drifts by tens of per cent over minutes. So the contestants take turns (ours, peer
-A, peer B, ours, ...), a ratio is formed inside each round, and a table states minimum, median and
+A noisy machine drifts by tens of per cent over minutes. So the contestants take turns, in another
+order each round, a ratio is formed inside each round, and a table states minimum, median and
 maximum over the rounds. Each contestant is a process: its peak memory is what the kernel says of
 it when it has ended.
 """
@@ -9,6 +9,7 @@ it when it has ended.
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -94,7 +95,7 @@ def start_all(makers: dict[str, Callable[[], Worker]]) -> dict[str, Worker]:
 
 
 def interleave(workers: dict[str, Worker], rounds: int, request: dict) -> dict[str, list[dict]]:
-    """Ask every worker once a round, each round starting one further; return answers by worker."""
+    """Ask every worker once a round, each round in another order; return answers by worker."""
     answers: dict[str, list[dict]] = {name: [] for name in workers}
     for index in range(rounds):
         console.print(f"[dim]round {index + 1} of {rounds}[/]")
@@ -103,11 +104,14 @@ def interleave(workers: dict[str, Worker], rounds: int, request: dict) -> dict[s
     return answers
 
 
-def in_turn(workers: dict[str, Worker], request: dict, first: int) -> dict[str, dict]:
-    """Ask every worker once, from number `first` (modulo their number) on; answers by worker."""
+def in_turn(workers: dict[str, Worker], request: dict, index: int) -> dict[str, dict]:
+    """Ask every worker once, in an order that round `index` draws; answers by worker.
+
+    Drawn, because what ran just before is felt: caches, and memory that is being given back.
+    """
     names = list(workers)
-    shift = first % max(len(names), 1)
-    return {name: workers[name].ask(request) for name in names[shift:] + names[:shift]}
+    random.Random(index).shuffle(names)
+    return {name: workers[name].ask(request) for name in names}
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:

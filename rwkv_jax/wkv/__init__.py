@@ -29,9 +29,8 @@ Their state layout is [b, h, v, k], float32.
     chunked      matrix products inside chunks, states handed from chunk to chunk; the training form
     associative  the same chunk summaries combined by `lax.associative_scan`: log depth
 
-`implementation=None` is `scan` for a few tokens and `chunked` for more; on a CPU, where no gradient
-is taken, it goes token by token there too, which is faster. A name is that one, or an error that
-says why not.
+`implementation=None` is the fastest that was measured for the program's device, the length and the
+head size (`default.py`). A name is that one, or an error that says why not.
 
 **Every operator** takes
 
@@ -41,7 +40,8 @@ says why not.
                as it is after the last real one; their y has no meaning
     mesh_axis  the name of a mesh axis over which time is sharded, its one trace in the call: under
                `jax.set_mesh` the operator splits its inputs itself, inside a `jax.shard_map` over
-               that axis it is given each device's part. States are whole, on every device
+               that axis it is given each device's part. States are whole, on every device. Rows
+               and heads that a mesh shards need no word
 
 and returns the state after the last token. No document's output depends on another's by a bit:
 `leak_test` shows it for any function of documents.
