@@ -1,4 +1,4 @@
-"""The examples in README.md and in docstrings run as they stand."""
+"""The examples in README.md, docs/ and docstrings run as they stand; tables are the data's."""
 
 import ast
 import doctest
@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tables import MARK, rewritten
+
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -36,20 +38,31 @@ def docstrings_with_examples() -> list[tuple[str, str, int, str]]:
     return found
 
 
-BLOCKS = python_blocks(README.read_text(encoding="utf-8"))
+BLOCKS = [
+    pytest.param(page, line, code, id=f"{page.name}, line {line}")
+    for page in PAGES
+    for line, code in python_blocks(page.read_text(encoding="utf-8"))
+]
 DOCSTRINGS = docstrings_with_examples()
 
 
 def test_there_are_examples():
-    assert BLOCKS, "README.md shows no python block"
+    assert BLOCKS, "no page shows a python block"
     assert DOCSTRINGS, "no docstring of the package holds an example"
 
 
-@pytest.mark.parametrize(("line", "code"), BLOCKS, ids=[f"line {line}" for line, _ in BLOCKS])
-def test_readme_block_runs(line, code, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "line", "code"), BLOCKS)
+def test_block_runs(page, line, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    padded = "\n" * line + code  # so that a traceback names README's own lines
-    exec(compile(padded, str(README), "exec"), {"__name__": "__main__"})
+    padded = "\n" * line + code  # so that a traceback names the page's own lines
+    exec(compile(padded, str(page), "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if MARK.search(page.read_text("utf-8"))])
+def test_tables_are_the_data(page):
+    """`python -m benchmarks.tables` writes them."""
+    text = page.read_text(encoding="utf-8")
+    assert rewritten(text) == text
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from official import checkpoint
 from tolerances import MODEL_RMS, assert_close, relative_rms
 
+from benchmarks.sequence import step
 from rwkv_jax import models
 from rwkv_jax.checkpoint.keymaps import from_official
 from rwkv_jax.wkv import leak_test
@@ -47,6 +48,16 @@ def batch(version):
     tokens = jnp.asarray(rng.integers(0, 67, (ROWS, LENGTH)), jnp.int32)
     # A document starts at the border of two devices, and one beside it.
     return tokens, jnp.zeros((ROWS, LENGTH), bool).at[1, jnp.array([12, 13, 30])].set(True)
+
+
+@pytest.mark.slow
+def test_a_step_over_65536_tokens():
+    """Version 7 on eight devices: loss and gradient are those of one, for a share of the memory."""
+    mesh = jax.make_mesh((8,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
+    found = step(65536, mesh)
+    assert found["loss_apart"] < 1e-6
+    assert found["gradient_apart"] < 1e-5
+    assert found["allocated"] < found["alone_allocated"] / 4
 
 
 def leaves(tree):

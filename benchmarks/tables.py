@@ -1,0 +1,213 @@
+"""The tables in docs/, written from benchmarks/results/*.json, so that page and data agree.
+
+    python -m benchmarks.tables
+
+A page holds the line `<!-- table: NAME -->`; the table below it, down to the next empty line, is
+replaced by what the function NAME of this module gives.
+"""
+
+import argparse
+import json
+import re
+
+from benchmarks.harness import RESULTS, ROOT
+
+MIB = 2**20
+MARK = re.compile(r"(?m)^<!-- table: (\w+) -->\n((?:\|.*\n)*)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        page.write_text(rewritten(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def rewritten(page: str) -> str:
+    """The page with each of its tables as the results have it."""
+    return MARK.sub(lambda mark: f"<!-- table: {mark[1]} -->\n{TABLES[mark[1]]()}", page)
+
+
+def peers_forward() -> str:
+    return peers("forward")
+
+
+def peers_both() -> str:
+    return peers("forward + backward")
+
+
+def peers(kind: str) -> str:
+    """Times ours, and memory, of each package at each version and length."""
+    found = results("wkv")["results"]
+    own = ("rwkv_jax", "rwkv_jax, chunked", "rwkv_jax, associative")
+    packages = [name for name in next(iter(found.values()))[kind] if name not in own]
+    rows = []
+    for shape, kinds in found.items():
+        ours = kinds[kind]["rwkv_jax"]
+        rows.append([shape, f"{milliseconds(ours['seconds'])}, {mib(ours)} MiB"])
+        for name in packages:
+            cell = kinds[kind][name]
+            if "times_ours" in cell:
+                rows[-1].append(f"{spread(cell['times_ours'])}, {mib(cell)}")
+            else:
+                rows[-1].append(cell["absent"])
+    return table(["", "rwkv_jax", *packages], rows)
+
+
+def forms() -> str:
+    """Median milliseconds of each form by length and head size, the default's form apart."""
+    rows = []
+    for row in results("forms_cpu")["rows"]:
+        medians = {name: cell["median"] * 1e3 for name, cell in row["seconds"].items()}
+        rows.append(
+            [
+                row["version"],
+                row["kind"],
+                f"{row['batch']} x {row['heads']} x {row['size']}",
+                f"{row['tokens']:,}",
+                *(f"{medians[name]:.3g}" if name in medians else "" for name in FORMS),
+            ]
+        )
+    return table(["version", "", "B x H x N", "T", *FORMS], rows)
+
+
+FORMS = ["default", "scan", "chunked", "associative"]
+
+
+def lengths() -> str:
+    """Milliseconds and MiB of forward and backward by length."""
+    found = results("lengths")["results"]
+    tokens = next(iter(found.values()))["default"]
+    heads = [""]
+    for version in found:
+        heads += [f"version {version}", "`lax.scan`"]
+    rows = []
+    for count in tokens:
+        rows.append([f"{int(count):,}"])
+        for cells in found.values():
+            for form in ("default", "lax.scan"):
+                cell = cells[form][count]
+                time = milliseconds(cell["seconds"]) if "seconds" in cell else "not run"
+                rows[-1].append(f"{time}, {mib(cell)} MiB")
+    return table(heads, rows)
+
+
+def errors() -> str:
+    """The largest errors of the tests' cases: float32, bfloat16 and float64, and where."""
+    found = results("accuracy")["tested"]
+    rows = []
+    for form in found["float32"]:
+        rows.append([name_of(form)])
+        for dtype in ("float32", "bfloat16", "float64"):
+            cells = found[dtype].get(form, {})
+            rows[-1] += [f"{cells[what][0]:.0e}" if what in cells else "" for what in KINDS]
+    return table(
+        ["", *(f"{d} {k}" for d in ("float32", "bfloat16", "float64") for k in SHORT)], rows
+    )
+
+
+def long_errors() -> str:
+    """The largest errors at 4,096 tokens in float32, and the inputs that had them."""
+    rows = []
+    for form, cells in results("accuracy")["long"].items():
+        rows.append([name_of(form)])
+        for what in KINDS:
+            rows[-1].append(f"{cells[what][0]:.0e} ({cells[what][1]})" if what in cells else "")
+    return table(["", *SHORT], rows)
+
+
+KINDS = ["y", "final state", "gradients"]
+SHORT = ["y", "state", "gradients"]
+
+
+def name_of(form: str) -> str:
+    version, implementation = form.split(", ")
+    return f"{version}, " + ("default" if implementation == "None" else f"`{implementation}`")
+
+
+def sequence() -> str:
+    """KiB that a device receives and MiB that it allocates, by length."""
+    found = results("sequence")["operators"]
+    rows = []
+    for version, cells in found.items():
+        rows.append([f"version {version}"])
+        for cell in cells.values():
+            rows[-1].append(
+                f"{cell['received'] / 1024:,.0f} KiB, {cell['allocated'] / MIB:,.0f} MiB"
+            )
+    return table(["", *(f"{int(tokens):,}" for tokens in next(iter(found.values())))], rows)
+
+
+def profile() -> str:
+    """Share of a training step by scope: forward, gradient and what is computed again."""
+    found = results("profile")["results"]
+    names = list(
+        dict.fromkeys(key.split(", ")[0] for cells in found.values() for key in cells["seconds"])
+    )
+    totals = {version: sum(cells["seconds"].values()) for version, cells in found.items()}
+    share = {
+        (name, version): sum(
+            seconds for key, seconds in cells["seconds"].items() if key.split(", ")[0] == name
+        )
+        / totals[version]
+        for version, cells in found.items()
+        for name in names
+    }
+    names.sort(key=lambda name: -sum(share[name, version] for version in found))
+    rows = [[name.replace("_", " "), *(f"{share[name, v]:.0%}" for v in found)] for name in names]
+    rows.append(
+        [
+            "in matrix products",
+            *(
+                f"{sum(c['seconds_in_products'].values()) / totals[v]:.0%}"
+                for v, c in found.items()
+            ),
+        ]
+    )
+    rows.append(["step", *(f"{c['step_seconds']['median'] * 1e3:,.0f} ms" for c in found.values())])
+    rows.append(
+        [
+            "compile, 6 and 24 layers",
+            *(
+                f"{c['compile_seconds']:.1f}, {c['compile_seconds_of_four_times_the_layers']:.1f} s"
+                for c in found.values()
+            ),
+        ]
+    )
+    return table(["", *(f"version {version}" for version in found)], rows)
+
+
+TABLES = {
+    f.__name__: f
+    for f in (peers_forward, peers_both, forms, lengths, errors, long_errors, sequence, profile)
+}
+
+
+def results(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def spread(cell: dict) -> str:
+    return f"{cell['median']:.2f} [{cell['min']:.2f}..{cell['max']:.2f}]"
+
+
+def milliseconds(cell: dict) -> str:
+    return f"{cell['median'] * 1e3:,.3g} ms" if cell["median"] < 1 else f"{cell['median']:,.1f} s"
+
+
+def mib(cell: dict) -> str:
+    value = cell["temporary_bytes"] / MIB
+    return f"{value:,.1f}" if value < 10 else f"{value:,.0f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    widths = [max(3, *map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    padded = ([x.ljust(width) for x, width in zip(line, widths, strict=True)] for line in lines)
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in padded)
+
+
+if __name__ == "__main__":
+    main()
