@@ -220,7 +220,7 @@ class TrainConfig(_Strict):
     """Compute type; parameters, optimizer, decay, recurrent state and loss are float32 always."""
     remat: Literal["none", "dots", "full"] = "dots"
     """What the backward pass keeps: everything, matrix products' results, each layer's input."""
-    wkv: Literal["auto", "scan", "chunked", "associative"] = "auto"
+    wkv: Literal["auto", "scan", "chunked", "associative", "pallas_gpu", "pallas_tpu"] = "auto"
     l2wrap: float = 1e-4
     """Official pull on the largest logit (RWKV-LM `L2Wrap`); 0 is off."""
     z_loss: float = 0.0

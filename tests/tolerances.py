@@ -18,6 +18,11 @@ group norms of random weights multiply rounding (at most 1.7e-5 measured, versio
 MODEL_BFLOAT16 = 2e-2
 """Relative RMS error of a whole model that computes in bfloat16."""
 
+KERNEL_BFLOAT16 = 3e-2
+"""Relative RMS error of kernels that multiply in bfloat16: scaled tokens and states are rounded
+before each product. Typical inputs measure 3e-3 to 8e-3; where the same key comes again and again,
+what is removed is as large as what is there, and it is 2e-2."""
+
 MEASURED_LENGTH = 4096
 
 

@@ -28,9 +28,12 @@ Their state layout is [b, h, v, k], float32.
     scan         the definition, one token after another (`step` is one token)
     chunked      matrix products inside chunks, states handed from chunk to chunk; the training form
     associative  the same chunk summaries combined by `lax.associative_scan`: log depth
+    pallas_gpu   the chunked form as one kernel, for NVIDIA GPUs from Ampere on
+    pallas_tpu   the same for TPUs
 
-`implementation=None` is the fastest that was measured for the program's device, the length and the
-head size (`default.py`). A name is that one, or an error that says why not.
+`implementation=None` is the fastest for the program's device, the length and the head size
+(`default.py`). A name is that one, or an error that says why not; on a CPU the kernels are
+interpreted, to test them.
 
 **Every operator** takes
 
@@ -50,7 +53,7 @@ Sources: arXiv:2305.13048 (version 4), arXiv:2404.05892 (versions 5 and 6), arXi
 (version 7), RWKV-LM `cuda/`.
 """
 
-from rwkv_jax.wkv.dispatch import IMPLEMENTATIONS, wkv4, wkv6, wkv7
+from rwkv_jax.wkv.dispatch import IMPLEMENTATIONS, KERNELS, wkv4, wkv6, wkv7
 from rwkv_jax.wkv.leaks import leak_test
 from rwkv_jax.wkv.v4.scan import Wkv4State
 from rwkv_jax.wkv.v4.scan import step as wkv4_step
@@ -59,6 +62,7 @@ from rwkv_jax.wkv.v7.scan import step as wkv7_step
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "KERNELS",
     "Wkv4State",
     "leak_test",
     "wkv4",

@@ -7,12 +7,18 @@ On a CPU (`python -m benchmarks.forms`, whose table is in docs/operators.md):
     5, 6      `chunked`; token by token for heads of 32         `chunked`
     7         token by token, the state read once a token       `chunked`
 
-Elsewhere nothing was measured yet. There a loop's steps cost launches, of which `chunked` has as
-many as chunks in versions 5 to 7, but as many as tokens in version 4: that one takes
-`associative`, with two sweeps of one chunk's tokens.
+On a GPU or TPU it is the kernel, `pallas_gpu` or `pallas_tpu`: the only form that reads each token
+once, while XLA's write each intermediate result to memory (docs/kernels.md; not measured yet).
+Where there is no kernel, one line in the log says why, and XLA's form runs: `chunked`, and for
+version 4, whose chunks are as many steps as tokens, `associative`, with two sweeps of one chunk's
+tokens.
 
-One token is `scan` everywhere, for which see `dispatch.py`. The platform is that of the compiled
-program, not that of the process: a program compiled ahead of time gets its own device's form.
+One token is `scan`, on an accelerator the kernel of one token.
+
+The platform is that of the compiled program, not that of the process: a program for a CPU gets a
+CPU's form wherever it is compiled. What kernels come into question is known when a program is
+traced: those of the mesh that is set, or of this process. So a program compiled ahead of time has
+kernels where its mesh is set (`jax.set_mesh`).
 """
 
 from functools import partial
@@ -21,20 +27,36 @@ import jax.numpy as jnp
 from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Callable, Float
-from rwkv_jax.wkv import tokens
+from rwkv_jax.wkv import kernels, tokens
 from rwkv_jax.wkv.chunks import transpose
 from rwkv_jax.wkv.gradient import outputs_of, with_gradient
+from rwkv_jax.wkv.precision import computed
 from rwkv_jax.wkv.reverse import reverse_only
 from rwkv_jax.wkv.v4 import associative as v4_associative
 from rwkv_jax.wkv.v4 import chunked as v4_chunked
+from rwkv_jax.wkv.v4 import kernel as v4_kernel
+from rwkv_jax.wkv.v4 import pallas_gpu as v4_pallas_gpu
+from rwkv_jax.wkv.v4 import pallas_tpu as v4_pallas_tpu
+from rwkv_jax.wkv.v4 import scan as v4_scan
 from rwkv_jax.wkv.v4.scan import Wkv4State
 from rwkv_jax.wkv.v6 import chunked as v6_chunked
+from rwkv_jax.wkv.v6 import kernel as v6_kernel
+from rwkv_jax.wkv.v6 import pallas_gpu as v6_pallas_gpu
+from rwkv_jax.wkv.v6 import pallas_tpu as v6_pallas_tpu
 from rwkv_jax.wkv.v6 import scan as v6_scan
 from rwkv_jax.wkv.v6.chunk import Heads
 from rwkv_jax.wkv.v6.chunk import Inputs as Inputs6
 from rwkv_jax.wkv.v7 import chunked as v7_chunked
+from rwkv_jax.wkv.v7 import kernel as v7_kernel
+from rwkv_jax.wkv.v7 import pallas_gpu as v7_pallas_gpu
+from rwkv_jax.wkv.v7 import pallas_tpu as v7_pallas_tpu
+from rwkv_jax.wkv.v7 import scan as v7_scan
 from rwkv_jax.wkv.v7 import tokens as v7_tokens
 from rwkv_jax.wkv.v7.chunk import Inputs as Inputs7
+
+KERNELS4 = (v4_pallas_gpu.KERNEL, v4_pallas_tpu.KERNEL)
+KERNELS6 = (v6_pallas_gpu.KERNEL, v6_pallas_tpu.KERNEL)
+KERNELS7 = (v7_pallas_gpu.KERNEL, v7_pallas_tpu.KERNEL)
 
 SMALL_HEAD = 32
 """Heads of version 6 that are no larger go token by token on a CPU, where no gradient is taken."""
@@ -55,8 +77,13 @@ def wkv4(
     mask: Bool[Array, "b t"] | None,
 ) -> tuple[Float[Array, "b t c"], Wkv4State]:
     """`rwkv_jax.wkv.wkv4`."""
+    kernel = kernels.chosen("wkv4", KERNELS4, v4_kernel.refusal, k)
+    if kernel is not None and k.shape[1] > 1:
+        return v4_kernel.operator(kernel, named=False)(log_w, k, v, u, state, reset, mask)
+    if k.shape[1] == 1:
+        return computed(v4_scan.wkv4, v=2)(log_w, k, v, u, state, reset, mask)
     log_w, k, v, u, state = reverse_only("wkv4", (log_w, k, v, u, state))
-    return _wkv4(log_w, k, v, u, state, reset, mask)
+    return computed(_wkv4, v=2)(log_w, k, v, u, state, reset, mask)
 
 
 _wkv4 = with_gradient(
@@ -78,8 +105,16 @@ def wkv6(
     initial: Float[Array, "h v k"] | None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """`rwkv_jax.wkv.wkv6`."""
-    if r.shape[-1] > SMALL_HEAD:
-        return v6_chunked.wkv6(r, log_w, k, v, u, state, reset, initial)
+    given = (r, log_w, k, v, u, state, reset, initial)
+    kernel = kernels.chosen("wkv6", KERNELS6, kernels.refusal, Inputs6(r, log_w, k, v))
+    if kernel is not None:
+        return v6_kernel.operator(kernel, named=False)(*given)
+    form = _wkv6_small if r.shape[-1] <= SMALL_HEAD else v6_chunked.wkv6
+    form = v6_scan.wkv6 if r.shape[1] == 1 else form
+    return computed(form, v=3)(*given)
+
+
+def _wkv6_small(r, log_w, k, v, u, state, reset, initial) -> tuple[Array, Array]:
     x, heads = Inputs6(r, log_w, k, v), Heads.of(u, initial)
     x, heads, state = reverse_only("wkv6", (x, heads, state), v6_chunked.FORWARD_MODE)
     y, after = _wkv6(x, heads, transpose(state), reset)
@@ -113,6 +148,15 @@ def wkv7(
     reset: Bool[Array, "b t"] | None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """`rwkv_jax.wkv.wkv7`."""
+    x = Inputs7(r, log_w, k, v, a, b)
+    kernel = kernels.chosen("wkv7", KERNELS7, kernels.refusal, x)
+    if kernel is not None:
+        return v7_kernel.operator(kernel, named=False)(*x, state, reset)
+    form = v7_scan.wkv7 if r.shape[1] == 1 else _without_kernel7
+    return computed(form, v=3)(*x, state, reset)
+
+
+def _without_kernel7(r, log_w, k, v, a, b, state, reset) -> tuple[Array, Array]:
     x, state = reverse_only("wkv7", (Inputs7(r, log_w, k, v, a, b), state), v7_chunked.FORWARD_MODE)
     return _wkv7(x, state, reset)
 

@@ -3,49 +3,82 @@
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int
-from rwkv_jax.wkv import default, sharded
+from rwkv_jax.wkv import default, kernels, sharded
+from rwkv_jax.wkv.precision import computed, precision
 from rwkv_jax.wkv.v4 import associative as v4_associative
 from rwkv_jax.wkv.v4 import chunked as v4_chunked
+from rwkv_jax.wkv.v4 import pallas_gpu as v4_pallas_gpu
+from rwkv_jax.wkv.v4 import pallas_tpu as v4_pallas_tpu
 from rwkv_jax.wkv.v4 import scan as v4_scan
 from rwkv_jax.wkv.v4.scan import Wkv4State
 from rwkv_jax.wkv.v6 import associative as v6_associative
 from rwkv_jax.wkv.v6 import chunked as v6_chunked
+from rwkv_jax.wkv.v6 import pallas_gpu as v6_pallas_gpu
+from rwkv_jax.wkv.v6 import pallas_tpu as v6_pallas_tpu
 from rwkv_jax.wkv.v6 import scan as v6_scan
 from rwkv_jax.wkv.v7 import associative as v7_associative
 from rwkv_jax.wkv.v7 import chunked as v7_chunked
+from rwkv_jax.wkv.v7 import pallas_gpu as v7_pallas_gpu
+from rwkv_jax.wkv.v7 import pallas_tpu as v7_pallas_tpu
 from rwkv_jax.wkv.v7 import scan as v7_scan
 
 IMPLEMENTATIONS = ("scan", "chunked", "associative")
-"""Names that `implementation=` takes."""
+"""Names that `implementation=` takes on any device."""
+KERNELS = ("pallas_gpu", "pallas_tpu")
+"""Those that it takes besides: of one kind of device, and interpreted on a CPU."""
 
 
 class Table(NamedTuple):
-    """What there is of one operator."""
+    """What there is of one operator. All take inputs of any type and give `y` in that of `v`."""
 
     forms: dict[str, Callable[..., Any]]
     fastest: Callable[..., Any]
-    """What `implementation=None` is for more than one token."""
+    """What `implementation=None` is."""
     part: Callable[..., Any]
     """(form, mesh axis, ...): a device's part of the sequence."""
+    v: int
+    """Which argument is v."""
 
 
 _WKV4 = Table(
-    {"scan": v4_scan.wkv4, "chunked": v4_chunked.wkv4, "associative": v4_associative.wkv4},
+    {
+        "scan": computed(v4_scan.wkv4, v=2),
+        "chunked": computed(v4_chunked.wkv4, v=2),
+        "associative": computed(v4_associative.wkv4, v=2),
+        "pallas_gpu": v4_pallas_gpu.wkv4,
+        "pallas_tpu": v4_pallas_tpu.wkv4,
+    },
     default.wkv4,
     sharded.wkv4,
+    v=2,
 )
 _WKV6 = Table(
-    {"scan": v6_scan.wkv6, "chunked": v6_chunked.wkv6, "associative": v6_associative.wkv6},
+    {
+        "scan": computed(v6_scan.wkv6, v=3),
+        "chunked": computed(v6_chunked.wkv6, v=3),
+        "associative": computed(v6_associative.wkv6, v=3),
+        "pallas_gpu": v6_pallas_gpu.wkv6,
+        "pallas_tpu": v6_pallas_tpu.wkv6,
+    },
     default.wkv6,
     sharded.wkv6,
+    v=3,
 )
 _WKV7 = Table(
-    {"scan": v7_scan.wkv7, "chunked": v7_chunked.wkv7, "associative": v7_associative.wkv7},
+    {
+        "scan": computed(v7_scan.wkv7, v=3),
+        "chunked": computed(v7_chunked.wkv7, v=3),
+        "associative": computed(v7_associative.wkv7, v=3),
+        "pallas_gpu": v7_pallas_gpu.wkv7,
+        "pallas_tpu": v7_pallas_tpu.wkv7,
+    },
     default.wkv7,
     sharded.wkv7,
+    v=3,
 )
 
 
@@ -81,12 +114,12 @@ def wkv4(
     _check_shapes("wkv4", k.ndim == 3 and k.shape == v.shape, k=k, v=v)
     b, t, c = k.shape
     _check_shapes("wkv4", log_w.shape == u.shape == (c,), log_w=log_w, u=u, k=k)
-    _check_rows("wkv4", k, reset, lengths)
-    run = _choose(_WKV4, implementation, t, mesh_axis)
-    dtype = _precision(k)
-    if state is None:
-        state = Wkv4State.empty((b, c), dtype)
-    _check_shapes("wkv4", state.num.shape == (b, c), state=state.num, k=k)
+    _check_inputs("wkv4", (log_w, k, v, u), reset, lengths)
+    run = _choose(_WKV4, implementation, mesh_axis)
+    dtype = precision(log_w, k, v, u, state)
+    state = Wkv4State.empty((b, c), dtype) if state is None else Wkv4State(*state)
+    for x in state:
+        _check_shapes("wkv4", x.shape == (b, c), state=x, k=k)
     options: Any = {"mesh_axis": mesh_axis, "implementation": implementation}
     given = {"log_w": log_w, "k": k, "v": v, "u": u, "state": state}
     given |= {"reset": reset, "lengths": lengths}
@@ -95,8 +128,8 @@ def wkv4(
         return parts
     state = Wkv4State(*(x.astype(dtype) for x in state))
     reset, mask = _masks(reset, lengths, t, mesh_axis)
-    y, after = run(*(x.astype(dtype) for x in (log_w, k, v, u)), state, reset, mask)
-    return y.astype(v.dtype), after
+    k, v = _erase(mask, k, v)
+    return run(log_w, k, v, u, state, reset, mask)
 
 
 def wkv6(
@@ -127,10 +160,10 @@ def wkv6(
     _check_shapes("wkv6", same, r=r, log_w=log_w, k=k)
     _check_shapes("wkv6", v.ndim == 4 and v.shape[:3] == r.shape[:3], r=r, v=v)
     _check_shapes("wkv6", u.shape == r.shape[2:], u=u, r=r)
-    _check_rows("wkv6", r, reset, lengths)
+    _check_inputs("wkv6", (v, r, log_w, k, u), reset, lengths)
     batch, t, h, n = r.shape
-    run = _choose(_WKV6, implementation, t, mesh_axis)
-    dtype = _precision(v)
+    run = _choose(_WKV6, implementation, mesh_axis)
+    dtype = precision(r, log_w, k, v, u, state, initial)
     shape = (batch, h, v.shape[-1], n)
     if initial is not None:
         _check_shapes("wkv6", initial.shape == shape[1:], initial=initial, r=r, v=v)
@@ -149,10 +182,8 @@ def wkv6(
     if log_w.ndim == 2:
         log_w = jnp.broadcast_to(log_w[None, None], r.shape)
     reset, mask = _masks(reset, lengths, t, mesh_axis)
-    log_w, k = _erase(mask, log_w, k)
-    x = (y.astype(dtype) for y in (r, log_w, k, v, u, state))
-    y, after = run(*x, reset, initial)
-    return y.astype(v.dtype), after
+    r, log_w, k, v = _erase(mask, r, log_w, k, v)
+    return run(r, log_w, k, v, u, state.astype(dtype), reset, initial)
 
 
 def wkv7(
@@ -182,10 +213,10 @@ def wkv7(
     same = r.ndim == 4 and r.shape == log_w.shape == k.shape == a.shape == b.shape
     _check_shapes("wkv7", same, r=r, log_w=log_w, k=k, a=a, b=b)
     _check_shapes("wkv7", v.ndim == 4 and v.shape[:3] == r.shape[:3], r=r, v=v)
-    _check_rows("wkv7", r, reset, lengths)
+    _check_inputs("wkv7", (v, r, log_w, k, a, b), reset, lengths)
     batch, t, h, n = r.shape
-    run = _choose(_WKV7, implementation, t, mesh_axis)
-    dtype = _precision(v)
+    run = _choose(_WKV7, implementation, mesh_axis)
+    dtype = precision(r, log_w, k, v, a, b, state)
     shape = (batch, h, v.shape[-1], n)
     if state is None:
         state = jnp.zeros(shape, dtype)
@@ -197,29 +228,25 @@ def wkv7(
     if parts is not None:
         return parts
     reset, mask = _masks(reset, lengths, t, mesh_axis)
-    log_w, k, b = _erase(mask, log_w, k, b)
-    x = (y.astype(dtype) for y in (r, log_w, k, v, a, b, state))
-    y, after = run(*x, reset)
-    return y.astype(v.dtype), after
+    r, log_w, k, v, a, b = _erase(mask, r, log_w, k, v, a, b)
+    return run(r, log_w, k, v, a, b, state.astype(dtype), reset)
 
 
-def _choose(
-    table: Table, implementation: str | None, length: int, mesh_axis: str | None
-) -> Callable[..., Any]:
+def _choose(table: Table, implementation: str | None, mesh_axis: str | None) -> Callable[..., Any]:
     """The implementation; under a mesh axis, of each device's part."""
     if implementation is None:
-        run = table.forms["scan"] if length == 1 else table.fastest
+        run = table.fastest
     elif implementation in table.forms:
         run = table.forms[implementation]
     else:
         known = ", ".join(table.forms)
         raise ValueError(f"implementation {implementation!r}: one of {known}, or None")
-    return partial(table.part, run, mesh_axis) if mesh_axis else run
-
-
-def _precision(x: Array) -> Any:
-    """What to compute in: float64 for float64, float32 for everything else."""
-    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    if mesh_axis is None:
+        return run
+    part = partial(table.part, run, mesh_axis)
+    # What a part lacks is added to its y, which only kernels have rounded before.
+    kernel = implementation in KERNELS or (implementation is None and kernels.accelerator())
+    return part if kernel else computed(part, v=table.v)
 
 
 def _check_shapes(operator: str, agree: bool, **arrays: Any) -> None:
@@ -228,11 +255,27 @@ def _check_shapes(operator: str, agree: bool, **arrays: Any) -> None:
         raise ValueError(f"{operator}: shapes do not belong together: {shapes}")
 
 
-def _check_rows(operator: str, x: Array, reset: Array | None, lengths: Array | None) -> None:
+def _check_inputs(
+    operator: str, inputs: tuple[Array, ...], reset: Array | None, lengths: Array | None
+) -> None:
+    """That inputs are numbers, there is a token, and rows are as many as everywhere."""
+    rows = next(x for x in inputs if x.ndim > 2).shape[:2]
+    for x in inputs:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{operator}: inputs are floating-point numbers, not {x.dtype}")
+        if jax.typeof(x).manual_axis_type.varying:
+            raise ValueError(
+                f"{operator}: inside jax.shard_map, give that check_vma=False; JAX cannot follow"
+                " what varies over devices through a gradient by hand"
+            )
+    if rows[1] == 0:
+        raise ValueError(f"{operator}: no tokens, in inputs of shape {list(inputs[1].shape)}")
     if reset is not None:
-        _check_shapes(operator, reset.shape == x.shape[:2], reset=reset, x=x)
+        if reset.dtype != jnp.bool_:
+            raise ValueError(f"{operator}: reset is bool, not {reset.dtype}")
+        _check_shapes(operator, reset.shape == rows, reset=reset, x=inputs[1])
     if lengths is not None:
-        _check_shapes(operator, lengths.shape == x.shape[:1], lengths=lengths, x=x)
+        _check_shapes(operator, lengths.shape == rows[:1], lengths=lengths, x=inputs[1])
 
 
 def _masks(
@@ -244,7 +287,9 @@ def _masks(
 
 
 def _erase(mask: Array | None, *inputs: Array) -> tuple[Array, ...]:
-    """Zeros where tokens are padding: no decay, nothing written, nothing removed."""
+    """Zeros where tokens are padding: no decay, nothing written, nothing removed; whatever was
+    there, were it not a number."""
     if mask is None:
         return inputs
-    return tuple(jnp.where(mask[:, :, None, None], x, jnp.zeros_like(x)) for x in inputs)
+    mask = mask.reshape(*mask.shape, *(1,) * (inputs[0].ndim - 2))
+    return tuple(jnp.where(mask, x, jnp.zeros_like(x)) for x in inputs)

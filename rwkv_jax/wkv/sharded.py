@@ -47,7 +47,10 @@ def over_devices(
     Raises `ValueError` if there is no such mesh axis, it does not divide the length, or v is parted
     along an axis that recurrences run over or look along.
     """
-    axes = _explicit(dims["v"], given["v"])
+    axes: dict[str, Axis] = {}
+    for name in ("v", *given):  # v first: where they differ, the others are brought to it
+        for x in jax.tree.leaves(given[name]):
+            axes = _explicit(dims[name], x) | axes
     if mesh_axis and not is_manual(mesh_axis):
         _check_axis(operator, mesh_axis, given["v"].shape[1])
         axes["t"] = mesh_axis
@@ -73,7 +76,8 @@ def over_devices(
         lambda given: run(**given),
         in_specs=(specs,),
         out_specs=(spec("v"), spec("state")),
-        axis_names={name for axis in axes.values() for name in _names(axis)},
+        # Every explicit axis: without a `jit`, JAX maps over all of them or none.
+        axis_names=explicit | {name for axis in axes.values() for name in _names(axis)},
         check_vma=False,
     )
     return spread(given)
@@ -108,10 +112,11 @@ def _check_axis(operator: str, axis: str, length: int) -> None:
         raise ValueError(f"{operator}: no mesh axis {axis!r}; there is {known}")
     devices = mesh.shape[axis]
     if length % devices:
+        below, above = length - length % devices, length + -length % devices
+        nearest = f"{below} and {above}" if below else f"{above}"
         raise ValueError(
             f"{operator}: {length} tokens do not divide over the {devices} devices of mesh axis"
-            f" {axis!r}; the nearest lengths that do are {length - length % devices} and"
-            f" {length + -length % devices}"
+            f" {axis!r}; the nearest that do are {nearest}"
         )
 
 
@@ -182,9 +187,10 @@ def wkv4(
     """A device's part of `rwkv_jax.wkv.wkv4`; `run` is the implementation that it uses."""
     empty = Wkv4State.empty(state.num.shape, state.num.dtype)
     _, part = run(log_w, k, v, u, empty, reset, mask)
-    count = k.shape[1] if mask is None else jnp.sum(mask, 1, dtype=log_w.dtype)[:, None]
+    count = k.shape[1] if mask is None else jnp.sum(mask, 1, dtype=state.num.dtype)[:, None]
     begun = None if reset is None else jnp.any(reset, 1)[:, None]
-    decay = jnp.broadcast_to(part_decay(log_w[None], count, begun), state.num.shape)
+    log_decay = log_w.astype(state.num.dtype)[None]
+    decay = jnp.broadcast_to(part_decay(log_decay, count, begun), state.num.shape)
     entering, last = exchange(axis, lambda state, x: combine(state, *x), (decay, part), state)
     y, _ = run(log_w, k, v, u, entering, reset, mask)
     return y, last
@@ -204,7 +210,7 @@ def wkv6(
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """A device's part of `rwkv_jax.wkv.wkv6`."""
     y, added = run(r, log_w, k, v, u, jnp.zeros_like(state), reset, initial)
-    upto = jnp.cumsum(log_w, axis=1)
+    upto = jnp.cumsum(log_w.astype(state.dtype), axis=1)
     seen = jnp.exp(jnp.pad(upto[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0))))
     kept = jnp.exp(upto[:, -1])[:, :, None]
     if reset is not None:
@@ -213,7 +219,7 @@ def wkv6(
         kept = jnp.where(begun[:, -1, None, None, None], 0, kept)
 
     entering, last = exchange(axis, v6.act, (kept, added), state)
-    return y + read(entering, r * seen), last
+    return add(y, read(entering, r.astype(state.dtype) * seen)), last
 
 
 def wkv7(
@@ -232,11 +238,16 @@ def wkv7(
     rows, n = state.shape[-2:]
     unit = jnp.broadcast_to(jnp.eye(n, dtype=state.dtype), (*state.shape[:-2], n, n))
     start = jnp.concatenate([jnp.zeros_like(state), unit], -2)
-    both = jnp.concatenate([v, jnp.zeros_like(r)], -1)
+    both = jnp.concatenate([v, jnp.zeros(r.shape, v.dtype)], -1)
     y, after = run(r, log_w, k, both, a, b, start, reset)
     part = (after[..., rows:, :], after[..., :rows, :])
     entering, last = exchange(axis, v7.act, part, state)
-    return y[..., :rows] + read(entering, y[..., rows:]), last
+    return add(y[..., :rows], read(entering, y[..., rows:].astype(state.dtype))), last
+
+
+def add(y: Float[Array, "b t h v"], more: Float[Array, "b t h v"]) -> Float[Array, "b t h v"]:
+    """Their sum, in the type of y."""
+    return (y.astype(more.dtype) + more).astype(y.dtype)
 
 
 def read(state: Float[Array, "b h v k"], with_: Float[Array, "b t h k"]) -> Float[Array, "b t h v"]:

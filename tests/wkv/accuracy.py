@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from compiling import quick_jit
-from tolerances import bar, relative_rms
+from tolerances import KERNEL_BFLOAT16, bar, relative_rms
 from wkv.operators import Version, compiled, cotangents, forward
 
-from rwkv_jax.wkv import IMPLEMENTATIONS, cases
+from rwkv_jax.wkv import IMPLEMENTATIONS, KERNELS, cases
 from rwkv_jax.wkv.v4 import chunked as v4_chunked
 from rwkv_jax.wkv.v6 import associative as v6_associative
 from rwkv_jax.wkv.v6 import chunked as v6_chunked
@@ -39,6 +39,8 @@ def shape_of(version: Version, implementation: str | None, length: str) -> cases
     the longest are as large as the official ones."""
     number = "6" if version.name == "5" else version.name
     chunk = _CHUNKS[number]
+    if implementation in KERNELS:
+        chunk = 32 if implementation == "pallas_tpu" and number != "4" else 16
     if number == "6" and implementation == "associative":
         chunk = v6_associative.CHUNK
     return cases.Shape(2, LENGTHS[length](chunk), 2, 64 if length == "3 C + 5" else 16)
@@ -88,6 +90,8 @@ def errors(
                     stored = dtype if actual[name].dtype == jnp.bfloat16 else wide
                     assert actual[name].dtype == stored, f"{name} is {actual[name].dtype}"
                     allowed = _slack(inputs) * bar(stored, shape.time)
+                    if implementation in KERNELS and dtype == "bfloat16" and version.name != "4":
+                        allowed = KERNEL_BFLOAT16
                     found[name] = relative_rms(np.asarray(actual[name], np.float64), x), allowed
                 yield regime, pattern, found
 

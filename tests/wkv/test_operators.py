@@ -12,6 +12,7 @@ import pytest
 from compiling import quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 from tolerances import assert_close
 from wkv.operators import (
     LONG,
@@ -25,7 +26,7 @@ from wkv.operators import (
     per_token,
 )
 
-from rwkv_jax.wkv import IMPLEMENTATIONS, Wkv4State, cases, leak_test, wkv6
+from rwkv_jax.wkv import IMPLEMENTATIONS, Wkv4State, cases, leak_test, wkv4, wkv6
 
 
 @pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS], ids=str)
@@ -159,21 +160,36 @@ def test_leak_test_finds_leaks():
     x = jnp.arange(12.0).reshape(1, 12, 1)
     reset = jnp.zeros((1, 12), bool).at[0, 5].set(True)
     leak_test(lambda x, reset: {"same": x}, x, reset)
-    with pytest.raises(AssertionError, match=r"output\['sum'\] of row 0, token 5 \(document 1\)"):
+    with pytest.raises(AssertionError, match=r"output\['sum'\] of row 0, token 5 .* document 0 of"):
         leak_test(lambda x, reset: {"sum": jnp.cumsum(x, axis=1)}, x, reset)
-    with pytest.raises(AssertionError, match=r"token 0 \(document 0\) changes with document 1"):
+    with pytest.raises(AssertionError, match=r"token 0 changes with document 1 of row 0"):
         leak_test(lambda x, reset: jnp.cumsum(x[:, ::-1], axis=1)[:, ::-1], x, reset)
     with pytest.raises(AssertionError, match="sees nothing"):
         leak_test(lambda x, reset: jnp.zeros_like(x), x, reset)
+    with pytest.raises(AssertionError, match="give inputs that differ"):
+        leak_test(lambda x, reset: x, jnp.ones_like(x), reset)
+    with pytest.raises(ValueError, match=r"output\[1\] \[2\] and reset \[1, 12\]: .*\[b, t"):
+        leak_test(lambda x, reset: (x, jnp.zeros(2)), x, reset)
+
+
+def test_leak_test_takes_each_row_apart():
+    """A document as long and as early in another row is another document; every row may start
+    one at its first token."""
+    x = jnp.arange(12.0).reshape(2, 6, 1)
+    reset = jnp.zeros((2, 6), bool).at[:, jnp.array([0, 3])].set(True)
+    leak_test(lambda x, reset: 2 * x, x, reset)
+    with pytest.raises(AssertionError, match=r"of row 1, token 0 changes with document 1 of row 0"):
+        leak_test(lambda x, reset: x - x.mean(0, keepdims=True), x, reset)
+    with pytest.raises(AssertionError, match=r"no output changes with document 1 of row 1"):
+        leak_test(lambda x, reset: x.at[1].set(0.0), x, reset)
 
 
 @every_implementation
 @every_version
 def test_padding_leaves_the_state_alone(version, implementation):
-    """As if the padding were not there; what is in it changes nothing by a bit and has no
-    gradient."""
+    """As if the padding were not there; what is in it, were it not a number, changes nothing by a
+    bit and has no gradient."""
     inputs, state, lengths = version.inputs("typical", SMALL), version.state(SMALL), (37, 101)
-    others = version.inputs("typical", SMALL, seed=1)
     real = np.arange(SMALL.time)[None] < np.array(lengths)[:, None]
     reset = cases.reset_pattern("random", SMALL)
     reset[0, 60] = True  # in the padding: it starts nothing
@@ -192,7 +208,8 @@ def test_padding_leaves_the_state_alone(version, implementation):
 
     out, (grads, dstate) = run(inputs, given, reset, np.array(lengths))
     padded = {
-        n: mask(x) + (others[n] - mask(others[n])) if per_token(x) else x for n, x in inputs.items()
+        n: jnp.where(mask(jnp.ones_like(x)) == 0, jnp.nan, x) if per_token(x) else x
+        for n, x in inputs.items()
     }
     same, gradients = run(padded, given, reset, np.array(lengths))
     before, after = (
@@ -306,6 +323,48 @@ def test_errors_name_the_mistake(version):
     )
     with pytest.raises(ValueError, match="state"):
         operator(**inputs, state=Wkv4State(*state) if version.name == "4" else state)
+    with pytest.raises(ValueError, match="reset is bool, not int32"):
+        operator(**inputs, reset=jnp.zeros((SMALL.batch, SMALL.time), jnp.int32))
+    with pytest.raises(ValueError, match="floating-point numbers, not int32"):
+        operator(**inputs | {"v": inputs["v"].astype(jnp.int32)})
+    with pytest.raises(ValueError, match="no tokens"):
+        operator(**{name: x[:, :0] if per_token(x) else x for name, x in inputs.items()})
+    spread = jax.shard_map(
+        lambda x: operator(**x)[0],
+        mesh=jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)),
+        in_specs=({n: P("data") if per_token(x) else P() for n, x in inputs.items()},),
+        out_specs=P("data"),
+    )
+    with pytest.raises(ValueError, match="check_vma=False"):
+        spread(inputs)
+
+
+@every_version
+def test_one_float64_makes_all_float64(version):
+    """Whichever input it is: nothing is rounded on the way in."""
+    with jax.enable_x64(True):
+        inputs = jax.tree.map(jnp.asarray, version.inputs("typical", SMALL))
+        wide = jax.tree.map(lambda x: x.astype(jnp.float64), inputs)
+        y, _ = version.operator(**wide)
+        for name in inputs:
+            if name != "v":  # y has its type
+                mixed, _ = version.operator(**wide | {name: inputs[name]})
+                assert np.abs(mixed - y).max() < 1e-13, name
+
+
+def test_version_4_forgets_at_once():
+    """log w = -inf: only the bonus and the token before count; padding has no decay at all."""
+    shape = cases.Shape(2, 70, 1, 8)
+    inputs = jax.tree.map(jnp.asarray, cases.wkv4_inputs("typical", shape))
+    inputs["log_w"] = jnp.full_like(inputs["log_w"], -jnp.inf)
+    lengths = jnp.array([70, 5])
+    for implementation in IMPLEMENTATIONS:
+        y, state = wkv4(**inputs, lengths=lengths, implementation=implementation)
+        k, v, bonus = inputs["k"], inputs["v"], jnp.exp(inputs["u"][None, None] + inputs["k"])
+        past = jnp.exp(k[:, :-1])
+        expected = (past * v[:, :-1] + bonus[:, 1:] * v[:, 1:]) / (past + bonus[:, 1:])
+        assert_close(y[0, 1:], expected[0], "float32")
+        assert_close(state.num[1] / state.den[1], v[1, 4], "float32")
 
 
 @every_implementation

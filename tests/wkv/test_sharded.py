@@ -143,6 +143,21 @@ def test_rows_and_heads_over_devices(version, axes, kind):
         assert_close(a, b, "float32")
 
 
+@every_version
+def test_explicit_axes_of_any_input_count(version):
+    """One array alone is sharded, whichever: the others follow it."""
+    shape = cases.Shape(4, 20, 4, 8)
+    inputs = jax.tree.map(jnp.asarray, version.inputs("typical", shape))
+    reset = jnp.asarray(cases.reset_pattern("random", shape))
+    y, _ = version.operator(**inputs, reset=reset)
+    devices = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(devices):
+        for name, spec in {"k": ("data",), "reset": ("data",), "v": (None, None, "tensor")}.items():
+            given = inputs | {"reset": reset}
+            given[name] = jax.device_put(given[name], NamedSharding(devices, PartitionSpec(*spec)))
+            assert_close(version.operator(**given)[0], y, "float32", name=name)
+
+
 def test_parts_along_other_axes_are_refused():
     """By a sentence, where JAX would speak of a scan's carry."""
     inputs = cases.wkv7_inputs("typical", cases.Shape(2, 48, 2, 8))
@@ -195,17 +210,17 @@ def test_bytes_moved_do_not_grow_with_length(version):
     moved = {}
     for length in (64, 256):
         shape = cases.Shape(1, length, 2, 8)
-        with jax.set_mesh(mesh(4)) as devices:
+        devices = mesh(4)
+        with jax.set_mesh(devices):
             inputs = {
                 name: jax.device_put(
                     x,
                     NamedSharding(
-                        mesh(4), PartitionSpec(*((None, "sequence") if per_token(x) else ()))
+                        devices, PartitionSpec(*((None, "sequence") if per_token(x) else ()))
                     ),
                 )
                 for name, x in version.inputs("typical", shape).items()
             }
-            del devices
 
             def loss(x):
                 y, _ = version.operator(**x, mesh_axis="sequence")

@@ -81,7 +81,7 @@ def compose(
 
 def part_decay(log_w: Array, steps: Array | int, begun: Array | None) -> Array:
     """The log decay over so many tokens; log 0 where a document starts among them."""
-    decay = steps * log_w
+    decay = jnp.where(steps == 0, 0, steps * log_w)  # of log 0 too
     return decay if begun is None else jnp.where(begun, LOG_ZERO, decay)
 
 

@@ -69,9 +69,9 @@ def join(x: Float[Array, "chunks C b c"], t: int) -> Float[Array, "b t c"]:
     return x.transpose(2, 0, 1, 3).reshape(b, chunks * size, c)[:, :t]
 
 
-def forward(log_w, k, v, u, state, reset, mask):
-    """(`y`, the state after), and the states that enter the chunks."""
-    size = fit(CHUNK, k.shape[1])
+def forward(log_w, k, v, u, state, reset, mask, size=CHUNK):
+    """(`y`, the state after), and the states that enter the chunks of `size`."""
+    size = fit(size, k.shape[1])
     x = jax.tree.map(in_order, tokens(k, v, reset, mask, size))
 
     def chunk(state: Wkv4State, x: Tokens) -> tuple[Wkv4State, tuple[Array, Wkv4State]]:

@@ -15,9 +15,11 @@ because numerator - y * denominator is zero, and f_t = <S_{t+1}, G_{t+1}> - e^{k
 G_{t+1}>. One scalar is carried, restarted exactly at every chunk so that rounding does not pile up.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Float
@@ -63,13 +65,15 @@ def tokens(
     return Tokens(cut(k, size, LOG_ZERO), cut(v, size), starts, cut(~mask[:, :, None], size, True))
 
 
-def row(vector: Float[Array, " c"], x: Float[Array, "*lanes c"]) -> Float[Array, "*ones c"]:
-    """A vector shaped to act on the last axis of `x`."""
+def row(vector: Array, x: Float[Array, "*lanes c"]) -> Array:
+    """A vector [c] shaped to act on the last axis of `x`; what has the shape of `x` is left so."""
+    if vector.ndim == x.ndim:
+        return vector
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
-def decay(log_w: Float[Array, " c"], token: Tokens) -> Array:
-    """log w of one step, [*ones, c], or [*lanes, c] with zeros where the token is padding."""
+def decay(log_w: Array, token: Tokens) -> Array:
+    """log w of one step: that of the channels, and zero where the token is padding."""
     log_w = row(log_w, token.k)
     if token.padding is None:
         return log_w
@@ -86,15 +90,16 @@ def advance(state: Wkv4State, token: Tokens, log_w: Array) -> Wkv4State:
     return absorb(state, decay(log_w, token), token.k, token.v, jnp.ones_like(token.v))
 
 
+def step(log_w: Array, u: Array, state: Wkv4State, token: Tokens) -> tuple[Wkv4State, Array]:
+    """The state after a token, and its `y`."""
+    state = meet(state, token)
+    y = read(state, row(u, token.k), token.k, token.v)
+    return advance(state, token, log_w), y
+
+
 def sweep(log_w: Array, u: Array, x: Tokens, entering: Wkv4State) -> tuple[Wkv4State, Array]:
     """The state after the tokens, and `y` [C, *lanes, c]."""
-
-    def step(state: Wkv4State, token: Tokens) -> tuple[Wkv4State, Array]:
-        state = meet(state, token)
-        y = read(state, row(u, token.k), token.k, token.v)
-        return advance(state, token, log_w), y
-
-    return lax.scan(step, entering, x)
+    return lax.scan(partial(step, log_w, u), entering, x)
 
 
 class Readings(NamedTuple):
@@ -107,19 +112,22 @@ class Readings(NamedTuple):
     gap: Array  # v - y, not as a difference: where the bonus is strong, y rounds to v
 
 
+def step_again(
+    log_w: Array, u: Array, state: Wkv4State, inputs: tuple[Tokens, Array]
+) -> tuple[Wkv4State, Readings]:
+    """The state after a token, and what its reading was; `inputs` are the token and dy."""
+    token, dy = inputs
+    state = meet(state, token)
+    top, old, new = blend(state.max_exp, row(u, token.k) + token.k)
+    inverse = 1 / (old * state.den + new)
+    q = dy * inverse
+    gap = old * (state.den * token.v - state.num) * inverse
+    return advance(state, token, log_w), Readings(top, q, new * q, gap)
+
+
 def readings(log_w: Array, u: Array, x: Tokens, dy: Array, entering: Wkv4State) -> Readings:
     """The forward sweep again, for the denominators."""
-
-    def step(state: Wkv4State, inputs: tuple[Tokens, Array]) -> tuple[Wkv4State, Readings]:
-        token, dy = inputs
-        state = meet(state, token)
-        top, old, new = blend(state.max_exp, row(u, token.k) + token.k)
-        inverse = 1 / (old * state.den + new)
-        q = dy * inverse
-        gap = old * (state.den * token.v - state.num) * inverse
-        return advance(state, token, log_w), Readings(top, q, new * q, gap)
-
-    return lax.scan(step, entering, (x, dy))[1]
+    return lax.scan(partial(step_again, log_w, u), entering, (x, dy))[1]
 
 
 def retreat(grad: Wkv4State, token: Tokens, y: Array, reading: Readings, log_w: Array) -> Wkv4State:
@@ -136,25 +144,33 @@ class SweptBack(NamedTuple):
     u: Array  # its gradient so far
 
 
+def step_back(
+    log_w: Array, carry: tuple[SweptBack, Array], inputs: tuple[Tokens, Array, Readings]
+) -> tuple[tuple[SweptBack, Array], tuple[Array, Array]]:
+    """From after a token to before it: what is carried on, with the flow through the state, and
+    (dk, dv); `inputs` are the token, its y and its reading."""
+    (grad, dlog_w, du), flow = carry
+    token, y, reading = inputs
+    scale = jnp.exp(jnp.minimum(token.k + grad.max_exp, LARGEST_EXPONENT))
+    stored = scale * (token.v * grad.num + grad.den)
+    own = reading.current * reading.gap
+    # A decay below the unit of rounding lets less through than the difference would be wrong by.
+    least = float(np.log(np.finfo(flow.dtype).eps))
+    through = erase(flow - stored, token.starts)
+    through = jnp.where(row(log_w, token.k) < least, 0, through)
+    flow = erase(through - own, token.starts)
+    dlog_w = dlog_w + erase(through, token.padding)
+    before = SweptBack(retreat(grad, token, y, reading, log_w), dlog_w, du + own)
+    return (before, flow), (stored + own, scale * grad.num + reading.current)
+
+
 def sweep_back(
     log_w: Array, x: Tokens, y: Array, reading: Readings, end: Wkv4State, after: SweptBack
 ) -> tuple[SweptBack, tuple[Array, Array]]:
     """Backwards over the tokens from the state `end` and its gradient: what is carried on, and
     (dk, dv) [C, *lanes, c]."""
-
-    def step(carry: tuple[SweptBack, Array], inputs: tuple) -> tuple[tuple, tuple]:
-        (grad, dlog_w, du), flow = carry
-        token, y, reading = inputs
-        scale = jnp.exp(jnp.minimum(token.k + grad.max_exp, LARGEST_EXPONENT))
-        stored = scale * (token.v * grad.num + grad.den)
-        own = reading.current * reading.gap
-        through = erase(flow - stored, token.starts)
-        flow = erase(through - own, token.starts)
-        dlog_w = dlog_w + erase(through, token.padding)
-        before = SweptBack(retreat(grad, token, y, reading, log_w), dlog_w, du + own)
-        return (before, flow), (stored + own, scale * grad.num + reading.current)
-
     carry = (after, pair(end, after.grad))
+    step = partial(step_back, log_w)
     (before, _), gradients = lax.scan(step, carry, (x, y, reading), reverse=True)
     return before, gradients
 

@@ -1,8 +1,8 @@
 """The algebra of one chunk of RWKV-5's and 6's WKV, forward and backward.
 
 C tokens, rows = time, entered with state S [k, v]: transposed, because products whose left factor
-is not are faster. Token t reads what s < t wrote, decayed by all
-tokens between them; with lw the log decays,
+is not are faster. Token t reads what s < t wrote, decayed by all tokens between them; with lw the
+log decays,
 
     A[t, s] = sum_n r_t k_s exp(sum_{s < i < t} lw_i)        A[t, t] = sum_n r_t u k_t
     Y  = (r exp(sum_{i < t} lw_i)) S + A V

@@ -39,10 +39,15 @@ def wkv6(
 
 
 def forward(
-    x: Inputs, heads: Heads, state: Float[Array, "b h k v"], reset: Bool[Array, "b t"] | None
+    x: Inputs,
+    heads: Heads,
+    state: Float[Array, "b h k v"],
+    reset: Bool[Array, "b t"] | None,
+    size: int = CHUNK,
 ) -> tuple[tuple[Array, Array], Array]:
-    """(`y`, the state after), and the states that enter the chunks; all transposed (`chunk.py`)."""
-    size = fit(CHUNK, x.r.shape[1])
+    """(`y`, the state after), and the states that enter the chunks of `size`; all transposed
+    (`chunk.py`)."""
+    size = fit(size, x.r.shape[1])
     padded, steps = in_chunks(size, x, reset)
 
     # Chunks are sliced from the time axis as they are needed: cutting all of them beforehand would
@@ -63,11 +68,12 @@ def backward(
     given: tuple[Inputs, Heads, Array, Array | None],
     entering: Float[Array, "chunks b h k v"],
     cotangents: tuple[Array, Array],
+    size: int = CHUNK,
 ) -> tuple[Inputs, Heads, Array, None]:
     """Gradients of what `forward` was given, from those of `y` and the state after."""
     x, heads, _, reset = given
     dy, dstate = cotangents
-    size = fit(CHUNK, x.r.shape[1])
+    size = fit(size, x.r.shape[1])
     padded, steps = in_chunks(size, x, reset)
     dy = pad(dy, size)
 

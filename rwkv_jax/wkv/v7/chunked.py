@@ -36,10 +36,13 @@ def wkv7(
 
 
 def forward(
-    x: Inputs, state: Float[Array, "b h v k"], reset: Bool[Array, "b t"] | None
+    x: Inputs,
+    state: Float[Array, "b h v k"],
+    reset: Bool[Array, "b t"] | None,
+    size: int = CHUNK,
 ) -> tuple[tuple[Array, Array], Array]:
-    """(`y`, the state after), and the states that enter the chunks."""
-    size = fit(CHUNK, x.r.shape[1])
+    """(`y`, the state after), and the states that enter the chunks of `size`."""
+    size = fit(size, x.r.shape[1])
     padded, steps = in_chunks(size, x, reset)
 
     # Chunks are sliced from the time axis as they are needed: cutting all of them beforehand would
@@ -60,11 +63,12 @@ def backward(
     given: tuple[Inputs, Array, Array | None],
     entering: Float[Array, "chunks b h v k"],
     cotangents: tuple[Array, Array],
+    size: int = CHUNK,
 ) -> tuple[Inputs, Array, None]:
     """Gradients of what `forward` was given, from those of `y` and the state after."""
     x, _, reset = given
     dy, dstate = cotangents
-    size = fit(CHUNK, x.r.shape[1])
+    size = fit(size, x.r.shape[1])
     padded, steps = in_chunks(size, x, reset)
     dy = pad(dy, size)
 

@@ -1,0 +1,357 @@
+"""Kernels as JAX functions: by rows and heads over devices and under vmap, with their gradient.
+
+A kernel's program is of one row and head (or tile of heads). XLA cannot see that in a custom call,
+so it is said here: a mesh that shards rows or heads, named or not by the caller, gives each device
+its own (`custom_partitioning`), and `vmap` adds rows.
+"""
+
+import logging
+from functools import lru_cache, partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rwkv_jax.typing import Array, Bool, Callable, Float
+from rwkv_jax.wkv.gradient import with_gradient
+
+log = logging.getLogger("rwkv_jax")
+
+
+def per_row(
+    call: Callable[..., tuple[Array, ...]],
+    operands: list[str],
+    results: list[str],
+    whole: int = 1,
+) -> Callable[..., tuple[Array, ...]]:
+    """`call`, whose work is of each row and head apart: over devices and under `vmap`.
+
+    `operands` and `results` have a letter for each dimension: b rows, h heads or channels, g tiles
+    of `whole` heads; others are of no device alone. The first operand has b and h.
+    """
+    letters = "".join(dims for dims in (*operands, *results))
+
+    def words(dims: str) -> str:
+        return " ".join("(g p)" if x == "h" and "g" in letters else x for x in dims)
+
+    def partition(mesh: Mesh, arguments: Any, outputs: Any) -> tuple:
+        spec = [*arguments[0].sharding.spec] + [None] * len(operands[0])
+        axes: dict[str, Any] = {x: spec[operands[0].index(x)] for x in "bh"}
+        count = arguments[0].shape[operands[0].index("h")] // _devices(mesh, axes["h"])
+        if count % whole:
+            axes["h"] = None
+        axes["g"] = axes["h"]
+
+        def sharding(dims: str) -> NamedSharding:
+            return NamedSharding(mesh, PartitionSpec(*(axes.get(x) for x in dims)))
+
+        return mesh, call, tuple(map(sharding, results)), tuple(map(sharding, operands))
+
+    rule = f"{', '.join(map(words, operands))} -> {', '.join(map(words, results))}"
+    factors = dict.fromkeys(x for x in rule if x.isalpha())  # in the order that they appear in
+    sizes: dict[str, Any] = {"p": whole} if "p" in factors else {}
+    spread = custom_partitioning(call)
+    spread.def_partition(
+        partition=partition,
+        sharding_rule=rule,
+        need_replication_factors=tuple(x for x in factors if x not in "bhg"),
+        **sizes,
+    )
+
+    @custom_vmap
+    def run(*given: Array) -> tuple[Array, ...]:
+        return tuple(spread(*given))
+
+    @run.def_vmap
+    def _(size: int, mapped: list[bool], *given: Array) -> tuple:
+        folded = []
+        for dims, is_mapped, x in zip(operands, mapped, given, strict=True):
+            if not is_mapped:
+                x = jnp.broadcast_to(x[None], (size, *x.shape))
+            row = dims.index("b")
+            x = jnp.moveaxis(x, 0, row)
+            folded.append(x.reshape(*x.shape[:row], -1, *x.shape[row + 2 :]))
+        out = []
+        for dims, x in zip(results, run(*folded), strict=True):
+            row = dims.index("b")
+            x = x.reshape(*x.shape[:row], size, -1, *x.shape[row + 1 :])
+            out.append(jnp.moveaxis(x, row, 0))
+        return tuple(out), (True,) * len(out)
+
+    return run
+
+
+def _devices(mesh: Mesh, axis: Any) -> int:
+    names = (axis,) if isinstance(axis, str) else axis or ()
+    count = 1
+    for name in names:
+        count *= mesh.shape[name]
+    return count
+
+
+def differentiable(
+    primal: Callable, forward: Callable, backward: Callable, reference: Callable
+) -> Callable[..., Any]:
+    """`with_gradient` of passes that are kernels, twice: what differentiates a gradient meets both
+    passes, and those are then `reference`'s, which XLA runs. The last of what is given is not
+    differentiated, nor is what is kept, which is made of the rest."""
+
+    @jax.custom_vjp
+    def forward_again(*given):
+        return forward(*given)
+
+    def of_forward(given, cotangents):
+        outputs, _ = cotangents
+        x, fixed = given
+        return *jax.vjp(lambda *x: reference(*x, *fixed), *x)[1](outputs), *(None for _ in fixed)
+
+    def split(given):
+        floating = [_is_float(x) for x in given]
+        count = floating.index(False) if False in floating else len(given)
+        return given[:count], given[count:]
+
+    forward_again.defvjp(lambda *given: (forward(*given), split(given)), of_forward)
+
+    @jax.custom_vjp
+    def backward_again(given, kept, cotangents):
+        return backward(given, kept, cotangents)
+
+    def of_backward(residuals, gradients):
+        given, kept, cotangents = residuals
+        x, fixed = split(given)
+
+        def gradient(x, cotangents):
+            return jax.vjp(lambda *x: reference(*x, *fixed), *x)[1](cotangents)
+
+        x, cotangents = jax.vjp(gradient, x, cotangents)[1](gradients[: len(x)])
+        return (*x, *(None for _ in fixed)), jax.tree.map(jnp.zeros_like, kept), cotangents
+
+    backward_again.defvjp(lambda *all: (backward(*all), all), of_backward)
+    return with_gradient(primal, forward_again, backward_again)
+
+
+def _is_float(x: Any) -> bool:
+    """Whether it is a tree of numbers, if it is one of any array at all."""
+    leaves = jax.tree.leaves(x)
+    return x is not None and all(jnp.issubdtype(z.dtype, jnp.floating) for z in leaves)
+
+
+@lru_cache
+def say_once(message: str) -> None:
+    """A line in the log, once in a process."""
+    log.warning(message)
+
+
+class Form(NamedTuple):
+    """XLA's form, for where a kernel does not run. All take what the kernel takes; `forward` keeps
+    as many states as the kernel."""
+
+    primal: Callable[..., Any]  # (kernel, x, shared, state, reset)
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]  # (kernel, given, kept, cotangents)
+    reference: Callable[..., Any]
+    """(x, shared, state, reset) -> (y, the state after), which JAX can differentiate twice."""
+
+
+class Kernel(NamedTuple):
+    """A version's recurrence on one platform."""
+
+    operator: str
+    platform: str  # XLA's name
+    driver: ModuleType  # triton or mosaic
+    tile: ModuleType  # the version's algebra
+    size: int  # tokens a chunk
+    form: Form
+
+
+def refusal(kernel: Kernel, x: Any) -> str | None:
+    """Why there is no kernel for such inputs."""
+    n, v = x.r.shape[-1], x.v.shape[-1]
+    if any(z.dtype == jnp.float64 for z in x):
+        return "float64"
+    if v % n:
+        return f"values of {v} channels a head for keys of {n}"
+    return kernel.driver.refusal(n)
+
+
+def check(operator: str, reason: str | None) -> None:
+    """Raises a `ValueError` if there is a reason against a kernel."""
+    if reason is not None:
+        raise ValueError(f"{operator}: no kernel for {reason}; implementation='chunked' takes any")
+
+
+def run(
+    kernel: Kernel, named: bool, x: Any, shared: tuple, state: Array, reset: Any
+) -> tuple[Array, Array]:
+    """The recurrence by this kernel, for any length, number of heads, and size of values that is a
+    multiple of the keys'. In a program for a CPU it is interpreted if it was `named`, else XLA's
+    form runs.
+
+    Raises `ValueError` where there is no kernel for such inputs.
+    """
+    check(kernel.operator, refusal(kernel, x))
+    _, t, h, n = x.r.shape
+    more, extra = -t % kernel.size, -h % kernel.driver.heads_a_tile(h, n)
+    if more or extra:
+        # Zeros: no decay, nothing written, nothing removed.
+        x = type(x)(*(jnp.pad(z, ((0, 0), (0, more), (0, extra), (0, 0))) for z in x))
+        shared = tuple(jnp.pad(u, ((0, extra), (0, 0))) for u in shared)
+        state = jnp.pad(state, ((0, 0), (0, extra), (0, 0), (0, 0)))
+        reset = None if reset is None else jnp.pad(reset, ((0, 0), (0, more)))
+    parts = []
+    for start in range(0, x.v.shape[-1], n):
+        part = x._replace(v=lax.slice_in_dim(x.v, start, start + n, axis=3))
+        entering = lax.slice_in_dim(state, start, start + n, axis=2)
+        parts.append(recurrence(kernel, named)(part, shared, entering, reset))
+    y, after = parts[0]
+    if len(parts) > 1:
+        ys, states = zip(*parts, strict=True)
+        y, after = jnp.concatenate(ys, 3), jnp.concatenate(states, 2)
+    return y[:, :t, :h], after[:, :h]
+
+
+def wide(x: Any) -> Any:
+    """Inputs in the type that XLA's forms compute in."""
+    return type(x)(*(z.astype(jnp.float32) for z in x))
+
+
+def narrow(dx: Any, x: Any) -> Any:
+    """Gradients in their inputs' types."""
+    return type(x)(*(d.astype(z.dtype) for d, z in zip(dx, x, strict=True)))
+
+
+def kept(kernel: Kernel, x: Any, entering: Array) -> Array:
+    """States of XLA's form, in the shape and type of what the kernel keeps."""
+    shape = kernel.driver.kept_shape(entering.shape[0], *x.r.shape[:1], *x.r.shape[2:])
+    return entering.astype(x.v.dtype).reshape(shape)
+
+
+def entering(x: Any, kept: Array) -> Array:
+    """The inverse of `kept`."""
+    b, _, h, n = x.r.shape
+    return kept.astype(jnp.float32).reshape(-1, b, h, n, n)
+
+
+@lru_cache
+def recurrence(kernel: Kernel, interpreted: bool) -> Callable[..., Any]:
+    """f(x, shared, state, reset) -> (y, the state after), with its gradient.
+
+    `x` is a version's inputs [b, t, h, n], of whole chunks, in any type; `shared` what all tokens
+    share [h, n]; `state` [b, h, n, n]. In a program for a CPU the kernel is interpreted, which is
+    slow, or XLA's form runs.
+    """
+
+    def pick(name: str, run: Callable) -> Callable:
+        compiled = {kernel.platform: partial(run, False)}
+        if interpreted:
+            return lambda *given: lax.platform_dependent(*given, cpu=partial(run, True), **compiled)
+        default = partial(getattr(kernel.form, name), kernel)
+        return lambda *given: lax.platform_dependent(*given, default=default, **compiled)
+
+    primal = pick("primal", partial(_forward, kernel, False))
+    forward = pick("forward", partial(_forward, kernel, True))
+    backward = pick("backward", partial(_backward, kernel))
+    return differentiable(primal, forward, backward, kernel.form.reference)
+
+
+def _forward(
+    kernel: Kernel, keep: bool, interpret: bool, x: Any, shared: tuple, state: Array, reset: Any
+) -> Any:
+    """(y, the state after), and, to `keep`, the states that enter the chunks."""
+    fixed, dims, kinds = _fixed(kernel, x, shared, reset)
+
+    def call(*given: Array) -> tuple[Array, ...]:
+        *fixed, state = given
+        return kernel.driver.forward(
+            kernel.tile, kernel.size, keep, interpret, *_kinds(kinds, x, fixed), state
+        )
+
+    results = ["bthn", "bhvk"] + [kernel.driver.KEPT] * keep
+    y, after, *kept = per_row(call, [*dims, "bhvk"], results, _whole(kernel, x))(*fixed, state)
+    return ((y, after), kept[0]) if keep else (y, after)
+
+
+def _backward(kernel: Kernel, interpret: bool, given: Any, kept: Array, cotangents: Any) -> Any:
+    """Gradients of what `_forward` was given."""
+    x, shared, _, reset = given
+    fixed, dims, kinds = _fixed(kernel, x, shared, reset)
+
+    def call(*given: Array) -> tuple[Array, ...]:
+        *fixed, kept, dy, dstate = given
+        return kernel.driver.backward(
+            kernel.tile, kernel.size, interpret, *_kinds(kinds, x, fixed), kept, dy, dstate
+        )
+
+    results = ["bthn"] * len(x) + ["bhn"] * len(shared) + ["bhvk"]
+    dims = [*dims, kernel.driver.KEPT, "bthn", "bhvk"]
+    *out, dstate = per_row(call, dims, results, _whole(kernel, x))(*fixed, kept, *cotangents)
+    dshared = (jnp.sum(z, 0).astype(u.dtype) for z, u in zip(out[len(x) :], shared, strict=True))
+    return type(x)(*out[: len(x)]), tuple(dshared), dstate, None
+
+
+def _fixed(kernel: Kernel, x: Any, shared: tuple, reset: Any) -> tuple[list, list[str], tuple]:
+    """What both passes read: the arrays, their dimensions, how many there are of each kind."""
+    rows = [jnp.broadcast_to(u, (x[0].shape[0], *u.shape)) for u in shared]
+    ids = [] if reset is None else [started(reset, kernel.size)]
+    dims = ["bthn"] * len(x) + ["bhn"] * len(rows) + ["bcs"] * len(ids)
+    return [*x, *rows, *ids], dims, (len(x), len(rows), len(ids))
+
+
+def _kinds(counts: tuple, x: Any, flat: list[Array]) -> tuple[Any, tuple, Array | None]:
+    """The inverse of `_fixed`."""
+    tokens, rows, ids = counts
+    return (
+        type(x)(*flat[:tokens]),
+        tuple(flat[tokens : tokens + rows]),
+        flat[-1] if ids else None,
+    )
+
+
+def _whole(kernel: Kernel, x: Any) -> int:
+    """How many heads a device may not part."""
+    return kernel.driver.heads_a_tile(*x[0].shape[2:])
+
+
+def accelerator() -> str | None:
+    """XLA's name of the accelerator that a program is traced for: of the mesh that is set, or of
+    this process."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return {"gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}.get(platform)
+
+
+def chosen(operator: str, kernels: tuple[Any, ...], refusal: Callable, x: Any) -> Any:
+    """The kernel for the accelerator and these inputs, if there is one; a line in the log if there
+    is one for other inputs."""
+    platform = accelerator()
+    kernel = next((kernel for kernel in kernels if kernel.platform == platform), None)
+    if kernel is None:
+        return None
+    reason = too_old() if platform == "cuda" else None
+    reason = reason or refusal(kernel, x)
+    if reason is None:
+        return kernel
+    say_once(f"{operator}: no kernel for {reason}; XLA's form runs instead")
+    return None
+
+
+@lru_cache
+def too_old() -> str | None:
+    """Why this process' GPU, if it has one, cannot run Triton's kernels."""
+    if jax.default_backend() != "gpu":
+        return None
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    if capability is not None and float(capability) < 8.0:
+        return f"{device.device_kind}, whose compute capability {capability} is below 8.0"
+    return None
+
+
+def started(reset: Bool[Array, "b t"], size: int) -> Float[Array, "b chunks C"]:
+    """How many documents started in the chunk up to each token."""
+    return jnp.cumsum(reset.reshape(reset.shape[0], -1, size).astype(jnp.float32), 2)

@@ -1,0 +1,11 @@
+"""RWKV-5's and 6's WKV as a kernel for NVIDIA GPUs from Ampere on (`rwkv_jax/wkv/triton.py`)."""
+
+from rwkv_jax.wkv import triton
+from rwkv_jax.wkv.kernels import Kernel
+from rwkv_jax.wkv.v6 import tile
+from rwkv_jax.wkv.v6.kernel import FORM, operator
+
+KERNEL = Kernel("wkv6", "cuda", triton, tile, size=16, form=FORM)
+"""Chunks of 16: with 32, registers spill by the kilobyte (`python -m benchmarks.kernels`)."""
+
+wkv6 = operator(KERNEL, named=True)

@@ -1,0 +1,157 @@
+"""The algebra of one chunk of RWKV-7's WKV on tiles, for the kernels: that of `chunk.py`, whose
+letters these are, without a concatenation. `rwkv_jax/wkv/tiles.py` says what a tile is.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from rwkv_jax.typing import Array, Float
+from rwkv_jax.wkv.tiles import Products, Rows, over_rows
+from rwkv_jax.wkv.v7.chunk import Inputs
+
+OPERATOR = "wkv7"
+
+
+class Scores(NamedTuple):
+    """What a chunk's rows have to do with each other, whatever the state."""
+
+    scale_a: Array  # [R, W]
+    scale_r: Array  # [R, W]
+    scale_bk: Array  # [R, W]
+    a: Array  # the tokens, scaled [R, W]
+    r: Array
+    b: Array
+    k: Array
+    ab: Array  # A, masked [R, R]: what rows of a have to do with columns of b
+    ak: Array
+    rb: Array
+    rk: Array
+    inverse: Array  # (I - A_ab)^-1 [R, R]
+    enter: Array  # e^m [1, W]
+    leave: Array  # e^{g_C - m} [1, W]
+
+
+def unit_inverse(lower: Float[Array, "R R"], rows: Rows, p: Products) -> Float[Array, "R R"]:
+    """(I - lower)^-1 by exact block doubling (`chunk.unit_inverse`)."""
+    row, column = rows.token, rows.other
+    one = jnp.where(rows.within(row == column), 1.0, 0.0)
+    inverse, block = one, 1
+    while block < rows.size:
+        below = (row // block % 2 == 1) & (row // block == column // block + 1)
+        link = jnp.where(below, lower, 0.0)
+        if block == 1:
+            inverse = inverse + link
+        else:
+            inverse = inverse + p.exactly(p.exactly(inverse, link), inverse)
+        block *= 2
+    return inverse
+
+
+def relate(x: Inputs, rows: Rows, p: Products) -> Scores:
+    """The state-free part of a chunk."""
+    g = p.sums(rows.upto, x.log_w)
+    if rows.starts is None:
+        total = over_rows(x.log_w)
+        m = total / 2
+        enter, leave = jnp.exp(m), jnp.exp(total - m)
+    else:
+        # Of each document's own tokens, so that none depends on another, not even by rounding.
+        m = p.sums(rows.within(rows.token >= 0), x.log_w) / 2
+        first, last = rows.at(0), rows.at(rows.size - 1)
+        enter = jnp.exp(over_rows(jnp.where(first, m, 0.0)))
+        leave = jnp.exp(over_rows(jnp.where(last, g - m, 0.0)))
+    scale_a, scale_r, scale_bk = jnp.exp(g - x.log_w - m), jnp.exp(g - m), jnp.exp(m - g)
+    a, r, b, k = x.a * scale_a, x.r * scale_r, x.b * scale_bk, x.k * scale_bk
+    ab = jnp.where(rows.before, p.nt(a, b), 0.0)
+    ak = jnp.where(rows.before, p.nt(a, k), 0.0)
+    rb = jnp.where(rows.upto, p.nt(r, b), 0.0)
+    rk = jnp.where(rows.upto, p.nt(r, k), 0.0)
+    inverse = unit_inverse(ab, rows, p)
+    return Scores(scale_a, scale_r, scale_bk, a, r, b, k, ab, ak, rb, rk, inverse, enter, leave)
+
+
+def removed(x: Inputs, s: Scores, sm: Array, rows: Rows, p: Products) -> Array:
+    """U [R, v]: what the columns b carry."""
+    reading = p.nt(s.a, sm)
+    if rows.starts is not None:
+        reading = reading * rows.starts.sees_state
+    return p.exactly(s.inverse, reading + p.nn(s.ak, x.v))
+
+
+def forward(
+    x: Inputs, shared: tuple, state: Float[Array, "v k"], rows: Rows, p: Products
+) -> tuple[Float[Array, "R v"], Float[Array, "v k"]]:
+    """The chunk's `y` and the state after it."""
+    s = relate(x, rows, p)
+    sm = state * s.enter
+    u = removed(x, s, sm, rows, p)
+    reading, b, k = p.nt(s.r, sm), s.b, s.k
+    if rows.starts is not None:
+        reading = reading * rows.starts.sees_state
+        sm, b, k = (
+            sm * rows.starts.carries_on,
+            b * rows.starts.reaches_end,
+            k * rows.starts.reaches_end,
+        )
+    y = reading + p.nn(s.rb, u) + p.nn(s.rk, x.v)
+    return y, (sm + p.tn(u, b) + p.tn(x.v, k)) * s.leave
+
+
+def backward(
+    x: Inputs,
+    shared: tuple,
+    state: Float[Array, "v k"],
+    dy: Float[Array, "R v"],
+    dstate: Float[Array, "v k"],
+    rows: Rows,
+    p: Products,
+) -> tuple[Inputs, tuple, Float[Array, "v k"]]:
+    """Gradients of the chunk's inputs and of the state that entered it (`chunk.backward`)."""
+    s = relate(x, rows, p)
+    sm = state * s.enter
+    u = removed(x, s, sm, rows, p)
+    dend = dstate * s.leave
+    end_b, end_k, dkept = s.b, s.k, dend
+    if rows.starts is not None:
+        end_b, end_k = end_b * rows.starts.reaches_end, end_k * rows.starts.reaches_end
+        dkept = dend * rows.starts.carries_on
+    z = p.nt(end_b, dend) + p.tn(s.rb, dy)
+    z = p.tn_exactly(s.inverse, z)
+    dv = p.nt(end_k, dend) + p.tn(s.rk, dy) + p.tn(s.ak, z)
+    dab = jnp.where(rows.before, p.nt(z, u), 0.0)
+    dak = jnp.where(rows.before, p.nt(z, x.v), 0.0)
+    drb = jnp.where(rows.upto, p.nt(dy, u), 0.0)
+    drk = jnp.where(rows.upto, p.nt(dy, x.v), 0.0)
+    db_end, dk_end = p.nn(u, dend), p.nn(x.v, dend)
+    reading_z, reading_dy = z, dy
+    if rows.starts is not None:
+        db_end, dk_end = db_end * rows.starts.reaches_end, dk_end * rows.starts.reaches_end
+        reading_z, reading_dy = z * rows.starts.sees_state, dy * rows.starts.sees_state
+    da = p.nn(dab, s.b) + p.nn(dak, s.k) + p.nn(reading_z, sm)
+    dr = p.nn(drb, s.b) + p.nn(drk, s.k) + p.nn(reading_dy, sm)
+    db = p.tn(dab, s.a) + p.tn(drb, s.r) + db_end
+    dk = p.tn(dak, s.a) + p.tn(drk, s.r) + dk_end
+    dsm = dkept + p.tn(reading_z, s.a) + p.tn(reading_dy, s.r)
+
+    flow_a = da * s.a
+    flow = dr * s.r - db * s.b - dk * s.k
+    at_end = s.b * db_end + s.k * dk_end
+    kept = over_rows(sm * dkept)
+    # At or after t counts; rows of a have token t's exponent before its decay.
+    after = rows.within(rows.token < rows.other)
+    dlog_w = p.total(after, flow_a + flow) + flow
+    if rows.starts is None:
+        dlog_w = dlog_w + over_rows(at_end) + kept
+    else:
+        flow_end = over_rows(at_end) + kept
+        dlog_w = dlog_w + flow_end * rows.starts.reaches_end
+    gradients = Inputs(
+        r=dr * s.scale_r,
+        log_w=dlog_w,
+        k=dk * s.scale_bk,
+        v=dv,
+        a=da * s.scale_a,
+        b=db * s.scale_bk,
+    )
+    return gradients, (), dsm * s.enter

@@ -1,0 +1,323 @@
+"""The kernels, interpreted on this CPU and lowered for the accelerators that they are for: what the
+other implementations are held to, and what is a kernel's own."""
+
+import logging
+import subprocess
+import sys
+from functools import partial
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiling import quick_jit
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from tolerances import assert_close
+from wkv import accuracy
+from wkv.operators import DISTINCT, VERSIONS
+
+from benchmarks.hlo import bytes_moved
+from rwkv_jax.wkv import KERNELS, Wkv4State, cases, kernels, leak_test, wkv6, wkv7
+
+slow = pytest.mark.slow
+SHAPE = cases.Shape(2, 37, 2, 16)
+every_version = pytest.mark.parametrize(
+    "version",
+    [
+        pytest.param(version, marks=slow if version.name == "4" else (), id=f"wkv{version.name}")
+        for version in DISTINCT
+    ],
+)
+"""Version 4's kernels are long programs without a loop: what interprets them takes long to
+compile."""
+every_kernel = pytest.mark.parametrize("name", KERNELS)
+DEVICES = {
+    "pallas_tpu": ("tpu", AbstractDevice("TPU v5 lite", 1, "tpu"), "tpu_custom_call"),
+    "pallas_gpu": (
+        "cuda",
+        AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"),
+        "__gpu$xla.gpu.triton",
+    ),
+}
+
+
+def on(name):
+    """As where that kernel's accelerator is."""
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=DEVICES[name][1])
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def problem(version, shape=SHAPE, dtype="float32"):
+    """Inputs in that type, a state, and where documents start."""
+    inputs = {
+        name: jnp.asarray(x, "float32" if name in ("log_w", "u") else dtype)
+        for name, x in version.inputs("typical", shape).items()
+    }
+    state = jax.tree.map(jnp.asarray, version.state(shape))
+    state = Wkv4State(*state) if version.name == "4" else state
+    return inputs, state, jnp.asarray(cases.reset_pattern("random", shape, seed=3))
+
+
+def call(version, name, reset, inputs, state, **options):
+    return version.operator(**inputs, state=state, reset=reset, implementation=name, **options)
+
+
+def accuracy_cases():
+    """The longest with the kernels' own precisions; the others are slow."""
+    for version in VERSIONS:
+        for name in KERNELS:
+            for dtype in ("float32", "bfloat16"):
+                for length in accuracy.LENGTHS:
+                    quick = version in "67" and length == "3 C + 5"
+                    quick &= dtype == "float32" or (version, name) == ("7", "pallas_tpu")
+                    yield pytest.param(
+                        *(version, name, dtype, length),
+                        id=f"wkv{version}-{name}-{dtype}-{length}".replace(" ", ""),
+                        marks=() if quick else slow,
+                    )
+
+
+@pytest.mark.parametrize(("version", "name", "dtype", "length"), [*accuracy_cases()])
+def test_against_float64(version, name, dtype, length):
+    version = VERSIONS[version]
+    shape = accuracy.shape_of(version, name, length)
+    wrong = [
+        f"{regime}, resets {pattern}: {array} {error:.1e}, bar {allowed:.1e}"
+        for regime, pattern, found in accuracy.errors(version, name, dtype, shape, quick_jit)
+        for array, (error, allowed) in found.items()
+        if not error <= allowed  # written so that a NaN fails
+    ]
+    assert not wrong, f"{len(wrong)} arrays, {shape}:\n" + "\n".join(wrong[:20])
+
+
+@every_kernel
+@every_version
+def test_heads_and_values_of_other_numbers(version, name):
+    """Three heads where two share a tile; values twice as wide as keys; a row of one token."""
+    shape = cases.Shape(1, 21, 3, 64)
+    inputs, _, reset = problem(version, shape)
+    if version.name != "4":
+        inputs["v"] = jnp.concatenate([inputs["v"], 2 * inputs["v"][:, ::-1]], -1)
+    run = quick_jit(partial(call, version), static_argnums=0)
+    for got, expected in zip(
+        jax.tree.leaves(run(name, reset, inputs, None)),
+        jax.tree.leaves(run("chunked", reset, inputs, None)),
+        strict=True,
+    ):
+        assert_close(got, expected, "float32")
+
+
+@every_kernel
+def test_documents_from_a_learnt_state(name):
+    inputs, state, reset = problem(VERSIONS["6"])
+    initial = jnp.asarray(np.random.default_rng(1).normal(size=state.shape[1:]), jnp.float32)
+
+    def both(name):
+        def run(inputs, state, initial):
+            y, after = wkv6(
+                **inputs, state=state, reset=reset, initial=initial, implementation=name
+            )
+            return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(after)), (y, after)
+
+        gradient = jax.grad(run, argnums=(0, 1, 2), has_aux=True)
+        return quick_jit(gradient)(inputs, state, initial)
+
+    jax.tree.map(lambda a, b: assert_close(a, b, "float32"), both(name), both("chunked"))
+
+
+@every_kernel
+@pytest.mark.parametrize("version", ["6", "7"])
+def test_one_token(version, name):
+    """A kernel of its own: equal to `scan`, with its gradient; a document may start there."""
+    version = VERSIONS[version]
+    inputs, state, _ = problem(version, cases.Shape(3, 1, 4, 16))
+    reset = jnp.array([[False], [True], [False]])
+
+    def both(name):
+        def run(inputs, state):
+            y, after = call(version, name, reset, inputs, state)
+            return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(after)), (y, after)
+
+        return quick_jit(jax.grad(run, argnums=(0, 1), has_aux=True))(inputs, state)
+
+    jax.tree.map(lambda a, b: assert_close(a, b, "float32"), both(name), both("scan"))
+
+
+@every_kernel
+@every_version
+def test_documents_do_not_see_each_other(version, name):
+    inputs, _, reset = problem(version, cases.Shape(1, 40, 2, 16))
+    per_token = {k: x for k, x in inputs.items() if x.ndim > 2}
+    shared = {k: x for k, x in inputs.items() if x.ndim <= 2}
+
+    @quick_jit
+    def run(x, reset):
+        return version.operator(**x, **shared, reset=reset, implementation=name)[0]
+
+    leak_test(run, per_token, reset)
+
+
+@every_kernel
+@every_version
+def test_vmap_adds_rows(version, name):
+    """Over inputs, states and what all tokens share, each alone as in a loop; and its gradient."""
+    inputs, state, reset = problem(version)
+    double = partial(jax.tree.map, lambda x: jnp.stack([x, x * 0.7]))
+
+    def loss(inputs, state):
+        y, after = call(version, name, reset, inputs, state)
+        after = after.num if version.name == "4" else after
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(after))
+
+    gradient = jax.grad(loss, argnums=(0, 1))
+    mapped = quick_jit(jax.vmap(gradient, in_axes=(0, None)))(double(inputs), state)
+    once = quick_jit(gradient)
+    for i in range(2):
+        alone = once(jax.tree.map(lambda x, i=i: x[i], double(inputs)), state)
+        jax.tree.map(lambda a, b, i=i: assert_close(a[i], b, "float32"), mapped, alone)
+
+
+@every_kernel
+@pytest.mark.parametrize("version", ["7", *(pytest.param(x, marks=slow) for x in "46")])
+def test_gradients_of_gradients(version, name):
+    """Are those of `chunked`: a kernel's own gradient is XLA's work."""
+    version = VERSIONS[version]
+    inputs, state, reset = problem(version, cases.Shape(1, 20, 1, 16))
+
+    def second(name):
+        def loss(inputs, state):
+            y, _ = call(version, name, reset, inputs, state)
+            return jnp.sum(jnp.sin(y))
+
+        def flat(inputs):
+            return sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves(jax.grad(loss)(inputs, state)))
+
+        return quick_jit(jax.grad(flat))(inputs)
+
+    jax.tree.map(lambda a, b: assert_close(a, b, "float32"), second(name), second("chunked"))
+
+
+@every_kernel
+@every_version
+def test_devices_that_share_rows_and_heads_move_nothing(version, name):
+    """Under a mesh that the operator is not told of; each device has its own kernel."""
+    inputs, state, reset = problem(version, cases.Shape(2, 37, 4, 64))
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+    def spec(x):
+        return {4: ("data", None, "tensor"), 3: ("data", None, "tensor")}.get(x.ndim, ("tensor",))
+
+    def put(x, axes):
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    given = {k: put(x, spec(x)) for k, x in inputs.items()}
+    states = jax.tree.map(lambda x: put(x, ("data", "tensor")), state)
+
+    def run(inputs, state):
+        y, pull_back = jax.vjp(lambda *x: call(version, name, reset, *x)[0], inputs, state)
+        return y, pull_back(y)
+
+    spread = quick_jit(run).lower(given, states).compile()
+    # Of what all rows share, the gradient is summed over them: one vector.
+    shared = sum(4 * x.size for x in inputs.values() if x.ndim <= 2)
+    assert sum(bytes_moved(spread.as_text()).values()) <= shared
+    alone = quick_jit(run)(inputs, state)
+    jax.tree.map(lambda a, b: assert_close(a, b, "float32"), spread(given, states), alone)
+
+
+@pytest.mark.parametrize("name", ["pallas_tpu", pytest.param("pallas_gpu", marks=slow)])
+@every_version
+def test_time_over_devices(version, name):
+    """Parts of kernels are parts of the sequence."""
+    shape = cases.Shape(1, 64, 2, 16)
+    inputs, state, _ = problem(version, shape)
+    reset = jnp.zeros((1, 64), bool).at[0, 19].set(True)
+
+    def run(inputs, state, **options):
+        call_ = partial(call, version, name, reset, **options)
+        y, pull_back = jax.vjp(lambda *x: call_(*x)[0], inputs, state)
+        return y, pull_back(y)
+
+    alone = quick_jit(run)(inputs, state)
+    with jax.set_mesh(jax.make_mesh((4,), ("sequence",), axis_types=(AxisType.Auto,))):
+        spread = quick_jit(partial(run, mesh_axis="sequence"))(inputs, state)
+    jax.tree.map(lambda a, b: assert_close(a, b, "float32"), spread, alone)
+
+
+def lowered(name, run, *given):
+    platform, _, custom_call = DEVICES[name]
+    with on(name):
+        text = jax.jit(run).trace(*given).lower(lowering_platforms=(platform,)).as_text()
+    return text.count(f"custom_call @{custom_call}(")
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("version", DISTINCT, ids=lambda version: f"wkv{version.name}")
+def test_the_default_on_an_accelerator_is_its_kernel(version, name, dtype):
+    """Lowered for the device: one kernel forward, one backward, and no loop of XLA's."""
+    inputs, state, reset = problem(version, cases.Shape(2, 64, 4, 64), dtype)
+
+    def both(inputs, state):
+        y, pull_back = jax.vjp(lambda *x: call(version, None, reset, *x)[0], inputs, state)
+        return y, pull_back(y)
+
+    assert lowered(name, both, inputs, state) == 2
+    if version.name != "4":
+        one = {k: x[:, :1] if x.ndim > 2 else x for k, x in inputs.items()}
+        assert lowered(name, lambda *x: call(version, None, None, *x), one, state) == 1
+
+
+@every_kernel
+def test_where_there_is_no_kernel_xla_runs_and_the_log_says_why(name, caplog):
+    kernels.say_once.cache_clear()
+    odd = cases.wkv7_inputs("typical", cases.Shape(1, 64, 2, 40))
+    with caplog.at_level(logging.WARNING, "rwkv_jax"):
+        assert lowered(name, lambda x: wkv7(**x), odd) == 0
+        assert lowered(name, lambda x: wkv7(**x), odd) == 0
+        with jax.enable_x64(True):
+            wide = {
+                k: jnp.asarray(x, jnp.float64)
+                for k, x in cases.wkv7_inputs("typical", SHAPE).items()
+            }
+            assert lowered(name, lambda x: wkv7(**x), wide) == 0
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert "wkv7: no kernel for heads of 40 channels" in said[0]
+    assert "wkv7: no kernel for float64" in said[1]
+
+
+@every_kernel
+def test_a_name_is_that_kernel_or_an_error_that_says_why_not(name):
+    odd = jax.tree.map(jnp.asarray, cases.wkv7_inputs("typical", cases.Shape(1, 8, 1, 40)))
+    with pytest.raises(ValueError, match=r"wkv7: no kernel for heads of 40 channels .*'chunked'"):
+        wkv7(**odd, implementation=name)
+    with jax.enable_x64(True):
+        wide = {k: jnp.asarray(x, jnp.float64) for k, x in odd.items()}
+        with pytest.raises(ValueError, match=r"wkv7: no kernel for float64; .*'chunked'"):
+            wkv7(**wide, implementation=name)
+
+
+def compiled_ahead(*arguments):
+    command = [sys.executable, "-m", "benchmarks.kernels", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(not find_spec("libtpu"), reason="pip install -e '.[aot]'")
+def test_compiles_for_a_tpu():
+    compiled_ahead("--target", "v5e", "--quick")
+
+
+@pytest.mark.skipif(not find_spec("jax_cuda13_plugin"), reason="pip install -e '.[aot]'")
+def test_compiles_for_a_gpu():
+    compiled_ahead("--target", "H100", "--quick")
+
+
+@slow
+@pytest.mark.skipif(
+    not (find_spec("libtpu") and find_spec("jax_cuda13_plugin")), reason="pip install -e '.[aot]'"
+)
+def test_compiles_for_every_target():
+    compiled_ahead()
