@@ -57,7 +57,7 @@ def peers(kind: str) -> str:
 
 
 def forms() -> str:
-    """Median milliseconds of each form by length and head size, the default's form apart."""
+    """Median milliseconds of each form by length and head size."""
     rows = []
     for row in results("forms_cpu")["rows"]:
         medians = {name: cell["median"] * 1e3 for name, cell in row["seconds"].items()}
@@ -95,7 +95,7 @@ def lengths() -> str:
 
 
 def errors() -> str:
-    """The largest errors of the tests' cases: float32, bfloat16 and float64, and where."""
+    """The largest errors of the tests' cases, in float32, bfloat16 and float64."""
     found = results("accuracy")["tested"]
     rows = []
     for form in found["float32"]:
@@ -179,9 +179,43 @@ def profile() -> str:
     return table(["", *(f"version {version}" for version in found)], rows)
 
 
+def kernels() -> str:
+    """What each kernel takes on each target, by type: the larger of with and without resets."""
+
+    def size(row: dict) -> int:
+        return row.get("vmem_bytes", row.get("spilled_bytes", 0))
+
+    largest: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in results("kernels")["rows"]:
+        cells = largest.setdefault((row["kernel"], row["inputs"].split(",")[0]), {})
+        cells[row["target"]] = max(cells.get(row["target"], row), row, key=size)
+    targets = list(dict.fromkeys(row["target"] for row in results("kernels")["rows"]))
+    rows = [
+        [f"`{kernel}`, {kind}", *(on_target(cells[target]) for target in targets)]
+        for (kernel, kind), cells in largest.items()
+    ]
+    return table(["", *targets], rows)
+
+
+def on_target(row: dict) -> str:
+    if "vmem_bytes" in row:
+        return f"{row['vmem_bytes'] / MIB:.1f} MiB"
+    return f"{row['registers']} registers, {row['spilled_bytes']:,} B spilled"
+
+
 TABLES = {
     f.__name__: f
-    for f in (peers_forward, peers_both, forms, lengths, errors, long_errors, sequence, profile)
+    for f in (
+        peers_forward,
+        peers_both,
+        forms,
+        lengths,
+        errors,
+        long_errors,
+        sequence,
+        profile,
+        kernels,
+    )
 }
 
 

@@ -1,0 +1,430 @@
+"""Everything that a GPU is needed for, in one command of less than ten minutes.
+
+    python -m benchmarks.gpu_suite [--seconds 540] [--peer-python PATH]
+
+In this order, each part as long as time is left, and what was measured written after each:
+
+1. errors of every implementation on this device against `lax.scan` in float64, gradients included;
+2. what the device gives: bytes/s of a copy, FLOP/s of a bfloat16 product;
+3. the operators in bfloat16, forward and with gradients, beside flash-linear-attention, ejkernel
+   and rwkv-ops where they are installed (benchmarks/requirements-gpu.txt);
+4. a training step of version 7 at 0.1B and 0.4B: tokens/s, and model FLOPs over the rate of 2;
+5. decoding at batch 1, 32 and 256.
+
+Writes benchmarks/results/gpu_NAME.json and docs/gpu_NAME.png, NAME the device's. `--tiny` runs all
+of it on small shapes on any device, to see that it runs.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from functools import partial
+
+# Contestants share the device's memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import harness
+from benchmarks.harness import RESULTS, ROOT, Worker, console, spread
+from benchmarks.worker import versions
+from rwkv_jax.wkv import IMPLEMENTATIONS, KERNELS, Wkv4State, cases, wkv4, wkv6, wkv7
+
+SHAPES = [(8, 4096, 64, 64), (8, 1024, 12, 64), (1, 32768, 32, 64)]
+"""(B, T, H, N) of the operators."""
+CONTESTANTS = {
+    "rwkv_jax": {"package": "rwkv_jax", "implementation": None},
+    "chunked": {"package": "rwkv_jax", "implementation": "chunked"},
+    "fla, chunk": {"package": "fla", "implementation": "chunk"},
+    "fla, recurrent": {"package": "fla", "implementation": "fused_recurrent"},
+    "ejkernel": {"package": "ejkernel", "implementation": None},
+    "rwkv-ops": {"package": "rwkv-ops", "implementation": None},
+}
+MODELS = {"0.1B": (12, 768, 16), "0.4B": (24, 1024, 8)}
+"""(layers, width, rows of 4,096 tokens)."""
+OPERATORS = {
+    "4": (wkv4, cases.wkv4_inputs),
+    "6": (wkv6, cases.wkv6_inputs),
+    "7": (wkv7, cases.wkv7_inputs),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=540)
+    parser.add_argument("--peer-python", default=sys.executable)
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    suite = Suite(args.seconds, args.tiny)
+    suite.add("errors", errors, suite)
+    suite.add("device_gives", device_gives, args.tiny)
+    suite.add("operators", operators, suite, args.peer_python)
+    suite.add("training", training, suite)
+    suite.add("decoding", decoding, suite)
+    suite.show()
+
+
+class Suite:
+    """What was measured, on disk after each part, and how long there is."""
+
+    def __init__(self, seconds: float, tiny: bool):
+        self.ends, self.tiny = time.monotonic() + seconds, tiny
+        device = jax.devices()[0]
+        name = "tiny" if tiny else re.sub(r"\W+", "_", device.device_kind).strip("_").lower()
+        self.name = f"gpu_{name}"
+        self.found = {
+            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": {"kind": device.device_kind, "driver": driver(), **harness.device()},
+            "versions": {"ours": versions("jax", "jaxlib", "numpy")},
+            "skipped": [],
+        }
+
+    def left(self) -> float:
+        return self.ends - time.monotonic()
+
+    def add(self, part: str, run, *arguments) -> None:
+        if self.left() < 20:
+            self.found["skipped"].append(part)
+            console.print(f"[yellow]no time left for: {part}[/]")
+            return
+        began = time.monotonic()
+        console.print(f"[bold]{part}[/], {self.left():.0f} s left")
+        try:
+            self.found[part] = run(*arguments)
+        except Exception as error:  # the parts after it are worth as much
+            self.found[part] = {"failed": f"{type(error).__name__}: {error}"[:500]}
+            console.print(f"[red]{part}: {self.found[part]['failed']}[/]")
+        console.print(f"[dim]{part} took {time.monotonic() - began:.0f} s[/]")
+        if not self.tiny:
+            self.path.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+
+    @property
+    def path(self):
+        return RESULTS / f"{self.name}.json"
+
+    def show(self) -> None:
+        """The tables, short, last; and the picture."""
+        show_errors(self.found.get("errors", {}))
+        show_operators(self.found.get("operators", {}))
+        for part in ("training", "decoding"):
+            rows = [
+                [name, *(f"{value:,.3g}" for value in cell.values())]
+                for name, cell in self.found.get(part, {}).items()
+                if isinstance(cell, dict)
+            ]
+            if rows:
+                cells = next(x for x in self.found[part].values() if isinstance(x, dict))
+                harness.table(part, ["", *cells], rows)
+        gives = self.found.get("device_gives", {})
+        console.print(
+            f"\n{self.found['device']['kind']}, driver {self.found['device']['driver']}: "
+            + ", ".join(f"{name} {value:,.3g}" for name, value in gives.items())
+        )
+        if self.found["skipped"]:
+            console.print(f"no time was left for: {', '.join(self.found['skipped'])}")
+        if not self.tiny:
+            plot(self.found, self.name)
+            console.print(f"written: {self.path.relative_to(ROOT)}, docs/{self.name}.png")
+
+
+def driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return "none"
+    return said.stdout.strip().splitlines()[0]
+
+
+def errors(suite: Suite) -> dict:
+    """Relative RMS errors of y, the final state and all gradients, over some hard regimes."""
+    shape = cases.Shape(1, 37, 2, 16) if suite.tiny else cases.Shape(2, 165, 4, 64)
+    names = (None, *IMPLEMENTATIONS, *own_kernels())
+    found = {}
+    regimes = {
+        "4": ("typical", "large keys and extreme decays"),
+        "6": ("typical", "toggling decay", "repeated key"),
+        "7": ("typical", "minimal decay", "repeated key", "alternating sign"),
+    }
+    for version in "7" if suite.tiny else "764":
+        for dtype in ("bfloat16", "float32")[: 1 if suite.tiny else None]:
+            for name in names:
+                if suite.left() < 60:
+                    return found
+                worst = {}
+                for regime in regimes[version][: 1 if suite.tiny else None]:
+                    for what, value in error(version, name, dtype, regime, shape).items():
+                        worst[what] = max(worst.get(what, 0.0), value)
+                found[f"{version}, {dtype}, {name or 'default'}"] = worst
+    return found
+
+
+def own_kernels() -> tuple[str, ...]:
+    """Those of this device; on a CPU both, interpreted."""
+    platform = jax.default_backend()
+    return {"gpu": KERNELS[:1], "tpu": KERNELS[1:]}.get(platform, KERNELS)
+
+
+def error(version: str, name: str | None, dtype: str, regime: str, shape: cases.Shape) -> dict:
+    operator, inputs = OPERATORS[version]
+    x = {
+        letter: np.asarray(jnp.asarray(z, "float32" if letter in ("log_w", "u") else dtype))
+        for letter, z in inputs(regime, shape).items()
+    }
+    reset = cases.reset_pattern("random", shape, seed=1)
+
+    def run(x, implementation):
+        y, pull_back, state = jax.vjp(
+            lambda x: operator(**x, reset=reset, implementation=implementation), x, has_aux=True
+        )
+        state = (state.num / state.den) if isinstance(state, Wkv4State) else state
+        return y, state, pull_back(jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype))[0]
+
+    found = jax.device_get(jax.jit(partial(run, implementation=name))(x))
+    with jax.enable_x64(True):
+        wide = {letter: np.asarray(z, np.float64) for letter, z in x.items()}
+        exact = jax.device_get(jax.jit(partial(run, implementation="scan"))(wide))
+
+    def apart(a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        return float(np.sqrt(np.mean((a - b) ** 2)) / max(np.sqrt(np.mean(b**2)), 1e-30))
+
+    gradients = [apart(found[2][letter], exact[2][letter]) for letter in x]
+    return {
+        "y": apart(found[0], exact[0]),
+        "state": apart(found[1], exact[1]),
+        "gradients": max(gradients),
+    }
+
+
+def device_gives(tiny: bool) -> dict:
+    """What a kernel of one read and one write, and a product of two matrices, reach here."""
+    count = 2**20 if tiny else 2**29
+    x = jnp.ones(count, jnp.bfloat16)
+    copy = fastest(jax.jit(lambda x: -x), x)
+    n = 256 if tiny else 8192
+    a = jnp.ones((n, n), jnp.bfloat16)
+    product = fastest(jax.jit(lambda a: a @ a), a)
+    return {"GB/s": 2 * x.nbytes / copy / 1e9, "TFLOP/s in bfloat16": 2 * n**3 / product / 1e12}
+
+
+def fastest(run, *given) -> float:
+    jax.block_until_ready(run(*given))
+    times = []
+    for _ in range(10):
+        began = time.perf_counter()
+        jax.block_until_ready(run(*given))
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def operators(suite: Suite, peer_python: str) -> dict:
+    """Every contestant at each shape, forward and with gradients; in another order each round."""
+    shapes = [(1, 64, 2, 64)] if suite.tiny else SHAPES
+    makers = {
+        name: partial(
+            Worker,
+            "gpu_operators.py",
+            {**options, "threads": 0},
+            python=sys.executable if options["package"] == "rwkv_jax" else peer_python,
+        )
+        for name, options in CONTESTANTS.items()
+    }
+    workers = harness.start_all(makers)
+    found = {"versions": {name: worker.about["versions"] for name, worker in workers.items()}}
+    for version in "7" if suite.tiny else "764":
+        for shape in shapes:
+            for gradients in (True, False):
+                # Training, decoding and what is shown need the rest.
+                if suite.left() < 150 and not suite.tiny:
+                    break
+                what = "forward + backward" if gradients else "forward"
+                request = {"version": version, "shape": shape, "gradients": gradients}
+                cells = harness.in_turn(workers, {**request, "seconds": 2}, len(found))
+                ours = cells["rwkv_jax"].get("samples")
+                for cell in cells.values():
+                    if "seconds" not in cell:
+                        continue
+                    cell["GB/s"] = (
+                        traffic(version, shape, gradients) / cell["seconds"]["median"] / 1e9
+                    )
+                    cell["apart"] = apart(cell.pop("samples"), ours)
+                found[f"version {version}, B T H N {shape}, {what}"] = cells
+    for worker in workers.values():
+        worker.close()
+    return found
+
+
+def traffic(version: str, shape: tuple[int, ...], gradients: bool) -> int:
+    """Bytes that must be moved: each input read and each result written once, bfloat16 but for the
+    decays; with gradients the inputs again, dy and a gradient of each."""
+    b, t, h, n = shape
+    tokens, decays = {"4": (2, 0), "6": (3, 1), "7": (5, 1)}[version]
+    inputs = 2 * tokens + 4 * decays
+    return b * t * h * n * (inputs + 2 if not gradients else inputs + 2 + inputs + 2 + inputs)
+
+
+def apart(theirs: list, ours: list | None) -> float | None:
+    """The largest relative difference of a sample of each result from ours."""
+    if ours is None:
+        return None
+    worst = 0.0
+    for x, y in zip(theirs, ours, strict=False):
+        x, y = np.array(x), np.array(y)
+        if x.shape == y.shape:
+            worst = max(worst, float(np.sqrt(np.mean((x - y) ** 2) / max(np.mean(y**2), 1e-30))))
+    return worst
+
+
+def training(suite: Suite) -> dict:
+    """Tokens/s of whole steps, and model FLOPs: 6 a parameter and token (its embedding apart), and
+    the recurrence's own 3 x 8 N a channel, layer and token."""
+    from rwkv_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+    from rwkv_jax.data.loader import Batch
+    from rwkv_jax.training.state import init_train_state
+    from rwkv_jax.training.step import make_train_step
+
+    found = {}
+    for name, (layers, width, rows) in MODELS.items():
+        context, vocab = 4096, 65536
+        if suite.tiny:
+            layers, width, rows, context, vocab = 1, 64, 1, 32, 256
+        if suite.left() < 90 and not suite.tiny:
+            break
+        model = ModelConfig(version="7", layers=layers, width=width, vocab_size=vocab)
+        cfg = Config(
+            model=model,
+            optimizer=OptimizerConfig(peak_lr=1e-4, final_lr=1e-4),
+            train=TrainConfig(batch=rows, context=context, dtype="bfloat16"),
+        )
+        tokens = np.random.default_rng(0).integers(0, vocab, (rows, context + 1), np.int32)
+        batch = Batch(tokens[:, :-1], tokens[:, 1:], np.zeros((rows, context), bool))
+        step, state = make_train_step(cfg, model), init_train_state(cfg, model)
+        parameters = sum(x.size for x in jax.tree.leaves(state.params)) - vocab * width
+        times = []
+        for _ in range(3 if suite.tiny else 12):
+            began = time.perf_counter()
+            state, metrics = step(state, batch)
+            jax.block_until_ready((state, metrics))
+            times.append(time.perf_counter() - began)
+        seconds = spread(times[2:])["median"]
+        flops = rows * context * (6 * parameters + 3 * 8 * model.head_size * width * layers)
+        rate = suite.found["device_gives"]["TFLOP/s in bfloat16"]
+        found[name] = {
+            "million parameters": (parameters + vocab * width) / 1e6,
+            "tokens/s": rows * context / seconds,
+            "TFLOP/s": flops / seconds / 1e12,
+            "% of a product's": 100 * flops / seconds / 1e12 / rate,
+            "loss": float(metrics.loss),
+        }
+        del state, step
+    return found
+
+
+def decoding(suite: Suite) -> dict:
+    """Tokens/s of all rows together, drawn with top-p 0.85, and the share of the copy's bytes/s."""
+    from rwkv_jax import ModelConfig, init_params
+    from rwkv_jax.generate import Sampling
+    from rwkv_jax.generate.decode import decode, decoding_layout, prefill
+    from rwkv_jax.generate.transforms import Vocabulary
+
+    layers, width, vocab = (1, 64, 256) if suite.tiny else (12, 768, 65536)
+    cfg = ModelConfig(version="7", layers=layers, width=width, vocab_size=vocab)
+    params = decoding_layout(init_params(cfg, jax.random.key(0)), cfg)
+    size = sum(x.nbytes for x in jax.tree.leaves(params)) - params.emb.nbytes
+    allowed = Vocabulary(allowed=np.ones(vocab, bool), increment=np.ones(vocab, np.float32))
+    allowed = jax.device_put(allowed)
+    found, count = {}, 8 if suite.tiny else 64
+    for rows in (1, 2) if suite.tiny else (1, 32, 256):
+        if suite.left() < 30 and not suite.tiny:
+            break
+        held = prefill(params, [[1, 2, 3]] * rows, list(range(rows)), cfg=cfg, end=-1)
+        settings = Sampling(top_p=0.85).rows(rows)
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            _, held = decode(params, held, settings, allowed, count, cfg=cfg, end=-1)
+            jax.block_until_ready(held)
+            times.append(time.perf_counter() - began)
+        seconds = spread(times[1:])["median"] / count
+        state = 2 * rows * sum(x.nbytes for x in jax.tree.leaves(held.state)) / rows
+        found[f"batch {rows}"] = {
+            "tokens/s": rows / seconds,
+            "% of a copy's bytes/s": 100
+            * (size + state)
+            / seconds
+            / 1e9
+            / suite.found["device_gives"]["GB/s"],
+        }
+    return found
+
+
+def show_errors(found: dict) -> None:
+    rows = [[name, *(f"{x:.0e}" for x in cell.values())] for name, cell in found.items()]
+    if rows and "failed" not in found:
+        harness.table("Errors against float64", ["", "y", "state", "gradients"], rows)
+
+
+def show_operators(found: dict) -> None:
+    rows = []
+    for what, cells in found.items():
+        if what == "versions" or not isinstance(cells, dict):
+            continue
+        ours = cells["rwkv_jax"].get("seconds", {}).get("median")
+        version, *shape, kind = re.findall(r"\d+|forward.*", what)
+        row = [f"{version}: {' x '.join(shape)}, {'f+b' if 'back' in kind else 'f'}"]
+        for name in CONTESTANTS:
+            cell = cells.get(name, {"absent": "not installed"})
+            if "seconds" in cell and ours:
+                median = cell["seconds"]["median"]
+                row.append(f"{1e3 * median:.3g} ({median / ours:.2f}x)")
+            else:
+                row.append(cell.get("absent", "")[:16])
+        rows.append(row)
+    if rows:
+        title = "Operators, bfloat16: ms, and times ours; forward, and with gradients (f+b)"
+        harness.table(title, ["version: B x T x H x N", *CONTESTANTS], rows)
+
+
+def plot(found: dict, name: str) -> None:
+    """Times of all contestants, by shape: forward and backward of version 7."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    chosen = {
+        what: cells
+        for what, cells in found.get("operators", {}).items()
+        if what.startswith("version 7") and what.endswith("backward")
+    }
+    if not chosen:
+        return
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    height = 0.8 / len(CONTESTANTS)
+    for index, contestant in enumerate(CONTESTANTS):
+        medians = [
+            1e3 * cells.get(contestant, {}).get("seconds", {}).get("median", np.nan)
+            for cells in chosen.values()
+        ]
+        axes.barh(np.arange(len(chosen)) + index * height, medians, height, label=contestant)
+    labels = [what.split(", B T H N ")[1].rsplit(", ", 1)[0] for what in chosen]
+    axes.set_yticks(np.arange(len(chosen)) + 0.4 - height / 2, labels)
+    axes.set(xlabel="ms", xscale="log", ylabel="B, T, H, N")
+    axes.set_title(f"wkv7, forward and backward, bfloat16, {found['device']['kind']}")
+    axes.invert_yaxis()
+    axes.legend()
+    figure.savefig(ROOT / "docs" / f"{name}.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
