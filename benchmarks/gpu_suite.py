@@ -4,12 +4,13 @@
 
 In this order, each part as long as time is left, and what was measured written after each:
 
-1. errors of every implementation on this device against `lax.scan` in float64, gradients included;
-2. what the device gives: bytes/s of a copy, FLOP/s of a bfloat16 product;
-3. the operators in bfloat16, forward and with gradients, beside flash-linear-attention, ejkernel
-   and rwkv-ops where they are installed (benchmarks/requirements-gpu.txt);
-4. a training step of version 7 at 0.1B and 0.4B: tokens/s, and model FLOPs over the rate of 2;
-5. decoding at batch 1, 32 and 256.
+1. what the device gives: bytes/s of a copy, FLOP/s of a bfloat16 product;
+2. the operators in bfloat16, forward and with gradients, beside flash-linear-attention, ejkernel
+   and rwkv-ops where they are installed (benchmarks/requirements-gpu.txt), each in a process that
+   ends when its device or its time is lost;
+3. a training step of version 7 at 0.1B and 0.4B: tokens/s, and model FLOPs over the rate of 1;
+4. decoding at batch 1, 32 and 256;
+5. errors of every implementation on this device against `lax.scan` in float64, gradients included.
 
 Writes benchmarks/results/gpu_NAME.json and docs/gpu_NAME.png, NAME the device's. `--tiny` runs all
 of it on small shapes on any device, to see that it runs.
@@ -21,6 +22,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime
 from functools import partial
@@ -43,6 +45,7 @@ CONTESTANTS = {
     "rwkv_jax": {"package": "rwkv_jax", "implementation": None},
     "chunked": {"package": "rwkv_jax", "implementation": "chunked"},
     "fla, chunk": {"package": "fla", "implementation": "chunk"},
+    "fla, bounded": {"package": "fla", "implementation": "chunk, bounded decay"},
     "fla, recurrent": {"package": "fla", "implementation": "fused_recurrent"},
     "ejkernel": {"package": "ejkernel", "implementation": None},
     "rwkv-ops": {"package": "rwkv-ops", "implementation": None},
@@ -65,11 +68,11 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     suite = Suite(args.seconds, args.tiny)
-    suite.add("errors", errors, suite)
     suite.add("device_gives", device_gives, args.tiny)
     suite.add("operators", operators, suite, args.peer_python)
     suite.add("training", training, suite)
     suite.add("decoding", decoding, suite)
+    suite.add("errors", errors, suite)
     suite.show()
 
 
@@ -104,6 +107,11 @@ class Suite:
             self.found[part] = {"failed": f"{type(error).__name__}: {error}"[:500]}
             console.print(f"[red]{part}: {self.found[part]['failed']}[/]")
         console.print(f"[dim]{part} took {time.monotonic() - began:.0f} s[/]")
+        self.save()
+
+    def save(self, **part: dict) -> None:
+        """What there is so far: a command that is stopped loses nothing that was measured."""
+        self.found |= part
         if not self.tiny:
             self.path.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
 
@@ -125,10 +133,9 @@ class Suite:
                 cells = next(x for x in self.found[part].values() if isinstance(x, dict))
                 harness.table(part, ["", *cells], rows)
         gives = self.found.get("device_gives", {})
-        console.print(
-            f"\n{self.found['device']['kind']}, driver {self.found['device']['driver']}: "
-            + ", ".join(f"{name} {value:,.3g}" for name, value in gives.items())
-        )
+        shown = (f"{x:,.3g} {name}" if isinstance(x, float) else x for name, x in gives.items())
+        device = self.found["device"]
+        console.print(f"\n{device['kind']}, driver {device['driver']}: {', '.join(shown)}")
         if self.found["skipped"]:
             console.print(f"no time was left for: {', '.join(self.found['skipped'])}")
         if not self.tiny:
@@ -149,7 +156,7 @@ def errors(suite: Suite) -> dict:
     """Relative RMS errors of y, the final state and all gradients, over some hard regimes."""
     shape = cases.Shape(1, 37, 2, 16) if suite.tiny else cases.Shape(2, 165, 4, 64)
     names = (None, *IMPLEMENTATIONS, *own_kernels())
-    found = {}
+    found: dict = {}
     regimes = {
         "4": ("typical", "large keys and extreme decays"),
         "6": ("typical", "toggling decay", "repeated key"),
@@ -157,14 +164,18 @@ def errors(suite: Suite) -> dict:
     }
     for version in "7" if suite.tiny else "764":
         for dtype in ("bfloat16", "float32")[: 1 if suite.tiny else None]:
+            tried = regimes[version][: 1 if suite.tiny else None]
+            given = {regime: typed(version, regime, dtype, shape) for regime in tried}
+            exact = reference(version, given, shape)
             for name in names:
-                if suite.left() < 60:
+                if suite.left() < 25:
                     return found
-                worst = {}
-                for regime in regimes[version][: 1 if suite.tiny else None]:
-                    for what, value in error(version, name, dtype, regime, shape).items():
-                        worst[what] = max(worst.get(what, 0.0), value)
-                found[f"{version}, {dtype}, {name or 'default'}"] = worst
+                key = f"{version}, {dtype}, {name or 'default'}"
+                try:
+                    found[key] = error(version, name, given, exact, shape)
+                except Exception as failure:
+                    found[key] = {"failed": " ".join(str(failure).split())[:200]}
+                suite.save(errors=found)
     return found
 
 
@@ -174,36 +185,54 @@ def own_kernels() -> tuple[str, ...]:
     return {"gpu": KERNELS[:1], "tpu": KERNELS[1:]}.get(platform, KERNELS)
 
 
-def error(version: str, name: str | None, dtype: str, regime: str, shape: cases.Shape) -> dict:
-    operator, inputs = OPERATORS[version]
-    x = {
+def typed(version: str, regime: str, dtype: str, shape: cases.Shape) -> dict:
+    return {
         letter: np.asarray(jnp.asarray(z, "float32" if letter in ("log_w", "u") else dtype))
-        for letter, z in inputs(regime, shape).items()
+        for letter, z in OPERATORS[version][1](regime, shape).items()
     }
+
+
+def program(version: str, name: str | None, shape: cases.Shape):
+    """x -> y, the final state, all gradients; one program for all regimes."""
+    operator, _ = OPERATORS[version]
     reset = cases.reset_pattern("random", shape, seed=1)
 
-    def run(x, implementation):
+    def run(x):
         y, pull_back, state = jax.vjp(
-            lambda x: operator(**x, reset=reset, implementation=implementation), x, has_aux=True
+            lambda x: operator(**x, reset=reset, implementation=name), x, has_aux=True
         )
         state = (state.num / state.den) if isinstance(state, Wkv4State) else state
         return y, state, pull_back(jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype))[0]
 
-    found = jax.device_get(jax.jit(partial(run, implementation=name))(x))
+    return jax.jit(run)
+
+
+def reference(version: str, given: dict, shape: cases.Shape) -> dict:
     with jax.enable_x64(True):
-        wide = {letter: np.asarray(z, np.float64) for letter, z in x.items()}
-        exact = jax.device_get(jax.jit(partial(run, implementation="scan"))(wide))
+        run = program(version, "scan", shape)
+        return {
+            regime: jax.device_get(run({k: np.asarray(z, np.float64) for k, z in x.items()}))
+            for regime, x in given.items()
+        }
+
+
+def error(version: str, name: str | None, given: dict, exact: dict, shape: cases.Shape) -> dict:
+    """The largest relative RMS over the regimes."""
 
     def apart(a, b):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         return float(np.sqrt(np.mean((a - b) ** 2)) / max(np.sqrt(np.mean(b**2)), 1e-30))
 
-    gradients = [apart(found[2][letter], exact[2][letter]) for letter in x]
-    return {
-        "y": apart(found[0], exact[0]),
-        "state": apart(found[1], exact[1]),
-        "gradients": max(gradients),
-    }
+    run, worst = program(version, name, shape), {"y": 0.0, "state": 0.0, "gradients": 0.0}
+    for regime, x in given.items():
+        y, state, gradients = jax.device_get(run(x))
+        found = {
+            "y": apart(y, exact[regime][0]),
+            "state": apart(state, exact[regime][1]),
+            "gradients": max(apart(gradients[k], exact[regime][2][k]) for k in x),
+        }
+        worst = {what: max(value, found[what]) for what, value in worst.items()}
+    return worst
 
 
 def device_gives(tiny: bool) -> dict:
@@ -239,7 +268,12 @@ def operators(suite: Suite, peer_python: str) -> dict:
         )
         for name, options in CONTESTANTS.items()
     }
-    workers = harness.start_all(makers)
+    workers = {}
+    for name, make in makers.items():
+        try:
+            workers |= harness.start_all({name: make})
+        except (RuntimeError, ValueError, OSError) as failure:
+            console.print(f"[red]{name}: {failure}[/]")
     found = {"versions": {name: worker.about["versions"] for name, worker in workers.items()}}
     for version in "7" if suite.tiny else "764":
         for shape in shapes:
@@ -249,8 +283,10 @@ def operators(suite: Suite, peer_python: str) -> dict:
                     break
                 what = "forward + backward" if gradients else "forward"
                 request = {"version": version, "shape": shape, "gradients": gradients}
-                cells = harness.in_turn(workers, {**request, "seconds": 2}, len(found))
-                ours = cells["rwkv_jax"].get("samples")
+                cells = {}
+                for name in [*workers]:
+                    cells[name] = asked(workers, name, {**request, "seconds": 2})
+                ours = cells.get("rwkv_jax", {}).get("samples")
                 for cell in cells.values():
                     if "seconds" not in cell:
                         continue
@@ -259,9 +295,29 @@ def operators(suite: Suite, peer_python: str) -> dict:
                     )
                     cell["apart"] = apart(cell.pop("samples"), ours)
                 found[f"version {version}, B T H N {shape}, {what}"] = cells
+                suite.save(operators=found)
     for worker in workers.values():
         worker.close()
     return found
+
+
+LONGEST = 45
+"""Seconds that a contestant has for one row, compiling and tuning included."""
+
+
+def asked(workers: dict, name: str, request: dict) -> dict:
+    """A contestant's answer; one that dies or takes too long is out of the rest."""
+    worker = workers[name]
+    clock = threading.Timer(LONGEST, worker.process.kill)
+    clock.start()
+    try:
+        return worker.ask(request)
+    except (RuntimeError, OSError, ValueError) as failure:
+        del workers[name]
+        console.print(f"[red]{name}, {request}: {failure}[/]")
+        return {"absent": f"ended, or took more than {LONGEST} s"}
+    finally:
+        clock.cancel()
 
 
 def traffic(version: str, shape: tuple[int, ...], gradients: bool) -> int:
@@ -318,7 +374,7 @@ def training(suite: Suite) -> dict:
             times.append(time.perf_counter() - began)
         seconds = spread(times[2:])["median"]
         flops = rows * context * (6 * parameters + 3 * 8 * model.head_size * width * layers)
-        rate = suite.found["device_gives"]["TFLOP/s in bfloat16"]
+        rate = suite.found.get("device_gives", {}).get("TFLOP/s in bfloat16", float("nan"))
         found[name] = {
             "million parameters": (parameters + vocab * width) / 1e6,
             "tokens/s": rows * context / seconds,
@@ -356,21 +412,23 @@ def decoding(suite: Suite) -> dict:
             jax.block_until_ready(held)
             times.append(time.perf_counter() - began)
         seconds = spread(times[1:])["median"] / count
+        rate = suite.found.get("device_gives", {}).get("GB/s", float("nan"))
         state = 2 * rows * sum(x.nbytes for x in jax.tree.leaves(held.state)) / rows
         found[f"batch {rows}"] = {
             "tokens/s": rows / seconds,
-            "% of a copy's bytes/s": 100
-            * (size + state)
-            / seconds
-            / 1e9
-            / suite.found["device_gives"]["GB/s"],
+            "% of a copy's bytes/s": 100 * (size + state) / seconds / 1e9 / rate,
         }
     return found
 
 
 def show_errors(found: dict) -> None:
-    rows = [[name, *(f"{x:.0e}" for x in cell.values())] for name, cell in found.items()]
-    if rows and "failed" not in found:
+    rows = [
+        [name, *(f"{x:.0e}" if isinstance(x, float) else x[:40] for x in cell.values())]
+        for name, cell in found.items()
+        if isinstance(cell, dict)
+    ]
+    rows = [row + [""] * (4 - len(row)) for row in rows]
+    if rows:
         harness.table("Errors against float64", ["", "y", "state", "gradients"], rows)
 
 
@@ -379,7 +437,7 @@ def show_operators(found: dict) -> None:
     for what, cells in found.items():
         if what == "versions" or not isinstance(cells, dict):
             continue
-        ours = cells["rwkv_jax"].get("seconds", {}).get("median")
+        ours = cells.get("rwkv_jax", {}).get("seconds", {}).get("median")
         version, *shape, kind = re.findall(r"\d+|forward.*", what)
         row = [f"{version}: {' x '.join(shape)}, {'f+b' if 'back' in kind else 'f'}"]
         for name in CONTESTANTS:

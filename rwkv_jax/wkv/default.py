@@ -15,10 +15,10 @@ tokens.
 
 One token is `scan`, on an accelerator the kernel of one token.
 
-The platform is that of the compiled program, not that of the process: a program for a CPU gets a
-CPU's form wherever it is compiled. What kernels come into question is known when a program is
-traced: those of the mesh that is set, or of this process. So a program compiled ahead of time has
-kernels where its mesh is set (`jax.set_mesh`).
+The platform is that of the compiled program, not that of the process: where kernels come into
+question, a program for a CPU gets `chunked`. What kernels come into question is known when a
+program is traced: those of the mesh that is set, or of this process. So a program compiled ahead of
+time has kernels where its mesh is set (`jax.set_mesh`).
 """
 
 from functools import partial
@@ -77,7 +77,7 @@ def wkv4(
     mask: Bool[Array, "b t"] | None,
 ) -> tuple[Float[Array, "b t c"], Wkv4State]:
     """`rwkv_jax.wkv.wkv4`."""
-    kernel = kernels.chosen("wkv4", KERNELS4, v4_kernel.refusal, k)
+    kernel = kernels.chosen("wkv4", KERNELS4, v4_kernel.refusal, state)
     if kernel is not None and k.shape[1] > 1:
         return v4_kernel.operator(kernel, named=False)(log_w, k, v, u, state, reset, mask)
     if k.shape[1] == 1:
@@ -106,7 +106,7 @@ def wkv6(
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """`rwkv_jax.wkv.wkv6`."""
     given = (r, log_w, k, v, u, state, reset, initial)
-    kernel = kernels.chosen("wkv6", KERNELS6, kernels.refusal, Inputs6(r, log_w, k, v))
+    kernel = kernels.chosen("wkv6", KERNELS6, kernels.refusal, Inputs6(r, log_w, k, v), state)
     if kernel is not None:
         return v6_kernel.operator(kernel, named=False)(*given)
     form = _wkv6_small if r.shape[-1] <= SMALL_HEAD else v6_chunked.wkv6
@@ -149,7 +149,7 @@ def wkv7(
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """`rwkv_jax.wkv.wkv7`."""
     x = Inputs7(r, log_w, k, v, a, b)
-    kernel = kernels.chosen("wkv7", KERNELS7, kernels.refusal, x)
+    kernel = kernels.chosen("wkv7", KERNELS7, kernels.refusal, x, state)
     if kernel is not None:
         return v7_kernel.operator(kernel, named=False)(*x, state, reset)
     form = v7_scan.wkv7 if r.shape[1] == 1 else _without_kernel7

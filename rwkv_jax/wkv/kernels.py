@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rwkv_jax.typing import Array, Bool, Callable, Float
 from rwkv_jax.wkv.gradient import with_gradient
+from rwkv_jax.wkv.triton import kept_type
 
 log = logging.getLogger("rwkv_jax")
 
@@ -169,18 +170,23 @@ class Kernel(NamedTuple):
     form: Form
 
 
-def refusal(kernel: Kernel, x: Any) -> str | None:
+def refusal(kernel: Kernel, x: Any, state: Array) -> str | None:
     """Why there is no kernel for such inputs."""
     n, v = x.r.shape[-1], x.v.shape[-1]
-    if any(z.dtype == jnp.float64 for z in x):
+    if state.dtype == jnp.float64:  # as any input makes it
         return "float64"
     if v % n:
         return f"values of {v} channels a head for keys of {n}"
     return kernel.driver.refusal(n)
 
 
-def check(operator: str, reason: str | None) -> None:
-    """Raises a `ValueError` if there is a reason against a kernel."""
+def check(kernel: Any, operator: str, named: bool, reason: str | None) -> None:
+    """Raises a `ValueError` if there is a reason against a kernel, or it was named for another
+    device than the program's."""
+    platform = accelerator()
+    if named and platform not in (None, kernel.platform):
+        reason = f"{platform}: this one is for {kernel.platform}"
+    reason = reason or why_not(kernel.platform)
     if reason is not None:
         raise ValueError(f"{operator}: no kernel for {reason}; implementation='chunked' takes any")
 
@@ -194,7 +200,7 @@ def run(
 
     Raises `ValueError` where there is no kernel for such inputs.
     """
-    check(kernel.operator, refusal(kernel, x))
+    check(kernel, kernel.operator, named, refusal(kernel, x, state))
     _, t, h, n = x.r.shape
     more, extra = -t % kernel.size, -h % kernel.driver.heads_a_tile(h, n)
     if more or extra:
@@ -228,7 +234,7 @@ def narrow(dx: Any, x: Any) -> Any:
 def kept(kernel: Kernel, x: Any, entering: Array) -> Array:
     """States of XLA's form, in the shape and type of what the kernel keeps."""
     shape = kernel.driver.kept_shape(entering.shape[0], *x.r.shape[:1], *x.r.shape[2:])
-    return entering.astype(x.v.dtype).reshape(shape)
+    return entering.astype(kept_type(x)).reshape(shape)
 
 
 def entering(x: Any, kept: Array) -> Array:
@@ -319,21 +325,36 @@ def _whole(kernel: Kernel, x: Any) -> int:
 
 def accelerator() -> str | None:
     """XLA's name of the accelerator that a program is traced for: of the mesh that is set, or of
-    this process."""
+    this process; None for a CPU."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
-    return {"gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}.get(platform)
+    if platform == "gpu" and device is None and _is_rocm():
+        return "rocm"
+    return {"gpu": "cuda", "cuda": "cuda", "rocm": "rocm", "tpu": "tpu"}.get(platform)
 
 
-def chosen(operator: str, kernels: tuple[Any, ...], refusal: Callable, x: Any) -> Any:
+@lru_cache
+def _is_rocm() -> bool:
+    return "rocm" in jax.devices()[0].client.platform_version.lower()
+
+
+def why_not(platform: str | None) -> str | None:
+    """Why there is no kernel here, whatever the inputs."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes and any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
+        # JAX gives custom_partitioning no names of axes there.
+        return f"part of a mesh ({', '.join(mesh.manual_axes)} by shard_map, the rest automatic)"
+    return too_old() if platform == "cuda" else None
+
+
+def chosen(operator: str, kernels: tuple[Any, ...], refusal: Callable, *x: Any) -> Any:
     """The kernel for the accelerator and these inputs, if there is one; a line in the log if there
     is one for other inputs."""
     platform = accelerator()
     kernel = next((kernel for kernel in kernels if kernel.platform == platform), None)
     if kernel is None:
         return None
-    reason = too_old() if platform == "cuda" else None
-    reason = reason or refusal(kernel, x)
+    reason = why_not(platform) or refusal(kernel, *x)
     if reason is None:
         return kernel
     say_once(f"{operator}: no kernel for {reason}; XLA's form runs instead")
@@ -343,13 +364,12 @@ def chosen(operator: str, kernels: tuple[Any, ...], refusal: Callable, x: Any) -
 @lru_cache
 def too_old() -> str | None:
     """Why this process' GPU, if it has one, cannot run Triton's kernels."""
-    if jax.default_backend() != "gpu":
+    if jax.default_backend() != "gpu" or _is_rocm():
         return None
     device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", None)
-    if capability is not None and float(capability) < 8.0:
-        return f"{device.device_kind}, whose compute capability {capability} is below 8.0"
-    return None
+    if float(device.compute_capability) >= 8.0:
+        return None
+    return f"{device.device_kind}, whose compute capability {device.compute_capability} is below 8"
 
 
 def started(reset: Bool[Array, "b t"], size: int) -> Float[Array, "b chunks C"]:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv import tiles
 from rwkv_jax.wkv.tiles import Precision, Products
-from rwkv_jax.wkv.triton import value
+from rwkv_jax.wkv.triton import kept_type, value
 
 KEPT = "cbgvw"
 LANES = 128
@@ -75,7 +75,7 @@ def forward(
         jax.ShapeDtypeStruct((b, h // heads, n, heads * n), jnp.float32),
     ]
     if keep:
-        shapes.append(jax.ShapeDtypeStruct((grid[2], *shapes[1].shape), value(x).dtype))
+        shapes.append(jax.ShapeDtypeStruct((grid[2], *shapes[1].shape), kept_type(x)))
     kernel = partial(
         _forward,
         tile=tile,

@@ -2,7 +2,7 @@
 registers from the first chunk to the last.
 
 Each token is read once and each result written once. The state that enters a chunk is kept for the
-backward pass, in the type of the inputs, which computes a chunk again from it. What a chunk
+backward pass, in bfloat16 if the inputs are, which computes a chunk again from it. What a chunk
 computes is a version's `tile.py`.
 """
 
@@ -22,6 +22,8 @@ from rwkv_jax.wkv.tiles import Precision, Products
 
 KEPT = "cbhvk"
 """The dimensions of the states that are kept: chunks first."""
+WARPS = 8
+"""With 4, what is spilled grows tenfold (`python -m benchmarks.kernels`)."""
 TF32_THRICE = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 """Error about 2^-22, on tensor cores."""
 
@@ -74,7 +76,7 @@ def forward(
     shapes = [
         jax.ShapeDtypeStruct(x[0].shape, value(x).dtype),
         jax.ShapeDtypeStruct(state.shape, jnp.float32),
-    ] + [jax.ShapeDtypeStruct((chunks, *state.shape), value(x).dtype)] * keep
+    ] + [jax.ShapeDtypeStruct((chunks, *state.shape), kept_type(x))] * keep
     kernel = partial(
         _forward,
         tile=tile,
@@ -85,7 +87,9 @@ def forward(
         products=products(value(x).dtype, interpret),
     )
     name = f"{tile.OPERATOR}_forward"
-    return call(name, kernel, (b, h), inputs, specs + _ids(ids), out_specs, shapes, 4, interpret)
+    return call(
+        name, kernel, (b, h), inputs, specs + _ids(ids), out_specs, shapes, WARPS, interpret
+    )
 
 
 def _forward(*refs: Any, tile, form, size, shared, documents, products) -> None:
@@ -139,7 +143,9 @@ def backward(
         products=products(value(x).dtype, interpret),
     )
     name = f"{tile.OPERATOR}_backward"
-    return call(name, kernel, (b, h), inputs, specs + _ids(ids), out_specs, shapes, 8, interpret)
+    return call(
+        name, kernel, (b, h), inputs, specs + _ids(ids), out_specs, shapes, WARPS, interpret
+    )
 
 
 def _backward(*refs: Any, tile, form, size, shared, documents, products) -> None:
@@ -182,6 +188,11 @@ def _chunk(refs: tuple, ids_ref: Any, i: Array, size: int) -> tuple[tuple, tiles
 def value(x: Any) -> Array:
     """v, whose type results have."""
     return x[type(x)._fields.index("v")]
+
+
+def kept_type(x: Any) -> Any:
+    """Of the states that are kept: that of bfloat16 inputs; float16 would overflow."""
+    return jnp.bfloat16 if value(x).dtype == jnp.bfloat16 else jnp.float32
 
 
 def _specs(t: int, n: int) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:

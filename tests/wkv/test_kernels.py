@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from compiling import quick_jit
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
-from tolerances import assert_close
+from tolerances import KERNEL_BFLOAT16, assert_close, relative_rms
 from wkv import accuracy
 from wkv.operators import DISTINCT, VERSIONS
 
@@ -32,6 +32,20 @@ every_version = pytest.mark.parametrize(
 """Version 4's kernels are long programs without a loop: what interprets them takes long to
 compile."""
 every_kernel = pytest.mark.parametrize("name", KERNELS)
+one_of_each = pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        pytest.param(
+            VERSIONS[version],
+            name,
+            marks=() if (version, name) in (("6", "pallas_gpu"), ("7", "pallas_tpu")) else slow,
+            id=f"wkv{version}-{name}",
+        )
+        for version in "467"
+        for name in KERNELS
+    ],
+)
+"""Where versions and backends have a test in common, one pair of each stands for all in CI."""
 DEVICES = {
     "pallas_tpu": ("tpu", AbstractDevice("TPU v5 lite", 1, "tpu"), "tpu_custom_call"),
     "pallas_gpu": (
@@ -91,8 +105,7 @@ def test_against_float64(version, name, dtype, length):
     assert not wrong, f"{len(wrong)} arrays, {shape}:\n" + "\n".join(wrong[:20])
 
 
-@every_kernel
-@every_version
+@one_of_each
 def test_heads_and_values_of_other_numbers(version, name):
     """Three heads where two share a tile; values twice as wide as keys; a row of one token."""
     shape = cases.Shape(1, 21, 3, 64)
@@ -108,7 +121,7 @@ def test_heads_and_values_of_other_numbers(version, name):
         assert_close(got, expected, "float32")
 
 
-@every_kernel
+@pytest.mark.parametrize("name", ["pallas_gpu", pytest.param("pallas_tpu", marks=slow)])
 def test_documents_from_a_learnt_state(name):
     inputs, state, reset = problem(VERSIONS["6"])
     initial = jnp.asarray(np.random.default_rng(1).normal(size=state.shape[1:]), jnp.float32)
@@ -158,8 +171,7 @@ def test_documents_do_not_see_each_other(version, name):
     leak_test(run, per_token, reset)
 
 
-@every_kernel
-@every_version
+@one_of_each
 def test_vmap_adds_rows(version, name):
     """Over inputs, states and what all tokens share, each alone as in a loop; and its gradient."""
     inputs, state, reset = problem(version)
@@ -178,11 +190,9 @@ def test_vmap_adds_rows(version, name):
         jax.tree.map(lambda a, b, i=i: assert_close(a[i], b, "float32"), mapped, alone)
 
 
-@every_kernel
-@pytest.mark.parametrize("version", ["7", *(pytest.param(x, marks=slow) for x in "46")])
+@one_of_each
 def test_gradients_of_gradients(version, name):
     """Are those of `chunked`: a kernel's own gradient is XLA's work."""
-    version = VERSIONS[version]
     inputs, state, reset = problem(version, cases.Shape(1, 20, 1, 16))
 
     def second(name):
@@ -198,8 +208,7 @@ def test_gradients_of_gradients(version, name):
     jax.tree.map(lambda a, b: assert_close(a, b, "float32"), second(name), second("chunked"))
 
 
-@every_kernel
-@every_version
+@one_of_each
 def test_devices_that_share_rows_and_heads_move_nothing(version, name):
     """Under a mesh that the operator is not told of; each device has its own kernel."""
     inputs, state, reset = problem(version, cases.Shape(2, 37, 4, 64))
@@ -226,8 +235,7 @@ def test_devices_that_share_rows_and_heads_move_nothing(version, name):
     jax.tree.map(lambda a, b: assert_close(a, b, "float32"), spread(given, states), alone)
 
 
-@pytest.mark.parametrize("name", ["pallas_tpu", pytest.param("pallas_gpu", marks=slow)])
-@every_version
+@one_of_each
 def test_time_over_devices(version, name):
     """Parts of kernels are parts of the sequence."""
     shape = cases.Shape(1, 64, 2, 16)
@@ -297,6 +305,60 @@ def test_a_name_is_that_kernel_or_an_error_that_says_why_not(name):
         wide = {k: jnp.asarray(x, jnp.float64) for k, x in odd.items()}
         with pytest.raises(ValueError, match=r"wkv7: no kernel for float64; .*'chunked'"):
             wkv7(**wide, implementation=name)
+
+
+@every_kernel
+def test_any_float64_is_no_error(name):
+    """It makes all of it float64, for which XLA runs."""
+    inputs, state, _ = problem(VERSIONS["6"], cases.Shape(1, 64, 2, 64))
+    with jax.enable_x64(True):
+        for wide in ("k", "u", "state"):
+            given = inputs | {"state": state}
+            given[wide] = given[wide].astype(jnp.float64)
+            assert lowered(name, lambda x: wkv6(**x), given) == 0
+
+
+@every_kernel
+def test_a_name_of_another_device_is_told(name):
+    inputs, *_ = problem(VERSIONS["7"])
+    (other,) = set(KERNELS) - {name}
+    with on(other), pytest.raises(ValueError, match=rf"this one is for {DEVICES[name][0]}"):
+        jax.jit(lambda x: wkv7(**x, implementation=name)).trace(inputs)
+
+
+def test_parts_of_a_mesh_get_xla(caplog):
+    """Rows over an automatic axis, time over one that is mapped: JAX has no names of axes there."""
+    kernels.say_once.cache_clear()
+    inputs, _, _ = problem(VERSIONS["7"], cases.Shape(2, 64, 2, 64))
+    mesh = AbstractMesh(
+        (2, 2),
+        ("data", "sequence"),
+        axis_types=(AxisType.Auto,) * 2,
+        abstract_device=DEVICES["pallas_tpu"][1],
+    )
+    with jax.sharding.use_abstract_mesh(mesh), caplog.at_level(logging.WARNING, "rwkv_jax"):
+        traced = jax.jit(lambda x: wkv7(**x, mesh_axis="sequence")).trace(inputs)
+        assert "pallas_call" not in str(traced.jaxpr)
+    assert "no kernel for part of a mesh (sequence by shard_map" in caplog.text
+
+
+def test_float16_states_do_not_overflow():
+    """They are kept in float32: what fits a float32 state is not lost for the gradient."""
+    shape = cases.Shape(1, 33, 1, 16)
+    inputs, state, _ = problem(VERSIONS["6"], shape)
+    k = jnp.full_like(inputs["k"], 100)
+    inputs |= {"k": k, "v": k, "r": 1e-4 * inputs["r"], "log_w": jnp.zeros_like(inputs["log_w"])}
+
+    def gradient(name, dtype):
+        def loss(log_w):
+            x = {n: z if n in ("log_w", "u") else z.astype(dtype) for n, z in inputs.items()}
+            y, _ = wkv6(**x | {"log_w": log_w}, state=state, implementation=name)
+            return jnp.sum(y.astype(jnp.float32))
+
+        return quick_jit(jax.grad(loss))(inputs["log_w"])
+
+    expected = gradient("chunked", "float32")
+    assert relative_rms(gradient("pallas_gpu", "float16"), expected) < KERNEL_BFLOAT16
 
 
 def compiled_ahead(*arguments):

@@ -85,9 +85,9 @@ def backward(
     return out[::-1], carry[0]
 
 
-def refusal(kernel: Kernel, k: Array) -> str | None:
-    """Why there is no kernel for such inputs."""
-    return "float64" if k.dtype == jnp.float64 else None
+def refusal(kernel: Kernel, state: Wkv4State) -> str | None:
+    """Why there is no kernel for such inputs: any of float64 makes the state so."""
+    return "float64" if state.num.dtype == jnp.float64 else None
 
 
 def operator(kernel: Kernel, named: bool) -> Callable:
@@ -103,7 +103,7 @@ def operator(kernel: Kernel, named: bool) -> Callable:
         reset: Bool[Array, "b t"] | None,
         mask: Bool[Array, "b t"] | None,
     ) -> tuple[Float[Array, "b t c"], Wkv4State]:
-        kernels.check("wkv4", refusal(kernel, k))
+        kernels.check(kernel, "wkv4", named, refusal(kernel, state))
         log_w, k, v, u, state = reverse_only("wkv4", (log_w, k, v, u, state))
         _, t, c = k.shape
         more, extra = -t % SIZE, -c % kernel.lanes

@@ -29,7 +29,8 @@ def operator(kernel: Kernel, named: bool):
         x, u, state, initial = reverse_only(
             "wkv6", (Inputs(r, log_w, k, v), u, state, initial), chunked.FORWARD_MODE
         )
-        if r.shape[1] == 1 and v.shape == r.shape and kernels.refusal(kernel, x) is None:
+        kernels.check(kernel, "wkv6", named, kernels.refusal(kernel, x, state))
+        if r.shape[1] == 1 and v.shape == r.shape:
             kind = one_token.WKV6
             return one_token.run(kind, kernel.platform, named, x, (u,), state, reset, initial)
         y, after = kernels.run(kernel, named, x, (u,), state, reset)

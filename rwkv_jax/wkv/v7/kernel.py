@@ -23,7 +23,8 @@ def operator(kernel: Kernel, named: bool):
         reset: Bool[Array, "b t"] | None,
     ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
         x, state = reverse_only("wkv7", (Inputs(r, log_w, k, v, a, b), state), chunked.FORWARD_MODE)
-        if r.shape[1] == 1 and v.shape == r.shape and kernels.refusal(kernel, x) is None:
+        kernels.check(kernel, "wkv7", named, kernels.refusal(kernel, x, state))
+        if r.shape[1] == 1 and v.shape == r.shape:
             return one_token.run(one_token.WKV7, kernel.platform, named, x, (), state, reset)
         return kernels.run(kernel, named, x, (), state, reset)
 
