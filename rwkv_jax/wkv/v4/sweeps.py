@@ -19,7 +19,6 @@ from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Float
@@ -154,10 +153,7 @@ def step_back(
     scale = jnp.exp(jnp.minimum(token.k + grad.max_exp, LARGEST_EXPONENT))
     stored = scale * (token.v * grad.num + grad.den)
     own = reading.current * reading.gap
-    # A decay below the unit of rounding lets less through than the difference would be wrong by.
-    least = float(np.log(np.finfo(flow.dtype).eps))
     through = erase(flow - stored, token.starts)
-    through = jnp.where(row(log_w, token.k) < least, 0, through)
     flow = erase(through - own, token.starts)
     dlog_w = dlog_w + erase(through, token.padding)
     before = SweptBack(retreat(grad, token, y, reading, log_w), dlog_w, du + own)
