@@ -77,11 +77,11 @@ def wkv4(
     mask: Bool[Array, "b t"] | None,
 ) -> tuple[Float[Array, "b t c"], Wkv4State]:
     """`rwkv_jax.wkv.wkv4`."""
-    kernel = kernels.chosen("wkv4", KERNELS4, v4_kernel.refusal, state)
-    if kernel is not None and k.shape[1] > 1:
-        return v4_kernel.operator(kernel, named=False)(log_w, k, v, u, state, reset, mask)
     if k.shape[1] == 1:
         return computed(v4_scan.wkv4, v=2)(log_w, k, v, u, state, reset, mask)
+    kernel = kernels.chosen("wkv4", KERNELS4, v4_kernel.refusal, state)
+    if kernel is not None:
+        return v4_kernel.operator(kernel, named=False)(log_w, k, v, u, state, reset, mask)
     log_w, k, v, u, state = reverse_only("wkv4", (log_w, k, v, u, state))
     return computed(_wkv4, v=2)(log_w, k, v, u, state, reset, mask)
 

@@ -35,7 +35,7 @@ def per_row(
     `operands` and `results` have a letter for each dimension: b rows, h heads or channels, g tiles
     of `whole` heads; others are of no device alone. The first operand has b and h.
     """
-    letters = "".join(dims for dims in (*operands, *results))
+    letters = "".join((*operands, *results))
 
     def words(dims: str) -> str:
         return " ".join("(g p)" if x == "h" and "g" in letters else x for x in dims)
@@ -93,6 +93,15 @@ def _devices(mesh: Mesh, axis: Any) -> int:
     for name in names:
         count *= mesh.shape[name]
     return count
+
+
+def on_platform(platform: str, interpreted: bool, run: Callable, form: Callable) -> Callable:
+    """`run(interpret, *given)` compiled for the platform; in programs for a CPU it is interpreted,
+    or else `form(*given)` runs in programs for all others."""
+    compiled = {platform: partial(run, False)}
+    if interpreted:
+        return lambda *given: lax.platform_dependent(*given, cpu=partial(run, True), **compiled)
+    return lambda *given: lax.platform_dependent(*given, default=form, **compiled)
 
 
 def differentiable(
@@ -196,11 +205,8 @@ def run(
 ) -> tuple[Array, Array]:
     """The recurrence by this kernel, for any length, number of heads, and size of values that is a
     multiple of the keys'. In a program for a CPU it is interpreted if it was `named`, else XLA's
-    form runs.
-
-    Raises `ValueError` where there is no kernel for such inputs.
+    form runs. Whether there is one for such inputs is for the caller to `check`.
     """
-    check(kernel, kernel.operator, named, refusal(kernel, x, state))
     _, t, h, n = x.r.shape
     more, extra = -t % kernel.size, -h % kernel.driver.heads_a_tile(h, n)
     if more or extra:
@@ -253,11 +259,8 @@ def recurrence(kernel: Kernel, interpreted: bool) -> Callable[..., Any]:
     """
 
     def pick(name: str, run: Callable) -> Callable:
-        compiled = {kernel.platform: partial(run, False)}
-        if interpreted:
-            return lambda *given: lax.platform_dependent(*given, cpu=partial(run, True), **compiled)
-        default = partial(getattr(kernel.form, name), kernel)
-        return lambda *given: lax.platform_dependent(*given, default=default, **compiled)
+        form = partial(getattr(kernel.form, name), kernel)
+        return on_platform(kernel.platform, interpreted, run, form)
 
     primal = pick("primal", partial(_forward, kernel, False))
     forward = pick("forward", partial(_forward, kernel, True))

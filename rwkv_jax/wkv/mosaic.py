@@ -5,6 +5,7 @@ Heads of 64 lie two by two in the 128 lanes of a register (`tiles.py`), in the l
 has them in: [b, t, h n]. States between are kept as dense as that: [v, heads k].
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ from jax.experimental import pallas as pl
 from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv import tiles
 from rwkv_jax.wkv.tiles import Precision, Products
-from rwkv_jax.wkv.triton import kept_type, value
+from rwkv_jax.wkv.triton import kept_type
 
 KEPT = "cbgvw"
 LANES = 128
@@ -54,7 +55,7 @@ def forward(
     size: int,
     keep: bool,
     interpret: bool,
-    x: tuple[Array, ...],
+    x: Any,
     shared: tuple[Array, ...],
     ids: Array | None,
     state: Array,
@@ -71,7 +72,7 @@ def forward(
         inputs.append(every_head(ids, heads))
         specs.append(_ids(size, heads, lambda c: c))
     shapes = [
-        jax.ShapeDtypeStruct(inputs[0].shape, value(x).dtype),
+        jax.ShapeDtypeStruct(inputs[0].shape, x.v.dtype),
         jax.ShapeDtypeStruct((b, h // heads, n, heads * n), jnp.float32),
     ]
     if keep:
@@ -83,12 +84,13 @@ def forward(
         heads=heads,
         shared=len(shared),
         documents=ids is not None,
-        products=products(value(x).dtype),
+        products=products(x.v.dtype),
     )
     out_specs = [token, square] + [kept] * keep
     name = f"{tile.OPERATOR}_forward"
-    y, after, *entering = _call(
-        name, kernel, grid, inputs, specs, out_specs, shapes, heads * n, interpret
+    carried = [(heads * n, heads * n)]
+    y, after, *entering = call(
+        name, kernel, grid, inputs, specs, out_specs, shapes, carried, interpret
     )
     return y.reshape(x[0].shape), unpacked(after, heads), *entering
 
@@ -122,7 +124,7 @@ def backward(
     tile: ModuleType,
     size: int,
     interpret: bool,
-    x: tuple[Array, ...],
+    x: Any,
     shared: tuple[Array, ...],
     ids: Array | None,
     entering: Array,
@@ -151,11 +153,12 @@ def backward(
         heads=heads,
         shared=len(shared),
         documents=ids is not None,
-        products=products(value(x).dtype),
+        products=products(x.v.dtype),
     )
     out_specs = [token] * len(x) + [row] * len(shared) + [square]
     name = f"{tile.OPERATOR}_backward"
-    out = _call(name, kernel, grid, inputs, specs, out_specs, shapes, heads * n, interpret)
+    carried = [(heads * n, heads * n)]
+    out = call(name, kernel, grid, inputs, specs, out_specs, shapes, carried, interpret)
     dx = (z.reshape(x[0].shape) for z in out[: len(x)])
     du = (z.reshape(b, h, n) for z in out[len(x) : -1])
     return *dx, *du, unpacked(out[-1], heads)
@@ -252,21 +255,36 @@ def _ids(size: int, heads: int, order: Any) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, 1, size * heads), lambda b, h, c: (b, order(c), 0, 0))
 
 
-def _call(name, kernel, grid, inputs, in_specs, out_specs, shapes, width, interpret) -> tuple:
+def call(
+    name: str,
+    kernel: Callable[..., None],
+    grid: tuple[int, ...],
+    inputs: Sequence[Array],
+    in_specs: list[pl.BlockSpec],
+    out_specs: list[pl.BlockSpec],
+    shapes: list[jax.ShapeDtypeStruct],
+    scratch: list[tuple[int, ...]],
+    interpret: bool,
+    aliases: dict[int, int] | None = None,
+) -> tuple[Array, ...]:
+    """A kernel on its inputs; `pl.pallas_call` with what is Mosaic's. With `scratch`, shapes in
+    float32 that are carried along the last axis of the grid, that axis goes in order."""
     # Imported here: only a program for a TPU, or a test, needs it.
     from jax.experimental.pallas import tpu
 
-    call = pl.pallas_call(
+    order: list[Any] = ["parallel"] * len(grid)
+    if scratch:
+        order[-1] = "arbitrary"
+    run = pl.pallas_call(
         kernel,
         grid=grid,
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=shapes,
-        scratch_shapes=[tpu.VMEM((width, width), jnp.float32)],
-        compiler_params=tpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
-        ),
+        scratch_shapes=[tpu.VMEM(shape, jnp.float32) for shape in scratch],
+        input_output_aliases=aliases or {},
+        compiler_params=tpu.CompilerParams(dimension_semantics=tuple(order)),
         interpret=interpret,
         name=name,
     )
-    return tuple(call(*inputs))
+    return tuple(run(*inputs))

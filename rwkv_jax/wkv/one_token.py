@@ -13,9 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from rwkv_jax.typing import Array, Bool, Callable, Float
-from rwkv_jax.wkv import triton
+from rwkv_jax.wkv import mosaic, triton
 from rwkv_jax.wkv.gradient import with_gradient
-from rwkv_jax.wkv.kernels import per_row
+from rwkv_jax.wkv.kernels import on_platform, per_row
 from rwkv_jax.wkv.v6 import scan as v6_scan
 from rwkv_jax.wkv.v7 import scan as v7_scan
 
@@ -29,7 +29,6 @@ class Step(NamedTuple):
     """A version's step: of rows of a state, and as XLA has it."""
 
     name: str
-    vectors: int  # rows of keys that it takes
     tile: Callable[..., tuple[Array, Array]]
     reference: Callable[..., tuple[Array, Array]]
 
@@ -72,8 +71,8 @@ def _reference6(v, r, log_w, k, u, state):
     return v6_scan.step(r, log_w, k, v, u[0], state)
 
 
-WKV6 = Step("wkv6_step", 4, tile6, _reference6)
-WKV7 = Step("wkv7_step", 5, tile7, _reference7)
+WKV6 = Step("wkv6_step", tile6, _reference6)
+WKV7 = Step("wkv7_step", tile7, _reference7)
 
 
 @lru_cache
@@ -83,15 +82,11 @@ def step(kind: Step, platform: str, named: bool) -> Callable[..., tuple[Array, A
     driver = {"cuda": _gpu, "tpu": _tpu}[platform]
 
     def kernel(interpret: bool, *given: Array) -> tuple[Array, Array]:
-        dims = [*["bhn"] * (kind.vectors + 1), "bhvk"]
+        dims = [*["bhn"] * (len(given) - 1), "bhvk"]
         y, after = per_row(partial(driver, kind, interpret), dims, ["bhn", "bhvk"])(*given)
         return y, after
 
-    def run(*given: Array) -> tuple[Array, Array]:
-        compiled = {platform: partial(kernel, False)}
-        if named:
-            return lax.platform_dependent(*given, cpu=partial(kernel, True), **compiled)
-        return lax.platform_dependent(*given, default=kind.reference, **compiled)
+    run = on_platform(platform, named, kernel, kind.reference)
 
     def backward(given: tuple, kept: None, cotangents: tuple) -> tuple:
         return jax.vjp(kind.reference, *given)[1](cotangents)
@@ -146,20 +141,10 @@ def _tpu(kind: Step, interpret: bool, *given: Array) -> tuple[Array, ...]:
 
     specs = [row, *[row] * len(vectors), square]
     shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (v, state)]
-    from jax.experimental.pallas import tpu
-
-    run = pl.pallas_call(
-        body,
-        grid=(b, h // heads),
-        in_specs=specs,
-        out_specs=[row, square],
-        out_shape=shapes,
-        input_output_aliases={len(given) - 1: 1},
-        compiler_params=tpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-        interpret=interpret,
-        name=kind.name,
+    grid, aliases = (b, h // heads), {len(given) - 1: 1}
+    return mosaic.call(
+        kind.name, body, grid, given, specs, [row, square], shapes, [], interpret, aliases
     )
-    return tuple(run(*given))
 
 
 def run(

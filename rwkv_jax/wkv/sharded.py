@@ -41,11 +41,11 @@ def over_devices(
 
     `dims` has a letter for each axis of each array, as `rwkv_jax.typing`; y's are those of v. Time,
     "t", is parted over `mesh_axis`, unless the caller runs there already. Over explicit mesh axes
-    arrays are parted as v is: a loop's carry must be what its type says, which shapes with a name
-    inside are not.
+    arrays are parted as v is, and where v is whole as any other is: a loop's carry must be what its
+    type says, which shapes with a name inside are not.
 
-    Raises `ValueError` if there is no such mesh axis, it does not divide the length, or v is parted
-    along an axis that recurrences run over or look along.
+    Raises `ValueError` if there is no such mesh axis, it does not divide the length, or arrays are
+    parted along an axis that recurrences run over or look along.
     """
     axes: dict[str, Axis] = {}
     for name in ("v", *given):  # v first: where they differ, the others are brought to it

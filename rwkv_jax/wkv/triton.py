@@ -23,7 +23,7 @@ from rwkv_jax.wkv.tiles import Precision, Products
 KEPT = "cbhvk"
 """The dimensions of the states that are kept: chunks first."""
 WARPS = 8
-"""With 4, what is spilled grows tenfold (`python -m benchmarks.kernels`)."""
+"""With 4, more registers are spilled (`python -m benchmarks.kernels`)."""
 TF32_THRICE = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 """Error about 2^-22, on tensor cores."""
 
@@ -56,7 +56,7 @@ def forward(
     size: int,
     keep: bool,
     interpret: bool,
-    x: tuple[Array, ...],
+    x: Any,
     shared: tuple[Array, ...],
     ids: Array | None,
     state: Array,
@@ -74,7 +74,7 @@ def forward(
     kept = pl.BlockSpec((chunks, None, None, n, n), lambda b, h: (0, b, h, 0, 0))
     out_specs = [token, square] + [kept] * keep
     shapes = [
-        jax.ShapeDtypeStruct(x[0].shape, value(x).dtype),
+        jax.ShapeDtypeStruct(x[0].shape, x.v.dtype),
         jax.ShapeDtypeStruct(state.shape, jnp.float32),
     ] + [jax.ShapeDtypeStruct((chunks, *state.shape), kept_type(x))] * keep
     kernel = partial(
@@ -84,7 +84,7 @@ def forward(
         size=size,
         shared=len(shared),
         documents=ids is not None,
-        products=products(value(x).dtype, interpret),
+        products=products(x.v.dtype, interpret),
     )
     name = f"{tile.OPERATOR}_forward"
     return call(
@@ -116,7 +116,7 @@ def backward(
     tile: ModuleType,
     size: int,
     interpret: bool,
-    x: tuple[Array, ...],
+    x: Any,
     shared: tuple[Array, ...],
     ids: Array | None,
     entering: Array,
@@ -140,7 +140,7 @@ def backward(
         size=size,
         shared=len(shared),
         documents=ids is not None,
-        products=products(value(x).dtype, interpret),
+        products=products(x.v.dtype, interpret),
     )
     name = f"{tile.OPERATOR}_backward"
     return call(
@@ -185,14 +185,9 @@ def _chunk(refs: tuple, ids_ref: Any, i: Array, size: int) -> tuple[tuple, tiles
     return x, tiles.rows(size, 1, ids)
 
 
-def value(x: Any) -> Array:
-    """v, whose type results have."""
-    return x[type(x)._fields.index("v")]
-
-
 def kept_type(x: Any) -> Any:
     """Of the states that are kept: that of bfloat16 inputs; float16 would overflow."""
-    return jnp.bfloat16 if value(x).dtype == jnp.bfloat16 else jnp.float32
+    return jnp.bfloat16 if x.v.dtype == jnp.bfloat16 else jnp.float32
 
 
 def _specs(t: int, n: int) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int
 from rwkv_jax.wkv import kernels
@@ -127,10 +126,7 @@ def recurrence(kernel: Kernel, named: bool) -> Callable:
     """The operator for whole chunks and registers, with its gradient."""
 
     def pick(run: Callable, form: Callable) -> Callable:
-        compiled = {kernel.platform: partial(run, False)}
-        if named:
-            return lambda *given: lax.platform_dependent(*given, cpu=partial(run, True), **compiled)
-        return lambda *given: lax.platform_dependent(*given, default=form, **compiled)
+        return kernels.on_platform(kernel.platform, named, run, form)
 
     return kernels.differentiable(
         pick(partial(_forward, kernel, False), _reference),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from rwkv_jax.typing import Array
+from rwkv_jax.wkv import mosaic
 from rwkv_jax.wkv.mosaic import LANES
 from rwkv_jax.wkv.v4 import kernel
 from rwkv_jax.wkv.v4.kernel import SIZE, Kernel, operator, token
@@ -43,7 +44,10 @@ def forward(
     shapes += [jax.ShapeDtypeStruct(states, jnp.float32)] * 3 * keep
     out_specs = [channels] + [row] * 3 + [kept] * 3 * keep
     body = partial(_forward, keep=keep, flagged=flags is not None)
-    out = _call("wkv4_forward", body, b, t, c, 3, inputs, specs, out_specs, shapes, interpret)
+    grid, carried = _grid(b, t, c), [(_rows(c), LANES)] * 3
+    out = mosaic.call(
+        "wkv4_forward", body, grid, inputs, specs, out_specs, shapes, carried, interpret
+    )
     return tuple(x.reshape(*x.shape[:-2], c) for x in out)
 
 
@@ -94,7 +98,10 @@ def backward(
     shapes += [jax.ShapeDtypeStruct(folded(grad.num).shape, jnp.float32)] * 5
     out_specs = [channels] * 2 + [row] * 5
     body = partial(_backward, flagged=flags is not None)
-    out = _call("wkv4_backward", body, b, t, c, 5, inputs, specs, out_specs, shapes, interpret)
+    grid, carried = _grid(b, t, c), [(_rows(c), LANES)] * 5
+    out = mosaic.call(
+        "wkv4_backward", body, grid, inputs, specs, out_specs, shapes, carried, interpret
+    )
     return tuple(x.reshape(*x.shape[:-2], c) for x in out)
 
 
@@ -172,24 +179,8 @@ def _specs(c: int, order: Any) -> tuple[pl.BlockSpec, ...]:
     )
 
 
-def _call(name, body, b, t, c, scratch, inputs, in_specs, out_specs, shapes, interpret) -> tuple:
-    from jax.experimental.pallas import tpu
-
-    rows = _rows(c)
-    run = pl.pallas_call(
-        body,
-        grid=(b, c // LANES // rows, t // SIZE),
-        in_specs=in_specs,
-        out_specs=out_specs,
-        out_shape=shapes,
-        scratch_shapes=[tpu.VMEM((rows, LANES), jnp.float32)] * scratch,
-        compiler_params=tpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
-        ),
-        interpret=interpret,
-        name=name,
-    )
-    return tuple(run(*inputs))
+def _grid(b: int, t: int, c: int) -> tuple[int, int, int]:
+    return b, c // LANES // _rows(c), t // SIZE
 
 
 KERNEL = Kernel("tpu", LANES, sys.modules[__name__])
