@@ -6,16 +6,18 @@ its own (`custom_partitioning`), and `vmap` adds rows.
 """
 
 import logging
+import math
 from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from rwkv_jax.typing import Array, Bool, Callable, Float
 from rwkv_jax.wkv.gradient import with_gradient
@@ -28,44 +30,42 @@ def per_row(
     call: Callable[..., tuple[Array, ...]],
     operands: list[str],
     results: list[str],
-    whole: int = 1,
+    heads_a_tile: Callable[[int], int] = lambda h: 1,
 ) -> Callable[..., tuple[Array, ...]]:
     """`call`, whose work is of each row and head apart: over devices and under `vmap`.
 
-    `operands` and `results` have a letter for each dimension: b rows, h heads or channels, g tiles
-    of `whole` heads; others are of no device alone. The first operand has b and h.
+    `operands` and `results` have a letter for each dimension: b rows, h heads or channels, m heads
+    of k numbers each; others are of no device alone. The first operand has b and h. Of a device's h
+    heads `call` gets whole tiles, zeros in the last.
     """
-    letters = "".join((*operands, *results))
-
-    def words(dims: str) -> str:
-        return " ".join("(g p)" if x == "h" and "g" in letters else x for x in dims)
+    call = _in_tiles(call, operands, results, heads_a_tile)
 
     def partition(mesh: Mesh, arguments: Any, outputs: Any) -> tuple:
-        spec = [*arguments[0].sharding.spec] + [None] * len(operands[0])
-        axes: dict[str, Any] = {x: spec[operands[0].index(x)] for x in "bh"}
-        count = arguments[0].shape[operands[0].index("h")] // _devices(mesh, axes["h"])
-        if count % whole:
-            axes["h"] = None
-        axes["g"] = axes["h"]
+        first = arguments[0].sharding
+        parted = _by_name if isinstance(first, NamedSharding) else _by_number
 
-        def sharding(dims: str) -> NamedSharding:
-            return NamedSharding(mesh, PartitionSpec(*(axes.get(x) for x in dims)))
+        def shardings(each: list[str]) -> tuple[Sharding, ...]:
+            return tuple(parted(first, operands[0], dims.replace("m", "h")) for dims in each)
 
-        return mesh, call, tuple(map(sharding, results)), tuple(map(sharding, operands))
+        return mesh, call, shardings(results), shardings(operands)
+
+    def words(dims: str) -> str:
+        return " ".join("(h k)" if x == "m" else x for x in dims)
 
     rule = f"{', '.join(map(words, operands))} -> {', '.join(map(words, results))}"
     factors = dict.fromkeys(x for x in rule if x.isalpha())  # in the order that they appear in
-    sizes: dict[str, Any] = {"p": whole} if "p" in factors else {}
     spread = custom_partitioning(call)
     spread.def_partition(
         partition=partition,
         sharding_rule=rule,
-        need_replication_factors=tuple(x for x in factors if x not in "bhg"),
-        **sizes,
+        need_replication_factors=tuple(x for x in factors if x not in "bh"),
     )
 
     @custom_vmap
     def run(*given: Array) -> tuple[Array, ...]:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.manual_axes and math.prod(mesh.shape[axis] for axis in mesh.auto_axes) == 1:
+            return call(*given)  # JAX takes it that some device is left to part over
         return tuple(spread(*given))
 
     @run.def_vmap
@@ -87,12 +87,56 @@ def per_row(
     return run
 
 
-def _devices(mesh: Mesh, axis: Any) -> int:
-    names = (axis,) if isinstance(axis, str) else axis or ()
-    count = 1
-    for name in names:
-        count *= mesh.shape[name]
-    return count
+def _in_tiles(
+    call: Callable[..., tuple[Array, ...]],
+    operands: list[str],
+    results: list[str],
+    heads_a_tile: Callable[[int], int],
+) -> Callable[..., tuple[Array, ...]]:
+    def resized(x: Array, dims: str, old: int, new: int) -> Array:
+        axis = max(dims.find("h"), dims.find("m"))
+        if axis < 0:
+            return x
+        size = x.shape[axis] // old * new
+        if new < old:
+            return lax.slice_in_dim(x, 0, size, axis=axis)
+        return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)])
+
+    def run(*given: Array) -> tuple[Array, ...]:
+        h = given[0].shape[operands[0].index("h")]
+        whole = h + -h % heads_a_tile(h)
+        if whole == h:
+            return call(*given)
+        filled = (resized(x, dims, h, whole) for x, dims in zip(given, operands, strict=True))
+        out = zip(call(*filled), results, strict=True)
+        return tuple(resized(x, dims, whole, h) for x, dims in out)
+
+    return run
+
+
+def _by_name(first: NamedSharding, of: str, dims: str) -> NamedSharding:
+    """`dims` over devices as the first operand, of dimensions `of`, has its rows and heads."""
+    axes = dict(zip(of, [*first.spec, *[None] * len(of)], strict=False))
+    spec = PartitionSpec(*(axes[x] if x in "bh" else None for x in dims))
+    return NamedSharding(first.mesh, spec)
+
+
+def _by_number(first: Any, of: str, dims: str) -> Sharding:
+    """`_by_name` where `shard_map` has mapped other axes of the mesh: JAX tells no names there, but
+    XLA's own form, an array of devices with an axis for each dimension and one for copies."""
+    form = first._to_xla_hlo_sharding(len(of))
+    if form.is_replicated():
+        return first
+    tiles = form.tile_assignment_dimensions()
+    devices = np.reshape(form.tile_assignment_devices(), tiles)
+    kept = [of.index(x) for x in dims if x in "bh"]
+    devices = devices.transpose(*kept, *(i for i in range(devices.ndim) if i not in kept))
+    counts = [tiles[of.index(x)] if x in "bh" else 1 for x in dims]
+    shape = ",".join(map(str, [*counts, devices.size // math.prod(counts)]))
+    order = ",".join(map(str, devices.ravel()))
+    form = type(form).from_string(f"{{devices=[{shape}]{order} last_tile_dim_replicate}}")
+    # Devices in any order: XLA goes by their numbers.
+    return type(first)(tuple(first.device_set), form)
 
 
 def on_platform(platform: str, interpreted: bool, run: Callable, form: Callable) -> Callable:
@@ -203,17 +247,15 @@ def check(kernel: Any, operator: str, named: bool, reason: str | None) -> None:
 def run(
     kernel: Kernel, named: bool, x: Any, shared: tuple, state: Array, reset: Any
 ) -> tuple[Array, Array]:
-    """The recurrence by this kernel, for any length, number of heads, and size of values that is a
-    multiple of the keys'. In a program for a CPU it is interpreted if it was `named`, else XLA's
+    """The recurrence by this kernel, for any length, and size of values that is a multiple of the
+    keys'. In a program for a CPU it is interpreted if it was `named`, else XLA's
     form runs. Whether there is one for such inputs is for the caller to `check`.
     """
-    _, t, h, n = x.r.shape
-    more, extra = -t % kernel.size, -h % kernel.driver.heads_a_tile(h, n)
-    if more or extra:
+    t, n = x.r.shape[1], x.r.shape[3]
+    more = -t % kernel.size
+    if more:
         # Zeros: no decay, nothing written, nothing removed.
-        x = type(x)(*(jnp.pad(z, ((0, 0), (0, more), (0, extra), (0, 0))) for z in x))
-        shared = tuple(jnp.pad(u, ((0, extra), (0, 0))) for u in shared)
-        state = jnp.pad(state, ((0, 0), (0, extra), (0, 0), (0, 0)))
+        x = type(x)(*(jnp.pad(z, ((0, 0), (0, more), (0, 0), (0, 0))) for z in x))
         reset = None if reset is None else jnp.pad(reset, ((0, 0), (0, more)))
     parts = []
     for start in range(0, x.v.shape[-1], n):
@@ -224,7 +266,7 @@ def run(
     if len(parts) > 1:
         ys, states = zip(*parts, strict=True)
         y, after = jnp.concatenate(ys, 3), jnp.concatenate(states, 2)
-    return y[:, :t, :h], after[:, :h]
+    return y[:, :t], after
 
 
 def wide(x: Any) -> Any:
@@ -237,16 +279,14 @@ def narrow(dx: Any, x: Any) -> Any:
     return type(x)(*(d.astype(z.dtype) for d, z in zip(dx, x, strict=True)))
 
 
-def kept(kernel: Kernel, x: Any, entering: Array) -> Array:
+def kept(kernel: Kernel, x: Any, entering: Float[Array, "chunks b h v k"]) -> Array:
     """States of XLA's form, in the shape and type of what the kernel keeps."""
-    shape = kernel.driver.kept_shape(entering.shape[0], *x.r.shape[:1], *x.r.shape[2:])
-    return entering.astype(kept_type(x)).reshape(shape)
+    return kernel.driver.kept(entering.astype(kept_type(x)))
 
 
-def entering(x: Any, kept: Array) -> Array:
+def entering(kernel: Kernel, x: Any, kept: Array) -> Float[Array, "chunks b h v k"]:
     """The inverse of `kept`."""
-    b, _, h, n = x.r.shape
-    return kept.astype(jnp.float32).reshape(-1, b, h, n, n)
+    return kernel.driver.entering(kept.astype(jnp.float32), x.r.shape[2])
 
 
 @lru_cache
@@ -281,7 +321,8 @@ def _forward(
         )
 
     results = ["bthn", "bhvk"] + [kernel.driver.KEPT] * keep
-    y, after, *kept = per_row(call, [*dims, "bhvk"], results, _whole(kernel, x))(*fixed, state)
+    tiled = partial(kernel.driver.heads_a_tile, n=x[0].shape[3])
+    y, after, *kept = per_row(call, [*dims, "bhvk"], results, tiled)(*fixed, state)
     return ((y, after), kept[0]) if keep else (y, after)
 
 
@@ -298,7 +339,8 @@ def _backward(kernel: Kernel, interpret: bool, given: Any, kept: Array, cotangen
 
     results = ["bthn"] * len(x) + ["bhn"] * len(shared) + ["bhvk"]
     dims = [*dims, kernel.driver.KEPT, "bthn", "bhvk"]
-    *out, dstate = per_row(call, dims, results, _whole(kernel, x))(*fixed, kept, *cotangents)
+    tiled = partial(kernel.driver.heads_a_tile, n=x[0].shape[3])
+    *out, dstate = per_row(call, dims, results, tiled)(*fixed, kept, *cotangents)
     dshared = (jnp.sum(z, 0).astype(u.dtype) for z, u in zip(out[len(x) :], shared, strict=True))
     return type(x)(*out[: len(x)]), tuple(dshared), dstate, None
 
@@ -321,11 +363,6 @@ def _kinds(counts: tuple, x: Any, flat: list[Array]) -> tuple[Any, tuple, Array 
     )
 
 
-def _whole(kernel: Kernel, x: Any) -> int:
-    """How many heads a device may not part."""
-    return kernel.driver.heads_a_tile(*x[0].shape[2:])
-
-
 def accelerator() -> str | None:
     """XLA's name of the accelerator that a program is traced for: of the mesh that is set, or of
     this process; None for a CPU."""
@@ -343,10 +380,6 @@ def _is_rocm() -> bool:
 
 def why_not(platform: str | None) -> str | None:
     """Why there is no kernel here, whatever the inputs."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.manual_axes and any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
-        # JAX gives custom_partitioning no names of axes there.
-        return f"part of a mesh ({', '.join(mesh.manual_axes)} by shard_map, the rest automatic)"
     return too_old() if platform == "cuda" else None
 
 

@@ -2,7 +2,7 @@
 order, the state in VMEM from the first chunk to the last.
 
 Heads of 64 lie two by two in the 128 lanes of a register (`tiles.py`), in the layout that the model
-has them in: [b, t, h n]. States between are kept as dense as that: [v, heads k].
+has them in: [b, t, h n]. States between are kept as dense as that: [v, h k].
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,8 @@ from rwkv_jax.wkv import tiles
 from rwkv_jax.wkv.tiles import Precision, Products
 from rwkv_jax.wkv.triton import kept_type
 
-KEPT = "cbgvw"
+KEPT = "cbvm"
+"""The dimensions of the states that are kept: chunks first, heads side by side."""
 LANES = 128
 
 
@@ -36,10 +37,14 @@ def heads_a_tile(h: int, n: int) -> int:
     return min(h, max(1, LANES // n))
 
 
-def kept_shape(chunks: int, b: int, h: int, n: int) -> tuple[int, ...]:
-    """Of the states that are kept."""
-    heads = heads_a_tile(h, n)
-    return chunks, b, h // heads, n, heads * n
+def kept(entering: Float[Array, "chunks b h v k"]) -> Float[Array, "chunks b v hk"]:
+    """States of all heads, as they are kept."""
+    return entering.swapaxes(2, 3).reshape(*entering.shape[:2], entering.shape[3], -1)
+
+
+def entering(kept: Float[Array, "chunks b v hk"], h: int) -> Float[Array, "chunks b h v k"]:
+    """The inverse of `kept`."""
+    return kept.reshape(*kept.shape[:3], h, -1).swapaxes(2, 3)
 
 
 def products(dtype: Any) -> Products:
@@ -60,8 +65,7 @@ def forward(
     ids: Array | None,
     state: Array,
 ) -> tuple[Array, ...]:
-    """`triton.forward`, but that states are kept as [chunks, b, h / heads, v, heads k], `heads` a
-    tile. They divide h."""
+    """`triton.forward`, but that states are kept as [chunks, b, v, h k]. Heads fill whole tiles."""
     b, t, h, n = x[0].shape
     heads = heads_a_tile(h, n)
     grid = (b, h // heads, t // size)
@@ -76,7 +80,7 @@ def forward(
         jax.ShapeDtypeStruct((b, h // heads, n, heads * n), jnp.float32),
     ]
     if keep:
-        shapes.append(jax.ShapeDtypeStruct((grid[2], *shapes[1].shape), kept_type(x)))
+        shapes.append(jax.ShapeDtypeStruct((grid[2], b, n, h * n), kept_type(x)))
     kernel = partial(
         _forward,
         tile=tile,
@@ -247,7 +251,7 @@ def _specs(size: int, n: int, heads: int, order: Any) -> tuple[pl.BlockSpec, ...
         pl.BlockSpec((None, size, heads * n), lambda b, h, c: (b, order(c), h)),
         pl.BlockSpec((None, None, 1, heads * n), lambda b, h, c: (b, h, 0, 0)),
         pl.BlockSpec((None, None, n, heads * n), lambda b, h, c: (b, h, 0, 0)),
-        pl.BlockSpec((None, None, None, n, heads * n), lambda b, h, c: (order(c), b, h, 0, 0)),
+        pl.BlockSpec((None, None, n, heads * n), lambda b, h, c: (order(c), b, 0, h)),
     )
 
 

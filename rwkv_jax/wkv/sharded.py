@@ -1,9 +1,8 @@
 """The recurrences with their time axis spread over the devices of a mesh axis.
 
 Each device runs its part of the sequence as if nothing had come before, and sums it up as a map of
-the state that enters it. The maps, whose size does not depend on the length, are gathered; every
-device applies those of the devices before it to the first state and so learns what enters its own
-part.
+the state that enters it. Then the state itself, whose size does not depend on the length, goes from
+device to device, each applying its map: a device learns what enters its own part.
 
     version   the map of a part                what y still lacks
     4         (e^D, numerator, denominator)    a second pass, from the state that enters
@@ -161,16 +160,25 @@ def mask_of(
 def exchange(axis: str, act: Callable, part: Any, state: Any) -> tuple[Any, Any]:
     """The state that enters this device's part, and the one after the last device's.
 
-    `act(state, part)` is the state after a part. What is gathered is the parts' size times the
-    number of devices, whatever the length.
+    `act(state, part)` is the state after a part. The state goes from device to device, so that one
+    receives its size times the number of devices, whatever the length; a gathering of all parts,
+    which need not wait, XLA would make whole over the rows and heads that automatic axes shard.
     """
+    mine, count = lax.axis_index(axis), lax.axis_size(axis)
+    along = [(i, i + 1) for i in range(count - 1)]
 
-    def step(state: Any, part: Any) -> tuple[Any, Any]:
-        return act(state, part), state
+    def hop(entering: Any, device: Array) -> tuple[Any, None]:
+        passed = jax.tree.map(lambda x: lax.ppermute(x, axis, along), act(entering, part))
+        return _where(mine == device, passed, entering), None
 
-    last, entering = lax.scan(step, state, lax.all_gather(part, axis))
-    mine = lax.axis_index(axis)
-    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, mine, keepdims=False), entering), last
+    entering, _ = lax.scan(hop, state, jnp.arange(1, count))
+    after = act(entering, part)
+    last = _where(mine == count - 1, after, jax.tree.map(jnp.zeros_like, after))
+    return entering, lax.psum(last, axis)
+
+
+def _where(condition: Array, x: Any, y: Any) -> Any:
+    return jax.tree.map(partial(jnp.where, condition), x, y)
 
 
 def wkv4(

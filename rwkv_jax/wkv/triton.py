@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from rwkv_jax.typing import Array
+from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv import tiles
 from rwkv_jax.wkv.tiles import Precision, Products
 
@@ -38,9 +38,14 @@ def heads_a_tile(h: int, n: int) -> int:
     return 1
 
 
-def kept_shape(chunks: int, b: int, h: int, n: int) -> tuple[int, ...]:
-    """Of the states that are kept."""
-    return chunks, b, h, n, n
+def kept(entering: Float[Array, "chunks b h v k"]) -> Array:
+    """States of all heads, as they are kept: the same."""
+    return entering
+
+
+def entering(kept: Array, h: int) -> Float[Array, "chunks b h v k"]:
+    """The inverse of `kept`."""
+    return kept
 
 
 def products(dtype: Any, interpret: bool) -> Products:

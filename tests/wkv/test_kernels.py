@@ -201,8 +201,9 @@ def test_gradients_of_gradients(version, name):
 
 @one_of_each
 def test_devices_that_share_rows_and_heads_move_nothing(version, name):
-    """Under a mesh that the operator is not told of; each device has its own kernel."""
-    inputs, state, reset = problem(version, cases.Shape(2, 37, 4, 64))
+    """Under a mesh that the operator is not told of; each device has its own kernel, for heads that
+    do not fill its tiles."""
+    inputs, state, reset = problem(version, cases.Shape(2, 37, 6, 64))
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
     def spec(x):
@@ -317,20 +318,44 @@ def test_a_name_of_another_device_is_told(name):
         jax.jit(lambda x: wkv7(**x, implementation=name)).trace(inputs)
 
 
-def test_parts_of_a_mesh_get_xla(caplog):
-    """Rows over an automatic axis, time over one that is mapped: JAX has no names of axes there."""
-    kernels.say_once.cache_clear()
-    inputs, _, _ = problem(VERSIONS["7"], cases.Shape(2, 64, 2, 64))
-    mesh = AbstractMesh(
-        (2, 2),
-        ("data", "sequence"),
-        axis_types=(AxisType.Auto,) * 2,
-        abstract_device=DEVICES["pallas_tpu"][1],
-    )
-    with jax.sharding.use_abstract_mesh(mesh), caplog.at_level(logging.WARNING, "rwkv_jax"):
-        traced = jax.jit(lambda x: wkv7(**x, mesh_axis="sequence")).trace(inputs)
-        assert "pallas_call" not in str(traced.jaxpr)
-    assert "no kernel for part of a mesh (sequence by shard_map" in caplog.text
+@one_of_each
+def test_time_over_devices_that_share_rows_and_heads(version, name):
+    """Time over an axis that is mapped, the rest over automatic ones: values and gradients are as
+    alone, and a device moves what it would if there were no more rows and heads than its own."""
+
+    def run(inputs, state):
+        def y(*x):
+            return call(version, name, None, *x, mesh_axis="sequence")[0]
+
+        out, pull_back = jax.vjp(y, inputs, state)
+        return out, pull_back(out)
+
+    def spread(sizes, shape):
+        inputs, state, _ = problem(version, shape)
+        shared = {k for k, x in inputs.items() if x.ndim <= 2}
+        mesh = jax.make_mesh(sizes, ("sequence", "data", "tensor"), axis_types=(AxisType.Auto,) * 3)
+        with jax.set_mesh(mesh):
+            put = {
+                k: jax.device_put(x, PartitionSpec("tensor"))
+                if k in shared
+                else jax.device_put(x, PartitionSpec("data", "sequence", "tensor"))
+                for k, x in inputs.items()
+            }
+            states = jax.tree.map(
+                lambda x: jax.device_put(x, PartitionSpec("data", "tensor")), state
+            )
+            compiled = quick_jit(run).lower(put, states).compile()
+            moved = bytes_moved(compiled.as_text())
+            # Gradients of what all rows share are summed over them besides.
+            more = sum(4 * inputs[k].size // sizes[2] for k in shared) * (sizes[1] > 1)
+            return compiled(put, states), sum(moved.values()) - more
+
+    whole = cases.Shape(4, 64, 6, 64)
+    results, moved = spread((2, 2, 2), whole)
+    alone, _ = spread((1, 1, 1), whole)
+    jax.tree.map(lambda a, b: assert_close(a, b, "float32"), results, alone)
+    _, own = spread((2, 1, 1), cases.Shape(2, 64, 3, 64))
+    assert moved <= own
 
 
 def test_float16_states_do_not_overflow():

@@ -104,26 +104,23 @@ def operator(kernel: Kernel, named: bool) -> Callable:
     ) -> tuple[Float[Array, "b t c"], Wkv4State]:
         kernels.check(kernel, "wkv4", named, refusal(kernel, state))
         log_w, k, v, u, state = reverse_only("wkv4", (log_w, k, v, u, state))
-        _, t, c = k.shape
-        more, extra = -t % SIZE, -c % kernel.lanes
-        if more and mask is None:
-            mask = jnp.ones(k.shape[:2], bool)
-        if more or extra:
-            k, v = (jnp.pad(z, ((0, 0), (0, more), (0, extra))) for z in (k, v))
-            log_w, u = (jnp.pad(z, (0, extra)) for z in (log_w, u))
-            state = jax.tree.map(lambda z: jnp.pad(z, ((0, 0), (0, extra))), state)
+        t = k.shape[1]
+        more = -t % SIZE
+        if more:
+            k, v = (jnp.pad(z, ((0, 0), (0, more), (0, 0))) for z in (k, v))
+            mask = jnp.ones((k.shape[0], t), bool) if mask is None else mask
             reset, mask = (
                 z if z is None else jnp.pad(z, ((0, 0), (0, more))) for z in (reset, mask)
             )
         y, after = recurrence(kernel, named)(log_w, k, v, u, state, reset, mask)
-        return y[:, :t, :c], jax.tree.map(lambda z: z[:, :c], after)
+        return y[:, :t], after
 
     return wkv4
 
 
 @lru_cache
 def recurrence(kernel: Kernel, named: bool) -> Callable:
-    """The operator for whole chunks and registers, with its gradient."""
+    """The operator for whole chunks, with its gradient."""
 
     def pick(run: Callable, form: Callable) -> Callable:
         return kernels.on_platform(kernel.platform, named, run, form)
@@ -161,7 +158,7 @@ def _forward(kernel, keep, interpret, log_w, k, v, u, state, reset, mask):
         return kernel.driver.forward(keep, interpret, *_filled(fixed), state)
 
     results = ["bth", *["bh"] * 3, *["cbh"] * 3 * keep]
-    run = kernels.per_row(call, [*dims, *["bh"] * 3], results, kernel.lanes)
+    run = kernels.per_row(call, [*dims, *["bh"] * 3], results, lambda c: kernel.lanes)
     y, *states = run(*fixed, *state)
     last = Wkv4State(*states[:3])
     return ((y, last), (Wkv4State(*states[3:]), last)) if keep else (y, last)
@@ -181,7 +178,7 @@ def _backward(kernel, interpret, given, kept, cotangents):
 
     results = ["bth", "bth", *["bh"] * 5]
     dims = [*dims, "bth", *["cbh"] * 3, *["bh"] * 3]
-    run = kernels.per_row(call, dims, results, kernel.lanes)
+    run = kernels.per_row(call, dims, results, lambda c: kernel.lanes)
     dk, dv, dlog_w, du, *grad = run(*fixed, dy, *entering, *arriving(dlast, last))
     dlog_w, du = jnp.sum(dlog_w, 0).astype(log_w.dtype), jnp.sum(du, 0).astype(u.dtype)
     return dlog_w, dk, dv, du, of_state(Wkv4State(*grad), state), None, None

@@ -87,7 +87,7 @@ def _backward(kernel: Kernel, given: tuple, kept: Array, cotangents: tuple):
     heads = Heads(shared[0].astype(state.dtype), None)
     dx, dheads, dstate, _ = chunked.backward(
         (kernels.wide(x), heads, transpose(state), reset),
-        kernels.entering(x, kept),
+        kernels.entering(kernel, x, kept),
         (dy.astype(state.dtype), transpose(dstate)),
         kernel.size,
     )

@@ -43,7 +43,7 @@ def _primal(kernel: Kernel, x: Inputs, shared: tuple, state: Array, reset: Array
 def _backward(kernel: Kernel, given: tuple, kept: Array, cotangents: tuple):
     x, _, state, reset = given
     dy, dstate = cotangents
-    entering = kernels.entering(x, kept)
+    entering = kernels.entering(kernel, x, kept)
     given, cotangents = (kernels.wide(x), state, reset), (dy.astype(state.dtype), dstate)
     dx, dstate, _ = chunked.backward(given, entering, cotangents, kernel.size)
     return kernels.narrow(dx, x), (), dstate, None
