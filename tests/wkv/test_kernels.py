@@ -38,6 +38,20 @@ one_of_each = pytest.mark.parametrize(
 )
 """Where versions and backends have a test in common, one pair of each stands for all in CI; version
 4's kernels are long programs without a loop, which take long to compile for a CPU."""
+one_of_all = pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        pytest.param(
+            VERSIONS[version],
+            name,
+            marks=() if (version, name) == ("7", "pallas_tpu") else slow,
+            id=f"wkv{version}-{name}",
+        )
+        for version in "467"
+        for name in KERNELS
+    ],
+)
+"""Where the test is of what is around kernels, one stands for all."""
 DEVICES = {
     "pallas_tpu": ("tpu", AbstractDevice("TPU v5 lite", 1, "tpu"), "tpu_custom_call"),
     "pallas_gpu": (
@@ -69,14 +83,17 @@ def call(version, name, reset, inputs, state, **options):
     return version.operator(**inputs, state=state, reset=reset, implementation=name, **options)
 
 
+QUICK = (("6", "pallas_gpu", "float32"), ("7", "pallas_tpu", "bfloat16"))
+
+
 def accuracy_cases():
     """The longest with the kernels' own precisions; the others are slow."""
     for version in VERSIONS:
         for name in KERNELS:
             for dtype in ("float32", "bfloat16"):
                 for length in accuracy.LENGTHS:
-                    pair = (version, name) in (("6", "pallas_gpu"), ("7", "pallas_tpu"))
-                    quick = length == "3 C + 5" and pair
+                    pair = version, name, dtype
+                    quick = length == "3 C + 5" and pair in QUICK
                     yield pytest.param(
                         *(version, name, dtype, length),
                         id=f"wkv{version}-{name}-{dtype}-{length}".replace(" ", ""),
@@ -162,7 +179,7 @@ def test_documents_do_not_see_each_other(version, name):
     leak_test(run, per_token, reset)
 
 
-@one_of_each
+@one_of_all
 def test_vmap_adds_rows(version, name):
     """Over inputs, states and what all tokens share, each alone as in a loop; and its gradient."""
     inputs, state, reset = problem(version)
@@ -181,7 +198,7 @@ def test_vmap_adds_rows(version, name):
         jax.tree.map(lambda a, b, i=i: assert_close(a[i], b, "float32"), mapped, alone)
 
 
-@one_of_each
+@one_of_all
 def test_gradients_of_gradients(version, name):
     """Are those of `chunked`: a kernel's own gradient is XLA's work."""
     inputs, state, reset = problem(version, cases.Shape(1, 20, 1, 16))
@@ -227,7 +244,7 @@ def test_devices_that_share_rows_and_heads_move_nothing(version, name):
     jax.tree.map(lambda a, b: assert_close(a, b, "float32"), spread(given, states), alone)
 
 
-@one_of_each
+@one_of_all
 def test_time_over_devices(version, name):
     """Parts of kernels are parts of the sequence."""
     shape = cases.Shape(1, 64, 2, 16)
@@ -318,7 +335,7 @@ def test_a_name_of_another_device_is_told(name):
         jax.jit(lambda x: wkv7(**x, implementation=name)).trace(inputs)
 
 
-@one_of_each
+@one_of_all
 def test_time_over_devices_that_share_rows_and_heads(version, name):
     """Time over an axis that is mapped, the rest over automatic ones: values and gradients are as
     alone, and a device moves what it would if there were no more rows and heads than its own."""

@@ -29,8 +29,15 @@ from wkv.operators import (
 from rwkv_jax.wkv import IMPLEMENTATIONS, Wkv4State, cases, leak_test, wkv4, wkv6
 
 
-@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS], ids=str)
-@pytest.mark.parametrize("size", [1, 8, 128])
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("scan", "associative") else ())
+        for name in (None, *IMPLEMENTATIONS)
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [1, pytest.param(8, marks=pytest.mark.slow), 128])
 @every_version
 def test_head_sizes(version, implementation, size):
     """Others than those of `test_accuracy.py`, and an odd number of heads."""

@@ -73,18 +73,26 @@ def compare(version, devices, lengths=None, kind=AxisType.Auto, implementation=N
 
 
 @every_version
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("devices", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_as_on_one_device(version, devices):
     compare(version, devices)
 
 
+@pytest.mark.slow
 @every_implementation
 @every_version
 def test_every_implementation_does_a_part(version, implementation):
     compare(version, 4, implementation=implementation)
 
 
-@pytest.mark.parametrize("version", VERSIONS.values(), ids=VERSIONS)
+@pytest.mark.parametrize(
+    "version",
+    [
+        pytest.param(version, marks=() if name in "47" else pytest.mark.slow)
+        for name, version in VERSIONS.items()
+    ],
+    ids=VERSIONS,
+)
 def test_padding_over_devices(version):
     """Rows that end on another device, one of them on the first."""
     compare(version, 4, lengths=(100, 30), kind=AxisType.Explicit)
