@@ -1,4 +1,4 @@
-"""`python -m rwkv_jax COMMAND ...`: everything that is done with weights from a terminal."""
+"""`python -m rwkv_jax COMMAND ...`: all that is done from a terminal."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from importlib import import_module
 from rwkv_jax.errors import Parser
 
 COMMANDS = {
+    "tokenize": ("tokenize", "text into the files that training reads"),
     "train": ("train", "train a model as a config says"),
     "sample": ("sample", "write text with a model, or chat with it"),
     "eval": ("evaluate", "measure it: bits per byte, LAMBADA, multiple choice"),

@@ -7,6 +7,7 @@ and what is allowed, before anything is compiled or written.
 Importing this module needs the standard library alone: pydantic is imported by the first parse.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -55,6 +56,7 @@ _NEEDED = {
     "float_type": "a number is needed",
     "finite_number": "a finite number is needed",
     "string_type": "a string is needed",
+    "dict_type": "a table { source = weight, ... } is needed",
 }
 """pydantic's names of wrong types, in words."""
 
@@ -135,10 +137,12 @@ class DataConfig(_Strict):
     """Which text, cut into which tokens."""
 
     source: str = "stdlib"
-    """`stdlib` (this interpreter's own library), a file, a folder, a glob, or
-    `.jsonl[.gz|.zst]`."""
+    """`stdlib` (this interpreter's own library), a file, a folder, a glob, `.jsonl[.gz|.zst]`,
+    `.parquet`, a folder of Hugging Face's `datasets`, or a binidx pair (`.bin` and `.idx`)."""
+    mixture: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Several sources instead, each with its weight: the share of the samples that it gives."""
     field: str = "text"
-    """The field of a JSON line that holds the text."""
+    """The field of a JSON line that holds the text, or the turns of a conversation."""
     document: Literal["file", "line"] = "file"
     """Plain text: one document a file, or one a line."""
     heldout: float = 0.03
@@ -147,6 +151,21 @@ class DataConfig(_Strict):
     """`bytes`, `bpe` (trained on the training documents), `world` (RWKV World), or a path to a
     `tokenizer.json`."""
     bpe_vocab_size: int = 4096
+    sampler: Literal["shuffle", "magic_prime", "sequential"] = "shuffle"
+    """What a row reads: windows in random order, each once an epoch; the official trainers' windows
+    in theirs; or its own part of the text from end to end."""
+    packing: Literal["stream", "documents"] = "stream"
+    """Windows cut from the stream of documents, or whole documents packed into contexts."""
+    reset: bool = True
+    """Documents start from a fresh state; false: what came before flows on, as in the official
+    trainers."""
+    train_on: Literal["all", "answers", "spans"] = "all"
+    """The tokens whose prediction is trained: all; in conversations the assistant's; or those of
+    the field `spans` of a JSON line, [[first, last + 1], ...] in characters."""
+    template: Literal["g1", "world", "raven"] = "g1"
+    """How conversations are written down."""
+    exit_tokens: int = 0
+    """Tokens after which the learning rate's schedule, and with train.steps = 0 the run, ends."""
     cache: str = ""
     """Folder of the token cache; empty: `$XDG_CACHE_HOME/rwkv_jax`, or `~/.cache/rwkv_jax`."""
 
@@ -163,6 +182,29 @@ class DataConfig(_Strict):
         _require(
             512 <= self.bpe_vocab_size <= 65536,
             f"data.bpe_vocab_size = {self.bpe_vocab_size}: between 512 and 65536",
+        )
+        _require(self.exit_tokens >= 0, f"data.exit_tokens = {self.exit_tokens}: 0 or more")
+        for name, weight in self.mixture.items():
+            _require(
+                weight > 0, f"data.mixture: the weight of {literal(name)} is {weight}: above 0"
+            )
+        mixed = len(self.mixture) > 1
+        _require(
+            not (self.mixture and self.source != "stdlib"),
+            f"data.source = {self.source} and data.mixture: leave one out",
+        )
+        _require(
+            not (self.mixture and self.tokenizer == "bpe"),
+            'data.tokenizer = "bpe" is trained on one source; name another for data.mixture',
+        )
+        _require(
+            not (mixed and self.sampler != "shuffle"),
+            f'data.sampler = "{self.sampler}" is an order of one source; data.mixture has'
+            f" {len(self.mixture)}",
+        )
+        _require(
+            self.packing == "stream" or (self.sampler == "shuffle" and self.reset),
+            'data.packing = "documents" goes with data.sampler = "shuffle" and data.reset = true',
         )
 
 
@@ -209,7 +251,8 @@ class TrainConfig(_Strict):
     its version has to be stated so, or not at all, and sizes in a config file make way."""
     seed: int = 0
     steps: int = 1000
-    """Optimizer steps; the schedule ends at the last one."""
+    """Optimizer steps; the schedule ends at the last one, or at `data.exit_tokens`. 0: as many as
+    these ask for."""
     batch: int = 8
     """Sequences per optimizer step, over all accumulation parts."""
     context: int = 512
@@ -233,13 +276,16 @@ class TrainConfig(_Strict):
     checkpoint_every: int = 200
     keep: int = 2
     """Checkpoints kept: the newest ones."""
+    carry_state: bool = False
+    """A row goes on from the state that the step before left it, without gradient (needs
+    data.sampler = "sequential")."""
 
     def __post_init__(self):
-        counts = ("steps", "batch", "context", "accumulate", "log_every", "eval_tokens")
+        counts = ("batch", "context", "accumulate", "log_every", "eval_tokens")
         for name in (*counts, "checkpoint_every", "keep"):
             _require(getattr(self, name) >= 1, f"train.{name} = {getattr(self, name)}: at least 1")
         _require(0 <= self.seed < 2**32, f"train.seed = {self.seed}: between 0 and {2**32 - 1}")
-        for name in ("eval_every", "l2wrap", "z_loss"):
+        for name in ("steps", "eval_every", "l2wrap", "z_loss"):
             _require(getattr(self, name) >= 0, f"train.{name} = {getattr(self, name)}: 0 or more")
         _require(
             self.batch % self.accumulate == 0,
@@ -277,8 +323,22 @@ class Config(_Strict):
     def __post_init__(self):
         for section in fields(self):
             for key, value in vars(getattr(self, section.name)).items():
-                large = isinstance(value, int) and value >= 2**31 and key != "seed"
+                large = isinstance(value, int) and value >= 2**31
+                large &= key not in ("seed", "exit_tokens")
                 _require(not large, f"{section.name}.{key} = {value}: at most {2**31 - 1}")
+        _require(
+            self.train.steps > 0 or self.data.exit_tokens > 0,
+            "train.steps = 0 leaves the run's length to data.exit_tokens, which is 0: give one",
+        )
+        _require(
+            not self.train.carry_state or self.data.sampler == "sequential",
+            'train.carry_state = true needs data.sampler = "sequential": rows that go on',
+        )
+        _require(
+            self.data.sampler != "magic_prime" or 40320 % self.train.batch == 0,
+            f'train.batch = {self.train.batch} does not divide 40320: data.sampler = "magic_prime"'
+            " has mini-epochs of so many samples, which are whole steps",
+        )
 
 
 TYPED = "command line"
@@ -455,6 +515,9 @@ def literal(value: Any) -> str:
     """A value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, Mapping):
+        pairs = ", ".join(f"{_key(key)} = {literal(x)}" for key, x in value.items())
+        return f"{{ {pairs} }}" if pairs else "{}"
     if isinstance(value, str):  # TOML's escapes are JSON's, and it wants DEL escaped too
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value)

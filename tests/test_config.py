@@ -80,12 +80,13 @@ def test_every_setting_can_be_read():
         | dict(rank_w=1, rank_a=2, rank_v=3, rank_g=4, rank_embed=6)
         | dict(rank_mix=0, state_tuned=False),
         "data": dict(source="a", field="b", document="line", heldout=0.5, tokenizer="c")
-        | dict(bpe_vocab_size=600, cache="d"),
+        | dict(bpe_vocab_size=600, cache="d", mixture={}, sampler="sequential", packing="stream")
+        | dict(reset=False, train_on="spans", template="world", exit_tokens=2**40),
         "optimizer": dict(peak_lr=2.0, final_lr=1.0, warmup_steps=3, beta1=0.4, beta2=0.5)
         | dict(eps=6.0, weight_decay=7.0, clip=8.0),
         "train": dict(output="a", init="b", seed=1, steps=2, batch=12, context=4, accumulate=3)
         | dict(dtype="bfloat16", remat="full", wkv="scan", l2wrap=0.5, z_loss=0.25, log_every=6)
-        | dict(eval_every=7, eval_tokens=8, checkpoint_every=9, keep=10),
+        | dict(eval_every=7, eval_tokens=8, checkpoint_every=9, keep=10, carry_state=True),
         "sample": dict(prompt="p", tokens=1, temperature=0.5, top_p=0.25),
     }
     config = parse_config(other)
@@ -95,6 +96,9 @@ def test_every_setting_can_be_read():
     sixth = dict(version="6", rank_mix=5, rank_w=7, state_tuned=True)
     model = dataclasses.asdict(parse_config({"model": sixth}).model)
     assert {key: model[key] for key in sixth} == sixth
+    mixed = dict(mixture={"a": 0.5, "b": 2.0}, tokenizer="world", packing="documents")
+    data = dataclasses.asdict(parse_config({"data": mixed}).data)
+    assert {key: data[key] for key in mixed} == mixed
 
 
 @pytest.mark.parametrize("version", ["5.0", "5.1", "5.2"])
@@ -199,7 +203,27 @@ def test_overrides_win_over_the_file_and_the_last_one_wins(file):
             "model.version=5",
             f'overrides: model.version = "5": {VERSIONS}',
         ),
-        ("train.steps=0", "overrides: train.steps = 0: at least 1"),
+        (
+            "train.steps=0",
+            "overrides: train.steps = 0 leaves the run's length to data.exit_tokens, which is 0:"
+            " give one",
+        ),
+        ("train.batch=0", "overrides: train.batch = 0: at least 1"),
+        (
+            "data.mixture=3",
+            "overrides: data.mixture = 3: a table { source = weight, ... } is needed",
+        ),
+        ("data.mixture={a='b'}", 'overrides: data.mixture.a = "b": a number is needed'),
+        (
+            "data.mixture={a=1, b=0.5}",
+            'overrides: data.tokenizer = "bpe" is trained on one source; name another for'
+            " data.mixture",
+        ),
+        (
+            "train.carry_state=true",
+            'overrides: train.carry_state = true needs data.sampler = "sequential": rows that go'
+            " on",
+        ),
     ],
 )
 def test_a_wrong_override(override, expected):
@@ -351,6 +375,8 @@ def drawn(table: type, **strategies):
     """Instances of a config table: bounded numbers, any text, unless a strategy is given."""
     chosen = {}
     for field in dataclasses.fields(table):
+        if field.name in strategies:
+            continue
         if get_origin(field.type) is Literal:
             chosen[field.name] = st.sampled_from(get_args(field.type))
         else:
@@ -375,12 +401,31 @@ MODELS = st.one_of(
     st.builds(ModelConfig, version=st.just("6"), state_tuned=st.booleans()),
     st.builds(ModelConfig, version=st.just("4"), layers=st.integers(1, 99)),
 )
+VALID = {"bpe_vocab_size": st.integers(512, 65536), "cache": st.text()}
+DATA = st.one_of(
+    drawn(
+        DataConfig,
+        mixture=st.just({}),
+        packing=st.just("stream"),
+        sampler=st.sampled_from(["shuffle", "sequential"]),
+        **VALID,
+    ),
+    drawn(
+        DataConfig,
+        source=st.just("stdlib"),
+        mixture=st.dictionaries(st.text(min_size=1), number(0, 9, exclude_min=True), min_size=2),
+        tokenizer=st.just("world"),
+        sampler=st.just("shuffle"),
+        reset=st.just(True),
+        **VALID,
+    ),
+)
 CONFIG = st.builds(
     Config,
     model=MODELS,
-    data=drawn(DataConfig, bpe_vocab_size=st.integers(512, 65536), cache=st.text()),
+    data=DATA,
     optimizer=drawn(OptimizerConfig, peak_lr=number(1, 1e300)),
-    train=drawn(TrainConfig, accumulate=st.just(1)),
+    train=drawn(TrainConfig, accumulate=st.just(1), carry_state=st.just(False)),
     sample=drawn(SampleConfig, prompt=st.text()),
 )
 

@@ -3,12 +3,18 @@
 import ast
 import doctest
 import importlib
+import json
 import re
+import shlex
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from benchmarks.tables import MARK, rewritten
+from rwkv_jax.__main__ import main
+from rwkv_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,6 +62,46 @@ def test_block_runs(page, line, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     padded = "\n" * line + code  # so that a traceback names the page's own lines
     exec(compile(padded, str(page), "exec"), {"__name__": "__main__"})
+
+
+SMALL = [
+    *("model.layers=1", "model.width=64", "train.steps=2", "train.batch=2", "train.context=16"),
+    *("data.heldout=0.2", "data.cache=cache", "sample.tokens=0", "train.log_every=1"),
+]
+"""What makes a run of a page's command one of seconds."""
+
+
+def test_commands_of_the_data_page_run(tmp_path, monkeypatch):
+    """In order, in a folder with such files as they name; runs are small ones."""
+    monkeypatch.chdir(tmp_path)
+    _write_examples()
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    assert len(commands) > 5
+    for number, (python, dash_m, package, *rest) in enumerate(commands):
+        assert (python, dash_m, package) == ("python", "-m", "rwkv_jax")
+        small = [*SMALL, f"train.output=run{number}"] if rest[0] == "train" else []
+        assert main([*rest, *small]) == 0, rest
+        if small:
+            lines = read_metrics(Path(f"run{number}") / "metrics.jsonl")
+            assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+
+
+def _write_examples() -> None:
+    texts = [f"Once upon a time there were {i} friends. " * 4 for i in range(60)]
+    turns = [
+        [{"role": "user", "content": f"And {i}?"}, {"role": "assistant", "content": text}]
+        for i, text in enumerate(texts)
+    ]
+    notes = Path("notes")
+    notes.mkdir()
+    for i, text in enumerate(texts):
+        (notes / f"{i}.txt").write_text(text)
+    Path("stories.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in texts))
+    Path("chat.jsonl").write_text("".join(json.dumps({"messages": x}) + "\n" for x in turns))
+    Path("tokens").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), "stories.parquet")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if MARK.search(page.read_text("utf-8"))])

@@ -75,7 +75,7 @@ class Store:
 
         Raises `StoreError` if it, or the one before it, cannot be written.
         """
-        rest = {"step": state.step, "opt_state": state.opt_state}
+        rest = _rest(state)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             rest=ocp.args.StandardSave(rest),
@@ -117,7 +117,7 @@ class Store:
 
         Raises `StoreError` if it cannot be read or does not fit.
         """
-        rest = {"step": abstract.step, "opt_state": abstract.opt_state}
+        rest = _rest(abstract)
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(_placed(abstract.params)),
             rest=ocp.args.StandardRestore(_placed(rest)),
@@ -136,6 +136,12 @@ class Store:
         """Waits for what is being written, then lets go of the folder."""
         with _writing(self.folder):
             self._manager.close()
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    """What is saved beside the parameters."""
+    rest = {"step": state.step, "opt_state": state.opt_state}
+    return rest if state.carried is None else rest | {"carried": state.carried}
 
 
 def _placed(abstract: PyTree) -> PyTree:

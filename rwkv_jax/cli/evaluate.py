@@ -147,10 +147,8 @@ def _sources(args: argparse.Namespace) -> list[tuple[str, Iterable[str]]]:
 
     if args.text:
         field = "text" if args.field is None else args.field
-        return [
-            (name, _stdin() if name == "-" else _documents(DataConfig(name, field, heldout=0.0)))
-            for name in args.text
-        ]
+        texts = (DataConfig(source=name, field=field, heldout=0.0) for name in args.text)
+        return [(x.source, _stdin() if x.source == "-" else _documents(x)) for x in texts]
     if (args.lambada or args.choices) and not (args.by_position or args.plot):
         return []
     folder = Path(args.model).expanduser()

@@ -101,7 +101,8 @@ def _sample(args: argparse.Namespace) -> None:
 
 def _chat(args: argparse.Namespace, given: dict[str, float]) -> None:
     from rwkv_jax.cli.chat import chat
-    from rwkv_jax.generate.chat import CHAT_SAMPLING, TEMPLATES
+    from rwkv_jax.data.conversations import TEMPLATES
+    from rwkv_jax.generate.chat import CHAT_SAMPLING
 
     if args.prompt or args.prompt_file or args.stop or args.interactive or not args.echo:
         raise UserError(

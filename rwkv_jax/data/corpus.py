@@ -1,10 +1,11 @@
 """Documents: the text of a `data.source`, cut into training and held-out documents.
 
 A file is a document (`data.document = "file"`), or each of its lines is (`"line"`, and always for
-`.jsonl`). A document is held out if the BLAKE2b hash of its name (for lines: of its text, so that
-equal lines stay together) falls below `data.heldout`: adding a document moves no other, and no
-random state is involved. One plain file given alone as one document cannot be split like that;
-there the last `data.heldout` of it, from a line start on, is held out.
+`.jsonl`), or each row of a table (`.parquet`, `.arrow`). A document is held out if the BLAKE2b hash
+of its name (for lines and rows: of its text, so that equal ones stay together) falls below
+`data.heldout`: adding a document moves no other, and no random state is involved. One plain file
+given alone as one document cannot be split like that; there the last `data.heldout` of it, from a
+line start on, is held out.
 
 Only UTF-8 is read. A file in another encoding (PEP 263 allows that in Python sources: 4 of Python
 3.11's 1,790) or with NULs is left out of a folder and counted, never guessed at; given alone, it is
@@ -12,19 +13,29 @@ an error."""
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rwkv_jax.config import DataConfig
+from rwkv_jax.data.conversations import TEMPLATES, ConversationError, Spans, written
 from rwkv_jax.data.files import (
     CorpusError,
     SourceFile,
+    check_length,
     find_files,
     hash_text,
-    read_chunks,
+    lines_before,
+    longest_document,
     read_lines,
+    read_whole,
 )
+from rwkv_jax.data.tables import read_rows
+
+Line = tuple[int, str, Spans | None]
+"""Its number, its text, and what of it is trained on."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,8 @@ class Document:
     """Path relative to the source's root; with `:line` after it for a line."""
     text: str
     heldout: bool
+    spans: Spans | None = None
+    """The parts that are trained on; None: all of it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,8 @@ class Corpus:
     bytes_on_disk: int
     fingerprint: str
     """Hash of every file's name and content, and of the settings that decide the documents."""
+    longest: int = sys.maxsize
+    """Bytes that a document may have."""
 
     def documents(self, report: Callable[[int], None] | None = None) -> Iterator[Document]:
         """Non-empty documents in the order of the files; `report` is told the bytes read from disk.
@@ -56,18 +71,24 @@ class Corpus:
         """
         for file in self.files:
             if file.json_lines:
-                yield from self._lines(file, _json_texts(file, self.cfg.field, report))
-            elif self.cfg.document == "line":
-                yield from self._lines(file, _line_texts(file, report))
-            else:
-                yield from self._whole(
-                    file, _decode(b"".join(read_chunks(file, report)), file.path)
+                yield from self._lines(file, _json_texts(file, self.cfg, report, self.longest))
+            elif self.cfg.train_on != "all":
+                raise CorpusError(
+                    f"{file.path}: data.train_on = {self.cfg.train_on!r} needs JSON lines, which"
+                    ' say what is trained on; give some, or set it to "all"'
                 )
+            elif file.table:
+                yield from self._lines(file, _row_texts(file, self.cfg, report, self.longest))
+            elif self.cfg.document == "line":
+                yield from self._lines(file, _line_texts(file, report, self.longest))
+            else:
+                yield from self._whole(file, _whole_text(file, report, self.longest))
 
-    def _lines(self, file: SourceFile, texts: Iterator[tuple[int, str]]) -> Iterator[Document]:
-        for number, text in texts:
+    def _lines(self, file: SourceFile, texts: Iterator[Line]) -> Iterator[Document]:
+        for number, text, spans in texts:
             if text:
-                yield Document(f"{file.name}:{number}", text, hash_share(text) < self.cfg.heldout)
+                heldout = hash_share(text) < self.cfg.heldout
+                yield Document(f"{file.name}:{number}", text, heldout, spans)
 
     def _whole(self, file: SourceFile, text: str) -> Iterator[Document]:
         if text and self.alone:
@@ -88,6 +109,7 @@ class Corpus:
             self.cfg.document == "file"
             and len(self.files) == 1
             and not self.files[0].json_lines
+            and not self.files[0].table
             and Path(self.cfg.source).expanduser().is_file()
         )
 
@@ -97,8 +119,9 @@ def hash_share(text: str) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
 
 
-def open_corpus(cfg: DataConfig) -> Corpus:
-    """The corpus of a config, each file read once to see that it is text and what it holds.
+def open_corpus(cfg: DataConfig, longest: int | None = None) -> Corpus:
+    """The corpus of a config, each file read once to see that it is text and what it holds. A
+    document may have `longest` bytes; None: what the memory there is allows.
 
     Raises CorpusError if nothing is there, or a file given by its own path is not UTF-8 text.
     """
@@ -107,16 +130,7 @@ def open_corpus(cfg: DataConfig) -> Corpus:
     content = hashlib.blake2b(digest_size=16)
     for file in find_files(cfg.source):
         digest = hashlib.blake2b(digest_size=16)
-        try:
-            fault = hash_text(file, digest)
-        except CorpusError:
-            # Broken compressed data is damage, not a file of another kind: only what is unreadable
-            # is left out.
-            if named or file.compressed:
-                raise
-            fault = "cannot be read"
-        if fault and named:
-            raise CorpusError(f"{file.path}: {fault}; convert it to UTF-8 text first")
+        fault = fault_of(file, named, digest)
         if fault:
             skipped += 1
             continue
@@ -127,57 +141,132 @@ def open_corpus(cfg: DataConfig) -> Corpus:
         raise CorpusError(
             f"data.source = {cfg.source}: none of the {skipped} files there is UTF-8 text"
         )
-    content.update(json.dumps([cfg.field, cfg.document, cfg.heldout, named]).encode())
-    return Corpus(cfg, tuple(files), skipped, size, content.hexdigest())
+    settings = [cfg.field, cfg.document, cfg.heldout, named, cfg.train_on, cfg.template]
+    content.update(json.dumps(settings).encode())
+    longest = longest_document() if longest is None else longest
+    return Corpus(cfg, tuple(files), skipped, size, content.hexdigest(), longest)
 
 
-def _decode(data: bytes, where: object) -> str:
+def fault_of(file: SourceFile, named: bool, digest: Any = None) -> str | None:
+    """Why a file is left out of its folder, or None; its bytes are fed to `digest`.
+
+    Raises CorpusError if it was `named` by its own path instead, or is damaged.
+    """
+    try:
+        fault = hash_text(file, digest)
+    except CorpusError:
+        # Broken compressed data is damage, not a file of another kind: only what is unreadable is
+        # left out.
+        if named or file.compressed:
+            raise
+        fault = "cannot be read"
+    if fault and named:
+        raise CorpusError(f"{file.path}: {fault}; convert it to UTF-8 text first")
+    return fault
+
+
+class _Fault(ValueError):
+    """What is wrong with a document, without its place."""
+
+
+def _decode(data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"{where}: not UTF-8 ({error.reason}); convert it to UTF-8 text first"
-        ) from error
+        raise _Fault(f"not UTF-8 ({error.reason}); convert it to UTF-8 text first") from error
+
+
+def _place(file: SourceFile, number: int) -> str:
+    """File and line, for an error: only then are the lines before a part of a file counted."""
+    return f"{file.path}:{lines_before(file) + number}"
+
+
+def _whole_text(file: SourceFile, report: Callable[[int], None] | None, longest: int) -> str:
+    data = read_whole(file, report, longest)
+    try:
+        return _decode(data)
+    except _Fault as fault:
+        raise CorpusError(f"{file.path}: {fault}") from fault
+
+
+def _row_texts(
+    file: SourceFile, cfg: DataConfig, report: Callable[[int], None] | None, longest: int
+) -> Iterator[Line]:
+    for number, text in read_rows(file, cfg.field, report):
+        check_length(text, f"{file.path}:{number}", longest)
+        yield number, text, None
 
 
 def _line_texts(
-    file: SourceFile, report: Callable[[int], None] | None
-) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(read_lines(file, report), 1):
-        yield number, _decode(line, f"{file.path}:{number}")
+    file: SourceFile, report: Callable[[int], None] | None, longest: int
+) -> Iterator[Line]:
+    for number, line in enumerate(read_lines(file, report, longest), 1):
+        try:
+            yield number, _decode(line), None
+        except _Fault as fault:
+            raise CorpusError(f"{_place(file, number)}: {fault}") from fault
 
 
 def _json_texts(
-    file: SourceFile, field: str, report: Callable[[int], None] | None
-) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(read_lines(file, report), 1):
+    file: SourceFile, cfg: DataConfig, report: Callable[[int], None] | None, longest: int
+) -> Iterator[Line]:
+    for number, line in enumerate(read_lines(file, report, longest), 1):
         if not line.strip():
             continue
-        where = f"{file.path}:{number}"
         try:
-            record = json.loads(_decode(line, where))
-        except json.JSONDecodeError as error:
-            raise CorpusError(
-                f"{where}: not JSON ({error.msg}, column {error.colno}); one object a line"
-            ) from error
-        if not isinstance(record, dict):
-            raise CorpusError(
-                f"{where}: a JSON {type(record).__name__}, not an object with a field {field!r}"
+            text, spans = _json_text(line, cfg)
+        except _Fault as fault:
+            raise CorpusError(f"{_place(file, number)}: {fault}") from fault
+        yield number, text, spans
+
+
+def _json_text(line: bytes, cfg: DataConfig) -> tuple[str, Spans | None]:
+    """The text of a line, and what of it is trained on."""
+    field = cfg.field
+    try:
+        record = json.loads(_decode(line))
+    except json.JSONDecodeError as error:
+        raise _Fault(f"not JSON ({error.msg}, column {error.colno}); one object a line") from error
+    if not isinstance(record, dict):
+        raise _Fault(f"a JSON {type(record).__name__}, not an object with a field {field!r}")
+    if field not in record:
+        there = ", ".join(sorted(record)) or "none"
+        raise _Fault(f"no field {field!r}; set data.field to one of those there: {there}")
+    try:
+        text, spans = _said(record, cfg)
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _Fault(f"field {field!r} holds half a surrogate pair, which is not text") from error
+    except ConversationError as error:
+        raise _Fault(f"field {field!r}: {error}") from error
+    return text, spans
+
+
+def _said(record: dict, cfg: DataConfig) -> tuple[str, Spans | None]:
+    """The text of a record, and what of it is trained on. Raises `ConversationError`."""
+    value = record[cfg.field]
+    if isinstance(value, list):
+        text, answers = written(value, TEMPLATES[cfg.template])
+        if cfg.train_on == "spans":
+            raise ConversationError('turns have no spans; set data.train_on = "answers"')
+        return text, answers if cfg.train_on == "answers" else None
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise ConversationError(f"a {kind}, not text or a list of turns; set data.field")
+    if cfg.train_on == "answers":
+        raise ConversationError('text, not a list of turns, which data.train_on = "answers" needs')
+    return value, _spans(record, value) if cfg.train_on == "spans" else None
+
+
+def _spans(record: dict, text: str) -> Spans:
+    spans = record.get("spans")
+    found = []
+    for pair in spans if isinstance(spans, list) else [spans]:
+        numbers = pair if isinstance(pair, list) and [type(x) for x in pair] == [int, int] else None
+        if numbers is None or not 0 <= numbers[0] <= numbers[1] <= len(text):
+            raise ConversationError(
+                f"the field 'spans' holds {pair!r}, not [first, last + 1] of the text's"
+                f" {len(text):,} characters"
             )
-        if field not in record:
-            there = ", ".join(sorted(record)) or "none"
-            raise CorpusError(
-                f"{where}: no field {field!r}; set data.field to one of those there: {there}"
-            )
-        text = record[field]
-        if not isinstance(text, str):
-            raise CorpusError(
-                f"{where}: field {field!r} holds a {type(text).__name__}, not text; set data.field"
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise CorpusError(
-                f"{where}: field {field!r} holds half a surrogate pair, which is not text"
-            ) from error
-        yield number, text
+        found.append((numbers[0], numbers[1]))
+    return tuple(found)

@@ -19,6 +19,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,12 +36,20 @@ from rich.progress import (
 
 from rwkv_jax.config import DataConfig
 from rwkv_jax.data.bpe import PIECES, train_bpe
+from rwkv_jax.data.conversations import trained
 from rwkv_jax.data.corpus import Corpus, CorpusError, Document, hash_share, open_corpus
-from rwkv_jax.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer, open_tokenizer
+from rwkv_jax.data.tokenizers import (
+    JsonTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    open_tokenizer,
+    token_sizes,
+)
 from rwkv_jax.errors import UserError
 
 FORMAT = 2
 ARRAYS = ("train", "heldout")
+MASK = "train.mask"
 BATCH_CHARACTERS = 1 << 22
 LONG_DOCUMENT = 1 << 22
 BPE_TRAINING_BYTES = 16_000_000
@@ -66,9 +75,15 @@ class Tokens:
     train_documents: int
     heldout_documents: int
     skipped_files: int
+    mask: np.ndarray | None = None
+    """Of each token of `train`, whether it is trained on; None: all are."""
+    documents: np.ndarray | None = None
+    """Where the documents of `train` start, and the end; None: after each end-of-document id."""
 
     def heldout_text(self) -> bytes:
         """The held-out documents, one behind the other, in the order of `heldout`."""
+        if self.documents is not None:
+            return self.tokenizer.decode_bytes(self.heldout)
         return (self.folder / "heldout.txt").read_bytes()
 
     def describe(self) -> dict[str, str]:
@@ -163,7 +178,11 @@ def _open(folder: Path) -> Tokens:
         found = (folder / name).stat().st_size
         if found != size:
             raise ValueError(f"{name} has {found:,} of {size:,} bytes")
-    arrays = {name: _map(folder / f"{name}.bin", manifest["dtype"]) for name in ARRAYS}
+    arrays: dict[str, Any] = {
+        name: _map(folder / f"{name}.bin", manifest["dtype"]) for name in ARRAYS
+    }
+    if MASK in manifest["sizes"]:
+        arrays["mask"] = _map(folder / MASK, "?")
     return Tokens(
         folder,
         load_tokenizer(folder / "tokenizer"),
@@ -232,8 +251,8 @@ def _train_tokenizer(corpus: Corpus, bar: Progress) -> Tokenizer:
         if not document.heldout and (share >= 1 or hash_share(f"bpe {document.name}") < share)
         for piece in pieces_of(document.text)
     )
-    trained = train_bpe(chosen, corpus.cfg.bpe_vocab_size)
-    return JsonTokenizer(trained.to_str(), "bpe", "the BPE just trained")
+    bpe = train_bpe(chosen, corpus.cfg.bpe_vocab_size)
+    return JsonTokenizer(bpe.to_str(), "bpe", "the BPE just trained")
 
 
 def _tokenise(corpus: Corpus, tokenizer: Tokenizer, folder: Path, bar: Progress) -> dict[str, int]:
@@ -245,6 +264,9 @@ def _tokenise(corpus: Corpus, tokenizer: Tokenizer, folder: Path, bar: Progress)
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in ARRAYS}
         text = stack.enter_context((folder / "heldout.txt").open("wb"))
+        writer = _Writer(tokenizer, files)
+        if corpus.cfg.train_on != "all":
+            files[MASK] = stack.enter_context((folder / MASK).open("wb"))
         for documents in _batches(corpus.documents(lambda count: bar.advance(task, count))):
             for document in documents:
                 data = document.text.encode()
@@ -253,7 +275,7 @@ def _tokenise(corpus: Corpus, tokenizer: Tokenizer, folder: Path, bar: Progress)
                 counts[f"{name}_bytes"] += len(data)
                 if document.heldout:
                     text.write(data)
-            _write_ids(documents, tokenizer, files)
+            writer.write(documents)
         for file in (*files.values(), text):
             file.flush()
             os.fsync(file.fileno())
@@ -261,17 +283,39 @@ def _tokenise(corpus: Corpus, tokenizer: Tokenizer, folder: Path, bar: Progress)
     return counts
 
 
-def _write_ids(
-    documents: list[Document], tokenizer: Tokenizer, files: Mapping[str, IO[bytes]]
-) -> None:
-    pieces = [pieces_of(document.text) for document in documents]
-    encoded = iter(tokenizer.encode_batch([piece for some in pieces for piece in some]))
-    dtype = _dtype(tokenizer)
-    for document, some in zip(documents, pieces, strict=True):
-        file = files[ARRAYS[document.heldout]]
-        for ids in itertools.islice(encoded, len(some)):
-            file.write(np.asarray(ids, dtype).tobytes())
-        file.write(np.asarray([tokenizer.eod], dtype).tobytes())
+class _Writer:
+    """Writes documents' ids, and of training documents which are trained on if that is asked."""
+
+    def __init__(self, tokenizer: Tokenizer, files: Mapping[str, IO[bytes]]):
+        self._tokenizer, self._files = tokenizer, files
+        self._dtype = _dtype(tokenizer)
+
+    def write(self, documents: list[Document]) -> None:
+        """Appends them, each followed by the end-of-document id."""
+        # What a vocabulary of others does at a cut is not known.
+        cut = pieces_of if self._tokenizer.kind != "file" else lambda text: [text]
+        pieces = [cut(document.text) for document in documents]
+        encoded = iter(self._tokenizer.encode_batch([piece for some in pieces for piece in some]))
+        for document, some in zip(documents, pieces, strict=True):
+            parts = [np.asarray(ids, self._dtype) for ids in itertools.islice(encoded, len(some))]
+            file = self._files[ARRAYS[document.heldout]]
+            for ids in (*parts, np.asarray([self._tokenizer.eod], self._dtype)):
+                file.write(ids.tobytes())
+            if document.spans is not None and not document.heldout:
+                self._files[MASK].write(self._mask(document, np.concatenate(parts)).tobytes())
+
+    def _mask(self, document: Document, ids: np.ndarray) -> np.ndarray:
+        mask = trained(document.text, document.spans or (), self._sizes[ids])
+        if mask is None:
+            raise CorpusError(
+                f"{document.name}: the tokens do not give the text back byte for byte, so what is"
+                " trained on cannot be found in them; name a byte-level data.tokenizer (world)"
+            )
+        return mask
+
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        return token_sizes(self._tokenizer)
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:

@@ -266,6 +266,12 @@ def _byte_alphabet() -> dict[str, bytes]:
     return alphabet
 
 
+def token_sizes(tokenizer: Tokenizer) -> np.ndarray:
+    """int64: how many bytes each id stands for."""
+    ids = range(tokenizer.vocab_size)
+    return np.array([len(tokenizer.decode_bytes([i])) for i in ids], np.int64)
+
+
 def open_tokenizer(name: str, asked_as: str = "data.tokenizer = ") -> Tokenizer:
     """The tokenizer a config names: `bytes`, `world`, or the path to a `tokenizer.json` (or of its
     folder).

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.data.conversations import END, TEMPLATES, Template, clean
 from rwkv_jax.data.tokenizers import StreamDecoder, Tokenizer
 from rwkv_jax.errors import UserError
 from rwkv_jax.generate.decode import Rows, extend, prefill, reseed
@@ -54,9 +55,6 @@ KEPT = 16
 """How many exchanges can be undone: for each, a state is kept, 2.4 MB of a 0.1B model of version 7
 and 21 MB of a 2.9B one, and the logits after it."""
 
-END = "\n\n"
-"""Between turns, and in training nowhere else but in replies."""
-
 THINK = {
     "off": ("", ""),
     "fast": ("", " <think>\n</think"),
@@ -72,38 +70,6 @@ THINK = {
 OPEN, CLOSE = "<think>", "</think>"
 
 
-@dataclass(frozen=True)
-class Template:
-    """How the turns of a conversation are written down."""
-
-    user: str = "User"
-    bot: str = "Assistant"
-    system: str = "System"
-    """Whose turn the system prompt is; empty for models that know none."""
-    opening: str = ""
-    """Begins a conversation that has neither a system prompt nor a state to start from."""
-    paragraphs: bool = True
-    """Whether there may be empty lines in a reply; otherwise the first one ends it."""
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """What ends a reply: somebody's next turn, or an empty line."""
-        roles = filter(None, (self.user, self.bot, self.system))
-        return tuple(f"{END}{role}:" for role in roles) if self.paragraphs else (END,)
-
-
-TEMPLATES = {
-    "g1": Template(),
-    "world": Template(
-        opening="User: hi\n\nAssistant: Hi. I am your assistant and I will provide expert full"
-        " response in full details. Please feel free to ask any question and I will always answer"
-        " it.\n\n",
-        paragraphs=False,
-    ),
-    "raven": Template("Bob", "Alice", system="", paragraphs=False),
-}
-"""G1 models; World models; Raven and Pile ones, those with the 20B vocabulary."""
-
 # The 20B vocabulary splits empty lines, [187, 187], except at the end of a text.
 _NEWLINE, _TWO_NEWLINES = [187], [535]
 
@@ -113,11 +79,6 @@ def template_for(cfg: ModelConfig, tokenizer: Tokenizer) -> Template:
     if tokenizer.encode(END) == _TWO_NEWLINES:
         return TEMPLATES["raven"]
     return TEMPLATES["g1" if cfg.version.startswith("7") else "world"]
-
-
-def clean(text: str) -> str:
-    """What is typed, without empty lines: they separate turns."""
-    return re.sub(r"\n{2,}", "\n", text.replace("\r\n", "\n")).strip()
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,32 @@ import numpy as np
 
 from rwkv_jax import models
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.data.prepare import Tokens
+from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.errors import PREDICTS_NAN, UserError
 from rwkv_jax.training.loss import token_nats
 from rwkv_jax.typing import Callable, PyTree
 
 T = TypeVar("T")
+
+
+@runtime_checkable
+class Heldout(Protocol):
+    """Text that was not trained on."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What made its ids."""
+        ...
+
+    @property
+    def heldout(self) -> np.ndarray:
+        """Its documents, each followed by the end-of-document id."""
+        ...
+
+    @property
+    def heldout_bytes(self) -> int:
+        """Its size in UTF-8."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +92,7 @@ def perplexity(nats: float, count: int) -> float:
 
 def evaluate(
     params: PyTree,
-    tokens: Tokens,
+    tokens: Heldout,
     *,
     cfg: ModelConfig,
     lanes: int,

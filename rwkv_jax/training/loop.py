@@ -26,8 +26,9 @@ from rwkv_jax import params as tables
 from rwkv_jax.checkpoint.store import CHECKPOINTS, CONFIG, Store, versions
 from rwkv_jax.checkpoint.weights import load
 from rwkv_jax.config import Config
-from rwkv_jax.data.loader import Batch, batch, epoch_windows
-from rwkv_jax.data.prepare import Tokens, prepare
+from rwkv_jax.data.loader import Loader, prefetched
+from rwkv_jax.data.order import MINI_EPOCH
+from rwkv_jax.data.sources import Data, open_data
 from rwkv_jax.errors import UserError, within_memory
 from rwkv_jax.training import console as show
 from rwkv_jax.training.evaluate import compressors, evaluate
@@ -61,15 +62,14 @@ def train(
     """
     console = console or show.LastingConsole()
     cfg = adopt(cfg, stated or {})
-    tokens = prepare(cfg.data)
-    cfg = resolve(cfg, tokens)
-    epoch_windows(len(tokens.train), cfg.train.context)  # raises if the corpus is too short
+    tokens = open_data(cfg.data)
+    cfg, loader = resolve(cfg, tokens)
     with claim(cfg, tokens) as folder:
         if not (folder / CONFIG).exists():
             describe(folder, cfg, tokens)  # first of all, so that whatever stops us leaves a run
         store = Store(folder / CHECKPOINTS, cfg.train.keep)
         with contextlib.closing(store), within_memory(LESS_MEMORY):
-            run = _open(cfg, tokens, folder, store, console)
+            run = _open(cfg, tokens, loader, folder, store, console)
             with contextlib.closing(run.log):
                 _print_header(run)
                 with writing(folder), _stop_requests() as stop:
@@ -89,7 +89,8 @@ class _Run:
     """What the parts of a run share."""
 
     cfg: Config
-    tokens: Tokens
+    tokens: Data
+    loader: Loader
     folder: Path
     store: Store
     log: MetricsLog
@@ -101,6 +102,8 @@ class _Run:
     """Fingerprint of the text."""
     window: list[list[float]]
     """Loss and gradient norm of the steps since the last line of metrics.jsonl."""
+    mini_epoch: list[float]
+    """Sum and number of the losses since an official mini-epoch began."""
     earlier: float
     """Seconds that the run took before this start."""
     began: float = field(default_factory=time.monotonic)
@@ -116,10 +119,12 @@ class _Run:
 
     def bits_per_byte(self, loss: float) -> float:
         """A training loss in the unit that does not depend on the tokenizer."""
-        return loss / math.log(2) * len(self.tokens.train) / self.tokens.train_bytes
+        return loss / math.log(2) / self.tokens.bytes_per_token
 
 
-def _open(cfg: Config, tokens: Tokens, folder: Path, store: Store, console: Console) -> _Run:
+def _open(
+    cfg: Config, tokens: Data, loader: Loader, folder: Path, store: Store, console: Console
+) -> _Run:
     """The run as its newest checkpoint left it, or a new one."""
     data = fingerprint(tokens)
     step, meta = store.latest(), {"window": [], "seconds": 0.0}
@@ -143,6 +148,7 @@ def _open(cfg: Config, tokens: Tokens, folder: Path, store: Store, console: Cons
     return _Run(
         cfg=cfg,
         tokens=tokens,
+        loader=loader,
         folder=folder,
         store=store,
         log=MetricsLog(folder / "metrics.jsonl", step or 0),
@@ -152,6 +158,7 @@ def _open(cfg: Config, tokens: Tokens, folder: Path, store: Store, console: Cons
         step=step or 0,
         data=data,
         window=meta["window"],
+        mini_epoch=meta.get("mini_epoch", [0.0, 0.0]),
         earlier=meta["seconds"],
     )
 
@@ -167,7 +174,7 @@ def _print_header(run: _Run) -> None:
         **({"weights": f"from {train.init}, and so are version and sizes"} if train.init else {}),
         **run.tokens.describe(),
         "training": f"{train.steps:,} steps of {train.batch} x {train.context} tokens:"
-        f" {seen:,} tokens, {seen / len(run.tokens.train):.2f} epochs",
+        f" {seen:,} tokens, {seen / run.tokens.train_tokens:.2f} epochs",
         "device": f"{device.device_kind}, {train.dtype}",
         "output": str(run.folder) + (f", going on from step {run.step:,}" if run.step else ""),
     }
@@ -232,13 +239,11 @@ def _train_steps(run: _Run, stop: _Stop) -> None:
     train, pace = run.cfg.train, _Pace()
     train_step = make_train_step(run.cfg, run.cfg.model)
     waiting: tuple[int, Metrics] | None = None
-    with run.ticker.running(run.step):
-        coming = _batch(run, run.step) if run.step < train.steps else None
-        while run.step < train.steps:
-            assert coming is not None
-            run.state, metrics = train_step(run.state, coming)
+    coming = prefetched(run.loader.read, range(run.step, train.steps))
+    with run.ticker.running(run.step), contextlib.closing(coming):
+        for batch in coming:
+            run.state, metrics = train_step(run.state, batch)
             run.step += 1
-            coming = _batch(run, run.step) if run.step < train.steps else None
             if waiting:
                 _record(run, pace, *waiting)
             waiting = run.step, metrics
@@ -267,18 +272,6 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _batch(run: _Run, step: int) -> Batch:
-    train = run.cfg.train
-    return batch(
-        run.tokens.train,
-        seed=train.seed,
-        step=step,
-        batch=train.batch,
-        context=train.context,
-        eod=run.tokens.tokenizer.eod,
-    )
-
-
 def _record(run: _Run, pace: _Pace, step: int, metrics: Metrics) -> None:
     """Looks at what a step reports (waiting until it is done), shows it, and logs it when due."""
     metrics = jax.device_get(metrics)
@@ -292,6 +285,7 @@ def _record(run: _Run, pace: _Pace, step: int, metrics: Metrics) -> None:
     speed = pace.tokens_per_s
     left = (run.cfg.train.steps - step) * run.tokens_per_step / speed if speed else 0.0
     run.ticker.step(step, loss, bpb, speed, left)
+    _count_mini_epoch(run, step, metrics)
     if not _due(step, run.cfg.train.log_every):
         return
     run.log.write(
@@ -307,6 +301,23 @@ def _record(run: _Run, pace: _Pace, step: int, metrics: Metrics) -> None:
     run.ticker.log(step, loss, bpb, speed, left)
     run.window = []
     pace.start_over()
+
+
+def _count_mini_epoch(run: _Run, step: int, metrics: Metrics) -> None:
+    """Logs what the official trainers write in `train_log.txt` after each 40,320 samples."""
+    if run.cfg.data.sampler != "magic_prime":
+        return
+    total, count = run.mini_epoch
+    run.mini_epoch = total, count = [total + float(metrics.loss), count + 1]
+    steps = MINI_EPOCH // run.cfg.train.batch
+    if not _due(step, steps):
+        return
+    run.mini_epoch = [0.0, 0.0]
+    loss, number, lr = total / count, step // steps - 1, float(metrics.lr)
+    run.log.write(step=step, mini_epoch=number, mini_epoch_loss=loss, lr=lr)
+    run.ticker.line(
+        f"mini-epoch {number}  loss {loss:.6f}  perplexity {math.exp(loss):.4f}  lr {lr:.8f}"
+    )
 
 
 def _diverged(run: _Run, step: int, metrics: Metrics) -> str:
@@ -328,6 +339,7 @@ def _save(run: _Run) -> None:
         "seed": run.cfg.train.seed,
         "data": run.data,
         "window": run.window,
+        "mini_epoch": run.mini_epoch,
         "seconds": run.seconds,
         "model": dataclasses.asdict(run.cfg.model),
         "tokenizer": run.tokens.tokenizer.identity(),

@@ -14,10 +14,10 @@ For a token with logits z, log-partition Z = logsumexp z and largest logit m:
     loss = mean(Z - z[target]) + z_loss mean(Z^2)
     gradient of L2Wrap = l2wrap m / (b t), added at the largest logit (the value is unchanged)
 
-The mean's 1 / (b t) is part of every term, so the average over the equal parts of an accumulated
-batch is that of the whole batch. (The official `L2Wrap` does not scale so: there its weight grows
-with the number of parts.) Softmax, loss and accumulation are float32, the matrix products are in
-the dtype of `hidden`.
+A token's weight scales all of its terms. The mean's 1 / (b t) is part of every term, so the average
+over the equal parts of an accumulated batch is that of the whole batch. (The official `L2Wrap` does
+not scale so: there its weight grows with the number of parts.) Softmax, loss and accumulation are
+float32, the matrix products are in the dtype of `hidden`.
 """
 
 from functools import partial
@@ -40,17 +40,21 @@ def cross_entropy(
     head: Float[Array, "c V"],
     targets: Int[Array, "b t"],
     *,
+    weight: Float[Array, "b t"] | None = None,
     l2wrap: float = 0.0,
     z_loss: float = 0.0,
     chunk_tokens: int | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The loss to differentiate, and its parts: `cross_entropy` (nats), `z_loss`, mean `max_logit`.
 
-    `chunk_tokens`: tokens whose logits exist at once; None chooses. Only reverse-mode derivatives
-    exist, and only of the loss with respect to `hidden` and `head`.
+    `weight`: how much a token counts, in all terms (1 where None); the mean is over all b t tokens
+    whatever it is. `chunk_tokens`: tokens whose logits exist at once; None chooses. Only
+    reverse-mode derivatives exist, and only of the loss with respect to `hidden` and `head`.
     """
     chunks = _chunks(hidden, head, chunk_tokens)
-    outputs: Any = _objective(hidden, head, targets, l2wrap, z_loss, chunks)
+    if weight is None:
+        weight = jnp.ones(targets.shape, jnp.float32)
+    outputs: Any = _objective(hidden, head, targets, weight, l2wrap, z_loss, chunks)
     loss, metrics = outputs
     return loss, jax.tree.map(lax.stop_gradient, metrics)
 
@@ -111,8 +115,8 @@ def _token_terms(logits, targets):
     return partition - target, partition, largest
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _objective(hidden, head, targets, l2wrap, z_loss, chunks):
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _objective(hidden, head, targets, weight, l2wrap, z_loss, chunks):
     """Without derivatives: one pass over the stretches that keeps three numbers."""
     b, t, _ = hidden.shape
 
@@ -121,11 +125,11 @@ def _objective(hidden, head, targets, l2wrap, z_loss, chunks):
         terms = _token_terms(_logits(hidden, head), targets)
         return _add_terms(sums, terms, weight), None
 
-    sums, _ = lax.scan(stretch, _no_terms(), _stretches(hidden, targets, chunks))
+    sums, _ = lax.scan(stretch, _no_terms(), _stretches(hidden, targets, weight, chunks))
     return _value(sums, b * t, z_loss)
 
 
-def _objective_forward(hidden, head, targets, l2wrap, z_loss, chunks):
+def _objective_forward(hidden, head, targets, weight, l2wrap, z_loss, chunks):
     b, t, _ = hidden.shape
     count = b * t
 
@@ -147,22 +151,21 @@ def _objective_forward(hidden, head, targets, l2wrap, z_loss, chunks):
         return (_add_terms(sums, terms, weight), d_head), d_hidden
 
     carry = (_no_terms(), jnp.zeros(head.shape, jnp.float32))
-    (sums, d_head), d_hidden = lax.scan(stretch, carry, _stretches(hidden, targets, chunks))
+    (sums, d_head), d_hidden = lax.scan(stretch, carry, _stretches(hidden, targets, weight, chunks))
     return _value(sums, count, z_loss), (_join(d_hidden, t), d_head.astype(head.dtype))
 
 
 def _objective_backward(l2wrap, z_loss, chunks, gradients, cotangents):
     d_hidden, d_head = gradients
     scale, _ = cotangents
-    return d_hidden * scale.astype(d_hidden.dtype), d_head * scale.astype(d_head.dtype), None
+    return d_hidden * scale.astype(d_hidden.dtype), d_head * scale.astype(d_head.dtype), None, None
 
 
 _objective.defvjp(_objective_forward, _objective_backward)
 
 
-def _stretches(hidden, targets, chunks):
-    """What a scan over time reads; the weight is 1 for a token and 0 for padding."""
-    weight = jnp.ones(targets.shape, jnp.float32)
+def _stretches(hidden, targets, weight, chunks):
+    """What a scan over time reads; padding has no weight."""
     return _split(hidden, chunks), _split(targets, chunks), _split(weight, chunks)
 
 

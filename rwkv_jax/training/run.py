@@ -14,7 +14,8 @@ from rwkv_jax.checkpoint.keymaps import check
 from rwkv_jax.checkpoint.store import CHECKPOINTS, CONFIG, TOKENIZER, read_config
 from rwkv_jax.checkpoint.weights import check_tokenizer, naming, read
 from rwkv_jax.config import TYPED, Config, ModelConfig, literal, to_toml
-from rwkv_jax.data.prepare import Tokens
+from rwkv_jax.data.loader import Loader, open_loader
+from rwkv_jax.data.sources import Data
 from rwkv_jax.errors import UserError
 
 FREE = {
@@ -80,9 +81,12 @@ def _check_agrees(
         )
 
 
-def resolve(cfg: Config, tokens: Tokens) -> Config:
-    """The config, vocabulary size filled in. Raises `RunError` if the tokenizer needs more, or is
-    not that of `train.init`."""
+def resolve(cfg: Config, tokens: Data) -> tuple[Config, Loader]:
+    """The config, vocabulary size and number of steps filled in, and its batches.
+
+    Raises `RunError` if the tokenizer needs more, or is not that of `train.init`, and `CorpusError`
+    for data that its order cannot read.
+    """
     if cfg.train.init:
         check_tokenizer(
             tokens.tokenizer, cfg.model.vocab_size, f"data.tokenizer = {cfg.data.tokenizer}"
@@ -94,11 +98,27 @@ def resolve(cfg: Config, tokens: Tokens) -> Config:
             f" has {needed} ids; give at least that, or 0"
         )
     model = dataclasses.replace(cfg.model, vocab_size=given or needed)
-    return dataclasses.replace(cfg, model=model)
+    train, data = cfg.train, cfg.data
+    loader = open_loader(
+        tokens.streams,
+        seed=train.seed,
+        batch=train.batch,
+        context=train.context,
+        vocab_size=model.vocab_size,
+        sampler=data.sampler,
+        packing=data.packing,
+        reset=data.reset,
+    )
+    if not train.steps:
+        steps = -(-data.exit_tokens // (train.batch * train.context))
+        if data.sampler == "magic_prime":
+            steps = min(steps, loader.epoch[0] // train.batch)  # where the official trainer stops
+        train = dataclasses.replace(train, steps=steps)
+    return dataclasses.replace(cfg, model=model, train=train), loader
 
 
 @contextlib.contextmanager
-def claim(cfg: Config, tokens: Tokens) -> Iterator[Path]:
+def claim(cfg: Config, tokens: Data) -> Iterator[Path]:
     """The folder `train.output`, ours while the context lasts.
 
     `cfg` is resolved. Raises `RunError` if the folder holds anything but this run, or another
@@ -122,7 +142,7 @@ def claim(cfg: Config, tokens: Tokens) -> Iterator[Path]:
         yield folder
 
 
-def describe(folder: Path, cfg: Config, tokens: Tokens) -> None:
+def describe(folder: Path, cfg: Config, tokens: Data) -> None:
     """Writes the resolved config and the tokenizer into the run's folder.
 
     At every start: a kill may have left half of them, and what a run may change has to be kept.
@@ -184,7 +204,7 @@ def differences(there: Config, here: Config) -> Iterator[tuple[str, object, obje
                 yield f"{section.name}.{key.name}", *values
 
 
-def fingerprint(tokens: Tokens) -> str:
+def fingerprint(tokens: Data) -> str:
     """Equal for runs that read the same ids of the same tokenizer, split alike."""
-    parts = [tokens.tokenizer.identity(), len(tokens.train), len(tokens.heldout), tokens.digest]
+    parts = [tokens.tokenizer.identity(), tokens.train_tokens, len(tokens.heldout), tokens.digest]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()

@@ -1,5 +1,6 @@
 """One optimizer step, compiled once: gradients of a batch (in parts, if asked), then the update."""
 
+from functools import partial
 from typing import Generic
 
 import jax
@@ -14,8 +15,8 @@ from rwkv_jax.data.loader import Batch
 from rwkv_jax.params import path_name
 from rwkv_jax.training.loss import cross_entropy
 from rwkv_jax.training.optimizer import schedule
-from rwkv_jax.training.state import TrainState, optimizer_for
-from rwkv_jax.typing import Array, Callable, Float, Leaf, PyTree
+from rwkv_jax.training.state import TrainState, optimizer_for, schedule_steps
+from rwkv_jax.typing import Array, Bool, Callable, Float, Leaf, PyTree
 
 
 @struct.dataclass
@@ -38,13 +39,14 @@ def make_train_step(cfg: Config, model_cfg: ModelConfig) -> jax.stages.Wrapped:
     train = cfg.train
     dtype = jnp.dtype(train.dtype)
     optimizer = optimizer_for(cfg, model_cfg)
-    learning_rate = schedule(cfg.optimizer, train.steps, version=model_cfg.version)
+    learning_rate = schedule(cfg.optimizer, schedule_steps(cfg), version=model_cfg.version)
     implementation = None if train.wkv == "auto" else train.wkv
 
-    def loss_fn(params, inputs, targets, reset):
-        hidden, _ = models.backbone(
+    def loss_fn(params, inputs, targets, reset, weight, carried):
+        hidden, after = models.backbone(
             params,
             inputs,
+            carried,
             cfg=model_cfg,
             reset=reset,
             dtype=dtype,
@@ -53,12 +55,19 @@ def make_train_step(cfg: Config, model_cfg: ModelConfig) -> jax.stages.Wrapped:
         )
         with jax.named_scope("loss"):
             loss, parts = cross_entropy(
-                hidden, params.head, targets, l2wrap=train.l2wrap, z_loss=train.z_loss
+                hidden,
+                params.head,
+                targets,
+                weight=weight,
+                l2wrap=train.l2wrap,
+                z_loss=train.z_loss,
             )
-        return loss, parts["cross_entropy"]
+        return loss, (parts["cross_entropy"], None if carried is None else after)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, grads = _gradients(loss_fn, state.params, batch, train.accumulate)
+        loss, grads, carried = _gradients(
+            loss_fn, state.params, batch, state.carried, train.accumulate
+        )
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -67,7 +76,7 @@ def make_train_step(cfg: Config, model_cfg: ModelConfig) -> jax.stages.Wrapped:
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             # A bad update is not taken: the state stays the last good one, whatever reads it
             # afterwards.
-            updated = TrainState(state.step + 1, params, opt_state)
+            updated = TrainState(state.step + 1, params, opt_state, carried)
             state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
         lr = learning_rate(updated.step - 1)
         return state, Metrics(loss, grad_norm, lr, finite, ~jnp.isfinite(squares))
@@ -76,25 +85,45 @@ def make_train_step(cfg: Config, model_cfg: ModelConfig) -> jax.stages.Wrapped:
 
 
 def _gradients(
-    loss_fn: Callable, params: PyTree, batch: Batch, parts: int
-) -> tuple[Float[Array, ""], PyTree]:
-    """Loss and gradient of the whole batch, computed in `parts` equal parts after each other.
+    loss_fn: Callable, params: PyTree, batch: Batch, carried: PyTree, parts: int
+) -> tuple[Float[Array, ""], PyTree, PyTree]:
+    """Loss and gradient of the whole batch, and the rows' states after it, computed in `parts`
+    equal parts after each other.
 
     `loss_fn` is a mean over tokens, so the average over equal parts is the whole batch's.
     """
+    inputs, targets, reset, mask = batch
+    weight = None if mask is None else _weights(jnp.asarray(mask))
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if parts == 1:
-        (_, loss), grads = grad_fn(params, *batch)
-        return loss, grads
+        (_, (loss, carried)), grads = grad_fn(params, inputs, targets, reset, weight, carried)
+        return loss, grads, carried
 
     def add_part(sums, part):
-        (_, loss), grads = grad_fn(params, *part)
-        return jax.tree.map(jnp.add, sums, (loss, grads)), None
+        rows, carried = part
+        (_, (loss, after)), grads = grad_fn(params, *rows, carried)
+        return jax.tree.map(jnp.add, sums, (loss, grads)), after
 
-    split = tuple(x.reshape(parts, x.shape[0] // parts, *x.shape[1:]) for x in batch)
+    def split(x, axis=0):
+        shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, 1)  # states are stacked over layers, then rows
+        return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+    rows = jax.tree.map(split, (inputs, targets, reset, weight))
+    carried = jax.tree.map(partial(split, axis=1), carried)
     zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    sums, _ = lax.scan(add_part, zeros, split)
-    return jax.tree.map(lambda x: x / parts, sums)
+    (loss, grads), after = lax.scan(add_part, zeros, (rows, carried))
+    return *jax.tree.map(lambda x: x / parts, (loss, grads)), jax.tree.map(join, after)
+
+
+def _weights(mask: Bool[Array, "b t"]) -> Float[Array, "b t"]:
+    """Weights whose mean over the tokens of the batch is one, so that a mean of losses is that of
+    the tokens that are trained on; zeros if none is."""
+    mask = mask.astype(jnp.float32)
+    return mask * (mask.size / jnp.maximum(jnp.sum(mask), 1))
 
 
 def what_is_not_finite(metrics: Metrics, params: PyTree) -> str:

@@ -12,9 +12,10 @@ from terminals import Typist, on_a_terminal
 
 from rwkv_jax import states
 from rwkv_jax.cli import chat as command
+from rwkv_jax.data.conversations import TEMPLATES
 from rwkv_jax.errors import UserError
 from rwkv_jax.generate import Sampling, Start
-from rwkv_jax.generate.chat import CHAT_SAMPLING, TEMPLATES
+from rwkv_jax.generate.chat import CHAT_SAMPLING
 from rwkv_jax.generate.decode import prefill
 from tests.generate.conftest import config, weights
 from tests.generate.test_chat import Pieces, Scripted, random_talk, said, telling

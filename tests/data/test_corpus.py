@@ -232,7 +232,7 @@ def test_lone_file_in_another_encoding(tmp_path):
             '{"body": "a", "id": 1}',
             "no field 'text'; set data.field to one of those there: body, id",
         ),
-        ('{"text": 5}', "field 'text' holds a int, not text; set data.field"),
+        ('{"text": 5}', "field 'text': a int, not text or a list of turns; set data.field"),
         ('{"text": "\\ud800"}', "field 'text' holds half a surrogate pair, which is not text"),
     ],
 )

@@ -185,12 +185,12 @@ def test_killed_while_building_leaves_nothing_that_counts(cfg, tmp_path, builds)
         import time
         from rwkv_jax.config import DataConfig
         from rwkv_jax.data import prepare
-        write = prepare._write_ids
+        write = prepare._Writer.write
         def slow(*arguments):
             write(*arguments)
             print("written", flush=True)
             time.sleep(60)
-        prepare._write_ids = slow
+        prepare._Writer.write = slow
         prepare.prepare(DataConfig(**{vars(config)!r}))
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
@@ -235,7 +235,7 @@ def test_interrupted_build_cleans_up(cfg, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_write_ids", interrupt)
+    monkeypatch.setattr(module._Writer, "write", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare(cfg(), progress=False)
     assert entries(tmp_path) == {".lock"}

@@ -22,6 +22,7 @@ from rwkv_jax.checkpoint import weights
 from rwkv_jax.checkpoint.keymaps import from_official
 from rwkv_jax.checkpoint.store import load_run
 from rwkv_jax.config import load_stated
+from rwkv_jax.data.loader import Loader
 from rwkv_jax.data.prepare import prepare
 from rwkv_jax.errors import UserError
 from rwkv_jax.training import loop
@@ -66,14 +67,14 @@ def metrics(folder):
 
 def interrupt_at(monkeypatch, step, kind=signal.SIGINT):
     """Sends this process a signal when the batch of a step is read."""
-    original = loop._batch
+    original = Loader.read
 
-    def batch(run, wanted):
+    def read(self, wanted, *rows):
         if wanted == step:
             os.kill(os.getpid(), kind)
-        return original(run, wanted)
+        return original(self, wanted, *rows)
 
-    monkeypatch.setattr(loop, "_batch", batch)
+    monkeypatch.setattr(Loader, "read", read)
 
 
 @pytest.mark.parametrize("version", [pytest.param("4", marks=pytest.mark.slow), "7"])

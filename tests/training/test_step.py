@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 
 from rwkv_jax import models
-from rwkv_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig, load_config
-from rwkv_jax.data.loader import Batch
+from rwkv_jax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    load_config,
+)
+from rwkv_jax.data.loader import Batch, Stream, open_loader
 from rwkv_jax.training.state import abstract_train_state, init_train_state
 from rwkv_jax.training.step import make_train_step, what_is_not_finite
 
@@ -41,8 +48,15 @@ def batch(seed=0, b=4, t=16, vocab=32):
     return Batch(tokens[:, :-1], tokens[:, 1:], tokens[:, :-1] == 0)
 
 
-@pytest.mark.parametrize("version", [pytest.param("4", marks=pytest.mark.slow), "7"])
-def test_accumulated_gradient_is_the_whole_batchs(version):
+@pytest.mark.parametrize(
+    ("version", "masked"),
+    [pytest.param("4", False, marks=pytest.mark.slow), ("7", False), ("7", True)],
+)
+def test_accumulated_gradient_is_the_whole_batchs(version, masked):
+    """Also where parts have unequal numbers of tokens that are trained on."""
+    rows = batch()
+    if masked:
+        rows = rows._replace(mask=np.arange(64).reshape(4, 16) % 7 > np.arange(4)[:, None] * 2)
     # One step without momentum: the parameters after it show the gradient.
     results = []
     for parts in (1, 4):
@@ -53,7 +67,7 @@ def test_accumulated_gradient_is_the_whole_batchs(version):
         )
         state = init_train_state(cfg, MODELS[version])
         before = jax.tree.map(np.asarray, state.params)
-        state, metrics = make_train_step(cfg, MODELS[version])(state, batch())
+        state, metrics = make_train_step(cfg, MODELS[version])(state, rows)
         moved = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, before)
         results.append((moved, float(metrics.loss), float(metrics.grad_norm)))
     (whole, loss, norm), (parts, loss_parts, norm_parts) = results
@@ -138,3 +152,85 @@ def test_the_official_0_1b_step_compiles_in_the_memory_its_config_states():
     assert memory.argument_size_in_bytes < 2.15 * 2**30
     assert memory.alias_size_in_bytes > 2.13 * 2**30, "the state is not updated in place"
     assert memory.temp_size_in_bytes < 3.5 * 2**30
+
+
+def test_a_masked_loss_is_the_mean_over_its_tokens():
+    cfg, rows = config(), batch()
+    params = init_train_state(cfg, MODELS["7"]).params
+    logits, _ = models.forward(
+        params, jnp.asarray(rows.inputs), cfg=MODELS["7"], reset=jnp.asarray(rows.reset)
+    )
+    logp = jax.nn.log_softmax(logits)
+    nats = -np.take_along_axis(np.asarray(logp), rows.targets[..., None], -1)[..., 0]
+    step = make_train_step(cfg, MODELS["7"])
+    for mask in (np.arange(64).reshape(4, 16) % 3 == 0, np.arange(64).reshape(4, 16) == 5):
+        _, metrics = step(init_train_state(cfg, MODELS["7"]), rows._replace(mask=mask))
+        assert float(metrics.loss) == pytest.approx(nats[mask].mean(), rel=1e-5)
+    nothing = rows._replace(mask=np.zeros((4, 16), bool))
+    _, metrics = step(init_train_state(cfg, MODELS["7"]), nothing)
+    assert float(metrics.loss) == float(metrics.grad_norm) == 0
+
+
+@pytest.mark.parametrize("version", [pytest.param("4", marks=pytest.mark.slow), "7"])
+def test_documents_of_a_pack_do_not_see_each_other(version):
+    """Through the whole step: what is trained on one document does not move by a bit when the
+    documents beside it are others."""
+    lengths = (5, 9, 2, 14, 7, 16, 5, 6)
+    rng = np.random.default_rng(0)
+    documents = [np.append(rng.integers(1, 32, n - 1), 0) for n in lengths]
+    tokens = np.concatenate(documents).astype(np.uint16)
+    settings = {"seed": 0, "batch": 4, "context": 16, "vocab_size": 32, "packing": "documents"}
+
+    def trained(number, tokens):
+        """On one document alone, of all that the batch holds."""
+        ends = np.cumsum(lengths)
+        mask = np.zeros(len(tokens), bool)
+        mask[ends[number] - lengths[number] : ends[number]] = True
+        loader = open_loader([Stream("", tokens, 0, mask=mask)], **settings)
+        assert loader.epoch == (4,)
+        rows = loader.read(0)
+        assert rows.mask.sum() == lengths[number] and rows.reset.sum() == 8
+        state, metrics = compiled_step(version)(init_train_state(config(), MODELS[version]), rows)
+        return jax.tree.map(np.asarray, (metrics.loss, state.params))
+
+    for number in (0, 3, 6):
+        others = tokens.copy()
+        for other in set(range(len(lengths))) - {number}:
+            end = sum(lengths[: other + 1])
+            others[end - lengths[other] : end - 1] = rng.integers(1, 32, lengths[other] - 1)
+        same = jax.tree.map(np.array_equal, trained(number, tokens), trained(number, others))
+        assert all(jax.tree.leaves(same))
+    differ = jax.tree.map(np.array_equal, trained(0, tokens), trained(3, tokens))
+    assert not any(jax.tree.leaves(differ[0]))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_rows_go_on_from_their_states(parts):
+    """The losses of a text read in pieces are those of the text read at once."""
+    still = OptimizerConfig(eps=1e9, peak_lr=1e-9, final_lr=1e-9, warmup_steps=0)
+    carried = {"carry_state": True, "accumulate": parts}
+    cfg = Config(
+        data=DataConfig(sampler="sequential"),
+        optimizer=still,
+        train=TrainConfig(steps=50, batch=4, context=16, **carried),
+    )
+    whole = batch(t=48)
+    state = init_train_state(cfg, MODELS["7"])
+    params = jax.tree.map(jnp.copy, state.params)
+    assert jax.tree.map(np.shape, state) == jax.tree.map(
+        np.shape, abstract_train_state(cfg, MODELS["7"])
+    )
+    step, losses = make_train_step(cfg, MODELS["7"]), []
+    for start in (0, 16, 32):
+        state, metrics = step(state, Batch(*(x[:, start : start + 16] for x in whole[:3])))
+        losses.append(float(metrics.loss))
+    logits, after = models.forward(
+        params, jnp.asarray(whole.inputs), cfg=MODELS["7"], reset=jnp.asarray(whole.reset)
+    )
+    nats = -np.take_along_axis(
+        np.asarray(jax.nn.log_softmax(logits)), whole.targets[..., None], -1
+    )[..., 0]
+    assert losses == pytest.approx(nats.reshape(4, 3, 16).mean((0, 2)), rel=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), state.carried, after
+    )

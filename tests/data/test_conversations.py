@@ -1,0 +1,155 @@
+"""Conversations as text, and which of their tokens are trained on."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rwkv_jax.config import DataConfig
+from rwkv_jax.data.conversations import TEMPLATES, ConversationError, trained, written
+from rwkv_jax.data.corpus import open_corpus
+from rwkv_jax.data.files import CorpusError
+from rwkv_jax.data.prepare import prepare
+from rwkv_jax.data.tokenizers import WorldTokenizer, token_sizes
+
+WORLD = WorldTokenizer()
+TURNS = [
+    {"role": "system", "content": "Be\n\nkind."},
+    {"role": "user", "content": " Hi\r\n\r\nthere "},
+    {"role": "assistant", "content": "<think>\nWell\n</think>\n\nHello é."},
+    {"from": "human", "value": "Bye"},
+    {"from": "gpt", "value": "Bye!"},
+]
+
+
+@pytest.mark.parametrize(
+    "template, turns, text",
+    [
+        (
+            "g1",
+            TURNS,
+            "System: Be\nkind.\n\nUser: Hi\nthere\n\nAssistant:{ <think>\nWell\n</think>\n\nHello"
+            " é.\n\n}User: Bye\n\nAssistant:{ Bye!}",
+        ),
+        (
+            "world",
+            TURNS,
+            "System: Be\nkind.\n\nUser: Hi\nthere\n\nAssistant:{ <think>\nWell\n</think>\nHello"
+            " é.\n\n}User: Bye\n\nAssistant:{ Bye!}",
+        ),
+        ("raven", TURNS[3:], "Bob: Bye\n\nAlice:{ Bye!}"),
+        ("g1", TURNS[1:2], "User: Hi\nthere"),
+        ("g1", [], ""),
+    ],
+)
+def test_written(template, turns, text):
+    got, spans = written(turns, TEMPLATES[template])
+    marked = got
+    for first, end in reversed(spans):
+        marked = f"{marked[:first]}{{{marked[first:end]}}}{marked[end:]}"
+    assert marked == text
+
+
+@pytest.mark.parametrize(
+    "turns, message",
+    [
+        (["hi"], "turn 1 is no object with role and content"),
+        ([TURNS[1], {"role": "tool", "content": ""}], "turn 2 is of role 'tool': one of system"),
+        ([{"role": "user"}], "turn 1 has no content that is text"),
+    ],
+)
+def test_what_is_no_conversation(turns, message):
+    with pytest.raises(ConversationError, match=message):
+        written(turns, TEMPLATES["g1"])
+    with pytest.raises(ConversationError, match="role system, which the template has not"):
+        written(TURNS, TEMPLATES["raven"])
+
+
+@given(st.lists(st.text(max_size=20), min_size=1, max_size=6), st.integers(0, 63))
+def test_tokens_of_which_some_is_in_a_span_are_trained(parts, chosen):
+    """Against the text's bytes one by one; the end where the last span reaches it."""
+    text, spans, at = "".join(parts), [], 0
+    for i, part in enumerate(parts):
+        if chosen >> i & 1:
+            spans.append((at, at + len(part)))
+        at += len(part)
+    inside = np.zeros(len(text.encode()) + 1, bool)
+    for first, last in spans:
+        inside[len(text[:first].encode()) : len(text[:last].encode())] = True
+    ids = np.array(WORLD.encode(text), int)
+    sizes = token_sizes(WORLD)[ids]
+    mask = trained(text, tuple(spans), sizes)
+    assert mask is not None
+    ends = np.cumsum(sizes)
+    expected = [inside[end - size : end].any() for end, size in zip(ends, sizes, strict=True)]
+    assert mask[:-1].tolist() == expected
+    assert mask[-1] == any(last == len(text) for _, last in spans)
+    assert trained(text + "x", (), sizes) is None
+
+
+def source(tmp_path, *records):
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(x) + "\n" for x in records), encoding="utf-8")
+    return path
+
+
+def config(tmp_path, path, **settings):
+    base = {"tokenizer": "world", "heldout": 0.0, "cache": str(tmp_path / "cache")}
+    return DataConfig(source=str(path), **base | settings)
+
+
+def test_only_answers_are_trained(tmp_path):
+    path = source(tmp_path, {"messages": TURNS}, {"messages": TURNS[3:]}, {"messages": TURNS[1:2]})
+    cfg = config(tmp_path, path, field="messages", train_on="answers")
+    tokens = prepare(cfg, progress=False)
+    again = prepare(cfg, progress=False)
+    assert tokens.mask is not None and (tokens.mask == again.mask).all()
+    assert len(tokens.mask) == len(tokens.train)
+    said = [
+        WORLD.decode_bytes(tokens.train[part]).decode()
+        for part in np.split(np.arange(len(tokens.train)), np.flatnonzero(np.diff(tokens.mask)) + 1)
+        if tokens.mask[part[0]]
+    ]
+    assert said == [" <think>\nWell\n</think>\n\nHello é.\n\n", " Bye!", " Bye!"]
+    ends = np.flatnonzero(tokens.train == 0)
+    assert tokens.mask[ends].tolist() == [True, True, False]
+    everything = prepare(config(tmp_path, path, field="messages"), progress=False)
+    assert everything.mask is None and (everything.train == tokens.train).all()
+
+
+def test_spans_of_text(tmp_path):
+    answer = {"text": "Question? Answer.", "spans": [[10, 17]]}
+    path = source(tmp_path, answer, {"text": "é", "spans": []})
+    tokens = prepare(config(tmp_path, path, train_on="spans"), progress=False)
+    assert tokens.mask is not None
+    assert WORLD.decode_bytes(tokens.train[tokens.mask]) == b" Answer."
+    assert tokens.mask[tokens.train == 0].tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    "record, settings, message",
+    [
+        ({"text": "x"}, {"train_on": "answers"}, "text, not a list of turns, which data.train_on"),
+        ({"text": [1]}, {}, "turn 1 is no object"),
+        ({"text": TURNS}, {"train_on": "spans"}, 'turns have no spans; set data.train_on = "ans'),
+        ({"text": "ab", "spans": [[0, 3]]}, {"train_on": "spans"}, r"holds \[0, 3\], not \[first"),
+        ({"text": "ab"}, {"train_on": "spans"}, "'spans' holds None, not"),
+        ({"text": "ab", "spans": [[1, 0]]}, {"train_on": "spans"}, r"holds \[1, 0\], not"),
+    ],
+)
+def test_records_that_do_not_fit(tmp_path, record, settings, message):
+    path = source(tmp_path, {"text": "ok", "spans": []} if settings else {"text": "ok"}, record)
+    if settings.get("train_on") == "answers":
+        path = source(tmp_path, record)
+    cfg = config(tmp_path, path, **settings)
+    with pytest.raises(CorpusError, match=rf"chat.jsonl:\d: field 'text': .*{message}"):
+        list(open_corpus(cfg).documents())
+
+
+def test_plain_text_does_not_say_who_speaks(tmp_path):
+    (tmp_path / "a.txt").write_text("hi")
+    cfg = config(tmp_path, tmp_path / "a.txt", train_on="answers")
+    with pytest.raises(CorpusError, match=r"data\.train_on = 'answers' needs JSON lines"):
+        list(open_corpus(cfg).documents())
