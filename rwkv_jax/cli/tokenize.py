@@ -48,6 +48,12 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax tokenize") -> int
         default="file",
         help="a document of plain text is a file (default) or a line",
     )
+    add(
+        "--template",
+        choices=("g1", "world", "raven"),
+        default="g1",
+        help="how turns are written down where the field holds a conversation (g1)",
+    )
     add("--workers", type=_count, metavar="N", help="processes (default: one for each core)")
     add("--overwrite", action="store_true", help="replace OUT if it is there")
     return run(spoken(prog), partial(_tokenize, parser.parse_args(arguments)))
@@ -72,6 +78,7 @@ def _tokenize(args: argparse.Namespace) -> None:
             tokenizer=args.tokenizer,
             field=args.field,
             document=args.document,
+            template=args.template,
             workers=args.workers,
             overwrite=args.overwrite,
             progress=progress,

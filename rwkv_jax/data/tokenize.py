@@ -102,6 +102,7 @@ def tokenize(
     tokenizer: str = "world",
     field: str = "text",
     document: str = "file",
+    template: str = "g1",
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -118,7 +119,7 @@ def tokenize(
     if not overwrite and (there := [path for path in (data, index) if path.exists()]):
         raise UserError(f"{there[0]}: is there already; name another, or add --overwrite")
     parts, about = (prefix.with_name(prefix.name + end) for end in (".parts", ".json"))
-    settings: dict[str, Any] = {"field": field, "document": document}
+    settings: dict[str, Any] = {"field": field, "document": document, "template": template}
     units, skipped = [], 0
     for source in sources:
         found = find_files(source, "SOURCE = ")
@@ -231,7 +232,8 @@ def _fingerprint(units: list[Unit], tokenizer: Tokenizer) -> str:
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps([FORMAT, UNIT, tokenizer.identity()]).encode())
     for unit in units:
-        about = [unit.cfg.field, unit.cfg.document, _named(unit.cfg)]
+        cfg = unit.cfg
+        about: list[Any] = [cfg.field, cfg.document, cfg.template, _named(cfg)]
         for file in unit.files:
             found = file.path.stat()
             about.append([str(file.path), file.begin, file.end, found.st_size, found.st_mtime_ns])

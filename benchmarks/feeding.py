@@ -1,0 +1,170 @@
+"""Does a step wait for its data, and does memory grow with it?
+
+    python -m benchmarks.feeding PAIR [--processes 4] [--steps 100] [--rounds 7]
+
+PAIR is a binidx pair of the World vocabulary, of any size (`python -m rwkv_jax tokenize`). First,
+in one process, steps that read their batches from it, as a run does, take turns with steps that are
+given one batch again and again. Then so many processes, with a device each, train together by
+`jax.distributed`: each reads its own rows of every batch, and says how much memory of its own it
+has (`RssAnon`: without the pages of the pair, which the system may drop).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+BATCH, CONTEXT = 8, 512
+PACKINGS = {"windows": {}, "packed documents": {"packing": "documents"}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pair", type=Path)
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=100, help="of the processes")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, default=29_517)
+    args = parser.parse_args()
+    if args.process is not None:
+        together(args)
+        return
+
+    from benchmarks import harness
+    from benchmarks.harness import console, shown, spread
+    from benchmarks.worker import versions
+
+    rows, alone = [], {}
+    for name, settings in PACKINGS.items():
+        fed, given = side_by_side(args.pair, settings, args.rounds)
+        ratios = [a / b for a, b in zip(fed, given, strict=True)]
+        alone[name] = {"fed": spread(fed), "given": spread(given), "ratio": spread(ratios)}
+        milliseconds = [shown([1000 * t for t in times]) for times in (fed, given)]
+        rows.append([name, *milliseconds, shown(ratios, 3)])
+    columns = ["", "ms a step, read", "ms, one batch", "read is x times"]
+    harness.table(f"A step of {BATCH} x {CONTEXT} tokens", columns, rows)
+
+    console.print(f"\n[dim]{args.processes} processes[/]")
+    lines = run_together(args)
+    memory = [[f"{x['process']}", *(f"{m:,.0f}" for m in x["memory_mib"])] for x in lines]
+    marks = [f"step {step}" for step in lines[0]["steps"]]
+    harness.table("MiB of a process' own", ["process", *marks], memory)
+    size = Path(f"{args.pair}.bin").stat().st_size
+    console.print(f"the pair: {size / 2**30:.2f} GiB; loss {lines[0]['losses'][0]:.3f} at first,")
+    console.print(f"{lines[0]['losses'][-1]:.3f} at last, the same in all processes")
+    result = {"versions": {"ours": versions("jax", "jaxlib", "numpy")}, "pair_bytes": size}
+    harness.report("feeding", result | {"alone": alone, "together": lines})
+
+
+def opened(pair: Path, settings: dict):
+    """A small config, its loader, and a step."""
+    from rwkv_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+    from rwkv_jax.data.loader import open_loader
+    from rwkv_jax.data.sources import open_data
+
+    data = DataConfig(source=str(pair), tokenizer="world", heldout=0.0, **settings)
+    model = ModelConfig(layers=2, width=128, vocab_size=65536)
+    train = TrainConfig(batch=BATCH, context=CONTEXT)
+    loader = open_loader(
+        open_data(data, progress=False).streams,
+        seed=0,
+        batch=BATCH,
+        context=CONTEXT,
+        vocab_size=model.vocab_size,
+        packing=data.packing,
+    )
+    return Config(model=model, data=data, train=train), loader
+
+
+def side_by_side(pair: Path, settings: dict, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds a step: reading its batches, and with one batch; by round."""
+    from rwkv_jax.data.loader import prefetched
+    from rwkv_jax.training.state import init_train_state
+    from rwkv_jax.training.step import make_train_step
+
+    cfg, loader = opened(pair, settings)
+    train_step = make_train_step(cfg, cfg.model)
+    state, _ = train_step(init_train_state(cfg, cfg.model), loader.read(0))
+    one, count, step = loader.read(1), 5, 0
+    fed, given = [], []
+
+    def timed(batches) -> float:
+        nonlocal state
+        begin = time.perf_counter()
+        for batch in batches:
+            state, metrics = train_step(state, batch)
+        float(metrics.loss)
+        return (time.perf_counter() - begin) / count
+
+    for index in range(rounds):
+        turns = [
+            (fed, prefetched(loader.read, range(step, step + count))),
+            (given, iter([one] * count)),
+        ]
+        step += count
+        for times, batches in turns if index % 2 else reversed(turns):
+            times.append(timed(batches))
+    return fed, given
+
+
+def run_together(args: argparse.Namespace) -> list[dict]:
+    command = [sys.executable, "-m", "benchmarks.feeding", str(args.pair), f"--port={args.port}"]
+    command += [f"--processes={args.processes}", f"--steps={args.steps}"]
+    running = [
+        subprocess.Popen([*command, f"--process={i}"], stdout=subprocess.PIPE, text=True)
+        for i in range(args.processes)
+    ]
+    found = [json.loads(process.communicate()[0].splitlines()[-1]) for process in running]
+    assert all(x["losses"] == found[0]["losses"] for x in found)
+    return found
+
+
+def together(args: argparse.Namespace) -> None:
+    """One of the processes: prints what it saw."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from rwkv_jax.data.loader import prefetched
+    from rwkv_jax.training.state import init_train_state
+    from rwkv_jax.training.step import make_train_step
+
+    jax.distributed.initialize(f"localhost:{args.port}", args.processes, args.process)
+    cfg, loader = opened(args.pair, PACKINGS["packed documents"])
+    mesh = jax.make_mesh((args.processes,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    mine = BATCH // args.processes
+    share = slice(args.process * mine, (args.process + 1) * mine)
+    state = jax.device_put(init_train_state(cfg, cfg.model), whole)
+    train_step = make_train_step(cfg, cfg.model)
+    memory, losses, marks = [], [], []
+    for step, local in enumerate(
+        prefetched(partial(loader.read, rows=share), range(args.steps)), 1
+    ):
+        batch = jax.tree.map(partial(jax.make_array_from_process_local_data, rows), local)
+        state, metrics = train_step(state, batch)
+        losses.append(float(metrics.loss))
+        if step in (5, args.steps // 4, args.steps // 2, args.steps):
+            marks.append(step)
+            memory.append(anonymous_mib())
+    line = {"process": args.process, "steps": marks, "memory_mib": memory, "losses": losses}
+    print(json.dumps(line), flush=True)
+    jax.distributed.shutdown()
+
+
+def anonymous_mib() -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) / 1024
+    raise OSError("/proc/self/status does not say RssAnon")
+
+
+if __name__ == "__main__":
+    main()
