@@ -247,7 +247,13 @@ def test_embedding_and_head(version):
     )
 
 
-@every_version
+@pytest.mark.parametrize(
+    "version",
+    [
+        pytest.param(version, marks=() if version in ("4", "7") else pytest.mark.slow)
+        for version in models.VERSIONS
+    ],
+)
 def test_low_precision_never_enters(version):
     assert {str(leaf.dtype) for leaf in initial(version).values()} == {"float32"}
     abstract = named(models.abstract_params(CONFIGS[version]))
@@ -359,7 +365,9 @@ def test_the_key_decides():
     assert not np.array_equal(first, other)
 
 
-@pytest.mark.parametrize("version", ["4", "5.1", "6", "7a"])
+@pytest.mark.parametrize(
+    "version", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("4", "5.1", "6")), "7a"]
+)
 def test_the_initial_model_is_finite_and_undecided(version):
     """The official initial values predict nearly uniformly, with finite gradients everywhere."""
     cfg, tree = CONFIGS[version], initial_tree(version)
@@ -376,7 +384,9 @@ def test_the_initial_model_is_finite_and_undecided(version):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("version", ["4", "6", "7a"])
+@pytest.mark.parametrize(
+    "version", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("4", "6")), "7a"]
+)
 def test_initialising_ends_on_a_small_machine(version):
     """On as many threads as there are cores, without the virtual devices that this suite runs on.
 

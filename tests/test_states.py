@@ -22,6 +22,14 @@ from rwkv_jax.errors import UserError
 from rwkv_jax.wkv import Wkv4State
 
 every_version = pytest.mark.parametrize("version", models.VERSIONS)
+one_of_a_kind = pytest.mark.parametrize(
+    "version",
+    [
+        pytest.param(version, marks=() if version in ("4", "6", "7") else pytest.mark.slow)
+        for version in models.VERSIONS
+    ],
+)
+"""A version of each recurrence; the others are slow."""
 each_kind = pytest.mark.parametrize("version", ["4", "6", "7"])
 
 
@@ -44,7 +52,7 @@ def farthest(first, second):
     return max(row.relative for row in states.compare(first, second))
 
 
-@every_version
+@one_of_a_kind
 def test_pypi_lists_in_and_out(version):
     """The state after the golden text is theirs, theirs goes on here, and ours comes back."""
     _, cfg, tokens, logits, theirs = golden(version)

@@ -41,7 +41,10 @@ def same(found, expected):
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["bfloat16", *(pytest.param(x, marks=pytest.mark.slow) for x in ("float32", "float16"))],
+)
 def test_in_out_in_again(tmp_path, version, suffix, dtype):
     """Through parameters, in every type: identical tensors, and of version 7 the unused ones."""
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)

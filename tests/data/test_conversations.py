@@ -15,6 +15,7 @@ from rwkv_jax.data.prepare import prepare
 from rwkv_jax.data.tokenizers import WorldTokenizer, token_sizes
 
 WORLD = WorldTokenizer()
+SIZES = token_sizes(WORLD)
 TURNS = [
     {"role": "system", "content": "Be\n\nkind."},
     {"role": "user", "content": " Hi\r\n\r\nthere "},
@@ -79,7 +80,7 @@ def test_tokens_of_which_some_is_in_a_span_are_trained(parts, chosen):
     for first, last in spans:
         inside[len(text[:first].encode()) : len(text[:last].encode())] = True
     ids = np.array(WORLD.encode(text), int)
-    sizes = token_sizes(WORLD)[ids]
+    sizes = SIZES[ids]
     mask = trained(text, tuple(spans), sizes)
     assert mask is not None
     ends = np.cumsum(sizes)

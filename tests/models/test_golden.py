@@ -22,6 +22,14 @@ from rwkv_jax.wkv import IMPLEMENTATIONS
 FOLDER = Path(__file__).parents[1] / "golden"
 
 every_version = pytest.mark.parametrize("version", models.VERSIONS)
+one_of_a_kind = pytest.mark.parametrize(
+    "version",
+    [
+        pytest.param(version, marks=() if version in ("4", "6", "7") else pytest.mark.slow)
+        for version in models.VERSIONS
+    ],
+)
+"""A version of each recurrence; the others are slow."""
 every_layout = pytest.mark.parametrize("layout", ["stacked", "unstacked"])
 
 
@@ -65,7 +73,7 @@ def test_whole_sequence(version, implementation, layout):
     check(version, logits)
 
 
-@every_version
+@one_of_a_kind
 @pytest.mark.parametrize(
     ("implementation", "layout"), [(None, "stacked"), (None, "unstacked"), ("chunked", "stacked")]
 )
@@ -78,7 +86,7 @@ def test_token_by_token(version, implementation, layout):
     check(version, jnp.concatenate(rows, 1))
 
 
-@every_version
+@one_of_a_kind
 def test_cut_at_random_places(version):
     """Three pieces, the state handed from one implementation to the next."""
     tokens = jnp.asarray(golden(version)[1])
@@ -93,7 +101,7 @@ def test_cut_at_random_places(version):
     check(version, jnp.concatenate(pieces, 1))
 
 
-@every_version
+@one_of_a_kind
 def test_layouts_convert_into_each_other(version):
     """A state goes on in the other layout, and `stack` undoes `unstack`."""
     params, cfg = from_official(golden(version)[0])
@@ -108,7 +116,7 @@ def test_layouts_convert_into_each_other(version):
     assert len(models.unstack(params).blocks) == cfg.layers
 
 
-@every_version
+@one_of_a_kind
 def test_rows_of_a_batch_are_alone(version):
     """The golden sequence in the middle of a batch of others."""
     tokens = np.asarray(golden(version)[1])
