@@ -55,6 +55,7 @@ _NEEDED = {
     "int_type": "an integer is needed",
     "float_type": "a number is needed",
     "finite_number": "a finite number is needed",
+    "bool_type": "true or false is needed",
     "string_type": "a string is needed",
     "dict_type": "a table { source = weight, ... } is needed",
 }
@@ -201,6 +202,11 @@ class DataConfig(_Strict):
             not (mixed and self.sampler != "shuffle"),
             f'data.sampler = "{self.sampler}" is an order of one source; data.mixture has'
             f" {len(self.mixture)}",
+        )
+        _require(
+            self.sampler != "magic_prime" or not self.heldout,
+            f'data.heldout = {self.heldout}: data.sampler = "magic_prime" is the order of all'
+            " tokens; set it to 0",
         )
         _require(
             self.packing == "stream" or (self.sampler == "shuffle" and self.reset),

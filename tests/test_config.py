@@ -482,8 +482,10 @@ def test_the_0_1b_config_is_the_official_recipe():
     model, train, optimizer = config.model, config.train, config.optimizer
     assert (model.layers, model.width, model.vocab_size, model.head_size) == (12, 768, 65536, 64)
     assert (train.context, train.batch, train.dtype) == (512, 16, "bfloat16")
-    tokens_a_step = train.batch * train.context
-    assert train.steps == 1_498_226_207 // tokens_a_step, "one pass over MiniPile"
+    data = config.data
+    assert (train.steps, data.exit_tokens) == (0, 1_498_226_207), "one pass over MiniPile"
+    assert (data.sampler, data.packing, data.reset) == ("magic_prime", "stream", False)
+    assert data.heldout == 0
     assert optimizer == OptimizerConfig(6e-4, 6e-5, 10, 0.9, 0.99, 1e-18, 0.001, 1.0)
     assert config.data.tokenizer == "world"
 

@@ -162,8 +162,18 @@ def _sources(args: argparse.Namespace) -> list[tuple[str, Iterable[str]]]:
             "nothing to measure it on: name a TEXT, --lambada FILE or --choices FILE (only a run"
             " has held-out text of its own)"
         )
-    data = read_config(folder).data
-    return [("held-out text", _documents(data, heldout=True))]
+    return [("held-out text", _heldout(read_config(folder).data))]
+
+
+def _heldout(data: Any) -> Iterable[str]:
+    """The documents that a run held out."""
+    from rwkv_jax.data.binidx import is_binidx
+
+    if not data.mixture and not is_binidx(data.source):
+        return _documents(data, heldout=True)
+    from rwkv_jax.data.sources import open_data
+
+    return open_data(data).heldout_documents()
 
 
 def _documents(data: Any, heldout: bool = False) -> Iterable[str]:

@@ -106,7 +106,7 @@ def _turn(turn: Any, number: int) -> tuple[str, str]:
     if not isinstance(turn, Mapping):
         raise ConversationError(f"turn {number} is no object with role and content")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise ConversationError(f"turn {number} is of role {role!r}: one of {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise ConversationError(f"turn {number} has no content that is text")

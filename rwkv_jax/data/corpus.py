@@ -222,11 +222,13 @@ def _json_texts(
 
 def _json_text(line: bytes, cfg: DataConfig) -> tuple[str, Spans | None]:
     """The text of a line, and what of it is trained on."""
-    field = cfg.field
+    field, text = cfg.field, _decode(line)
     try:
-        record = json.loads(_decode(line))
+        record = json.loads(text)
     except json.JSONDecodeError as error:
         raise _Fault(f"not JSON ({error.msg}, column {error.colno}); one object a line") from error
+    except (ValueError, RecursionError) as error:  # numbers and depths beyond Python's limits
+        raise _Fault(f"JSON that cannot be read ({error}); mend the line") from error
     if not isinstance(record, dict):
         raise _Fault(f"a JSON {type(record).__name__}, not an object with a field {field!r}")
     if field not in record:

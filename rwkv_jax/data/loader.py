@@ -243,8 +243,14 @@ def _reader(stream: Stream, cut: Cut, context: int, vocab_size: int, reset: bool
             if mask is not None and stream.mask is not None:
                 mask[row] = stream.mask[start + 1 : start + context + 1]
         _check(stream, ids, first, vocab_size)
-        inputs, targets = ids[:, :-1], ids[:, 1:]
+        inputs, targets = ids[:, :-1].copy(), ids[:, 1:]
         resets = inputs == stream.eod if reset else np.zeros(inputs.shape, bool)
+        if reset and stream.documents is not None:
+            for row, start in enumerate(first.tolist()):
+                begun = stream.documents
+                some = slice(*np.searchsorted(begun, [start + 1, start + context + 1]))
+                resets[row, begun[some] - 1 - start] = True
+            inputs[resets] = stream.eod  # whatever stood before the document
         if cut.fresh is not None:
             resets[:, 0] |= cut.fresh(samples)
         return Batch(inputs, targets, resets, mask)

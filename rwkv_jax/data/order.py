@@ -20,7 +20,7 @@ from rwkv_jax.data.files import CorpusError
 MINI_EPOCH = 40320
 """Samples of an official mini-epoch, the same whatever the batch."""
 ROUNDS = 6
-SHARES = 1 << 20
+SHARES = 1 << 40
 """What weights of a mixture are counted in."""
 
 
@@ -75,14 +75,17 @@ def turns(samples: np.ndarray, weights: Sequence[float]) -> tuple[np.ndarray, np
     """Of each sample of a mixture its source, and which sample of that source it is.
 
     Of any first n samples a source has n times its share of the weights, to within one for two
-    sources and half a sample more with each doubling of them. Shares are whole 2^-20ths.
+    sources and half a sample more with each doubling of them. Shares are whole 2^-40ths.
     """
     if len(weights) == 1:
         return np.zeros(len(samples), np.int64), np.asarray(samples, np.int64)
     half = len(weights) // 2
     share = round(SHARES * sum(weights[:half]) / sum(weights))
     share = min(max(share, 1), SHARES - 1)
-    before, after = (((samples + i) * share + SHARES // 2) // SHARES for i in (0, 1))
+    numbers = np.asarray(samples).astype(object)  # Python's, which do not overflow
+    before, after = (
+        (((numbers + i) * share + SHARES // 2) // SHARES).astype(np.int64) for i in (0, 1)
+    )
     source = np.empty(len(samples), np.int64)
     index = np.empty(len(samples), np.int64)
     first = after > before

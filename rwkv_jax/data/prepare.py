@@ -219,8 +219,9 @@ def _build(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, show: bool
 
 def _digest(folder: Path) -> str:
     digest = hashlib.blake2b(digest_size=12)
-    for name in ARRAYS:
-        with (folder / f"{name}.bin").open("rb") as file:
+    mask = [MASK] if (folder / MASK).exists() else []
+    for name in (*(f"{name}.bin" for name in ARRAYS), *mask):
+        with (folder / name).open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
@@ -280,6 +281,11 @@ def _tokenise(corpus: Corpus, tokenizer: Tokenizer, folder: Path, bar: Progress)
             file.flush()
             os.fsync(file.fileno())
     _require_both(corpus.cfg, counts)
+    if corpus.cfg.train_on != "all" and not writer.trained:
+        raise CorpusError(
+            f"data.train_on = {corpus.cfg.train_on}: nothing of {corpus.cfg.source} is trained on;"
+            " mark some of it, or train on all"
+        )
     return counts
 
 
@@ -288,6 +294,8 @@ class _Writer:
 
     def __init__(self, tokenizer: Tokenizer, files: Mapping[str, IO[bytes]]):
         self._tokenizer, self._files = tokenizer, files
+        self.trained = 0
+        """Tokens so far that are marked to be trained on."""
         self._dtype = _dtype(tokenizer)
 
     def write(self, documents: list[Document]) -> None:
@@ -302,7 +310,9 @@ class _Writer:
             for ids in (*parts, np.asarray([self._tokenizer.eod], self._dtype)):
                 file.write(ids.tobytes())
             if document.spans is not None and not document.heldout:
-                self._files[MASK].write(self._mask(document, np.concatenate(parts)).tobytes())
+                mask = self._mask(document, np.concatenate(parts))
+                self._files[MASK].write(mask.tobytes())
+                self.trained += int(mask.sum())
 
     def _mask(self, document: Document, ids: np.ndarray) -> np.ndarray:
         mask = trained(document.text, document.spans or (), self._sizes[ids])

@@ -3,7 +3,7 @@ are; or several of these in turns."""
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -70,6 +70,13 @@ class Data:
         """The held-out documents themselves."""
         return b"".join(tokens.heldout_text() for tokens in self.sources.values())
 
+    def heldout_documents(self) -> Iterator[str]:
+        """Each of them, from its tokens."""
+        ends = np.flatnonzero(self.heldout == self.tokenizer.eod)
+        for ids in np.split(self.heldout, ends + 1):
+            if text := self.tokenizer.decode_bytes(ids):
+                yield text.decode(errors="replace")
+
     @property
     def digest(self) -> str:
         """Equal for data that is equal."""
@@ -121,7 +128,6 @@ def _pair(cfg: DataConfig) -> Tokens:
     starts = pair.starts
     if not len(pair.tokens):
         raise CorpusError(f"{pair.path}.bin: no tokens in it")
-    _check_ids(pair, tokenizer)
     documents = len(starts) - 1
     held = round(documents * cfg.heldout)
     if cfg.heldout and not 0 < held < documents:
@@ -131,6 +137,8 @@ def _pair(cfg: DataConfig) -> Tokens:
         )
     cut = int(starts[documents - held])
     train, heldout = pair.tokens[:cut], pair.tokens[cut:]
+    _check_ids(pair, 0, train, tokenizer)
+    _check_ids(pair, cut, heldout, tokenizer, exact=True)
     sizes = token_sizes(tokenizer)
     return Tokens(
         folder=pair.path.parent,
@@ -163,12 +171,14 @@ def _check_tokenizer(pair: Binidx, tokenizer: Tokenizer, name: str) -> None:
         )
 
 
-def _check_ids(pair: Binidx, tokenizer: Tokenizer) -> None:
+def _check_ids(
+    pair: Binidx, first: int, ids: np.ndarray, tokenizer: Tokenizer, exact: bool = False
+) -> None:
     """Raises `CorpusError` for the first id found that the tokenizer has not."""
-    for start, ids in _stretches(pair.tokens):
-        wrong = np.flatnonzero((ids < 0) | (ids >= tokenizer.vocab_size))
+    for start, some in _stretches(ids, exact):
+        wrong = np.flatnonzero((some < 0) | (some >= tokenizer.vocab_size))
         if len(wrong):
-            place = start + int(wrong[0])
+            place = first + start + int(wrong[0])
             raise CorpusError(
                 f"{pair.path}.bin: token {place:,} is {int(pair.tokens[place]):,}, and"
                 f" data.tokenizer ({tokenizer.kind}) has {tokenizer.vocab_size:,} ids; name the one"
@@ -191,13 +201,14 @@ def _bytes(ids: np.ndarray, sizes: np.ndarray, exact: bool = False) -> int:
     """How many bytes the tokens stand for, estimated from some of very many."""
     seen = size = 0
     for _, some in _stretches(ids, exact):
-        seen, size = seen + len(some), size + int(sizes[some].sum())
+        seen, size = seen + len(some), size + int(sizes.take(some, mode="clip").sum())
     return round(size * len(ids) / seen) if seen else 0
 
 
 def _digest(pair: Binidx) -> str:
     digest = hashlib.blake2b(digest_size=12)
-    digest.update(json.dumps([len(pair.tokens), pair.tokens.dtype.str, len(pair.sizes)]).encode())
+    digest.update(json.dumps([len(pair.tokens), pair.tokens.dtype.str]).encode())
+    digest.update(pair.starts.tobytes())
     for _, some in _stretches(pair.tokens):
         digest.update(some.tobytes())
     return digest.hexdigest()

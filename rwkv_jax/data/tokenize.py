@@ -12,6 +12,7 @@ share.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -114,6 +115,8 @@ def tokenize(
     that cannot be read, which it names by file and line; a folder that cannot be written; a worker
     that was killed. Parts that are finished by then stay for the next call.
     """
+    if str(out).endswith("/") or Path(out).name in ("", ".."):
+        raise UserError(f"OUT = {str(out)!r}: a folder; name the pair in it")
     data, index = files_of(Path(out).expanduser())
     prefix, known = data.with_suffix(""), open_tokenizer(tokenizer, "--tokenizer ")
     if not overwrite and (there := [path for path in (data, index) if path.exists()]):
@@ -365,6 +368,7 @@ def _hear(pipe: Connection, process: BaseProcess, job: _Job, report: Callable[[i
 
 def _serve(pipe: Connection, name: str, longest: int) -> None:
     """A worker: answers each job with the bytes it has read, now and then, and at last None."""
+    _die_with_parent()
     os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     with contextlib.suppress(EOFError, ConnectionError):  # whoever asked is gone
         tokenizer = None
@@ -378,6 +382,14 @@ def _serve(pipe: Connection, name: str, longest: int) -> None:
                 pipe.send(error)
             else:
                 pipe.send(None)
+
+
+def _die_with_parent() -> None:
+    """So that no worker writes a part that the next command has begun anew."""
+    with contextlib.suppress(AttributeError, OSError):  # elsewhere than on Linux
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() == 1:
+        os._exit(1)
 
 
 def _make_part(

@@ -113,6 +113,11 @@ def resolve(cfg: Config, tokens: Data) -> tuple[Config, Loader]:
         steps = -(-data.exit_tokens // (train.batch * train.context))
         if data.sampler == "magic_prime":
             steps = min(steps, loader.epoch[0] // train.batch)  # where the official trainer stops
+        if not steps:
+            raise RunError(
+                f"train.batch = {train.batch} is more than the {loader.epoch[0]:,} samples of the"
+                " official order; lower it, or state train.steps"
+            )
         train = dataclasses.replace(train, steps=steps)
     return dataclasses.replace(cfg, model=model, train=train), loader
 

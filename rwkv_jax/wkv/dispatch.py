@@ -123,7 +123,9 @@ def wkv4(
     options: Any = {"mesh_axis": mesh_axis, "implementation": implementation}
     given = {"log_w": log_w, "k": k, "v": v, "u": u, "state": state}
     given |= {"reset": reset, "lengths": lengths}
-    parts = sharded.over_devices("wkv4", partial(wkv4, **options), mesh_axis, _DIMS4, given)
+    parts = sharded.over_devices(
+        "wkv4", partial(wkv4, **options), mesh_axis, _DIMS4, given, kernels.mapped(implementation)
+    )
     if parts is not None:
         return parts
     state = Wkv4State(*(x.astype(dtype) for x in state))
@@ -176,7 +178,9 @@ def wkv6(
     given = {"r": r, "log_w": log_w, "k": k, "v": v, "u": u, "state": state}
     given |= {"reset": reset, "lengths": lengths, "initial": initial}
     dims = _DIMS6 if log_w.ndim == 4 else _DIMS6 | {"log_w": "hn"}
-    parts = sharded.over_devices("wkv6", partial(wkv6, **options), mesh_axis, dims, given)
+    parts = sharded.over_devices(
+        "wkv6", partial(wkv6, **options), mesh_axis, dims, given, kernels.mapped(implementation)
+    )
     if parts is not None:
         return parts
     if log_w.ndim == 2:
@@ -224,7 +228,9 @@ def wkv7(
     options: Any = {"mesh_axis": mesh_axis, "implementation": implementation}
     given = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b, "state": state}
     given |= {"reset": reset, "lengths": lengths}
-    parts = sharded.over_devices("wkv7", partial(wkv7, **options), mesh_axis, _DIMS7, given)
+    parts = sharded.over_devices(
+        "wkv7", partial(wkv7, **options), mesh_axis, _DIMS7, given, kernels.mapped(implementation)
+    )
     if parts is not None:
         return parts
     reset, mask = _masks(reset, lengths, t, mesh_axis)

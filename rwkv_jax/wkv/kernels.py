@@ -17,9 +17,10 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, Sharding
 
 from rwkv_jax.typing import Array, Bool, Callable, Float
+from rwkv_jax.wkv.device import device_kind
 from rwkv_jax.wkv.gradient import with_gradient
 from rwkv_jax.wkv.triton import kept_type
 
@@ -31,40 +32,23 @@ def per_row(
     operands: list[str],
     results: list[str],
     heads_a_tile: Callable[[int], int] = lambda h: 1,
+    *,
+    platform: str,
 ) -> Callable[..., tuple[Array, ...]]:
     """`call`, whose work is of each row and head apart: over devices and under `vmap`.
 
     `operands` and `results` have a letter for each dimension: b rows, h heads or channels, m heads
     of k numbers each; others are of no device alone. The first operand has b and h. Of a device's h
-    heads `call` gets whole tiles, zeros in the last.
+    heads `call` gets whole tiles, zeros in the last. XLA for TPUs takes no part of this: there axes
+    of a mesh are mapped before (`why_not`).
     """
     call = _in_tiles(call, operands, results, heads_a_tile)
-
-    def partition(mesh: Mesh, arguments: Any, outputs: Any) -> tuple:
-        first = arguments[0].sharding
-        parted = _by_name if isinstance(first, NamedSharding) else _by_number
-
-        def shardings(each: list[str]) -> tuple[Sharding, ...]:
-            return tuple(parted(first, operands[0], dims.replace("m", "h")) for dims in each)
-
-        return mesh, call, shardings(results), shardings(operands)
-
-    def words(dims: str) -> str:
-        return " ".join("(h k)" if x == "m" else x for x in dims)
-
-    rule = f"{', '.join(map(words, operands))} -> {', '.join(map(words, results))}"
-    factors = dict.fromkeys(x for x in rule if x.isalpha())  # in the order that they appear in
-    spread = custom_partitioning(call)
-    spread.def_partition(
-        partition=partition,
-        sharding_rule=rule,
-        need_replication_factors=tuple(x for x in factors if x not in "bh"),
-    )
+    spread = call if platform == "tpu" else _spread(call, operands, results)
 
     @custom_vmap
     def run(*given: Array) -> tuple[Array, ...]:
         mesh = jax.sharding.get_abstract_mesh()
-        if mesh.manual_axes and math.prod(mesh.shape[axis] for axis in mesh.auto_axes) == 1:
+        if mesh.manual_axes and not automatic(mesh):
             return call(*given)  # JAX takes it that some device is left to part over
         return tuple(spread(*given))
 
@@ -114,16 +98,33 @@ def _in_tiles(
     return run
 
 
-def _by_name(first: NamedSharding, of: str, dims: str) -> NamedSharding:
-    """`dims` over devices as the first operand, of dimensions `of`, has its rows and heads."""
-    axes = dict(zip(of, [*first.spec, *[None] * len(of)], strict=False))
-    spec = PartitionSpec(*(axes[x] if x in "bh" else None for x in dims))
-    return NamedSharding(first.mesh, spec)
+def _spread(
+    call: Callable[..., tuple[Array, ...]], operands: list[str], results: list[str]
+) -> Callable[..., tuple[Array, ...]]:
+    """`call` of each device's rows and heads, as the first operand has them over devices."""
+
+    def partition(mesh: Mesh, arguments: Any, outputs: Any) -> tuple:
+        def shardings(each: list[str]) -> tuple[Sharding, ...]:
+            return tuple(_as_first(arguments[0].sharding, operands[0], dims) for dims in each)
+
+        return mesh, call, shardings(results), shardings(operands)
+
+    rule = f"{', '.join(map(' '.join, operands))} -> {', '.join(map(' '.join, results))}"
+    factors = dict.fromkeys(x for x in rule if x.isalpha())  # in the order that they appear in
+    spread = custom_partitioning(call)
+    spread.def_partition(
+        partition=partition,
+        sharding_rule=rule,
+        need_replication_factors=tuple(x for x in factors if x not in "bh"),
+        # By names of axes JAX has none inside a shard_map, and takes no parts of unequal size.
+        decode_shardings=False,
+    )
+    return spread
 
 
-def _by_number(first: Any, of: str, dims: str) -> Sharding:
-    """`_by_name` where `shard_map` has mapped other axes of the mesh: JAX tells no names there, but
-    XLA's own form, an array of devices with an axis for each dimension and one for copies."""
+def _as_first(first: Any, of: str, dims: str) -> Sharding:
+    """`dims` over devices as the first operand, of dimensions `of`, has its rows and heads: XLA's
+    form is an array of devices with an axis for each dimension and one for copies."""
     form = first._to_xla_hlo_sharding(len(of))
     if form.is_replicated():
         return first
@@ -137,6 +138,11 @@ def _by_number(first: Any, of: str, dims: str) -> Sharding:
     form = type(form).from_string(f"{{devices=[{shape}]{order} last_tile_dim_replicate}}")
     # Devices in any order: XLA goes by their numbers.
     return type(first)(tuple(first.device_set), form)
+
+
+def automatic(mesh: Any) -> list[str]:
+    """The axes of a mesh over which XLA parts programs by itself."""
+    return [axis for axis in mesh.auto_axes if mesh.shape[axis] > 1]
 
 
 def on_platform(platform: str, interpreted: bool, run: Callable, form: Callable) -> Callable:
@@ -230,7 +236,7 @@ def refusal(kernel: Kernel, x: Any, state: Array) -> str | None:
         return "float64"
     if v % n:
         return f"values of {v} channels a head for keys of {n}"
-    return kernel.driver.refusal(n)
+    return kernel.driver.refusal(n, x.v.dtype)
 
 
 def check(kernel: Any, operator: str, named: bool, reason: str | None) -> None:
@@ -322,7 +328,9 @@ def _forward(
 
     results = ["bthn", "bhvk"] + [kernel.driver.KEPT] * keep
     tiled = partial(kernel.driver.heads_a_tile, n=x[0].shape[3])
-    y, after, *kept = per_row(call, [*dims, "bhvk"], results, tiled)(*fixed, state)
+    y, after, *kept = per_row(call, [*dims, "bhvk"], results, tiled, platform=kernel.platform)(
+        *fixed, state
+    )
     return ((y, after), kept[0]) if keep else (y, after)
 
 
@@ -340,7 +348,9 @@ def _backward(kernel: Kernel, interpret: bool, given: Any, kept: Array, cotangen
     results = ["bthn"] * len(x) + ["bhn"] * len(shared) + ["bhvk"]
     dims = [*dims, kernel.driver.KEPT, "bthn", "bhvk"]
     tiled = partial(kernel.driver.heads_a_tile, n=x[0].shape[3])
-    *out, dstate = per_row(call, dims, results, tiled)(*fixed, kept, *cotangents)
+    *out, dstate = per_row(call, dims, results, tiled, platform=kernel.platform)(
+        *fixed, kept, *cotangents
+    )
     dshared = (jnp.sum(z, 0).astype(u.dtype) for z, u in zip(out[len(x) :], shared, strict=True))
     return type(x)(*out[: len(x)]), tuple(dshared), dstate, None
 
@@ -368,7 +378,7 @@ def accelerator() -> str | None:
     this process; None for a CPU."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
-    if platform == "gpu" and device is None and _is_rocm():
+    if platform == "gpu" and jax.default_backend() == "gpu" and _is_rocm():
         return "rocm"
     return {"gpu": "cuda", "cuda": "cuda", "rocm": "rocm", "tpu": "tpu"}.get(platform)
 
@@ -380,7 +390,20 @@ def _is_rocm() -> bool:
 
 def why_not(platform: str | None) -> str | None:
     """Why there is no kernel here, whatever the inputs."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if platform == "tpu" and (axes := automatic(mesh)):
+        return (
+            f"automatic mesh axes ({', '.join(axes)}) on TPUs, where XLA cannot part it; make them"
+            " explicit, or map them by jax.shard_map"
+        )
+    if platform == "tpu" and device_kind() in ("TPU v2", "TPU v3"):
+        return device_kind()
     return too_old() if platform == "cuda" else None
+
+
+def mapped(implementation: str | None) -> bool:
+    """Whether axes of a mesh have to be mapped for it, even those that part nothing."""
+    return implementation == "pallas_tpu" or (implementation is None and accelerator() == "tpu")
 
 
 def chosen(operator: str, kernels: tuple[Any, ...], refusal: Callable, *x: Any) -> Any:
@@ -390,11 +413,18 @@ def chosen(operator: str, kernels: tuple[Any, ...], refusal: Callable, *x: Any) 
     kernel = next((kernel for kernel in kernels if kernel.platform == platform), None)
     if kernel is None:
         return None
-    reason = why_not(platform) or refusal(kernel, *x)
+    reason = why_not(platform) or _no_mesh(platform) or refusal(kernel, *x)
     if reason is None:
         return kernel
     say_once(f"{operator}: no kernel for {reason}; XLA's form runs instead")
     return None
+
+
+def _no_mesh(platform: str | None) -> str | None:
+    """Where there are several TPUs and no mesh is set, XLA may have to part a program over them."""
+    if platform != "tpu" or not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1:
+        return None
+    return "several TPUs without a mesh; set one of explicit axes (jax.set_mesh)"
 
 
 @lru_cache

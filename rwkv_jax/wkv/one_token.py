@@ -83,7 +83,8 @@ def step(kind: Step, platform: str, named: bool) -> Callable[..., tuple[Array, A
 
     def kernel(interpret: bool, *given: Array) -> tuple[Array, Array]:
         dims = [*["bhn"] * (len(given) - 1), "bhvk"]
-        y, after = per_row(partial(driver, kind, interpret), dims, ["bhn", "bhvk"])(*given)
+        call = partial(driver, kind, interpret)
+        y, after = per_row(call, dims, ["bhn", "bhvk"], platform=platform)(*given)
         return y, after
 
     run = on_platform(platform, named, kernel, kind.reference)

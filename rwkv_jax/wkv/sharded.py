@@ -35,13 +35,15 @@ def over_devices(
     mesh_axis: str | None,
     dims: dict[str, str],
     given: dict[str, Any],
+    each: bool = False,
 ) -> Any:
     """`run(**given)`, (y, state), on every device of its part; None where there is nothing to part.
 
     `dims` has a letter for each axis of each array, as `rwkv_jax.typing`; y's are those of v. Time,
     "t", is parted over `mesh_axis`, unless the caller runs there already. Over explicit mesh axes
     arrays are parted as v is, and where v is whole as any other is: a loop's carry must be what its
-    type says, which shapes with a name inside are not.
+    type says, which shapes with a name inside are not. `each`: over explicit axes that part nothing
+    too, every device then doing the same.
 
     Raises `ValueError` if there is no such mesh axis, it does not divide the length, or arrays are
     parted along an axis that recurrences run over or look along.
@@ -57,7 +59,8 @@ def over_devices(
         raise ValueError(
             f"{operator}: time is sharded over {axes['t']!r}; say so, by mesh_axis={axes['t']!r}"
         )
-    if not axes:
+    explicit = set(jax.sharding.get_abstract_mesh().explicit_axes)
+    if not axes and not (each and explicit):
         return None
     if "n" in axes:
         raise ValueError(
@@ -68,7 +71,6 @@ def over_devices(
         return PartitionSpec(*(axes.get(letter) for letter in dims[name]))
 
     specs = {name: jax.tree.map(lambda _, n=name: spec(n), x) for name, x in given.items()}
-    explicit = set(jax.sharding.get_abstract_mesh().explicit_axes)
     if explicit:
         given = jax.tree.map(partial(_reshard, explicit), given, specs)
     spread = jax.shard_map(

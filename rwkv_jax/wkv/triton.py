@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 
 from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv import tiles
+from rwkv_jax.wkv.device import device_kind
 from rwkv_jax.wkv.tiles import Precision, Products
 
 KEPT = "cbhvk"
@@ -28,9 +29,19 @@ TF32_THRICE = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 """Error about 2^-22, on tensor cores."""
 
 
-def refusal(n: int) -> str | None:
-    """Why heads of this size have no kernel."""
-    return None if n in (16, 32, 64, 128) else f"heads of {n} channels (16, 32, 64 and 128 have)"
+LARGE = ("H100", "H200", "GH200", "B200", "GB200")
+"""GPUs with the 176 KiB of shared memory a block that float32 heads of 128 take."""
+
+
+def refusal(n: int, dtype: Any) -> str | None:
+    """Why heads of this size have no kernel for such inputs on the program's device."""
+    if n not in (16, 32, 64, 128):
+        return f"heads of {n} channels (16, 32, 64 and 128 have)"
+    kind = device_kind()
+    small = "NVIDIA" in kind and not any(name in kind for name in LARGE)
+    if n == 128 and dtype == jnp.float32 and small:
+        return f"float32 heads of 128 channels on {kind}; bfloat16 ones have"
+    return None
 
 
 def heads_a_tile(h: int, n: int) -> int:

@@ -13,13 +13,15 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from evaluation.subjects import compile_quickly, guesser
 
 from rwkv_jax import __main__ as program
 from rwkv_jax.checkpoint import weights
-from rwkv_jax.checkpoint.store import Store
+from rwkv_jax.checkpoint.store import CONFIG, Store
 from rwkv_jax.config import Config, DataConfig, to_toml
+from rwkv_jax.data.binidx import BinidxWriter
 from rwkv_jax.data.prepare import prepare
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.evaluation import continuations, text
@@ -134,6 +136,19 @@ def test_heldout_text_of_a_run(run_eval):
     only = ["--choices", "quiz.jsonl", "--batch", 1]
     assert run_eval("run", *only).err == []
     assert run_eval("run", *only, "--by-position").err == done.err
+
+
+def test_heldout_text_of_a_run_on_a_pair(run_eval):
+    with BinidxWriter("pair", np.uint16) as writer:
+        for text in ("one", "two", "three", "é four", "five"):
+            writer.add(ByteTokenizer().encode(text), [0])
+    config = Path("run", CONFIG)
+    text = re.sub(r'(?m)^source = ".*"$', 'source = "pair"', config.read_text(encoding="utf-8"))
+    config.write_text(text, encoding="utf-8")
+    done = run_eval("run", "--json", "run.json")
+    assert (done.code, done.err) == (0, [])
+    [found] = json.loads(Path("run.json").read_text())["texts"]
+    assert found["documents"] == 2 and found["bytes"] == len("é four".encode()) + len("five")
 
 
 def test_stdin_field_and_limit(run_eval, stdin):

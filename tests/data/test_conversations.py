@@ -59,6 +59,7 @@ def test_written(template, turns, text):
         (["hi"], "turn 1 is no object with role and content"),
         ([TURNS[1], {"role": "tool", "content": ""}], "turn 2 is of role 'tool': one of system"),
         ([{"role": "user"}], "turn 1 has no content that is text"),
+        ([{"role": ["user"], "content": ""}], r"turn 1 is of role \['user'\]: one of system"),
     ],
 )
 def test_what_is_no_conversation(turns, message):
@@ -147,6 +148,28 @@ def test_records_that_do_not_fit(tmp_path, record, settings, message):
     cfg = config(tmp_path, path, **settings)
     with pytest.raises(CorpusError, match=rf"chat.jsonl:\d: field 'text': .*{message}"):
         list(open_corpus(cfg).documents())
+
+
+def test_nothing_to_train_on(tmp_path):
+    path = source(tmp_path, {"text": "ok", "spans": []})
+    with pytest.raises(CorpusError, match=r"data.train_on = spans: nothing of .* is trained on"):
+        prepare(config(tmp_path, path, train_on="spans"), progress=False)
+
+
+def test_other_spans_are_other_data(tmp_path):
+    digests = set()
+    for last in (1, 5, 5):
+        path = source(tmp_path, {"text": "a b c", "spans": [[0, last]]})
+        digests.add(prepare(config(tmp_path, path, train_on="spans"), progress=False).digest)
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"text": ' + "1" * 5000 + "}"])
+def test_json_beyond_pythons_limits_is_one_line(tmp_path, text):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(text + "\n")
+    with pytest.raises(CorpusError, match=r"chat.jsonl:1: JSON that cannot be read"):
+        list(open_corpus(config(tmp_path, path)).documents())
 
 
 def test_plain_text_does_not_say_who_speaks(tmp_path):

@@ -254,6 +254,24 @@ def test_a_document_that_begins_elsewhere_begins_with_its_own_end():
     assert mask[row].tolist() == [True] * 4 + [False] * 12
 
 
+@pytest.mark.parametrize("sampler", ["shuffle", "sequential"])
+def test_documents_that_do_not_end_with_the_id_start_afresh(sampler):
+    """What the index says counts: the first token of each is predicted from the id, from nothing
+    before."""
+    tokens, starts = count_up(600), np.arange(0, 601, 20)
+    stream = Stream("text", tokens, EOD, documents=starts)
+    settings = {"seed": 0, "batch": 4, "context": 16, "vocab_size": 999, "sampler": sampler}
+    mine = open_loader([stream], **settings)
+    seen = 0
+    for step in range(9):
+        inputs, targets, reset, _ = mine.read(step)
+        begins = (targets - 1) % 20 == 0
+        assert (reset[:, 1:] == begins[:, 1:]).all()
+        assert (inputs[begins] == EOD).all() and (inputs[~reset] == targets[~reset] - 1).all()
+        seen += begins.sum()
+    assert seen > 10
+
+
 @given(length=st.integers(200, 2000), context=st.integers(1, 20), batch=st.integers(1, 5))
 def test_rows_go_on_where_they_were(length, context, batch):
     tokens = count_up(length)
@@ -288,6 +306,9 @@ def test_mixtures_hold_on_every_prefix(weights, start):
     for number in range(len(weights)):
         mine = index[source == number]
         assert (mine == np.arange(len(mine))).all()
+    million = order.turns(10**9 + samples, weights)[1][-1] + 1
+    share = weights[order.turns(10**9 + samples, weights)[0][-1]] / sum(weights)
+    assert abs(million - share * (10**9 + len(samples))) < 3
     far = order.turns(start + samples[:100], weights)
     assert (far[0][50:] == order.turns(start + samples[50:100], weights)[0]).all()
 

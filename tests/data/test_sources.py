@@ -39,6 +39,7 @@ def test_a_pair_is_read_as_it_is(tmp_path, pair, ending):
     assert text == b"".join(DOCUMENTS[:3]) and isinstance(stream.ids, np.memmap)
     assert stream.starts.tolist() == [0, 4, 5, 20]
     assert data.heldout_text() == b"".join(DOCUMENTS[3:])
+    assert [text.encode() for text in data.heldout_documents()] == DOCUMENTS[3:]
     assert data.heldout_bytes == len(data.heldout_text()) and data.train_tokens == 20
     assert data.bytes_per_token == len(text) / 20
     assert "3 documents" in data.describe()["training"]
@@ -83,6 +84,23 @@ def test_ids_of_another_vocabulary(tmp_path, pair):
         message = rf"pair.bin: token 7 is {value}, and data.tokenizer \(bytes\) has 257 ids"
         with pytest.raises(CorpusError, match=message):
             open_data(config(tmp_path, source=str(path)), progress=False)
+
+
+def test_ids_in_places_that_are_not_looked_at(tmp_path, pair, monkeypatch):
+    """A long pair opens; what is held out is looked at whole."""
+    monkeypatch.setattr(sources, "LOOKED_AT", 640)
+    path = pair(documents=[b"a" * 100] * 40)
+    ids = np.fromfile(f"{path}.bin", np.uint16)
+    for place, opens in ((2100, True), (4000, False)):
+        wrong = ids.copy()
+        wrong[place] = 60_000
+        wrong.tofile(f"{path}.bin")
+        cfg = config(tmp_path, source=str(path), heldout=0.1)
+        if opens:
+            assert open_data(cfg, progress=False).train_tokens == 36 * 101
+        else:
+            with pytest.raises(CorpusError, match=r"pair.bin: token 4,000 is 60,000"):
+                open_data(cfg, progress=False)
 
 
 def test_a_pair_that_was_made_with_another_tokenizer(tmp_path, pair):

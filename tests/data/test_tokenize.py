@@ -109,6 +109,7 @@ def test_any_units_give_what_one_writer_does(sources, tmp_path, here, document):
         "skipped": 1,
         "field": "text",
         "document": document,
+        "template": "g1",
         "sources": sources,
     }
 

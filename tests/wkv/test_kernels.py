@@ -68,6 +68,11 @@ def on(name):
     return jax.sharding.use_abstract_mesh(mesh)
 
 
+def kind(name):
+    """Of mesh axes: XLA parts a kernel over automatic ones for GPUs, but not for TPUs."""
+    return AxisType.Explicit if name == "pallas_tpu" else AxisType.Auto
+
+
 def problem(version, shape=SHAPE, dtype="float32"):
     """Inputs in that type, a state, and where documents start."""
     inputs = {
@@ -218,10 +223,9 @@ def test_gradients_of_gradients(version, name):
 
 @one_of_each
 def test_devices_that_share_rows_and_heads_move_nothing(version, name):
-    """Under a mesh that the operator is not told of; each device has its own kernel, for heads that
-    do not fill its tiles."""
+    """Under a mesh; each device has its own kernel, for heads that do not fill its tiles."""
     inputs, state, reset = problem(version, cases.Shape(2, 37, 6, 64))
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(kind(name),) * 2)
 
     def spec(x):
         return {4: ("data", None, "tensor"), 3: ("data", None, "tensor")}.get(x.ndim, ("tensor",))
@@ -236,7 +240,8 @@ def test_devices_that_share_rows_and_heads_move_nothing(version, name):
         y, pull_back = jax.vjp(lambda *x: call(version, name, reset, *x)[0], inputs, state)
         return y, pull_back(y)
 
-    spread = quick_jit(run).lower(given, states).compile()
+    with jax.set_mesh(mesh):
+        spread = quick_jit(run).lower(given, states).compile()
     # Of what all rows share, the gradient is summed over them: one vector.
     shared = sum(4 * x.size for x in inputs.values() if x.ndim <= 2)
     assert sum(bytes_moved(spread.as_text()).values()) <= shared
@@ -350,7 +355,8 @@ def test_time_over_devices_that_share_rows_and_heads(version, name):
     def spread(sizes, shape):
         inputs, state, _ = problem(version, shape)
         shared = {k for k, x in inputs.items() if x.ndim <= 2}
-        mesh = jax.make_mesh(sizes, ("sequence", "data", "tensor"), axis_types=(AxisType.Auto,) * 3)
+        names = ("sequence", "data", "tensor")
+        mesh = jax.make_mesh(sizes, names, axis_types=(kind(name),) * 3)
         with jax.set_mesh(mesh):
             put = {
                 k: jax.device_put(x, PartitionSpec("tensor"))
@@ -373,6 +379,61 @@ def test_time_over_devices_that_share_rows_and_heads(version, name):
     jax.tree.map(lambda a, b: assert_close(a, b, "float32"), results, alone)
     _, own = spread((2, 1, 1), cases.Shape(2, 64, 3, 64))
     assert moved <= own
+
+
+def test_over_automatic_axes_tpus_get_xla(caplog):
+    """XLA for TPUs parts no kernel: it would not compile. Explicit axes have it, and those that
+    part nothing too."""
+    kernels.say_once.cache_clear()
+    x = jax.tree.map(jnp.asarray, cases.wkv7_inputs("typical", cases.Shape(4, 64, 6, 64)))
+
+    def traced(kind, spec):
+        mesh = AbstractMesh(
+            (2, 2), ("a", "b"), axis_types=(kind,) * 2, abstract_device=DEVICES["pallas_tpu"][1]
+        )
+        with jax.sharding.use_abstract_mesh(mesh):
+            given = {
+                k: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=NamedSharding(mesh, spec))
+                for k, z in x.items()
+            }
+            text = str(jax.jit(lambda x: wkv7(**x)).trace(given).jaxpr)
+        return "wkv7_forward" in text, text
+
+    with caplog.at_level(logging.WARNING, "rwkv_jax"):
+        assert not traced(AxisType.Auto, PartitionSpec())[0]
+    assert "no kernel for automatic mesh axes (a, b) on TPUs" in caplog.text
+    for spec in (PartitionSpec(), PartitionSpec("a", None, "b")):
+        found, text = traced(AxisType.Explicit, spec)
+        assert found and "shard_map" in text and "custom_partitioning" not in text
+
+
+@pytest.mark.parametrize(("card", "takes"), [("NVIDIA L4", False), ("NVIDIA H100 PCIe", True)])
+def test_heads_of_128_in_float32_need_a_large_gpu(card, takes):
+    device = AbstractDevice(card, None, "gpu")
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    x = jax.tree.map(jnp.asarray, cases.wkv7_inputs("typical", cases.Shape(1, 64, 1, 128)))
+    half = {k: z if k == "log_w" else z.astype(jnp.bfloat16) for k, z in x.items()}
+    with jax.sharding.use_abstract_mesh(mesh):
+        for given, expected in ((x, takes), (half, True)):
+            assert (
+                "wkv7_forward" in str(jax.jit(lambda x: wkv7(**x)).trace(given).jaxpr)
+            ) is expected
+
+
+def test_rows_and_heads_that_do_not_divide():
+    """JAX pads parts of unequal size; so is a device's last part here."""
+    inputs, state, _ = problem(VERSIONS["6"], cases.Shape(2, 20, 6, 16))
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        wide = jax.device_put(inputs["r"].reshape(2, 20, 96), PartitionSpec(None, None, "tensor"))
+
+        def run(wide, inputs, state):
+            r = wide.reshape(2, 20, 6, 16)
+            return wkv6(**inputs | {"r": r}, state=state, implementation="pallas_gpu")
+
+        spread = quick_jit(run)(wide, inputs, state)
+    alone = quick_jit(run)(inputs["r"].reshape(2, 20, 96), inputs, state)
+    jax.tree.map(lambda a, b: assert_close(a, b, "float32"), spread, alone)
 
 
 def test_float16_states_do_not_overflow():

@@ -158,7 +158,9 @@ def _forward(kernel, keep, interpret, log_w, k, v, u, state, reset, mask):
         return kernel.driver.forward(keep, interpret, *_filled(fixed), state)
 
     results = ["bth", *["bh"] * 3, *["cbh"] * 3 * keep]
-    run = kernels.per_row(call, [*dims, *["bh"] * 3], results, lambda c: kernel.lanes)
+    run = kernels.per_row(
+        call, [*dims, *["bh"] * 3], results, lambda c: kernel.lanes, platform=kernel.platform
+    )
     y, *states = run(*fixed, *state)
     last = Wkv4State(*states[:3])
     return ((y, last), (Wkv4State(*states[3:]), last)) if keep else (y, last)
@@ -178,7 +180,7 @@ def _backward(kernel, interpret, given, kept, cotangents):
 
     results = ["bth", "bth", *["bh"] * 5]
     dims = [*dims, "bth", *["cbh"] * 3, *["bh"] * 3]
-    run = kernels.per_row(call, dims, results, lambda c: kernel.lanes)
+    run = kernels.per_row(call, dims, results, lambda c: kernel.lanes, platform=kernel.platform)
     dk, dv, dlog_w, du, *grad = run(*fixed, dy, *entering, *arriving(dlast, last))
     dlog_w, du = jnp.sum(dlog_w, 0).astype(log_w.dtype), jnp.sum(du, 0).astype(u.dtype)
     return dlog_w, dk, dv, du, of_state(Wkv4State(*grad), state), None, None
