@@ -189,6 +189,47 @@ def compiled(target: str, quick: bool):
                     continue
                 for kernel, numbers in found.items():
                     yield {**head, "kernel": kernel, **seconds, **numbers}
+    if target in TPUS:
+        yield from over_chips(target, topology.devices)
+
+
+def over_chips(target: str, devices):
+    """A row for each kind of mesh of four chips: rows and heads over explicit axes have kernels of
+    their own; over automatic ones, which XLA cannot part kernels for, its own form compiles."""
+    import jax
+    import numpy as np
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+    from rwkv_jax.wkv import wkv7
+
+    b, t, h, n = 4, SHAPE["tokens"], 6, SHAPE["size"]
+    for kind, count in ((AxisType.Explicit, 2), (AxisType.Auto, 0)):
+        chips = np.resize(np.array(devices), (2, 2))
+        mesh = Mesh(chips, ("data", "tensor"), axis_types=(kind,) * 2)
+        parted = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
+        x = {
+            name: jax.ShapeDtypeStruct((b, t, h, n), dtype, sharding=parted)
+            for name, dtype in [("log_w", "float32"), *((letter, "bfloat16") for letter in "rkvab")]
+        }
+
+        def both(x):
+            y, pull_back = jax.vjp(lambda x: wkv7(**x)[0], x)
+            return y, pull_back(y)
+
+        row = {"target": target, "kernel": "wkv7", "inputs": f"4 chips, {kind.name.lower()} axes"}
+        began = time.time()
+        try:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                traced = jax.jit(both).trace(x)
+                program = traced.lower(lowering_platforms=("tpu",)).compile()
+        except Exception as error:
+            yield {**row, "error": " ".join(str(error).split())[:300]}
+            continue
+        found = program.as_text().count('custom_call_target="tpu_custom_call"')
+        if found == count:
+            yield {**row, "seconds": time.time() - began}
+        else:
+            yield {**row, "error": f"{found} kernels in the program, not {count}"}
 
 
 def vmem(program) -> dict[str, dict]:
