@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,14 +139,15 @@ def test_heldout_text_of_a_run(run_eval):
     assert run_eval("run", *only, "--by-position").err == done.err
 
 
-def test_heldout_text_of_a_run_on_a_pair(run_eval):
-    with BinidxWriter("pair", np.uint16) as writer:
+def test_heldout_text_of_a_run_on_a_pair(run_eval, folder):
+    with BinidxWriter(folder / "pair", np.uint16) as writer:
         for text in ("one", "two", "three", "é four", "five"):
             writer.add(ByteTokenizer().encode(text), [0])
-    config = Path("run", CONFIG)
+    shutil.copytree(folder / "run", folder / "paired")
+    config = folder / "paired" / CONFIG
     text = re.sub(r'(?m)^source = ".*"$', 'source = "pair"', config.read_text(encoding="utf-8"))
     config.write_text(text, encoding="utf-8")
-    done = run_eval("run", "--json", "run.json")
+    done = run_eval("paired", "--json", "run.json")
     assert (done.code, done.err) == (0, [])
     [found] = json.loads(Path("run.json").read_text())["texts"]
     assert found["documents"] == 2 and found["bytes"] == len("é four".encode()) + len("five")
