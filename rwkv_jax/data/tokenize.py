@@ -328,7 +328,8 @@ def _work(
 def _start(tokenizer: str, longest: int) -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, tokenizer, longest), daemon=True)
+    given = theirs, tokenizer, longest, os.getpid()
+    process = context.Process(target=_serve, args=given, daemon=True)
     # Ctrl-C is for this process, which ends the others: they inherit that it is blocked.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -366,9 +367,9 @@ def _hear(pipe: Connection, process: BaseProcess, job: _Job, report: Callable[[i
     return message is None
 
 
-def _serve(pipe: Connection, name: str, longest: int) -> None:
+def _serve(pipe: Connection, name: str, longest: int, parent: int) -> None:
     """A worker: answers each job with the bytes it has read, now and then, and at last None."""
-    _die_with_parent()
+    _die_with(parent)
     os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     with contextlib.suppress(EOFError, ConnectionError):  # whoever asked is gone
         tokenizer = None
@@ -384,11 +385,11 @@ def _serve(pipe: Connection, name: str, longest: int) -> None:
                 pipe.send(None)
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     """So that no worker writes a part that the next command has begun anew."""
     with contextlib.suppress(AttributeError, OSError):  # elsewhere than on Linux
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() == 1:
+    if os.getppid() != parent:
         os._exit(1)
 
 
