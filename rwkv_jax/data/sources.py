@@ -58,6 +58,10 @@ class Data:
     @property
     def heldout(self) -> np.ndarray:
         """The held-out documents of all sources, one behind the other."""
+        return self._heldout
+
+    @cached_property
+    def _heldout(self) -> np.ndarray:
         parts = [tokens.heldout for tokens in self.sources.values()]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -137,17 +141,15 @@ def _pair(cfg: DataConfig) -> Tokens:
         )
     cut = int(starts[documents - held])
     train, heldout = pair.tokens[:cut], pair.tokens[cut:]
-    _check_ids(pair, 0, train, tokenizer)
-    _check_ids(pair, cut, heldout, tokenizer, exact=True)
     sizes = token_sizes(tokenizer)
     return Tokens(
         folder=pair.path.parent,
         tokenizer=tokenizer,
         train=train,
         heldout=heldout,
-        digest=_digest(pair),
-        train_bytes=_bytes(train, sizes),
-        heldout_bytes=_bytes(heldout, sizes, exact=True),
+        digest=_digest(pair, starts),
+        train_bytes=_bytes(pair, train, 0, tokenizer, sizes),
+        heldout_bytes=_bytes(pair, heldout, cut, tokenizer, sizes, exact=True),
         train_documents=documents - held,
         heldout_documents=held,
         skipped_files=0,
@@ -171,19 +173,30 @@ def _check_tokenizer(pair: Binidx, tokenizer: Tokenizer, name: str) -> None:
         )
 
 
-def _check_ids(
-    pair: Binidx, first: int, ids: np.ndarray, tokenizer: Tokenizer, exact: bool = False
-) -> None:
-    """Raises `CorpusError` for the first id found that the tokenizer has not."""
+def _bytes(
+    pair: Binidx,
+    ids: np.ndarray,
+    first: int,
+    tokenizer: Tokenizer,
+    sizes: np.ndarray,
+    exact: bool = False,
+) -> int:
+    """How many bytes the tokens from the `first` on stand for, estimated from some of very many.
+
+    Raises `CorpusError` for the first id found that the tokenizer has not.
+    """
+    seen = size = 0
     for start, some in _stretches(ids, exact):
-        wrong = np.flatnonzero((some < 0) | (some >= tokenizer.vocab_size))
+        wrong = np.flatnonzero((some < 0) | (some >= len(sizes)))
         if len(wrong):
             place = first + start + int(wrong[0])
             raise CorpusError(
                 f"{pair.path}.bin: token {place:,} is {int(pair.tokens[place]):,}, and"
-                f" data.tokenizer ({tokenizer.kind}) has {tokenizer.vocab_size:,} ids; name the one"
+                f" data.tokenizer ({tokenizer.kind}) has {len(sizes):,} ids; name the one"
                 " that made it"
             )
+        seen, size = seen + len(some), size + int(sizes[some].sum())
+    return round(size * len(ids) / seen) if seen else 0
 
 
 def _stretches(ids: np.ndarray, exact: bool = False):
@@ -197,18 +210,10 @@ def _stretches(ids: np.ndarray, exact: bool = False):
         yield start, np.asarray(ids[start : start + size])
 
 
-def _bytes(ids: np.ndarray, sizes: np.ndarray, exact: bool = False) -> int:
-    """How many bytes the tokens stand for, estimated from some of very many."""
-    seen = size = 0
-    for _, some in _stretches(ids, exact):
-        seen, size = seen + len(some), size + int(sizes.take(some, mode="clip").sum())
-    return round(size * len(ids) / seen) if seen else 0
-
-
-def _digest(pair: Binidx) -> str:
+def _digest(pair: Binidx, starts: np.ndarray) -> str:
     digest = hashlib.blake2b(digest_size=12)
     digest.update(json.dumps([len(pair.tokens), pair.tokens.dtype.str]).encode())
-    digest.update(pair.starts.tobytes())
+    digest.update(starts.tobytes())
     for _, some in _stretches(pair.tokens):
         digest.update(some.tobytes())
     return digest.hexdigest()
