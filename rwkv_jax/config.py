@@ -27,6 +27,10 @@ class ConfigError(UserError):
     """A config that cannot be run: the message names the key, the value and what is allowed."""
 
 
+MINI_EPOCH = 40320
+"""Samples of an official mini-epoch, the same whatever the batch."""
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
@@ -341,8 +345,9 @@ class Config(_Strict):
             'train.carry_state = true needs data.sampler = "sequential": rows that go on',
         )
         _require(
-            self.data.sampler != "magic_prime" or 40320 % self.train.batch == 0,
-            f'train.batch = {self.train.batch} does not divide 40320: data.sampler = "magic_prime"'
+            self.data.sampler != "magic_prime" or MINI_EPOCH % self.train.batch == 0,
+            f"train.batch = {self.train.batch} does not divide {MINI_EPOCH}: data.sampler ="
+            ' "magic_prime"'
             " has mini-epochs of so many samples, which are whole steps",
         )
 

@@ -15,10 +15,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rwkv_jax.config import MINI_EPOCH
 from rwkv_jax.data.files import CorpusError
 
-MINI_EPOCH = 40320
-"""Samples of an official mini-epoch, the same whatever the batch."""
 ROUNDS = 6
 SHARES = 1 << 40
 """What weights of a mixture are counted in."""

@@ -25,9 +25,8 @@ from rwkv_jax import generate, models
 from rwkv_jax import params as tables
 from rwkv_jax.checkpoint.store import CHECKPOINTS, CONFIG, Store, versions
 from rwkv_jax.checkpoint.weights import load
-from rwkv_jax.config import Config
+from rwkv_jax.config import MINI_EPOCH, Config
 from rwkv_jax.data.loader import Loader, prefetched
-from rwkv_jax.data.order import MINI_EPOCH
 from rwkv_jax.data.sources import Data, open_data
 from rwkv_jax.errors import UserError, within_memory
 from rwkv_jax.training import console as show
