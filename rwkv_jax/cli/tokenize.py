@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -89,22 +88,13 @@ def _tokenize(args: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[int, int], None] | None]:
     """Yields what moves a bar on stderr; None where that is no terminal."""
-    from rich import progress
-    from rich.console import Console
+    from rwkv_jax.data.prepare import reading_bar
 
-    if not sys.stderr.isatty():
+    bar = reading_bar()
+    if bar.disable:
         yield None
         return
-    bar = progress.Progress(
-        progress.TextColumn("tokenising"),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    task = bar.add_task("", total=None)
+    task = bar.add_task("tokenising", total=None)
     with bar:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

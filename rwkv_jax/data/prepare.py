@@ -198,7 +198,7 @@ def _map(path: Path, dtype: str) -> np.ndarray:
 
 
 def _build(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, show: bool) -> None:
-    bar = _bar(show)
+    bar = reading_bar(show)
     # Older releases of rich print an empty line when a disabled bar stops: it is not started.
     with contextlib.nullcontext() if bar.disable else bar:
         if tokenizer is None:
@@ -227,7 +227,8 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _bar(show: bool) -> Progress:
+def reading_bar(show: bool = True) -> Progress:
+    """Of bytes that are read, on stderr; disabled where that is no terminal."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
@@ -300,9 +301,7 @@ class _Writer:
 
     def write(self, documents: list[Document]) -> None:
         """Appends them, each followed by the end-of-document id."""
-        # What a vocabulary of others does at a cut is not known.
-        cut = pieces_of if self._tokenizer.kind != "file" else lambda text: [text]
-        pieces = [cut(document.text) for document in documents]
+        pieces = [pieces_for(self._tokenizer, document.text) for document in documents]
         encoded = iter(self._tokenizer.encode_batch([piece for some in pieces for piece in some]))
         for document, some in zip(documents, pieces, strict=True):
             parts = [np.asarray(ids, self._dtype) for ids in itertools.islice(encoded, len(some))]
@@ -343,6 +342,13 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             group, size = [], 0
     if group:
         yield group
+
+
+def pieces_for(tokenizer: Tokenizer, text: str) -> list[str]:
+    """`pieces_of`, where the tokens of the pieces, together, are those of the text. Our BPE and
+    World have no token with a line end before a character that is no space, and bytes have none of
+    two; what another vocabulary does at a cut is not known."""
+    return [text] if tokenizer.kind == "file" else pieces_of(text)
 
 
 def pieces_of(text: str) -> list[str]:

@@ -37,7 +37,7 @@ from rwkv_jax.config import DataConfig
 from rwkv_jax.data.binidx import BinidxWriter, dtype_for, files_of, merge, open_binidx
 from rwkv_jax.data.corpus import Corpus, fault_of
 from rwkv_jax.data.files import CorpusError, SourceFile, find_files, longest_document
-from rwkv_jax.data.prepare import pieces_of
+from rwkv_jax.data.prepare import pieces_for
 from rwkv_jax.data.tables import group_sizes
 from rwkv_jax.data.tokenizers import Tokenizer, open_tokenizer
 from rwkv_jax.errors import UserError, within_memory
@@ -406,19 +406,12 @@ def _make_part(
                 continue
             for document in Corpus(cfg, (file,), 0, 0, "", longest).documents(read):
                 size += len(document.text.encode())
-                pieces = (tokenizer.encode(piece) for piece in _pieces(document.text, tokenizer))
+                pieces = (tokenizer.encode(piece) for piece in pieces_for(tokenizer, document.text))
                 arrays = (np.fromiter(ids, dtype, len(ids)) for ids in pieces)
                 writer.add(*arrays, [tokenizer.eod])
     _write_json(
         _described(job.path), asdict(Counts(writer.documents, size, writer.tokens, skipped))
     )
-
-
-def _pieces(text: str, tokenizer: Tokenizer) -> list[str]:
-    """Parts of a few MB whose tokens, together, are those of the text. World has no token with a
-    line end before a character that is no space, and bytes have none of two; what another
-    vocabulary does at a cut is not known."""
-    return pieces_of(text) if tokenizer.kind in ("bytes", "world") else [text]
 
 
 @contextlib.contextmanager
