@@ -1,5 +1,7 @@
 """Which device a program is traced for."""
 
+from functools import lru_cache
+
 import jax
 
 
@@ -7,3 +9,29 @@ def device_kind() -> str:
     """Its name: that of the mesh that is set, or of this process' first device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def accelerator() -> str | None:
+    """XLA's name of the accelerator that a program is traced for: of the mesh that is set, or of
+    this process; None for a CPU."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    if platform == "gpu" and jax.default_backend() == "gpu" and _is_rocm():
+        return "rocm"
+    return {"gpu": "cuda", "cuda": "cuda", "rocm": "rocm", "tpu": "tpu"}.get(platform)
+
+
+@lru_cache
+def _is_rocm() -> bool:
+    return "rocm" in jax.devices()[0].client.platform_version.lower()
+
+
+@lru_cache
+def too_old() -> str | None:
+    """Why this process' GPU, if it has one, cannot run Triton's kernels."""
+    if jax.default_backend() != "gpu" or _is_rocm():
+        return None
+    device = jax.devices()[0]
+    if float(device.compute_capability) >= 8.0:
+        return None
+    return f"{device.device_kind}, whose compute capability {device.compute_capability} is below 8"

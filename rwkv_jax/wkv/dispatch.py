@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int
 from rwkv_jax.wkv import default, kernels, sharded
+from rwkv_jax.wkv.device import accelerator
 from rwkv_jax.wkv.precision import computed, precision
 from rwkv_jax.wkv.v4 import associative as v4_associative
 from rwkv_jax.wkv.v4 import chunked as v4_chunked
@@ -251,7 +252,7 @@ def _choose(table: Table, implementation: str | None, mesh_axis: str | None) -> 
         return run
     part = partial(table.part, run, mesh_axis)
     # What a part lacks is added to its y, which only kernels have rounded before.
-    kernel = implementation in KERNELS or (implementation is None and kernels.accelerator())
+    kernel = implementation in KERNELS or (implementation is None and accelerator())
     return part if kernel else computed(part, v=table.v)
 
 

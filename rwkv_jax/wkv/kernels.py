@@ -20,7 +20,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, Sharding
 
 from rwkv_jax.typing import Array, Bool, Callable, Float
-from rwkv_jax.wkv.device import device_kind
+from rwkv_jax.wkv.device import accelerator, device_kind, too_old
 from rwkv_jax.wkv.gradient import with_gradient
 from rwkv_jax.wkv.triton import kept_type
 
@@ -373,21 +373,6 @@ def _kinds(counts: tuple, x: Any, flat: list[Array]) -> tuple[Any, tuple, Array 
     )
 
 
-def accelerator() -> str | None:
-    """XLA's name of the accelerator that a program is traced for: of the mesh that is set, or of
-    this process; None for a CPU."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    if platform == "gpu" and jax.default_backend() == "gpu" and _is_rocm():
-        return "rocm"
-    return {"gpu": "cuda", "cuda": "cuda", "rocm": "rocm", "tpu": "tpu"}.get(platform)
-
-
-@lru_cache
-def _is_rocm() -> bool:
-    return "rocm" in jax.devices()[0].client.platform_version.lower()
-
-
 def why_not(platform: str | None) -> str | None:
     """Why there is no kernel here, whatever the inputs."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -425,17 +410,6 @@ def _no_mesh(platform: str | None) -> str | None:
     if platform != "tpu" or not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1:
         return None
     return "several TPUs without a mesh; set one of explicit axes (jax.set_mesh)"
-
-
-@lru_cache
-def too_old() -> str | None:
-    """Why this process' GPU, if it has one, cannot run Triton's kernels."""
-    if jax.default_backend() != "gpu" or _is_rocm():
-        return None
-    device = jax.devices()[0]
-    if float(device.compute_capability) >= 8.0:
-        return None
-    return f"{device.device_kind}, whose compute capability {device.compute_capability} is below 8"
 
 
 def started(reset: Bool[Array, "b t"], size: int) -> Float[Array, "b chunks C"]:
