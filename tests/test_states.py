@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import quick_jit
+from kinds import one_of_a_kind
 from official import checkpoint
 from tolerances import GOLDEN_LOGITS, assert_close
 
@@ -22,14 +23,6 @@ from rwkv_jax.errors import UserError
 from rwkv_jax.wkv import Wkv4State
 
 every_version = pytest.mark.parametrize("version", models.VERSIONS)
-one_of_a_kind = pytest.mark.parametrize(
-    "version",
-    [
-        pytest.param(version, marks=() if version in ("4", "6", "7") else pytest.mark.slow)
-        for version in models.VERSIONS
-    ],
-)
-"""A version of each recurrence; the others are slow."""
 each_kind = pytest.mark.parametrize("version", ["4", "6", "7"])
 
 

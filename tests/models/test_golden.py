@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import quick_jit
+from kinds import one_of_a_kind
 from tolerances import GOLDEN_LOGITS
 
 from rwkv_jax import models
@@ -22,14 +23,6 @@ from rwkv_jax.wkv import IMPLEMENTATIONS
 FOLDER = Path(__file__).parents[1] / "golden"
 
 every_version = pytest.mark.parametrize("version", models.VERSIONS)
-one_of_a_kind = pytest.mark.parametrize(
-    "version",
-    [
-        pytest.param(version, marks=() if version in ("4", "6", "7") else pytest.mark.slow)
-        for version in models.VERSIONS
-    ],
-)
-"""A version of each recurrence; the others are slow."""
 every_layout = pytest.mark.parametrize("layout", ["stacked", "unstacked"])
 
 

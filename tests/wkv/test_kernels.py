@@ -23,34 +23,29 @@ from rwkv_jax.wkv import KERNELS, Wkv4State, cases, kernels, leak_test, wkv6, wk
 slow = pytest.mark.slow
 SHAPE = cases.Shape(2, 37, 2, 16)
 every_kernel = pytest.mark.parametrize("name", KERNELS)
-one_of_each = pytest.mark.parametrize(
-    ("version", "name"),
-    [
+QUICK = (("6", "pallas_gpu"), ("7", "pallas_tpu"))
+"""A pair of each version and each backend; version 4's kernels are long programs without a loop,
+which take long to compile for a CPU."""
+
+
+def pairs(*quick):
+    """Every version with every kernel; the others than these are slow."""
+    every = [
         pytest.param(
             VERSIONS[version],
             name,
-            marks=() if (version, name) in (("6", "pallas_gpu"), ("7", "pallas_tpu")) else slow,
+            marks=() if (version, name) in quick else slow,
             id=f"wkv{version}-{name}",
         )
         for version in "467"
         for name in KERNELS
-    ],
-)
-"""Where versions and backends have a test in common, one pair of each stands for all in CI; version
-4's kernels are long programs without a loop, which take long to compile for a CPU."""
-one_of_all = pytest.mark.parametrize(
-    ("version", "name"),
-    [
-        pytest.param(
-            VERSIONS[version],
-            name,
-            marks=() if (version, name) == ("7", "pallas_tpu") else slow,
-            id=f"wkv{version}-{name}",
-        )
-        for version in "467"
-        for name in KERNELS
-    ],
-)
+    ]
+    return pytest.mark.parametrize(("version", "name"), every)
+
+
+one_of_each = pairs(*QUICK)
+"""Where versions and backends have a test in common, one pair of each stands for all in CI."""
+one_of_all = pairs(QUICK[-1])
 """Where the test is of what is around kernels, one stands for all."""
 DEVICES = {
     "pallas_tpu": ("tpu", AbstractDevice("TPU v5 lite", 1, "tpu"), "tpu_custom_call"),
@@ -88,17 +83,14 @@ def call(version, name, reset, inputs, state, **options):
     return version.operator(**inputs, state=state, reset=reset, implementation=name, **options)
 
 
-QUICK = (("6", "pallas_gpu", "float32"), ("7", "pallas_tpu", "bfloat16"))
-
-
 def accuracy_cases():
     """The longest with the kernels' own precisions; the others are slow."""
     for version in VERSIONS:
         for name in KERNELS:
             for dtype in ("float32", "bfloat16"):
                 for length in accuracy.LENGTHS:
-                    pair = version, name, dtype
-                    quick = length == "3 C + 5" and pair in QUICK
+                    stands = dict(zip(QUICK, ("float32", "bfloat16"), strict=True))
+                    quick = length == "3 C + 5" and stands.get((version, name)) == dtype
                     yield pytest.param(
                         *(version, name, dtype, length),
                         id=f"wkv{version}-{name}-{dtype}-{length}".replace(" ", ""),
