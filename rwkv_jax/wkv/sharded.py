@@ -1,8 +1,8 @@
 """The recurrences with their time axis spread over the devices of a mesh axis.
 
 Each device runs its part of the sequence as if nothing had come before, and sums it up as a map of
-the state that enters it. Then the state itself, whose size does not depend on the length, goes from
-device to device, each applying its map: a device learns what enters its own part.
+the state that enters it, whose size does not depend on the length. The maps are joined from device
+to device: each learns what enters its own part.
 
     version   the map of a part                what y still lacks
     4         (e^D, numerator, denominator)    a second pass, from the state that enters
@@ -23,7 +23,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int
-from rwkv_jax.wkv.v4.associative import combine, part_decay
+from rwkv_jax.wkv.v4 import associative as v4
 from rwkv_jax.wkv.v4.scan import Wkv4State
 from rwkv_jax.wkv.v6 import associative as v6
 from rwkv_jax.wkv.v7 import associative as v7
@@ -159,22 +159,27 @@ def mask_of(
     return first + jnp.arange(time)[None] < lengths[:, None]
 
 
-def exchange(axis: str, act: Callable, part: Any, state: Any) -> tuple[Any, Any]:
+def exchange(axis: str, compose: Callable, act: Callable, part: Any, state: Any) -> tuple[Any, Any]:
     """The state that enters this device's part, and the one after the last device's.
 
-    `act(state, part)` is the state after a part. The state goes from device to device, so that one
-    receives its size times the number of devices, whatever the length; a gathering of all parts,
-    which need not wait, XLA would make whole over the rows and heads that automatic axes shard.
+    `compose(first, second)` is the map of two parts in a row, `act(state, part)` the state after
+    one. Maps go from device to device, twice as far each time, so that one receives as many as
+    there are doublings, whatever the length; a gathering of all of them XLA would make whole over
+    the rows and heads that automatic axes shard. The doublings are not a loop: XLA's runtime for
+    CPUs lets permutes inside of one run beside those outside, and takes them for the same.
     """
     mine, count = lax.axis_index(axis), lax.axis_size(axis)
-    along = [(i, i + 1) for i in range(count - 1)]
 
-    def hop(entering: Any, device: Array) -> tuple[Any, None]:
-        passed = jax.tree.map(lambda x: lax.ppermute(x, axis, along), act(entering, part))
-        return _where(mine == device, passed, entering), None
+    def from_before(x: Any, distance: int) -> Any:
+        pairs = [(i, i + distance) for i in range(count - distance)]
+        return jax.tree.map(lambda x: lax.ppermute(x, axis, pairs), x)
 
-    entering, _ = lax.scan(hop, state, jnp.arange(1, count))
-    after = act(entering, part)
+    distance = 1
+    while distance < count:
+        longer = compose(from_before(part, distance), part)
+        part, distance = _where(mine >= distance, longer, part), 2 * distance
+    after = act(state, part)
+    entering = _where(mine == 0, state, from_before(after, 1))
     last = _where(mine == count - 1, after, jax.tree.map(jnp.zeros_like, after))
     return entering, lax.psum(last, axis)
 
@@ -200,8 +205,12 @@ def wkv4(
     count = k.shape[1] if mask is None else jnp.sum(mask, 1, dtype=state.num.dtype)[:, None]
     begun = None if reset is None else jnp.any(reset, 1)[:, None]
     log_decay = log_w.astype(state.num.dtype)[None]
-    decay = jnp.broadcast_to(part_decay(log_decay, count, begun), state.num.shape)
-    entering, last = exchange(axis, lambda state, x: combine(state, *x), (decay, part), state)
+    decay = jnp.broadcast_to(v4.part_decay(log_decay, count, begun), state.num.shape)
+
+    def act(state: Wkv4State, part: tuple[Array, Wkv4State]) -> Wkv4State:
+        return v4.combine(state, *part)
+
+    entering, last = exchange(axis, v4.compose, act, (decay, part), state)
     y, _ = run(log_w, k, v, u, entering, reset, mask)
     return y, last
 
@@ -228,7 +237,7 @@ def wkv6(
         seen = jnp.where(begun[:, :, None, None], 0, seen)
         kept = jnp.where(begun[:, -1, None, None, None], 0, kept)
 
-    entering, last = exchange(axis, v6.act, (kept, added), state)
+    entering, last = exchange(axis, v6.compose, v6.act, (kept, added), state)
     return add(y, read(entering, r.astype(state.dtype) * seen)), last
 
 
@@ -251,7 +260,7 @@ def wkv7(
     both = jnp.concatenate([v, jnp.zeros(r.shape, v.dtype)], -1)
     y, after = run(r, log_w, k, both, a, b, start, reset)
     part = (after[..., rows:, :], after[..., :rows, :])
-    entering, last = exchange(axis, v7.act, part, state)
+    entering, last = exchange(axis, v7.compose, v7.act, part, state)
     return add(y[..., :rows], read(entering, y[..., rows:].astype(state.dtype))), last
 
 
