@@ -72,13 +72,13 @@ class Corpus:
         for file in self.files:
             if file.json_lines:
                 yield from self._lines(file, _json_texts(file, self.cfg, report, self.longest))
-            elif self.cfg.train_on != "all":
-                raise CorpusError(
-                    f"{file.path}: data.train_on = {self.cfg.train_on!r} needs JSON lines, which"
-                    ' say what is trained on; give some, or set it to "all"'
-                )
             elif file.table:
                 yield from self._lines(file, _row_texts(file, self.cfg, report, self.longest))
+            elif self.cfg.train_on != "all":
+                raise CorpusError(
+                    f"{file.path}: data.train_on = {self.cfg.train_on!r} needs JSON lines or a"
+                    ' table, which say what is trained on; give one, or set it to "all"'
+                )
             elif self.cfg.document == "line":
                 yield from self._lines(file, _line_texts(file, report, self.longest))
             else:
@@ -192,9 +192,15 @@ def _whole_text(file: SourceFile, report: Callable[[int], None] | None, longest:
 def _row_texts(
     file: SourceFile, cfg: DataConfig, report: Callable[[int], None] | None, longest: int
 ) -> Iterator[Line]:
-    for number, text in read_rows(file, cfg.field, report):
-        check_length(text, f"{file.path}:{number}", longest)
-        yield number, text, None
+    more = ["spans"] if cfg.train_on == "spans" else []
+    for number, record in read_rows(file, cfg.field, *more, report=report):
+        where = f"{file.path}:{number}"
+        try:
+            text, spans = _said(record, cfg)
+        except ConversationError as error:
+            raise CorpusError(f"{where}: column {cfg.field!r}: {error}") from error
+        check_length(text, where, longest)
+        yield number, text, spans
 
 
 def _line_texts(

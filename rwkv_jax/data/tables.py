@@ -12,20 +12,24 @@ ROWS = 256
 
 
 def read_rows(
-    file: SourceFile, field: str, report: Callable[[int], None] | None = None
-) -> Iterator[tuple[int, str]]:
-    """The texts of a column, each with its row, counted from 1 and from the file's beginning.
+    file: SourceFile, field: str, *more: str, report: Callable[[int], None] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """A column and those of `more` that are there, row by row, counted from 1 and from the file's
+    beginning. The column holds text, or a conversation's turns as a list.
 
     `report` is told the bytes on disk that the rows take. Raises CorpusError naming file and row of
-    what is no text, UserError without pyarrow.
+    what is neither, UserError without pyarrow.
     """
     with _reading(file) as arrow, _open(arrow, file) as table:
         _check_column(arrow, table.schema, file, field)
+        columns = [field, *(name for name in more if name in table.schema.names)]
         number, told = table.first, 0
-        for batch, place in table.batches(field):
-            for value in batch.column(field):
+        for batch, place in table.batches(columns):
+            for values in zip(*map(batch.column, columns), strict=True):
                 number += 1
-                yield number, _text(value, f"{file.path}:{number}", field)
+                named = zip(columns, values, strict=True)
+                where = f"{file.path}:{number}"
+                yield number, {name: _value(value, where, name) for name, value in named}
             if report:
                 report(place - told)
                 told = place
@@ -47,8 +51,8 @@ class _Table:
     size: int
     """Bytes on disk of those that are read."""
     groups: list[int]
-    batches: Callable[[str], Iterator[tuple[Any, int]]]
-    """Record batches with a column, and the bytes on disk up to the end of each."""
+    batches: Callable[[list[str]], Iterator[tuple[Any, int]]]
+    """Record batches with these columns, and the bytes on disk up to the end of each."""
 
 
 @contextlib.contextmanager
@@ -100,9 +104,9 @@ def _parquet(parquet: Any, file: SourceFile) -> _Table:
     size = file.path.stat().st_size if whole else sum(sizes[i] for i in chosen)
     rows = max(1, sum(groups[i].num_rows for i in chosen))
 
-    def batches(field: str) -> Iterator[tuple[Any, int]]:
+    def batches(columns: list[str]) -> Iterator[tuple[Any, int]]:
         done = 0
-        for batch in parquet.iter_batches(ROWS, row_groups=list(chosen), columns=[field]):
+        for batch in parquet.iter_batches(ROWS, row_groups=list(chosen), columns=columns):
             done += batch.num_rows
             yield batch, size * done // rows
 
@@ -118,20 +122,22 @@ def _check_column(arrow: Any, schema: Any, file: SourceFile, field: str) -> None
         )
     kind = schema.field(field).type
     inner = kind.value_type if arrow.types.is_dictionary(kind) else kind
-    tests = (arrow.types.is_string, arrow.types.is_large_string, arrow.types.is_string_view)
-    if not any(test(inner) for test in tests):
+    types = arrow.types
+    text = (types.is_string, types.is_large_string, types.is_string_view)
+    if not any(test(inner) for test in (*text, types.is_list, types.is_large_list)):
         raise CorpusError(
-            f"{file.path}:1: column {field!r} holds {kind}, not text; set data.field to another"
+            f"{file.path}:1: column {field!r} holds {kind}, not text or a list of turns; set"
+            " data.field to another"
         )
 
 
-def _text(value: Any, where: str, field: str) -> str:
+def _value(value: Any, where: str, field: str) -> Any:
     try:
-        text = value.as_py()
+        found = value.as_py()
     except UnicodeDecodeError as error:
         raise CorpusError(
             f"{where}: column {field!r} is not UTF-8 ({error.reason}); convert it first"
         ) from error
-    if text is None:
+    if found is None:
         raise CorpusError(f"{where}: column {field!r} is null; leave out such rows")
-    return text
+    return found

@@ -89,7 +89,8 @@ def test_groups_of_rows_count_from_the_file_s_beginning(tmp_path):
     groups = len(group_sizes(SourceFile(path, "a")))
     assert groups == 8
     parts = [read_rows(SourceFile(path, "a", i, i + 3), "text") for i in range(0, groups, 3)]
-    assert [row for part in parts for row in part] == list(enumerate(TEXTS, 1))
+    found = [(number, record["text"]) for part in parts for number, record in part]
+    assert found == list(enumerate(TEXTS, 1))
 
 
 def test_fingerprint_is_of_the_bytes_on_disk(tmp_path):
@@ -143,7 +144,7 @@ def test_bad_columns_are_named_by_file_and_row(tmp_path, ending):
     path = save(tmp_path / f"a{ending}", ["fine"] * 300 + [None])
     assert fault(path) == f"{path}:301: column 'text' is null; leave out such rows"
     assert fault(path, field="id") == (
-        f"{path}:1: column 'id' holds int64, not text; set data.field to another"
+        f"{path}:1: column 'id' holds int64, not text or a list of turns; set data.field to another"
     )
     assert fault(path, field="body") == (
         f"{path}: no column 'body'; set data.field to one of those there: id, text"
@@ -151,6 +152,36 @@ def test_bad_columns_are_named_by_file_and_row(tmp_path, ending):
     raw = pa.array([b"fine", b"\xff"], pa.binary()).view(pa.string())
     path = save(tmp_path / f"b{ending}", ["fine"] * 2, raw=raw)
     assert fault(path, field="raw").startswith(f"{path}:2: column 'raw' is not UTF-8")
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".arrow"])
+def test_conversations_are_those_of_json_lines(tmp_path, ending):
+    turns = [
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": f"{i}"}] * 2
+        for i in range(3)
+    ]
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("".join(json.dumps({"messages": some}) + "\n" for some in turns))
+    path = save(tmp_path / f"a{ending}", list("abc"), messages=turns)
+    asked = {"field": "messages", "train_on": "answers"}
+    found, due = documents(path, **asked), documents(lines, **asked)
+    assert [(d.text, d.spans) for d in found] == [(d.text, d.spans) for d in due]
+    assert all(d.spans for d in found)
+    assert [d.text for d in documents(path, field="messages")] == [d.text for d in due]
+    path = save(tmp_path / f"b{ending}", ["fine"], messages=[[{"role": "cook", "content": "x"}]])
+    message = f"{path}:1: column 'messages': turn 1 is of role 'cook': one of system, user, human"
+    assert fault(path, field="messages").startswith(message)
+    assert fault(path, train_on="answers").startswith(f"{path}:1: column 'text': text, not a list")
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".arrow"])
+def test_spans_are_a_column(tmp_path, ending):
+    path = save(tmp_path / f"a{ending}", ["abc", "de"], spans=[[[0, 1]], [[0, 1], [1, 2]]])
+    found = documents(path, train_on="spans")
+    assert [d.spans for d in found] == [((0, 1),), ((0, 1), (1, 2))]
+    assert fault(save(tmp_path / f"b{ending}", ["abc"]), train_on="spans").startswith(
+        f"{tmp_path}/b{ending}:1: column 'text': the field 'spans' holds None"
+    )
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".arrow"])
