@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from rwkv_jax.remat import keep
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int, Leaf
@@ -29,6 +30,28 @@ class Norm(Generic[Leaf]):
 def along(vector: Float[Array, " c"], x: Float[Array, "*shape c"]) -> Float[Array, "*ones c"]:
     """A parameter vector shaped and cast to act on the last axis of `x`."""
     return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+def rows(
+    table: Float[Array, "*layers V c"], tokens: Int[Array, "b t"]
+) -> Float[Array, "*layers b t c"]:
+    """The table's rows of these tokens, parted as they are."""
+
+    def look_up(table: Array, tokens: Array) -> Array:
+        return table[..., tokens, :]
+
+    explicit = jax.sharding.get_abstract_mesh().explicit_axes
+    if not explicit:
+        return look_up(table, tokens)
+    parted = jax.typeof(tokens).sharding.spec
+    spread = jax.shard_map(
+        look_up,
+        in_specs=(PartitionSpec(), parted),
+        out_specs=PartitionSpec(*(None for _ in table.shape[:-2]), *parted, None),
+        axis_names=set(explicit),
+        check_vma=False,
+    )
+    return spread(table, tokens)
 
 
 @struct.dataclass
@@ -55,12 +78,21 @@ def linear(
     """
     tokens = x.reshape(-1, x.shape[-1])
     if not isinstance(weight, Transposed):
-        y = tokens @ weight.astype(x.dtype)
+        y = _product(tokens, weight.astype(x.dtype))
     elif len(tokens) == 1:
         y = (weight.rows.astype(x.dtype) @ tokens[0])[None]
     else:
         y = tokens @ weight.rows.astype(x.dtype).T
     return keep(y.reshape(*x.shape[:-1], -1))
+
+
+def _product(x: Float[Array, "m i"], weight: Float[Array, "i o"]) -> Float[Array, "m o"]:
+    """`x @ weight`. Where the types of both say that "i" is parted, each device has a part of the
+    sum: what is said of the result adds them up."""
+    m, i = jax.typeof(x).sharding.spec
+    also, o = jax.typeof(weight).sharding.spec
+    parted = PartitionSpec(m, o) if i and i == also else None
+    return lax.dot(x, weight, out_sharding=parted)
 
 
 @jax.checkpoint

@@ -44,12 +44,17 @@ class Depth:
 Init = Callable[[PRNGKeyArray, tuple[int, ...], Depth], Float[Array, "..."]]
 
 
+Axes = tuple[str | None, ...]
+"""Logical axes, as in `rwkv_jax.sharding.RULES`; None is one that is never parted."""
+
+
 @dataclass(frozen=True)
 class ParamSpec:
     """One parameter: its shape, initial value, optimizer group and place in official checkpoints.
 
     `layers` stacks as many independent copies on a leading axis, one per layer; `shape` is one
-    copy's. `lr_scale` multiplies the learning rate; `decay` says whether weight decay applies.
+    copy's. `axes` names its axes, one each; a small parameter that every device has whole needs
+    none. `lr_scale` multiplies the learning rate; `decay` says whether weight decay applies.
     `layout` is how official files keep it: `linear` is `NAME.weight`, [out, in] there and [in, out]
     here; `table` is `NAME.weight` as it is; `row` is [1, 1, c]; `plain` is as it is, and so is
     `factor`, a low-rank matrix [in, out].
@@ -58,6 +63,7 @@ class ParamSpec:
     shape: tuple[int, ...]
     init: Init
     layers: int = 0
+    axes: Axes = ()
     lr_scale: float = 1.0
     decay: bool = False
     layout: Literal["plain", "linear", "table", "row", "factor"] = "plain"
@@ -74,25 +80,29 @@ class Layers:
 
     count: int
 
-    def plain(self, shape: tuple[int, ...], init: Init, lr_scale: float = 1.0) -> ParamSpec:
+    def plain(
+        self, shape: tuple[int, ...], init: Init, lr_scale: float = 1.0, axes: Axes = ()
+    ) -> ParamSpec:
         """Kept as it is, without weight decay."""
-        return ParamSpec(shape, init, self.count, lr_scale=lr_scale)
+        return ParamSpec(shape, init, self.count, axes, lr_scale)
 
-    def row(self, width: int, init: Init, lr_scale: float = 1.0) -> ParamSpec:
+    def row(self, width: int, init: Init, lr_scale: float = 1.0, axes: Axes = ()) -> ParamSpec:
         """A vector that official files keep as [1, 1, c], without weight decay."""
-        return ParamSpec((width,), init, self.count, lr_scale=lr_scale, layout="row")
+        return ParamSpec((width,), init, self.count, axes, lr_scale, layout="row")
 
-    def factor(self, shape: tuple[int, ...], init: Init) -> ParamSpec:
+    def factor(self, shape: tuple[int, ...], axes: Axes, init: Init) -> ParamSpec:
         """A low-rank matrix [in, out], without weight decay."""
-        return ParamSpec(shape, init, self.count, layout="factor")
+        return ParamSpec(shape, init, self.count, axes, layout="factor")
 
-    def matrix(self, shape: tuple[int, int], init: Init) -> ParamSpec:
+    def matrix(self, shape: tuple[int, int], axes: Axes, init: Init) -> ParamSpec:
         """A linear map [in, out], with weight decay."""
-        return ParamSpec(shape, init, self.count, decay=True, layout="linear")
+        return ParamSpec(shape, init, self.count, axes, decay=True, layout="linear")
 
-    def norm(self, width: int, weight: Init | None = None) -> Norm[ParamSpec]:
+    def norm(self, width: int, weight: Init | None = None, axes: Axes = ()) -> Norm[ParamSpec]:
         """A normalisation: weights 1 unless `weight` says otherwise, biases 0."""
-        return Norm(self.plain((width,), weight or ones), self.plain((width,), zeros))
+        return Norm(
+            self.plain((width,), weight or ones, axes=axes), self.plain((width,), zeros, axes=axes)
+        )
 
 
 def is_spec(leaf: object) -> bool:

@@ -1,4 +1,5 @@
-"""The room every test runs in: CPU, eight virtual devices, and JAX at its strictest."""
+"""The room every test runs in: CPU, eight virtual devices, JAX at its strictest, and compiled
+quickly (`compiling.py`)."""
 
 import atexit
 import os
@@ -8,7 +9,11 @@ import tempfile
 # Read when JAX is first imported; subprocesses of a test inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    ]
 ).strip()
 
 # What several tests, workers and processes compile is compiled once in a run.

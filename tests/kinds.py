@@ -1,14 +1,20 @@
-"""Versions that stand for each other."""
+"""Versions that stand for each other: all run with `-m slow`, these always."""
 
 import pytest
 
 from rwkv_jax import models
 
-one_of_a_kind = pytest.mark.parametrize(
-    "version",
-    [
-        pytest.param(version, marks=() if version in ("4", "6", "7") else pytest.mark.slow)
-        for version in models.VERSIONS
-    ],
-)
-"""A version of each recurrence; the others are slow."""
+
+def versions(*quick: str) -> pytest.MarkDecorator:
+    """Every version, those that are not named as slow."""
+    return pytest.mark.parametrize(
+        "version",
+        [
+            pytest.param(version, marks=() if version in quick else pytest.mark.slow)
+            for version in models.VERSIONS
+        ],
+    )
+
+
+one_of_a_kind = versions("4", "6", "7")
+"""A version of each recurrence."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiling import quick_jit
+from kinds import one_of_a_kind
 
 from rwkv_jax import models, params
 from rwkv_jax.config import ModelConfig
@@ -33,8 +33,6 @@ CONFIGS = {
     )
     for version in models.VERSIONS
 }
-
-every_version = pytest.mark.parametrize("version", models.VERSIONS)
 
 
 @functools.cache
@@ -172,7 +170,7 @@ UNIFORM = {
 NORMS = ["ln1", "ln2"]
 
 
-@every_version
+@one_of_a_kind
 def test_closed_forms(version):
     for layer in range(LAYERS):
         for name, expected in CLOSED_FORMS[version](layer).items():
@@ -190,7 +188,7 @@ def check_orthogonal(matrix, gain, name):
     )
 
 
-@every_version
+@one_of_a_kind
 def test_matrices(version):
     values = initial(version)
     for name in ZERO[version]:
@@ -211,7 +209,7 @@ def test_matrices(version):
         assert not np.any(values[f"{norm}.bias"]), norm
 
 
-@every_version
+@one_of_a_kind
 def test_every_parameter_has_an_expected_initial_value(version):
     checked = {
         f"blocks.{name}"
@@ -230,7 +228,7 @@ def test_every_parameter_has_an_expected_initial_value(version):
     assert checked | {"emb", "head"} == set(initial(version))
 
 
-@every_version
+@one_of_a_kind
 def test_embedding_and_head(version):
     emb = np.asarray(initial(version)["emb"])
     assert emb.shape == (96, WIDTH)
@@ -293,7 +291,7 @@ def expected_group(version, name, ndim):
     return 1.0, ndim >= 2
 
 
-@every_version
+@one_of_a_kind
 def test_optimizer_groups(version):
     table = named(models.specs(CONFIGS[version]), is_leaf=params.is_spec)
     groups = {name: (spec.lr_scale, spec.decay) for name, spec in table.items()}
@@ -379,7 +377,7 @@ def test_the_initial_model_is_finite_and_undecided(version):
         chosen = jax.nn.one_hot(tokens[:, 1:], cfg.vocab_size)
         return -jnp.mean(jnp.sum(jax.nn.log_softmax(logits) * chosen, -1))
 
-    value, gradient = quick_jit(jax.value_and_grad(loss))(tree)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(tree)
     assert abs(float(value) - np.log(cfg.vocab_size)) < 0.3
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
 

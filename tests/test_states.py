@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiling import quick_jit
 from kinds import one_of_a_kind
 from official import checkpoint
 from tolerances import GOLDEN_LOGITS, assert_close
@@ -37,7 +36,7 @@ def golden(version):
 @functools.cache
 def run(version):
     params, cfg, *_ = golden(version)
-    forward = quick_jit(functools.partial(models.forward, cfg=cfg))
+    forward = jax.jit(functools.partial(models.forward, cfg=cfg))
     return lambda tokens, state=None: forward(params, tokens, state)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from rwkv_jax import nn
+from rwkv_jax import nn, sharding
 from rwkv_jax import params as tables
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import rwkv4, rwkv5, rwkv6, rwkv7, rwkv7a
@@ -38,7 +38,7 @@ VERSIONS: dict[str, ModuleType] = {
     "7a": rwkv7a,
 }
 """The version table: each module has `specs`, `init_state`, `init_carry` and `block`; one with
-tables by token has `look_up` too."""
+tables by token has `look_up` and `gather` too."""
 
 
 Tree = TypeVar("Tree", "Model", "State")
@@ -76,11 +76,11 @@ def specs(cfg: ModelConfig) -> Model[ParamSpec]:
     whole = Layers(0)  # of the model, not of its layers
     head_gain = 0.5 * max(vocab / c, 1.0) ** 0.5
     return Model(
-        emb=ParamSpec((vocab, c), uniform(1e-4), decay=True, layout="table"),
+        emb=ParamSpec((vocab, c), uniform(1e-4), 0, (None, "embed"), decay=True, layout="table"),
         ln0=whole.norm(c),
         blocks=blocks,
         ln_out=whole.norm(c),
-        head=whole.matrix((c, vocab), orthogonal(head_gain)),
+        head=whole.matrix((c, vocab), ("embed", "vocab"), orthogonal(head_gain)),
     )
 
 
@@ -173,12 +173,16 @@ def backbone(
     module = VERSIONS[cfg.version]
     unstacked = isinstance(params.blocks, tuple)
     if state is None:
-        state = init_state(cfg, tokens.shape[0], params)
-        state = unstack(state) if unstacked else state
+        fresh = init_state(cfg, tokens.shape[0], params)
+        fresh = replace(
+            fresh, blocks=jax.tree.map(partial(sharding.rows_like, tokens), fresh.blocks)
+        )
+        state = unstack(fresh) if unstacked else fresh
     check_state(state, cfg, tokens.shape[0])
     blocks = params.blocks
     if look_up := getattr(module, "look_up", None):
         blocks = look_up(blocks, tokens)
+    gather = getattr(module, "gather", sharding.gather)
     block = partial(
         module.block,
         reset=reset,
@@ -187,15 +191,22 @@ def backbone(
         implementation=implementation,
     )
     with jax.named_scope("embed"):
-        x = nn.layer_norm(params.emb[tokens].astype(dtype), params.ln0)
+        x = nn.layer_norm(nn.rows(sharding.gather(params.emb), tokens).astype(dtype), params.ln0)
 
     def layer(stream, inputs):
         block_params, block_state, first = inputs
+        block_params = gather(block_params, dtype)
         *stream, block_state = block(block_params, *stream, block_state, first=first)
         return tuple(stream), block_state
 
     layer = rematerialise(layer, remat, prevent_cse=unstacked)
     stream = (x, module.init_carry(x))
+    if sharding.is_explicit():
+        # A loop's carry keeps its type: what goes in is parted as what a layer gives back.
+        one = blocks[0] if unstacked else jax.tree.map(itemgetter(0), blocks)
+        of_one = state.blocks[0] if unstacked else jax.tree.map(itemgetter(0), state.blocks)
+        given_back, _ = jax.eval_shape(layer, stream, (one, of_one, True))
+        stream = jax.tree.map(sharding.like, stream, given_back)
     if unstacked:
         states = []
         for i, inputs in enumerate(zip(blocks, state.blocks, strict=True)):
@@ -231,7 +242,7 @@ def _over_mesh(
 def head(params: Model[Array], hidden: Float[Array, "*shape c"]) -> Float[Array, "*shape V"]:
     """Float32 logits of `hidden`."""
     with jax.named_scope("head"):
-        return nn.linear(hidden, params.head).astype(jnp.float32)
+        return nn.linear(hidden, sharding.gather(params.head)).astype(jnp.float32)
 
 
 def forward(

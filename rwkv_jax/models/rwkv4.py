@@ -171,21 +171,21 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     mix_v = row(closed_form(lambda d: share**d.falling + 0.3 * d.rising))
     mix_r = row(closed_form(lambda d: share ** (0.5 * d.falling)))
     att = TimeMix(
-        time_decay=make.plain((c,), closed_form(time_decay), lr_scale=2.0),
-        time_first=make.plain((c,), closed_form(time_first), lr_scale=3.0),
+        time_decay=make.plain((c,), closed_form(time_decay), 2.0, ("heads",)),
+        time_first=make.plain((c,), closed_form(time_first), 3.0, ("heads",)),
         time_mix_k=mix_k,
         time_mix_v=mix_v,
         time_mix_r=mix_r,
-        key=matrix((c, c), zeros),
-        value=matrix((c, c), orthogonal(1.0)),
-        receptance=matrix((c, c), zeros),
-        output=matrix((c, c), zeros),
+        key=matrix((c, c), ("embed", "heads"), zeros),
+        value=matrix((c, c), ("embed", "heads"), orthogonal(1.0)),
+        receptance=matrix((c, c), ("embed", "heads"), zeros),
+        output=matrix((c, c), ("heads", "embed"), zeros),
     )
     ffn = ChannelMix(
         time_mix_k=mix_k,
         time_mix_r=mix_k,
-        key=matrix((c, f), orthogonal(math.sqrt(max(f / c, 1.0)))),
-        receptance=matrix((c, c), zeros),
-        value=matrix((f, c), zeros),
+        key=matrix((c, f), ("embed", "mlp"), orthogonal(math.sqrt(max(f / c, 1.0)))),
+        receptance=matrix((c, c), ("embed", None), zeros),
+        value=matrix((f, c), ("mlp", "embed"), zeros),
     )
     return Block(ln1=norm(), att=att, ln2=norm(), ffn=ffn)

@@ -144,7 +144,7 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     make = Layers(cfg.layers)
     row, matrix, norm = partial(make.row, c), make.matrix, partial(make.norm, c)
 
-    shape = (h, n) if by_channel else (h,)
+    shape, axes = ((h, n), ("heads", None)) if by_channel else ((h,), ("heads",))
     index = jnp.arange(c if by_channel else h, dtype=jnp.float32).reshape(shape)
     ramp = index / max(index.size - 1, 1)
     share = jnp.arange(c, dtype=jnp.float32) / c
@@ -160,25 +160,25 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     mix_v = row(closed_form(lambda d: share**d.falling + 0.3 * d.rising))
     mix_r = row(closed_form(lambda d: share ** (0.5 * d.falling)))
     att = TimeMix(
-        time_decay=make.plain(shape, closed_form(time_decay), lr_scale=2.0),
-        time_first=None if gated else make.plain(shape, constant(-3.0), lr_scale=3.0),
-        time_faaaa=make.plain(shape, closed_form(time_faaaa)) if gated else None,
+        time_decay=make.plain(shape, closed_form(time_decay), 2.0, axes),
+        time_first=None if gated else make.plain(shape, constant(-3.0), 3.0, axes),
+        time_faaaa=make.plain(shape, closed_form(time_faaaa), axes=axes) if gated else None,
         time_mix_k=mix_k,
         time_mix_v=mix_v,
         time_mix_r=mix_r,
         time_mix_g=mix_r if gated else None,
-        key=matrix((c, c), orthogonal(0.1)),
-        value=matrix((c, c), orthogonal(1.0)),
-        receptance=matrix((c, c), orthogonal(1.0)),
-        gate=matrix((c, c), orthogonal(0.1)) if gated else None,
-        output=matrix((c, c), zeros),
-        ln_x=norm(ln_x_weight),
+        key=matrix((c, c), ("embed", "heads"), orthogonal(0.1)),
+        value=matrix((c, c), ("embed", "heads"), orthogonal(1.0)),
+        receptance=matrix((c, c), ("embed", "heads"), orthogonal(1.0)),
+        gate=matrix((c, c), ("embed", "heads"), orthogonal(0.1)) if gated else None,
+        output=matrix((c, c), ("heads", "embed"), zeros),
+        ln_x=norm(ln_x_weight, axes=("heads",)),
     )
     ffn = ChannelMix(
         time_mix_k=mix_k,
         time_mix_r=mix_k,
-        key=matrix((c, f), orthogonal(1.0)),
-        receptance=matrix((c, c), zeros),
-        value=matrix((f, c), zeros),
+        key=matrix((c, f), ("embed", "mlp"), orthogonal(1.0)),
+        receptance=matrix((c, c), ("embed", None), zeros),
+        value=matrix((f, c), ("mlp", "embed"), zeros),
     )
     return Block(ln1=norm(), att=att, ln2=norm(), ffn=ffn)

@@ -203,7 +203,11 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     mix_v = row(closed_form(lambda d: 1.0 - (share**d.falling + 0.3 * d.rising)))
     mix_r = row(closed_form(lambda d: 1.0 - share ** (0.5 * d.falling)))
     ffn_mix = row(closed_form(lambda d: 1.0 - share ** (d.falling**3)))
-    time_state = ParamSpec((h, n, n), zeros, cfg.layers, decay=True) if cfg.state_tuned else None
+    time_state = (
+        ParamSpec((h, n, n), zeros, cfg.layers, ("heads", None, None), decay=True)
+        if cfg.state_tuned
+        else None
+    )
     att = TimeMix(
         time_maa_x=mix_k,
         time_maa_w=mix_k,
@@ -211,25 +215,25 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
         time_maa_v=mix_v,
         time_maa_r=mix_r,
         time_maa_g=mix_r,
-        time_maa_w1=factor((c, 5 * rank_mix), zeros),
-        time_maa_w2=factor((5, rank_mix, c), uniform(0.01)),
-        time_decay=row(closed_form(time_decay), lr_scale=2.0),
-        time_decay_w1=factor((c, rank_w), zeros),
-        time_decay_w2=factor((rank_w, c), uniform(0.01)),
-        time_faaaa=plain((h, n), closed_form(time_faaaa)),
+        time_maa_w1=factor((c, 5 * rank_mix), ("embed", None), zeros),
+        time_maa_w2=factor((5, rank_mix, c), (None, None, "embed"), uniform(0.01)),
+        time_decay=row(closed_form(time_decay), 2.0, ("heads",)),
+        time_decay_w1=factor((c, rank_w), ("embed", None), zeros),
+        time_decay_w2=factor((rank_w, c), (None, "channels"), uniform(0.01)),
+        time_faaaa=plain((h, n), closed_form(time_faaaa), axes=("heads", None)),
         time_state=time_state,
-        receptance=matrix((c, c), orthogonal(1.0)),
-        key=matrix((c, c), orthogonal(0.1)),
-        value=matrix((c, c), orthogonal(1.0)),
-        gate=matrix((c, c), orthogonal(0.1)),
-        output=matrix((c, c), zeros),
-        ln_x=norm(ln_x_weight),
+        receptance=matrix((c, c), ("embed", "heads"), orthogonal(1.0)),
+        key=matrix((c, c), ("embed", "heads"), orthogonal(0.1)),
+        value=matrix((c, c), ("embed", "heads"), orthogonal(1.0)),
+        gate=matrix((c, c), ("embed", "heads"), orthogonal(0.1)),
+        output=matrix((c, c), ("heads", "embed"), zeros),
+        ln_x=norm(ln_x_weight, axes=("heads",)),
     )
     ffn = ChannelMix(
         time_maa_k=ffn_mix,
         time_maa_r=ffn_mix,
-        key=matrix((c, f), orthogonal(1.0)),
-        receptance=matrix((c, c), zeros),
-        value=matrix((f, c), zeros),
+        key=matrix((c, f), ("embed", "mlp"), orthogonal(1.0)),
+        receptance=matrix((c, c), ("embed", None), zeros),
+        value=matrix((f, c), ("mlp", "embed"), zeros),
     )
     return Block(ln1=norm(), att=att, ln2=norm(), ffn=ffn)

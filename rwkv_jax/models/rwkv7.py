@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from rwkv_jax import nn
+from rwkv_jax import nn, sharding
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.block import Block
 from rwkv_jax.models.state import BlockState, matrix_state
@@ -123,7 +123,7 @@ def time_mix(
         log_w = LOG_W_SCALE * jax.nn.sigmoid(w_raw + nn.along(p.w0, w_raw))
         a = jax.nn.sigmoid(nn.lora(x_a, p.a1, p.a2) + nn.along(p.a0, x))
         g = nn.lora(x_g, p.g1, p.g2, jax.nn.sigmoid)
-        v_first = jnp.where(first, v, v_first)
+        v_first = jnp.where(first, v, sharding.like(v_first, v))
         v = v + (v_first - v) * jax.nn.sigmoid(nn.lora(x_v, p.v1, p.v2) + nn.along(p.v0, x))
     with jax.named_scope("keys"):
         kk = normalise(nn.split_heads(k * nn.along(p.k_k, x), n))
@@ -230,7 +230,7 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
 
     make = Layers(cfg.layers)
     vector, matrix, norm = partial(make.row, c), make.matrix, partial(make.norm, c)
-    low_rank = make.factor
+    of_heads, low_rank = partial(vector, axes=("heads",)), make.factor
 
     channel = jnp.arange(c, dtype=jnp.float32)
     ramp = channel / max(c - 1, 1)
@@ -254,29 +254,29 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
         x_v=mix(0.7),
         x_a=mix(0.9),
         x_g=mix(0.2),
-        w0=vector(closed_form(w0), lr_scale=2.0),
-        w1=low_rank((c, rank_w), zeros),
-        w2=low_rank((rank_w, c), orthogonal(0.1)),
-        a0=vector(closed_form(lambda d: -0.19 + 0.3 * zigzag + 0.4 * tilt)),
-        a1=low_rank((c, rank_a), zeros),
-        a2=low_rank((rank_a, c), orthogonal(0.1)),
-        v0=vector(closed_form(lambda d: 0.73 - 0.4 * tilt)),
-        v1=low_rank((c, rank_v), zeros),
-        v2=low_rank((rank_v, c), orthogonal(0.1)),
-        g1=low_rank((c, rank_g), zeros),
-        g2=low_rank((rank_g, c), orthogonal(0.1)),
-        k_k=vector(closed_form(lambda d: 0.71 - 0.1 * tilt)),
-        k_a=vector(constant(1.02)),
-        r_k=make.plain((h, n), constant(-0.04)),
-        receptance=matrix((c, c), orthogonal(1.0)),
-        key=matrix((c, c), orthogonal(0.1)),
-        value=matrix((c, c), orthogonal(1.0)),
-        output=matrix((c, c), zeros),
-        ln_x=norm(ln_x_weight),
+        w0=of_heads(closed_form(w0), lr_scale=2.0),
+        w1=low_rank((c, rank_w), ("embed", None), zeros),
+        w2=low_rank((rank_w, c), (None, "channels"), orthogonal(0.1)),
+        a0=of_heads(closed_form(lambda d: -0.19 + 0.3 * zigzag + 0.4 * tilt)),
+        a1=low_rank((c, rank_a), ("embed", None), zeros),
+        a2=low_rank((rank_a, c), (None, "channels"), orthogonal(0.1)),
+        v0=of_heads(closed_form(lambda d: 0.73 - 0.4 * tilt)),
+        v1=low_rank((c, rank_v), ("embed", None), zeros),
+        v2=low_rank((rank_v, c), (None, "channels"), orthogonal(0.1)),
+        g1=low_rank((c, rank_g), ("embed", None), zeros),
+        g2=low_rank((rank_g, c), (None, "channels"), orthogonal(0.1)),
+        k_k=of_heads(closed_form(lambda d: 0.71 - 0.1 * tilt)),
+        k_a=of_heads(constant(1.02)),
+        r_k=make.plain((h, n), constant(-0.04), axes=("heads", None)),
+        receptance=matrix((c, c), ("embed", "heads"), orthogonal(1.0)),
+        key=matrix((c, c), ("embed", "heads"), orthogonal(0.1)),
+        value=matrix((c, c), ("embed", "heads"), orthogonal(1.0)),
+        output=matrix((c, c), ("heads", "embed"), zeros),
+        ln_x=norm(ln_x_weight, axes=("heads",)),
     )
     ffn = ChannelMix(
         x_k=vector(closed_form(ffn_mix)),
-        key=matrix((c, f), orthogonal(1.0)),
-        value=matrix((f, c), zeros),
+        key=matrix((c, f), ("embed", "mlp"), orthogonal(1.0)),
+        value=matrix((f, c), ("mlp", "embed"), zeros),
     )
     return Block(ln1=norm(), att=att, ln2=norm(), ffn=ffn)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rwkv_jax import nn
+from rwkv_jax import nn, sharding
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import rwkv7
 from rwkv_jax.models.block import Block
@@ -29,7 +29,17 @@ from rwkv_jax.models.state import BlockState, matrix_state
 from rwkv_jax.params import Layers, ParamSpec, ones, orthogonal, uniform, zeros
 from rwkv_jax.typing import Array, Bool, Float, Int, Leaf
 
-__all__ = ["Block", "Carry", "ChannelMix", "block", "init_carry", "init_state", "look_up", "specs"]
+__all__ = [
+    "Block",
+    "Carry",
+    "ChannelMix",
+    "block",
+    "gather",
+    "init_carry",
+    "init_state",
+    "look_up",
+    "specs",
+]
 
 RANK = 32
 """Side of the matrices of the released model."""
@@ -68,9 +78,15 @@ def look_up(blocks: Any, tokens: Int[Array, "b t"]) -> Any:
     """The blocks with, for each table, the rows of these tokens: [.., b, t, rank^2]."""
     if isinstance(blocks, tuple):
         return tuple(look_up(layer, tokens) for layer in blocks)
-    stacked = blocks.ffn.s_emb.ndim == 3
-    rows = blocks.ffn.s_emb[:, tokens] if stacked else blocks.ffn.s_emb[tokens]
+    rows = nn.rows(sharding.gather(blocks.ffn.s_emb), tokens)
     return replace(blocks, ffn=replace(blocks.ffn, s_emb=rows))
+
+
+def gather(block: Any, dtype: Any) -> Any:
+    """A layer's parameters as they are used; the rows of its table are parted as tokens are."""
+    rows, rest = block.ffn.s_emb, replace(block, ffn=replace(block.ffn, s_emb=None))
+    whole = sharding.gather(rest, dtype)
+    return replace(whole, ffn=replace(whole.ffn, s_emb=rows))
 
 
 def channel_mix(
@@ -147,16 +163,21 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     c, f, rank = cfg.width, cfg.ffn, cfg.rank_embed or RANK
     base, make = rwkv7.specs(cfg), Layers(cfg.layers)
     table = ParamSpec(
-        (cfg.vocab_size, rank**2), uniform(1e-4), cfg.layers, decay=True, layout="table"
+        (cfg.vocab_size, rank**2),
+        uniform(1e-4),
+        cfg.layers,
+        (None, "embed"),
+        decay=True,
+        layout="table",
     )
     ffn = ChannelMix(
         x_k=base.ffn.x_k,
         key=base.ffn.key,
         value=base.ffn.value,
         s_emb=table,
-        s_emb_x=make.matrix((c, rank**2), orthogonal(0.1)),
-        s1=make.factor((c, rank), zeros),
-        s2=make.factor((rank, f), orthogonal(0.1)),
-        s0=make.row(f, ones),
+        s_emb_x=make.matrix((c, rank**2), ("embed", None), orthogonal(0.1)),
+        s1=make.factor((c, rank), ("embed", None), zeros),
+        s2=make.factor((rank, f), (None, "mlp"), orthogonal(0.1)),
+        s0=make.row(f, ones, axes=("mlp",)),
     )
     return Block(ln1=base.ln1, att=base.att, ln2=base.ln2, ffn=ffn)

@@ -18,6 +18,11 @@ A token's weight scales all of its terms. The mean's 1 / (b t) is part of every 
 over the equal parts of an accumulated batch is that of the whole batch. (The official `L2Wrap` does
 not scale so: there its weight grows with the number of parts.) Softmax, loss and accumulation are
 float32, the matrix products are in the dtype of `hidden`.
+
+Where types say that tokens or words are parted over devices, each makes the stretches of its own
+tokens and the logits of its own words. What they have to tell each other: of each stretch a few
+numbers a token, and the part of d_hidden that each has found; of the whole batch, once, the
+gradient of the head.
 """
 
 from functools import partial
@@ -26,8 +31,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
-from rwkv_jax.typing import Array, Float, Int
+from rwkv_jax.sharding import names_of
+from rwkv_jax.typing import Array, Callable, Float, Int
 
 CHUNK_LOGITS = 1 << 21
 """Logits that exist at once: 8 MiB of float32, which caches hold (measured best on CPU) ..."""
@@ -51,10 +58,9 @@ def cross_entropy(
     whatever it is. `chunk_tokens`: tokens whose logits exist at once; None chooses. Only
     reverse-mode derivatives exist, and only of the loss with respect to `hidden` and `head`.
     """
-    chunks = _chunks(hidden, head, chunk_tokens)
     if weight is None:
         weight = jnp.ones(targets.shape, jnp.float32)
-    outputs: Any = _objective(hidden, head, targets, weight, l2wrap, z_loss, chunks)
+    outputs: Any = _objective(hidden, head, targets, weight, l2wrap, z_loss, chunk_tokens)
     loss, metrics = outputs
     return loss, jax.tree.map(lax.stop_gradient, metrics)
 
@@ -67,15 +73,19 @@ def token_nats(
     chunk_tokens: int | None = None,
 ) -> Float[Array, "b t"]:
     """-log p(target) of every token, in nats: what evaluation sums."""
-    chunks = _chunks(hidden, head, chunk_tokens)
 
-    def stretch(_, inputs):
-        hidden, targets = inputs
-        nats, _, _ = _token_terms(_logits(hidden, head), targets)
-        return None, nats
+    def run(hidden, head, targets, tokens, words):
+        chunks = _chunks(hidden, head, chunk_tokens)
 
-    _, nats = lax.scan(stretch, None, (_split(hidden, chunks), _split(targets, chunks)))
-    return _join(nats, targets.shape[1])
+        def stretch(_, inputs):
+            hidden, targets = inputs
+            nats, _, _ = _token_terms(_logits(hidden, head), targets, words)
+            return None, nats
+
+        _, nats = lax.scan(stretch, None, (_split(hidden, chunks), _split(targets, chunks)))
+        return _join(nats, targets.shape[1])
+
+    return _over_devices(run, "bt", hidden, head, targets)
 
 
 def _chunks(hidden, head, chunk_tokens):
@@ -107,55 +117,113 @@ def _logits(hidden, head):
     )
 
 
-def _token_terms(logits, targets):
-    """Per token: -log p(target), the log-partition and the largest logit."""
+def _token_terms(logits, targets, words):
+    """Per token: -log p(target), the log-partition and the largest logit, of the logits that are
+    parted over the mesh axes `words`."""
     largest = jnp.max(logits, -1)
-    partition = largest + jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), -1))
-    target = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    largest = lax.pmax(largest, words) if words else largest
+    total = jnp.sum(jnp.exp(logits - largest[..., None]), -1)
+    place = targets - _first_word(logits, words)
+    own = jnp.clip(place, 0, logits.shape[-1] - 1) if words else place
+    target = jnp.take_along_axis(logits, own[..., None], -1)[..., 0]
+    if words:
+        total, target = lax.psum((total, jnp.where(own == place, target, 0.0)), words)
+    partition = largest + jnp.log(total)
     return partition - target, partition, largest
 
 
+def _first_word(logits, words):
+    """The id of the first word that this device has."""
+    return lax.axis_index(words) * logits.shape[-1] if words else 0
+
+
+def _over_devices(run: Callable, outputs: Any, hidden: Array, head: Array, *more: Array) -> Any:
+    """`run(hidden, head, *more, tokens=, words=)` on every device of its part, where types say that
+    there are any; it is told the mesh axes that tokens and words are parted over. `more` and what
+    comes out are parted as letters say: a tree of `b`, `t`, `c`, `V` for each axis."""
+    explicit = jax.sharding.get_abstract_mesh().explicit_axes
+    if not explicit:
+        return run(hidden, head, *more, tokens=(), words=())
+    parts = dict(zip("btcV", (*jax.typeof(hidden).sharding.spec, None), strict=True))
+    parts["V"] = jax.typeof(head).sharding.spec[1]
+
+    def spec(letters: str) -> PartitionSpec:
+        return PartitionSpec(*(parts[letter] for letter in letters))
+
+    specs = (spec("btc"), spec("cV"), *(spec("bt") for _ in more))
+    spread = jax.shard_map(
+        partial(
+            run,
+            tokens=(*names_of(parts["b"]), *names_of(parts["t"])),
+            words=names_of(parts["V"]),
+        ),
+        in_specs=specs,
+        out_specs=jax.tree.map(spec, outputs),
+        axis_names=set(explicit),
+        check_vma=False,
+    )
+    return spread(*map(jax.reshard, (hidden, head, *more), specs))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _objective(hidden, head, targets, weight, l2wrap, z_loss, chunks):
+def _objective(hidden, head, targets, weight, l2wrap, z_loss, chunk_tokens):
     """Without derivatives: one pass over the stretches that keeps three numbers."""
-    b, t, _ = hidden.shape
 
-    def stretch(sums, inputs):
-        hidden, targets, weight = inputs
-        terms = _token_terms(_logits(hidden, head), targets)
-        return _add_terms(sums, terms, weight), None
+    def run(hidden, head, targets, weight, tokens, words):
+        def stretch(sums, inputs):
+            hidden, targets, weight = inputs
+            terms = _token_terms(_logits(hidden, head), targets, words)
+            return _add_terms(sums, terms, weight), None
 
-    sums, _ = lax.scan(stretch, _no_terms(), _stretches(hidden, targets, weight, chunks))
-    return _value(sums, b * t, z_loss)
+        chunks = _chunks(hidden, head, chunk_tokens)
+        sums, _ = lax.scan(stretch, _no_terms(), _stretches(hidden, targets, weight, chunks))
+        return lax.psum(sums, tokens) if tokens else sums
+
+    outputs = dict.fromkeys(TERMS, "")
+    sums = _over_devices(run, outputs, hidden, head, targets, weight)
+    return _value(sums, targets.size, z_loss)
 
 
-def _objective_forward(hidden, head, targets, weight, l2wrap, z_loss, chunks):
-    b, t, _ = hidden.shape
-    count = b * t
+def _objective_forward(hidden, head, targets, weight, l2wrap, z_loss, chunk_tokens):
+    run = partial(_with_gradients, targets.size, l2wrap, z_loss, chunk_tokens)
+    outputs = (dict.fromkeys(TERMS, ""), "btc", "cV")
+    found = _over_devices(run, outputs, hidden, head, targets, weight)
+    sums, d_hidden, d_head = found
+    return _value(sums, targets.size, z_loss), (d_hidden, d_head.astype(head.dtype))
+
+
+def _with_gradients(
+    count, l2wrap, z_loss, chunk_tokens, hidden, head, targets, weight, tokens, words
+):
+    """The sums over all tokens, and the gradients of the mean's `hidden` and `head`."""
 
     def stretch(carry, inputs):
         sums, d_head = carry
         hidden, targets, weight = inputs
         logits = _logits(hidden, head)
-        terms = _token_terms(logits, targets)
+        terms = _token_terms(logits, targets, words)
         _, partition, largest = (term[..., None] for term in terms)
-        words = lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+        ids = lax.broadcasted_iota(jnp.int32, logits.shape, 2) + _first_word(logits, words)
         d_logits = jnp.exp(logits - partition) * (1 + 2 * z_loss * partition)
-        d_logits -= (words == targets[..., None]).astype(jnp.float32)
+        d_logits -= (ids == targets[..., None]).astype(jnp.float32)
         if l2wrap:
             # Equal largest logits, rare in float32, are all pulled: an argmax costs a tenth more.
             d_logits += jnp.where(logits == largest, l2wrap * largest, 0.0)
         d_logits = (d_logits * (weight / count)[..., None]).astype(hidden.dtype)
         d_hidden = jnp.einsum("btV,cV->btc", d_logits, head.astype(hidden.dtype))
+        d_hidden = lax.psum(d_hidden, words) if words else d_hidden
         d_head += jnp.einsum("btc,btV->cV", hidden, d_logits, preferred_element_type=jnp.float32)
         return (_add_terms(sums, terms, weight), d_head), d_hidden
 
     carry = (_no_terms(), jnp.zeros(head.shape, jnp.float32))
-    (sums, d_head), d_hidden = lax.scan(stretch, carry, _stretches(hidden, targets, weight, chunks))
-    return _value(sums, count, z_loss), (_join(d_hidden, t), d_head.astype(head.dtype))
+    chunks = _chunks(hidden, head, chunk_tokens)
+    parts = _stretches(hidden, targets, weight, chunks)
+    (sums, d_head), d_hidden = lax.scan(stretch, carry, parts)
+    sums, d_head = lax.psum((sums, d_head), tokens) if tokens else (sums, d_head)
+    return sums, _join(d_hidden, hidden.shape[1]), d_head
 
 
-def _objective_backward(l2wrap, z_loss, chunks, gradients, cotangents):
+def _objective_backward(l2wrap, z_loss, chunk_tokens, gradients, cotangents):
     d_hidden, d_head = gradients
     scale, _ = cotangents
     return d_hidden * scale.astype(d_hidden.dtype), d_head * scale.astype(d_head.dtype), None, None
@@ -169,8 +237,11 @@ def _stretches(hidden, targets, weight, chunks):
     return _split(hidden, chunks), _split(targets, chunks), _split(weight, chunks)
 
 
+TERMS = ("cross_entropy", "z_loss", "max_logit")
+
+
 def _no_terms():
-    return {name: jnp.zeros((), jnp.float32) for name in ("cross_entropy", "z_loss", "max_logit")}
+    return {name: jnp.zeros((), jnp.float32) for name in TERMS}
 
 
 def _add_terms(sums, terms, weight):

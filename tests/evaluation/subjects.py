@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compiling import quick_jit
 from jax import lax
 from official import checkpoint
 
@@ -35,7 +34,7 @@ def _reader(version, tuned):
         logits, state = models.forward(params, token[None, None], state, cfg=cfg)
         return state, logits[0, 0]
 
-    return quick_jit(lambda ids: lax.scan(step, models.init_state(cfg, 1, params), ids)[1])
+    return jax.jit(lambda ids: lax.scan(step, models.init_state(cfg, 1, params), ids)[1])
 
 
 def log_p_of_next(version, ids, tuned=False):
@@ -66,11 +65,11 @@ def guesser(shares):
 
 @functools.cache
 def _quick(function, *static):
-    return quick_jit(function.__wrapped__, static_argnames=static)
+    return jax.jit(function.__wrapped__, static_argnames=static)
 
 
 def compile_quickly(monkeypatch):
-    """Has the programs that measure compiled as `quick_jit` does."""
+    """Has the programs that measure compiled as `jax.jit` does."""
     for module, name, *static in (
         (continuations, "_advance", "cfg", "dtype"),
         (continuations, "_judge", "cfg", "dtype"),

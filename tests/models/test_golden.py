@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiling import quick_jit
+from compiling import as_users_do
 from kinds import one_of_a_kind
 from tolerances import GOLDEN_LOGITS
 
@@ -40,7 +40,7 @@ def golden(version):
 
 
 @functools.cache
-def compiled(version, implementation, layout, jit=quick_jit):
+def compiled(version, implementation, layout, jit=jax.jit):
     """(tokens, state) -> (logits, state) with the golden weights."""
     params, cfg = from_official(golden(version)[0])
     params = models.unstack(params) if layout == "unstacked" else params
@@ -58,11 +58,17 @@ def check(version, logits):
 @every_version
 @pytest.mark.parametrize(
     ("implementation", "layout"),
-    [("scan", "unstacked"), ("chunked", "stacked"), ("associative", "stacked")],
+    [
+        pytest.param("scan", "unstacked", marks=pytest.mark.slow),
+        ("chunked", "stacked"),
+        pytest.param("associative", "stacked", marks=pytest.mark.slow),
+    ],
 )
 def test_whole_sequence(version, implementation, layout):
     """Compiled as users do: with every optimisation."""
-    logits, _ = compiled(version, implementation, layout, jax.jit)(jnp.asarray(golden(version)[1]))
+    logits, _ = compiled(version, implementation, layout, as_users_do)(
+        jnp.asarray(golden(version)[1])
+    )
     check(version, logits)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from compiling import quick_jit
+from kinds import one_of_a_kind
 from official import checkpoint
 from tolerances import GOLDEN_LOGITS, MODEL_BFLOAT16, assert_close, relative_rms
 
@@ -18,8 +18,6 @@ from rwkv_jax.config import ModelConfig
 
 LENGTH = 41
 
-every_version = pytest.mark.parametrize("version", models.VERSIONS)
-one_of_each_recurrence = pytest.mark.parametrize("version", ["4", "6", "7"])
 slowly_all_recurrences = pytest.mark.parametrize(
     "version", [*(pytest.param(version, marks=pytest.mark.slow) for version in "46"), "7"]
 )
@@ -54,7 +52,7 @@ def tokens_of(version, seed=0, length=LENGTH):
 @functools.cache
 def forward(version, **options):
     _, cfg = weights(version)
-    return quick_jit(functools.partial(models.forward, cfg=cfg, **options))
+    return jax.jit(functools.partial(models.forward, cfg=cfg, **options))
 
 
 def reset_at(*starts):
@@ -66,8 +64,14 @@ STARTS = (9, 10, 33)
 
 @pytest.mark.parametrize(
     ("version", "implementation"),
-    [(version, "chunked") for version in models.VERSIONS]
-    + [(version, name) for version in ("4", "6", "7") for name in ("scan", "associative")],
+    [
+        pytest.param(
+            *(version, name),
+            marks=() if version in ("4", "6", "7") and name == "chunked" else pytest.mark.slow,
+        )
+        for version in models.VERSIONS
+        for name in ("chunked", "scan", "associative")
+    ],
 )
 def test_a_reset_is_a_separate_run(version, implementation):
     """Four documents in one row, one of a single token, against the oracle run on each alone.
@@ -89,7 +93,7 @@ def test_a_reset_is_a_separate_run(version, implementation):
     np.testing.assert_allclose(run(params, more, after)[0], expected, rtol=0, atol=GOLDEN_LOGITS)
 
 
-@every_version
+@one_of_a_kind
 def test_no_state_is_the_fresh_one(version):
     params, cfg = weights(version)
     tokens = tokens_of(version)
@@ -107,7 +111,7 @@ def embedding_gradient(version):
     params, cfg = weights(version)
     direction = jnp.asarray(np.random.default_rng(3).normal(size=cfg.vocab_size), jnp.float32)
 
-    @quick_jit
+    @jax.jit
     def gradient(tokens, reset, position):
         def loss(emb):
             logits, _ = models.forward(params.replace(emb=emb), tokens, cfg=cfg, reset=reset)
@@ -118,7 +122,7 @@ def embedding_gradient(version):
     return gradient
 
 
-@one_of_each_recurrence
+@one_of_a_kind
 @pytest.mark.parametrize(
     ("starts", "position"), [((), 40), ((), 20), ((), 0), ((9, 10, 33), 32), ((9, 10, 33), 9)]
 )
@@ -133,7 +137,7 @@ def test_causality_by_gradient(version, starts, position):
     assert np.all(seen[np.logical_not(visible)] <= 1e-6 * seen.max())
 
 
-@every_version
+@one_of_a_kind
 def test_gradients_against_the_oracle(version):
     """Every tensor's gradient along a random direction, against the oracle's differences."""
     params, cfg = weights(version)
@@ -141,7 +145,7 @@ def test_gradients_against_the_oracle(version):
     rng = np.random.default_rng(5)
     cotangent = rng.normal(size=(12, cfg.vocab_size))
 
-    @quick_jit
+    @jax.jit
     def gradient(params):
         def loss(params):
             logits, _ = models.forward(params, tokens, cfg=cfg, implementation="chunked")
@@ -194,14 +198,17 @@ def loss_gradient(version, remat, layout, implementation="chunked"):
             )
         )
 
-    gradient = quick_jit(jax.grad(loss))(params)
+    gradient = jax.jit(jax.grad(loss))(params)
     return to_official(models.stack(gradient) if layout == "unstacked" else gradient, cfg)
 
 
 @slowly_all_recurrences
 @pytest.mark.parametrize(
     ("remat", "layout", "implementation"),
-    [("full", "unstacked", "chunked"), ("dots", "stacked", "scan")],
+    [
+        ("full", "unstacked", "chunked"),
+        pytest.param("dots", "stacked", "scan", marks=pytest.mark.slow),
+    ],
 )
 def test_options_leave_the_gradient_alone(version, remat, layout, implementation):
     """Rematerialised or not, layers scanned or in a loop, chunks or tokens: one gradient."""
@@ -222,7 +229,7 @@ def test_remat_keeps_less(version):
         def loss(params, tokens):
             return jnp.sum(models.forward(params, tokens, cfg=cfg, remat=remat)[0])
 
-        compiled = quick_jit(jax.grad(loss)).lower(abstract, tokens).compile()
+        compiled = jax.jit(jax.grad(loss)).lower(abstract, tokens).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     none, dots, full = (temporaries(remat) for remat in ("none", "dots", "full"))
@@ -231,7 +238,7 @@ def test_remat_keeps_less(version):
     assert full < 0.5 * none
 
 
-@one_of_each_recurrence
+@one_of_a_kind
 @pytest.mark.parametrize("layout", ["stacked", "unstacked"])
 def test_bfloat16_keeps_the_state_in_float32(version, layout):
     """Logits near the float32 ones, and a float32 state that float32 code can take on."""
@@ -247,30 +254,30 @@ def test_bfloat16_keeps_the_state_in_float32(version, layout):
     more, _ = forward(version)(params, tokens_of(version, seed=1), state)
     assert np.isfinite(more).all()
 
-    backbone = quick_jit(functools.partial(models.backbone, cfg=cfg, dtype=jnp.bfloat16))
+    backbone = jax.jit(functools.partial(models.backbone, cfg=cfg, dtype=jnp.bfloat16))
     hidden, _ = backbone(params, tokens)
     assert hidden.dtype == jnp.bfloat16
     assert models.head(params, hidden).dtype == jnp.float32
 
 
-@one_of_each_recurrence
+@one_of_a_kind
 def test_forward_is_head_of_backbone(version):
     params, cfg = weights(version)
     tokens = tokens_of(version)
-    hidden, _ = quick_jit(functools.partial(models.backbone, cfg=cfg))(params, tokens)
+    hidden, _ = jax.jit(functools.partial(models.backbone, cfg=cfg))(params, tokens)
     np.testing.assert_allclose(
         models.head(params, hidden), forward(version)(params, tokens)[0], atol=1e-5
     )
 
 
-@one_of_each_recurrence
+@one_of_a_kind
 def test_unknown_implementation(version):
     params, cfg = weights(version)
     with pytest.raises(ValueError, match="scan, chunked, associative"):
         models.forward(params, tokens_of(version), cfg=cfg, implementation="flash")
 
 
-@every_version
+@one_of_a_kind
 def test_weights_of_two_bytes_mean_their_values(version):
     """Parameters may stay as a bfloat16 file has them: the logits are those of the same numbers."""
     params, _ = weights(version)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiling import quick_jit
 from jax.sharding import NamedSharding, PartitionSpec
+from kinds import versions
 from official import checkpoint
 from tolerances import MODEL_RMS, assert_close, relative_rms
 
@@ -17,21 +17,6 @@ from rwkv_jax.checkpoint.keymaps import from_official
 from rwkv_jax.wkv import leak_test
 
 ROWS, LENGTH = 2, 48
-
-every_version = pytest.mark.parametrize(
-    "version",
-    [
-        pytest.param(version, marks=[pytest.mark.slow] if version in ("5.0", "5.1") else [])
-        for version in models.VERSIONS  # 5.2 stands for these two: they mix tokens alike
-    ],
-)
-one_of_each_recurrence = pytest.mark.parametrize(
-    "version",
-    [
-        pytest.param(version, marks=[] if version in ("4", "6", "7") else [pytest.mark.slow])
-        for version in models.VERSIONS
-    ],
-)
 
 
 @functools.cache
@@ -64,12 +49,12 @@ def leaves(tree):
     return jax.tree.leaves(tree)
 
 
-@one_of_each_recurrence
+@versions("4", "7")
 def test_time_over_devices(version):
     """Logits, state and every gradient are those of one device; the state that comes in, too."""
     params, cfg = weights(version)
     tokens, reset = batch(version)
-    _, state = quick_jit(functools.partial(models.forward, cfg=cfg))(params, tokens[:, ::-1])
+    _, state = jax.jit(functools.partial(models.forward, cfg=cfg))(params, tokens[:, ::-1])
     weight = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, LENGTH, 1)), jnp.float32)
 
     def everything(mesh_axis):
@@ -88,7 +73,7 @@ def test_time_over_devices(version):
                 total += sum(jnp.sum(jnp.sin(x)) for x in leaves(after.blocks))
             return total, (logits, after.blocks)
 
-        return quick_jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
     (_, values), grads = everything(None)(params, state.blocks)
     mesh = jax.make_mesh((4,), ("sequence",), devices=jax.devices()[:4])
@@ -99,13 +84,13 @@ def test_time_over_devices(version):
         assert relative_rms(a, b) < MODEL_RMS
 
 
-@one_of_each_recurrence
+@versions("7")
 def test_rows_of_given_lengths(version):
     """The state is that after each row's last real token, and goes on as it would alone."""
     params, cfg = weights(version)
     tokens, reset = batch(version)
     lengths = jnp.array([29, 48])
-    run = quick_jit(functools.partial(models.forward, cfg=cfg))
+    run = jax.jit(functools.partial(models.forward, cfg=cfg))
     logits, state = run(params, tokens, None, reset=reset, lengths=lengths)
     more, _ = run(params, tokens[:, :5], state)
     for row, length in enumerate(lengths.tolist()):
@@ -118,9 +103,9 @@ def test_rows_of_given_lengths(version):
         )
 
 
-@every_version
+@versions("4", "6", "7")
 def test_documents_do_not_see_each_other(version):
     params, cfg = weights(version)
     tokens, reset = batch(version)
-    run = quick_jit(functools.partial(models.forward, cfg=cfg))
+    run = jax.jit(functools.partial(models.forward, cfg=cfg))
     leak_test(lambda tokens, reset: run(params, tokens, None, reset=reset)[0], tokens, reset)

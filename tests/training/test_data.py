@@ -100,9 +100,9 @@ def test_the_official_recipe(tmp_path, console, monkeypatch):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"data.packing": "documents"},
+        pytest.param({"data.packing": "documents"}, marks=pytest.mark.slow),
         {"data.sampler": "sequential", "train.carry_state": "true"},
-        {"data.mixture": True},
+        pytest.param({"data.mixture": True}, marks=pytest.mark.slow),
     ],
     ids=["documents", "carried", "mixture"],
 )

@@ -10,7 +10,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compiling import quick_jit
 from tolerances import KERNEL_BFLOAT16, bar, relative_rms
 from wkv.operators import Version, compiled, cotangents, forward
 
@@ -51,7 +50,7 @@ def errors(
     implementation: str | None,
     dtype: str,
     shape: cases.Shape,
-    jit=quick_jit,
+    jit=jax.jit,
     patterns: tuple[str, ...] = cases.RESETS,
 ) -> Iterator[tuple[str, str, dict[str, tuple[float, float]]]]:
     """(regime, resets, the error and its bar by array) of every regime and pattern of resets."""

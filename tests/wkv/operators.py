@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from compiling import quick_jit
 
 from rwkv_jax.wkv import (
     IMPLEMENTATIONS,
@@ -159,7 +158,14 @@ VERSIONS = {
     ),
 }
 
-every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+every_implementation = pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "associative" else ())
+        for name in IMPLEMENTATIONS
+    ],
+)
+"""The associative form always runs where errors are measured; the rest of it is slow."""
 DISTINCT = [version for name, version in VERSIONS.items() if name != "5"]
 """Version 5 is version 6 with the decays of one token: a test of its own has what differs."""
 
@@ -187,7 +193,7 @@ def compiled(version, implementation, jit=jax.jit):
 
 
 @functools.cache
-def forward(version, implementation, jit=quick_jit):
+def forward(version, implementation, jit=jax.jit):
     """(inputs, state, reset) -> y and the state as it is; state and reset may be None."""
     return jit(lambda inputs, state, reset: version.call(inputs, state, reset, implementation))
 

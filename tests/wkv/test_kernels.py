@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiling import quick_jit
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from tolerances import KERNEL_BFLOAT16, assert_close, relative_rms
 from wkv import accuracy
@@ -104,7 +103,7 @@ def test_against_float64(version, name, dtype, length):
     shape = accuracy.shape_of(version, name, length)
     wrong = [
         f"{regime}, resets {pattern}: {array} {error:.1e}, bar {allowed:.1e}"
-        for regime, pattern, found in accuracy.errors(version, name, dtype, shape, quick_jit)
+        for regime, pattern, found in accuracy.errors(version, name, dtype, shape, jax.jit)
         for array, (error, allowed) in found.items()
         if not error <= allowed  # written so that a NaN fails
     ]
@@ -118,7 +117,7 @@ def test_heads_and_values_of_other_numbers(version, name):
     inputs, _, reset = problem(version, shape)
     if version.name != "4":
         inputs["v"] = jnp.concatenate([inputs["v"], 2 * inputs["v"][:, ::-1]], -1)
-    run = quick_jit(partial(call, version), static_argnums=0)
+    run = jax.jit(partial(call, version), static_argnums=0)
     for got, expected in zip(
         jax.tree.leaves(run(name, reset, inputs, None)),
         jax.tree.leaves(run("chunked", reset, inputs, None)),
@@ -140,7 +139,7 @@ def test_documents_from_a_learnt_state(name):
             return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(after)), (y, after)
 
         gradient = jax.grad(run, argnums=(0, 1, 2), has_aux=True)
-        return quick_jit(gradient)(inputs, state, initial)
+        return jax.jit(gradient)(inputs, state, initial)
 
     jax.tree.map(lambda a, b: assert_close(a, b, "float32"), both(name), both("chunked"))
 
@@ -158,7 +157,7 @@ def test_one_token(version, name):
             y, after = call(version, name, reset, inputs, state)
             return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(after)), (y, after)
 
-        return quick_jit(jax.grad(run, argnums=(0, 1), has_aux=True))(inputs, state)
+        return jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))(inputs, state)
 
     jax.tree.map(lambda a, b: assert_close(a, b, "float32"), both(name), both("scan"))
 
@@ -169,7 +168,7 @@ def test_documents_do_not_see_each_other(version, name):
     per_token = {k: x for k, x in inputs.items() if x.ndim > 2}
     shared = {k: x for k, x in inputs.items() if x.ndim <= 2}
 
-    @quick_jit
+    @jax.jit
     def run(x, reset):
         return version.operator(**x, **shared, reset=reset, implementation=name)[0]
 
@@ -188,8 +187,8 @@ def test_vmap_adds_rows(version, name):
         return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(after))
 
     gradient = jax.grad(loss, argnums=(0, 1))
-    mapped = quick_jit(jax.vmap(gradient, in_axes=(0, None)))(double(inputs), state)
-    once = quick_jit(gradient)
+    mapped = jax.jit(jax.vmap(gradient, in_axes=(0, None)))(double(inputs), state)
+    once = jax.jit(gradient)
     for i in range(2):
         alone = once(jax.tree.map(lambda x, i=i: x[i], double(inputs)), state)
         jax.tree.map(lambda a, b, i=i: assert_close(a[i], b, "float32"), mapped, alone)
@@ -208,7 +207,7 @@ def test_gradients_of_gradients(version, name):
         def flat(inputs):
             return sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves(jax.grad(loss)(inputs, state)))
 
-        return quick_jit(jax.grad(flat))(inputs)
+        return jax.jit(jax.grad(flat))(inputs)
 
     jax.tree.map(lambda a, b: assert_close(a, b, "float32"), second(name), second("chunked"))
 
@@ -233,11 +232,11 @@ def test_devices_that_share_rows_and_heads_move_nothing(version, name):
         return y, pull_back(y)
 
     with jax.set_mesh(mesh):
-        spread = quick_jit(run).lower(given, states).compile()
+        spread = jax.jit(run).lower(given, states).compile()
     # Of what all rows share, the gradient is summed over them: one vector.
     shared = sum(4 * x.size for x in inputs.values() if x.ndim <= 2)
     assert sum(bytes_moved(spread.as_text()).values()) <= shared
-    alone = quick_jit(run)(inputs, state)
+    alone = jax.jit(run)(inputs, state)
     jax.tree.map(lambda a, b: assert_close(a, b, "float32"), spread(given, states), alone)
 
 
@@ -253,9 +252,9 @@ def test_time_over_devices(version, name):
         y, pull_back = jax.vjp(lambda *x: call_(*x)[0], inputs, state)
         return y, pull_back(y)
 
-    alone = quick_jit(run)(inputs, state)
+    alone = jax.jit(run)(inputs, state)
     with jax.set_mesh(jax.make_mesh((4,), ("sequence",), axis_types=(AxisType.Auto,))):
-        spread = quick_jit(partial(run, mesh_axis="sequence"))(inputs, state)
+        spread = jax.jit(partial(run, mesh_axis="sequence"))(inputs, state)
     jax.tree.map(lambda a, b: assert_close(a, b, "float32"), spread, alone)
 
 
@@ -359,7 +358,7 @@ def test_time_over_devices_that_share_rows_and_heads(version, name):
             states = jax.tree.map(
                 lambda x: jax.device_put(x, PartitionSpec("data", "tensor")), state
             )
-            compiled = quick_jit(run).lower(put, states).compile()
+            compiled = jax.jit(run).lower(put, states).compile()
             moved = bytes_moved(compiled.as_text())
             # Gradients of what all rows share are summed over them besides.
             more = sum(4 * inputs[k].size // sizes[2] for k in shared) * (sizes[1] > 1)
@@ -423,8 +422,8 @@ def test_rows_and_heads_that_do_not_divide():
             r = wide.reshape(2, 20, 6, 16)
             return wkv6(**inputs | {"r": r}, state=state, implementation="pallas_gpu")
 
-        spread = quick_jit(run)(wide, inputs, state)
-    alone = quick_jit(run)(inputs["r"].reshape(2, 20, 96), inputs, state)
+        spread = jax.jit(run)(wide, inputs, state)
+    alone = jax.jit(run)(inputs["r"].reshape(2, 20, 96), inputs, state)
     jax.tree.map(lambda a, b: assert_close(a, b, "float32"), spread, alone)
 
 
@@ -441,7 +440,7 @@ def test_float16_states_do_not_overflow():
             y, _ = wkv6(**x | {"log_w": log_w}, state=state, implementation=name)
             return jnp.sum(y.astype(jnp.float32))
 
-        return quick_jit(jax.grad(loss))(inputs["log_w"])
+        return jax.jit(jax.grad(loss))(inputs["log_w"])
 
     expected = gradient("chunked", "float32")
     assert relative_rms(gradient("pallas_gpu", "float16"), expected) < KERNEL_BFLOAT16

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from compiling import quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
@@ -50,7 +49,7 @@ def test_head_sizes(version, implementation, size):
     y, final, scale = version.expected(inputs, state, reset)
     dy, dfinal = cotangents(version, shape, final)
     gradients = version.gradients(inputs, state, reset, dy, dfinal, scale)
-    values, dinputs = compiled(version, implementation, quick_jit)(
+    values, dinputs = compiled(version, implementation, jax.jit)(
         inputs, state, reset, scale, dy, dfinal
     )
     expected = {"y": y} | final | {f"d {name}": x for name, x in gradients.items()}
@@ -118,7 +117,7 @@ def test_states_pass_between_implementations(version, implementation):
     fresh = jax.tree.map(np.zeros_like, version.state(SMALL))
     gradients = version.gradients(inputs, fresh, None, dy, dfinal, scale)
 
-    @partial(quick_jit, static_argnums=(1, 2))
+    @partial(jax.jit, static_argnums=(1, 2))
     def two_calls(inputs, one, other):
         def run(inputs):
             first, second = halves(inputs, 70)
@@ -206,7 +205,7 @@ def test_padding_leaves_the_state_alone(version, implementation):
     def mask(x):
         return jnp.where(real.reshape(*real.shape, *(1,) * (x.ndim - 2)), x, 0)
 
-    @quick_jit
+    @jax.jit
     def run(inputs, state, reset, lengths):
         out, pull_back = jax.vjp(
             lambda x, state: operator(**x, state=state, reset=reset, lengths=lengths), inputs, state
@@ -230,7 +229,7 @@ def test_padding_leaves_the_state_alone(version, implementation):
     for row, length in enumerate(lengths):
         alone = {n: x[row : row + 1, :length] if per_token(x) else x for n, x in inputs.items()}
         mine = jax.tree.map(lambda x, row=row: x[row : row + 1], given)
-        y, after = quick_jit(operator)(**alone, state=mine, reset=reset[row : row + 1, :length])
+        y, after = jax.jit(operator)(**alone, state=mine, reset=reset[row : row + 1, :length])
         assert_close(out[0][row, :length], y[0], "float32")
         for x, x1 in zip(*map(jax.tree.leaves, (state_after, after)), strict=True):
             assert_close(x[row], x1[0], "float32")
@@ -282,7 +281,7 @@ def test_vmap_is_a_loop(version, implementation):
     """The operators are functions like any other: a mapped axis in front is a loop."""
     draws = [version.inputs("typical", SMALL, seed) for seed in range(2)]
     stacked = jax.tree.map(lambda *x: np.stack(x), *draws)
-    mapped, _ = quick_jit(jax.vmap(lambda x: version.call(x, None, None, implementation)))(stacked)
+    mapped, _ = jax.jit(jax.vmap(lambda x: version.call(x, None, None, implementation)))(stacked)
     for index, inputs in enumerate(draws):
         y, _, _ = version.expected(inputs, None, None)
         assert_close(mapped[index], y, "float32", name=f"y of {index}")
@@ -391,7 +390,7 @@ def test_documents_start_from_the_initial_state(name, implementation):
     )
     gradients["initial"] += gradients.pop("state").sum(0)
 
-    @quick_jit
+    @jax.jit
     def everything(inputs):
         values, pull_back = jax.vjp(
             lambda inputs: wkv6(**inputs, reset=reset, implementation=implementation), inputs

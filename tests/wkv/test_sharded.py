@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiling import quick_jit
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tolerances import assert_close
 from wkv.operators import VERSIONS, every_implementation, every_version, per_token
@@ -37,7 +36,7 @@ def everything(version, **options):
         values, pull_back = jax.vjp(call, inputs, state)
         return values, pull_back((dy, dstate))
 
-    return quick_jit(run)
+    return jax.jit(run)
 
 
 def arguments(version, lengths=None):
@@ -124,7 +123,7 @@ def test_rows_and_heads_over_devices(version, axes, kind):
         after = after.num / after.den if version.name == "4" else after
         return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(after)), y
 
-    (_, y), grads = quick_jit(jax.value_and_grad(loss, has_aux=True))(inputs, reset)
+    (_, y), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(inputs, reset)
     devices = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(kind,) * len(axes))
 
     def spread(x):

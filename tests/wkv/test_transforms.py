@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiling import quick_jit
 from tolerances import relative_rms
 from wkv.operators import every_implementation, every_version
 
@@ -53,12 +52,12 @@ def test_forward_mode_is_the_gradient_or_names_who_has_it(version, implementatio
         loss, x = problem(version, implementation)
         v = directions(x)
         if implementation in FORWARD_MODE[version.name]:
-            _, along = quick_jit(lambda x, v: jax.jvp(loss, (x,), (v,)))(x, v)
-            assert np.isclose(along, inner(quick_jit(jax.grad(loss))(x), v), rtol=1e-9)
+            _, along = jax.jit(lambda x, v: jax.jvp(loss, (x,), (v,)))(x, v)
+            assert np.isclose(along, inner(jax.jit(jax.grad(loss))(x), v), rtol=1e-9)
             return
         forms = " or ".join(f"'{name}'" for name in FORWARD_MODE[version.name])
         told = rf"wkv{version.name}: forward-mode .* needs implementation={forms}"
-        for call in (jax.jvp, quick_jit(jax.jvp, static_argnums=0)):
+        for call in (jax.jvp, jax.jit(jax.jvp, static_argnums=0)):
             with pytest.raises(TypeError, match=told):
                 call(loss, (x,), (v,))
         with pytest.raises(TypeError, match=told):
@@ -73,17 +72,17 @@ def test_gradients_of_gradients(version, implementation):
     with jax.enable_x64(True):
         loss, x = problem(version, implementation)
         v = directions(x)
-        gradient = quick_jit(jax.grad(loss))
+        gradient = jax.jit(jax.grad(loss))
         step = 1e-5
         ahead, behind = (jax.tree.map(lambda a, b, s=s: a + s * b, x, v) for s in (step, -step))
         differences = jax.tree.map(
             lambda a, b: (a - b) / (2 * step), gradient(ahead), gradient(behind)
         )
-        curved = quick_jit(jax.grad(lambda x: inner(jax.grad(loss)(x), v)))(x)
+        curved = jax.jit(jax.grad(lambda x: inner(jax.grad(loss)(x), v)))(x)
         for a, b in zip(*map(jax.tree.leaves, (curved, differences)), strict=True):
             assert relative_rms(a, b) < 1e-6
         if implementation == "chunked" and version.name != "4":
-            pushed = quick_jit(lambda x, v: jax.jvp(jax.grad(loss), (x,), (v,))[1])(x, v)
+            pushed = jax.jit(lambda x, v: jax.jvp(jax.grad(loss), (x,), (v,))[1])(x, v)
             for a, b in zip(*map(jax.tree.leaves, (pushed, curved)), strict=True):
                 assert relative_rms(a, b) < 1e-9
 
@@ -94,13 +93,13 @@ def test_checkpoint_and_scan(version, implementation):
     """Inside `jax.checkpoint` and `lax.scan` the gradient is the same."""
     with jax.enable_x64(True):
         loss, x = problem(version, implementation)
-        plain = quick_jit(jax.grad(loss))(x)
+        plain = jax.jit(jax.grad(loss))(x)
 
         def twice(x):
             body = jax.checkpoint(lambda total, _: (total + loss(x), None))
             return jax.lax.scan(body, jnp.zeros(()), None, length=2)[0]
 
-        for a, b in zip(*map(jax.tree.leaves, (quick_jit(jax.grad(twice))(x), plain)), strict=True):
+        for a, b in zip(*map(jax.tree.leaves, (jax.jit(jax.grad(twice))(x), plain)), strict=True):
             assert relative_rms(a, 2 * b) < 1e-12
 
 
@@ -126,8 +125,8 @@ def test_vmap_over_one_of_all(version, implementation, mapped):
             {name: pairs[0][name] if axes[0][name] == 0 else inputs[name] for name in inputs},
             pairs[1] if axes[1] == 0 else state,
         )
-        together = quick_jit(jax.vmap(gradient, in_axes=(axes,)))(x)
-        alone = quick_jit(gradient)
+        together = jax.jit(jax.vmap(gradient, in_axes=(axes,)))(x)
+        alone = jax.jit(gradient)
         for i, row in enumerate(rows):
             for a, b in zip(*map(jax.tree.leaves, (together, alone(row))), strict=True):
                 assert relative_rms(a[i], b) < 1e-10

@@ -1,0 +1,91 @@
+"""Which axis of an array is parted over which axis of the mesh: the one place that knows both.
+
+    mesh axis   parts                                                  what travels
+    data        the batch                                              gradients
+    fsdp        the batch; parameters, gradients and optimizer         parameters, layer by layer;
+                                                                       gradients
+    tensor      heads, the channel mix's hidden width, the vocabulary  a sum of the activations
+                                                                       twice a layer
+    sequence    time                                                   the state, the last token
+
+The mesh has explicit axes: an array's type says how it is parted, types follow through a program as
+shapes do, and what has to travel is written down where it does (`gather`, `rwkv_jax.nn.linear`).
+Without a mesh nothing of this does anything.
+"""
+
+from functools import cache, partial
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rwkv_jax.remat import GATHERED
+from rwkv_jax.typing import Array, PyTree
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "time": ("sequence",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "channels": ("tensor", "fsdp"),
+}
+"""Logical axis -> mesh axes. `channels` are those of heads in a parameter that has no `embed`."""
+
+FSDP = "fsdp"
+"""The mesh axis over which parameters lie in parts, and are brought together to be used."""
+
+
+def spec(axes: tuple[str | None, ...], mesh: Any = None) -> PartitionSpec:
+    """How an array with these logical axes is parted over the mesh (None: the one in context)."""
+    present = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).axis_names
+    parts = [tuple(m for m in RULES[axis] if m in present) if axis else () for axis in axes]
+    return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in parts))
+
+
+def gather(tree: PyTree, dtype: Any = None) -> PyTree:
+    """Parameters as they are used: no longer parted over `fsdp`. With `dtype`, cast to it first, so
+    that half as many bytes travel."""
+    if FSDP not in jax.sharding.get_abstract_mesh().explicit_axes:
+        return tree
+    return jax.tree.map(partial(_gather, dtype=dtype), tree)
+
+
+def _gather(x: Array, dtype: Any) -> Array:
+    parts = [names_of(part) for part in jax.typeof(x).sharding.spec]
+    if not any(FSDP in part for part in parts):
+        return x
+    kept = [tuple(name for name in part if name != FSDP) or None for part in parts]
+    x = x if dtype is None else x.astype(dtype)
+    return checkpoint_name(jax.reshard(x, PartitionSpec(*kept)), GATHERED)
+
+
+def names_of(part: Any) -> tuple[str, ...]:
+    """One entry of a partition spec as the mesh axes it names."""
+    return (part,) if isinstance(part, str) else tuple(part or ())
+
+
+def like(x: Array, other: Any) -> Array:
+    """`x` parted as the type of `other`, over explicit axes."""
+    if not jax.sharding.get_abstract_mesh().explicit_axes:
+        return x
+    return jax.reshard(x, jax.typeof(other).sharding.spec)
+
+
+def rows_like(tokens: Array, x: Array) -> Array:
+    """`x` [layers, b, ...] with its rows parted as those of `tokens`."""
+    rows = jax.typeof(tokens).sharding.spec[0]
+    return jax.reshard(x, PartitionSpec(None, rows)) if is_explicit() else x
+
+
+def is_explicit() -> bool:
+    """Whether types say how arrays are parted."""
+    return bool(jax.sharding.get_abstract_mesh().explicit_axes)
+
+
+@cache
+def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """The sharding of an array with these logical axes."""
+    return NamedSharding(mesh, spec(axes, mesh))
