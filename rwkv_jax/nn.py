@@ -12,6 +12,7 @@ from flax import struct
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from rwkv_jax import sharding
 from rwkv_jax.remat import keep
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int, Leaf
 
@@ -40,18 +41,12 @@ def rows(
     def look_up(table: Array, tokens: Array) -> Array:
         return table[..., tokens, :]
 
-    explicit = jax.sharding.get_abstract_mesh().explicit_axes
-    if not explicit:
+    if not sharding.is_explicit():
         return look_up(table, tokens)
     parted = jax.typeof(tokens).sharding.spec
-    spread = jax.shard_map(
-        look_up,
-        in_specs=(PartitionSpec(), parted),
-        out_specs=PartitionSpec(*(None for _ in table.shape[:-2]), *parted, None),
-        axis_names=set(explicit),
-        check_vma=False,
-    )
-    return spread(table, tokens)
+    found = PartitionSpec(*(None for _ in table.shape[:-2]), *parted, None)
+    whole = sharding.gather(table)
+    return sharding.over_devices(look_up, (PartitionSpec(), parted), found, whole, tokens)
 
 
 @struct.dataclass

@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rwkv_jax.remat import GATHERED
-from rwkv_jax.typing import Array, PyTree
+from rwkv_jax.typing import Array, Callable, PyTree
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
@@ -38,10 +38,9 @@ FSDP = "fsdp"
 """The mesh axis over which parameters lie in parts, and are brought together to be used."""
 
 
-def spec(axes: tuple[str | None, ...], mesh: Any = None) -> PartitionSpec:
-    """How an array with these logical axes is parted over the mesh (None: the one in context)."""
-    present = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).axis_names
-    parts = [tuple(m for m in RULES[axis] if m in present) if axis else () for axis in axes]
+def spec(axes: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
+    """How an array with these logical axes is parted over the mesh."""
+    parts = [tuple(m for m in RULES[axis] if m in mesh.axis_names) if axis else () for axis in axes]
     return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in parts))
 
 
@@ -69,9 +68,7 @@ def names_of(part: Any) -> tuple[str, ...]:
 
 def like(x: Array, other: Any) -> Array:
     """`x` parted as the type of `other`, over explicit axes."""
-    if not jax.sharding.get_abstract_mesh().explicit_axes:
-        return x
-    return jax.reshard(x, jax.typeof(other).sharding.spec)
+    return jax.reshard(x, jax.typeof(other).sharding.spec) if is_explicit() else x
 
 
 def rows_like(tokens: Array, x: Array) -> Array:
@@ -83,6 +80,19 @@ def rows_like(tokens: Array, x: Array) -> Array:
 def is_explicit() -> bool:
     """Whether types say how arrays are parted."""
     return bool(jax.sharding.get_abstract_mesh().explicit_axes)
+
+
+def over_devices(run: Callable, in_specs: tuple, out_specs: Any, *given: Array) -> Any:
+    """`run(*given)` on every device of its part, over all explicit axes; arrays that are parted in
+    another way are brought to their spec first."""
+    spread = jax.shard_map(
+        run,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(jax.sharding.get_abstract_mesh().explicit_axes),
+        check_vma=False,
+    )
+    return spread(*map(jax.reshard, given, in_specs))
 
 
 @cache

@@ -8,14 +8,6 @@ import tempfile
 
 # Read when JAX is first imported; subprocesses of a test inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-    ]
-).strip()
-
 # What several tests, workers and processes compile is compiled once in a run.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _programs = tempfile.mkdtemp(prefix="rwkv_jax_tests_")
@@ -26,7 +18,17 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import hypothesis
 import jax
+from compiling import QUICK_FLAGS
 from jaxtyping import install_import_hook
+
+# Read when the first array is made.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        QUICK_FLAGS,
+    ]
+).strip()
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kinds import one_of_a_kind
+from kinds import one_of_a_kind, versions
 
 from rwkv_jax import models, params
 from rwkv_jax.config import ModelConfig
@@ -245,13 +245,7 @@ def test_embedding_and_head(version):
     )
 
 
-@pytest.mark.parametrize(
-    "version",
-    [
-        pytest.param(version, marks=() if version in ("4", "7") else pytest.mark.slow)
-        for version in models.VERSIONS
-    ],
-)
+@versions("4", "7")
 def test_low_precision_never_enters(version):
     assert {str(leaf.dtype) for leaf in initial(version).values()} == {"float32"}
     abstract = named(models.abstract_params(CONFIGS[version]))

@@ -173,9 +173,8 @@ def backbone(
     module = VERSIONS[cfg.version]
     unstacked = isinstance(params.blocks, tuple)
     if state is None:
-        fresh = init_state(cfg, tokens.shape[0], params)
-        fresh = replace(
-            fresh, blocks=jax.tree.map(partial(sharding.rows_like, tokens), fresh.blocks)
+        fresh: State = jax.tree.map(
+            partial(sharding.rows_like, tokens), init_state(cfg, tokens.shape[0], params)
         )
         state = unstack(fresh) if unstacked else fresh
     check_state(state, cfg, tokens.shape[0])
@@ -191,7 +190,7 @@ def backbone(
         implementation=implementation,
     )
     with jax.named_scope("embed"):
-        x = nn.layer_norm(nn.rows(sharding.gather(params.emb), tokens).astype(dtype), params.ln0)
+        x = nn.layer_norm(nn.rows(params.emb, tokens).astype(dtype), params.ln0)
 
     def layer(stream, inputs):
         block_params, block_state, first = inputs

@@ -78,7 +78,7 @@ def look_up(blocks: Any, tokens: Int[Array, "b t"]) -> Any:
     """The blocks with, for each table, the rows of these tokens: [.., b, t, rank^2]."""
     if isinstance(blocks, tuple):
         return tuple(look_up(layer, tokens) for layer in blocks)
-    rows = nn.rows(sharding.gather(blocks.ffn.s_emb), tokens)
+    rows = nn.rows(blocks.ffn.s_emb, tokens)
     return replace(blocks, ffn=replace(blocks.ffn, s_emb=rows))
 
 

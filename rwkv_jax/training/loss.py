@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from rwkv_jax.sharding import names_of
+from rwkv_jax import sharding
 from rwkv_jax.typing import Array, Callable, Float, Int
 
 CHUNK_LOGITS = 1 << 21
@@ -60,6 +60,7 @@ def cross_entropy(
     """
     if weight is None:
         weight = jnp.ones(targets.shape, jnp.float32)
+    head = sharding.gather(head)
     outputs: Any = _objective(hidden, head, targets, weight, l2wrap, z_loss, chunk_tokens)
     loss, metrics = outputs
     return loss, jax.tree.map(lax.stop_gradient, metrics)
@@ -141,8 +142,7 @@ def _over_devices(run: Callable, outputs: Any, hidden: Array, head: Array, *more
     """`run(hidden, head, *more, tokens=, words=)` on every device of its part, where types say that
     there are any; it is told the mesh axes that tokens and words are parted over. `more` and what
     comes out are parted as letters say: a tree of `b`, `t`, `c`, `V` for each axis."""
-    explicit = jax.sharding.get_abstract_mesh().explicit_axes
-    if not explicit:
+    if not sharding.is_explicit():
         return run(hidden, head, *more, tokens=(), words=())
     parts = dict(zip("btcV", (*jax.typeof(hidden).sharding.spec, None), strict=True))
     parts["V"] = jax.typeof(head).sharding.spec[1]
@@ -150,19 +150,11 @@ def _over_devices(run: Callable, outputs: Any, hidden: Array, head: Array, *more
     def spec(letters: str) -> PartitionSpec:
         return PartitionSpec(*(parts[letter] for letter in letters))
 
+    names = {letter: sharding.names_of(part) for letter, part in parts.items()}
+    run = partial(run, tokens=names["b"] + names["t"], words=names["V"])
     specs = (spec("btc"), spec("cV"), *(spec("bt") for _ in more))
-    spread = jax.shard_map(
-        partial(
-            run,
-            tokens=(*names_of(parts["b"]), *names_of(parts["t"])),
-            words=names_of(parts["V"]),
-        ),
-        in_specs=specs,
-        out_specs=jax.tree.map(spec, outputs),
-        axis_names=set(explicit),
-        check_vma=False,
-    )
-    return spread(*map(jax.reshard, (hidden, head, *more), specs))
+    out_specs = jax.tree.map(spec, outputs)
+    return sharding.over_devices(run, specs, out_specs, hidden, head, *more)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -187,8 +179,7 @@ def _objective(hidden, head, targets, weight, l2wrap, z_loss, chunk_tokens):
 def _objective_forward(hidden, head, targets, weight, l2wrap, z_loss, chunk_tokens):
     run = partial(_with_gradients, targets.size, l2wrap, z_loss, chunk_tokens)
     outputs = (dict.fromkeys(TERMS, ""), "btc", "cV")
-    found = _over_devices(run, outputs, hidden, head, targets, weight)
-    sums, d_hidden, d_head = found
+    sums, d_hidden, d_head = _over_devices(run, outputs, hidden, head, targets, weight)
     return _value(sums, targets.size, z_loss), (d_hidden, d_head.astype(head.dtype))
 
 

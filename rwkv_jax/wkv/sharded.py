@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from rwkv_jax.sharding import names_of
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int
 from rwkv_jax.wkv.v4 import associative as v4
 from rwkv_jax.wkv.v4.scan import Wkv4State
@@ -78,7 +79,7 @@ def over_devices(
         in_specs=(specs,),
         out_specs=(spec("v"), spec("state")),
         # Every explicit axis: without a `jit`, JAX maps over all of them or none.
-        axis_names=explicit | {name for axis in axes.values() for name in _names(axis)},
+        axis_names=explicit | {name for axis in axes.values() for name in names_of(axis)},
         check_vma=False,
     )
     return spread(given)
@@ -124,21 +125,17 @@ def _check_axis(operator: str, axis: str, length: int) -> None:
 Axis = str | tuple[str, ...]
 
 
-def _names(axis: Axis | None) -> tuple[str, ...]:
-    return (axis,) if isinstance(axis, str) else axis or ()
-
-
 def _explicit(dims: str, x: Array) -> dict[str, Axis]:
     """The explicit mesh axes that an array's type says it is parted over, by letter."""
     spec = jax.typeof(x).sharding.spec
-    return {letter: axis for letter, axis in zip(dims, spec, strict=False) if _names(axis)}
+    return {letter: axis for letter, axis in zip(dims, spec, strict=False) if names_of(axis)}
 
 
 def _reshard(explicit: set[str], x: Array, spec: PartitionSpec) -> Array:
     """`x` parted so; where axes are explicit nobody else does it."""
     mine = list(jax.typeof(x).sharding.spec) + [None] * x.ndim
     wanted = [
-        axis if set(_names(axis)) and set(_names(axis)) <= explicit else mine[i]
+        axis if set(names_of(axis)) and set(names_of(axis)) <= explicit else mine[i]
         for i, axis in enumerate(spec)
     ]
     return jax.reshard(x, PartitionSpec(*wanted, *mine[len(wanted) : x.ndim]))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from evaluation.subjects import compile_quickly, guesser
+from evaluation.subjects import guesser
 
 from rwkv_jax import __main__ as program
 from rwkv_jax.checkpoint import weights
@@ -74,7 +74,6 @@ def small_and_plain(monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     monkeypatch.setattr(text, "WINDOW", 16)
     monkeypatch.setattr(continuations, "WIDTHS", (16,))
-    compile_quickly(monkeypatch)
 
 
 @pytest.fixture

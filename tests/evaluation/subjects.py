@@ -12,9 +12,7 @@ from rwkv_jax import models
 from rwkv_jax.checkpoint.keymaps import from_official
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.evaluation import continuations
 from rwkv_jax.nn import Norm
-from rwkv_jax.training import evaluate
 
 EOD = ByteTokenizer.eod
 
@@ -61,18 +59,3 @@ def guesser(shares):
     ones = jnp.ones(cfg.width)
     head = jnp.asarray(np.tile(np.log(p) / cfg.width, (cfg.width, 1)), jnp.float32)
     return params.replace(head=head, ln_out=Norm(0 * ones, ones)), cfg
-
-
-@functools.cache
-def _quick(function, *static):
-    return jax.jit(function.__wrapped__, static_argnames=static)
-
-
-def compile_quickly(monkeypatch):
-    """Has the programs that measure compiled as `jax.jit` does."""
-    for module, name, *static in (
-        (continuations, "_advance", "cfg", "dtype"),
-        (continuations, "_judge", "cfg", "dtype"),
-        (evaluate, "_score", "cfg", "dtype", "implementation"),
-    ):
-        monkeypatch.setattr(module, name, _quick(getattr(module, name), *static))
