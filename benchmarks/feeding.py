@@ -4,8 +4,8 @@
 
 PAIR is a binidx pair of the World vocabulary, of any size (`python -m rwkv_jax tokenize`). First,
 in one process, steps that read their batches from it, as a run does, take turns with steps that are
-given one batch again and again. Then so many processes, with a device each, train together by
-`jax.distributed`: each reads its own rows of every batch, and says how much memory of its own it
+given one batch again and again. Then so many processes, with a device each, train together as
+`train.py` does: each reads its own rows of every batch, and says how much memory of its own it
 has (`RssAnon`: without the pages of the pair, which the system may drop).
 """
 
@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 BATCH, CONTEXT = 8, 512
@@ -128,28 +127,31 @@ def run_together(args: argparse.Namespace) -> list[dict]:
 
 def together(args: argparse.Namespace) -> None:
     """One of the processes: prints what it saw."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{args.port}",
+        "JAX_NUM_PROCESSES": str(args.processes),
+        "JAX_PROCESS_ID": str(args.process),
+    }
     import jax
-    from jax.sharding import NamedSharding, PartitionSpec
 
+    from rwkv_jax import sharding
     from rwkv_jax.data.loader import prefetched
+    from rwkv_jax.training import hosts
+    from rwkv_jax.training.mesh import Rows, make_mesh
     from rwkv_jax.training.state import init_train_state
     from rwkv_jax.training.step import make_train_step
 
-    jax.distributed.initialize(f"localhost:{args.port}", args.processes, args.process)
+    hosts.join()
     cfg, loader = opened(args.pair, PACKINGS["packed documents"])
-    mesh = jax.make_mesh((args.processes,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
-    mine = BATCH // args.processes
-    share = slice(args.process * mine, (args.process + 1) * mine)
-    state = jax.device_put(init_train_state(cfg, cfg.model), whole)
+    mesh = make_mesh(cfg)
+    assert mesh is not None and mesh.size == args.processes
+    state = init_train_state(cfg, cfg.model, mesh=mesh)
     train_step = make_train_step(cfg, cfg.model)
     memory, losses, marks = [], [], []
-    for step, local in enumerate(
-        prefetched(partial(loader.read, rows=share), range(args.steps)), 1
-    ):
-        batch = jax.tree.map(partial(jax.make_array_from_process_local_data, rows), local)
-        state, metrics = train_step(state, batch)
+    for step, batch in enumerate(prefetched(Rows(loader, mesh).read, range(args.steps)), 1):
+        with sharding.using(mesh):
+            state, metrics = train_step(state, batch)
         losses.append(float(metrics.loss))
         if step in (5, args.steps // 4, args.steps // 2, args.steps):
             marks.append(step)

@@ -342,10 +342,10 @@ def apart(theirs: list, ours: list | None) -> float | None:
 
 
 def training(suite: Suite) -> dict:
-    """Tokens/s of whole steps, and model FLOPs: 6 a parameter and token (its embedding apart), and
-    the recurrence's own 3 x 8 N a channel, layer and token."""
+    """Tokens/s of whole steps, and the model's FLOPs (`rwkv_jax.training.flops`)."""
     from rwkv_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
     from rwkv_jax.data.loader import Batch
+    from rwkv_jax.training.flops import model_flops
     from rwkv_jax.training.state import init_train_state
     from rwkv_jax.training.step import make_train_step
 
@@ -373,7 +373,7 @@ def training(suite: Suite) -> dict:
             jax.block_until_ready((state, metrics))
             times.append(time.perf_counter() - began)
         seconds = spread(times[2:])["median"]
-        flops = rows * context * (6 * parameters + 3 * 8 * model.head_size * width * layers)
+        flops = rows * context * model_flops(model)
         rate = suite.found.get("device_gives", {}).get("TFLOP/s in bfloat16", float("nan"))
         found[name] = {
             "million parameters": (parameters + vocab * width) / 1e6,

@@ -20,21 +20,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from rwkv_jax.hardware import GPUS, configuration
+
 TPUS = {
     "v4": "v4:2x2x1",
     "v5e": "v5e:2x2",
     "v5p": "v5p:2x2x1",
     "v6e": "v6e:2x2",
     "tpu7x": "tpu7x:2x2x1",
-}
-GPUS = {
-    # compute capability, multiprocessors, shared memory a block and a multiprocessor (bytes),
-    # L2 (MiB), memory (GiB), its bandwidth (GB/s), clock (GHz); NVIDIA's data sheets and CUDA's
-    # table of compute capabilities
-    "A100": ("NVIDIA A100-SXM4-80GB", 8, 0, 108, 166912, 167936, 40, 80, 2039, 1.41),
-    "L4": ("NVIDIA L4", 8, 9, 58, 101376, 102400, 48, 24, 300, 2.04),
-    "H100": ("NVIDIA H100 80GB HBM3", 9, 0, 132, 232448, 233472, 50, 80, 3352, 1.98),
-    "B200": ("NVIDIA B200", 10, 0, 148, 232448, 233472, 126, 180, 8000, 1.97),
 }
 TARGETS = [*TPUS, *GPUS]
 SHAPE = {"batch": 2, "tokens": 1024, "heads": 4, "size": 64}
@@ -276,26 +269,6 @@ def find_ptxas() -> str:
         if path and Path(path).exists():
             return path
     raise SystemExit("no ptxas: install a CUDA toolkit, or nvidia-cuda-nvcc and nvidia-nvvm")
-
-
-def configuration(name, major, minor, cores, block, core, l2, memory, bandwidth, clock) -> str:
-    """XLA's description of a GPU."""
-    threads = 2048 if minor == 0 else 1536
-    return (
-        "gpu_device_info {"
-        " threads_per_block_limit: 1024 threads_per_warp: 32"
-        f" shared_memory_per_block: 49152 shared_memory_per_core: {core}"
-        f" shared_memory_per_block_optin: {block} threads_per_core_limit: {threads}"
-        f" core_count: {cores} fpus_per_core: 128"
-        " block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535"
-        f" memory_bandwidth: {bandwidth * 10**9} l2_cache_size: {l2 << 20}"
-        f" clock_rate_ghz: {clock} device_memory_size: {memory << 30}"
-        f" cuda_compute_capability {{ major: {major} minor: {minor} }}"
-        " registers_per_core_limit: 65536 registers_per_block_limit: 65536"
-        ' } platform_name: "CUDA"'
-        " dnn_version_info { major: 9 minor: 12 } runtime_version { major: 13 minor: 0 }"
-        f' device_description_str: "{name}"'
-    )
 
 
 if __name__ == "__main__":

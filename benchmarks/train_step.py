@@ -78,7 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--implementation", default=None, help="WKV form of ours: scan, chunked, associative"
     )
-    parser.add_argument("--remat", default="dots", help="remat of ours: none, dots, full")
+    parser.add_argument("--remat", default="dots", help="remat of ours")
     parser.add_argument(
         "--peer-malloc",
         action="store_true",

@@ -9,6 +9,7 @@ from rwkv_jax.errors import Parser
 COMMANDS = {
     "tokenize": ("tokenize", "text into the files that training reads"),
     "train": ("train", "train a model as a config says"),
+    "plan": ("plan", "what a run needs on hardware that is not here yet"),
     "sample": ("sample", "write text with a model, or chat with it"),
     "eval": ("evaluate", "measure it: bits per byte, LAMBADA, multiple choice"),
     "inspect": ("inspect", "what a file of weights holds"),
@@ -24,6 +25,7 @@ RWKV language models in JAX.
   python -m rwkv_jax sample RWKV-x070-World-0.1B-v2.8.pth "The Eiffel tower is in"
   python -m rwkv_jax convert RWKV-x070-World-0.1B-v2.8.pth world-0.1b.safetensors
   python -m rwkv_jax train configs/demo.toml
+  python -m rwkv_jax plan configs/rwkv7-0.4b.toml --topology v5e:4x4
   python -m rwkv_jax eval runs/demo notes.txt
 
 `python -m rwkv_jax COMMAND --help` teaches each.

@@ -271,8 +271,9 @@ class TrainConfig(_Strict):
     """Parts that a batch is computed in; the gradient is that of the whole batch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type; parameters, optimizer, decay, recurrent state and loss are float32 always."""
-    remat: Literal["none", "dots", "full"] = "dots"
-    """What the backward pass keeps: everything, matrix products' results, each layer's input."""
+    remat: Literal["none", "dots", "wkv", "block", "offload"] = "dots"
+    """What the backward pass keeps: everything, the results of matrix products and of the
+    recurrence, of the recurrence alone, each layer's input alone; or as `dots`, on the host."""
     wkv: Literal["auto", "scan", "chunked", "associative", "pallas_gpu", "pallas_tpu"] = "auto"
     l2wrap: float = 1e-4
     """Official pull on the largest logit (RWKV-LM `L2Wrap`); 0 is off."""
@@ -284,6 +285,8 @@ class TrainConfig(_Strict):
     eval_tokens: int = 65536
     """Held-out tokens of those evaluations; the last one reads all of them."""
     checkpoint_every: int = 200
+    tensorboard: bool = False
+    """Writes the metrics for TensorBoard too, into `events` of the run's folder."""
     keep: int = 2
     """Checkpoints kept: the newest ones."""
     carry_state: bool = False
@@ -303,6 +306,29 @@ class TrainConfig(_Strict):
             "equal parts",
         )
         _require(bool(self.output), "train.output is empty: the run's folder")
+
+
+@dataclass(frozen=True)
+class MeshConfig(_Strict):
+    """How many devices share what (`rwkv_jax.sharding`); -1: as many as are left."""
+
+    data: int = 1
+    """The batch."""
+    fsdp: int = -1
+    """The batch, and parameters, gradients and optimizer with it."""
+    tensor: int = 1
+    """Heads, the channel mix's hidden width, the vocabulary."""
+    sequence: int = 1
+    """Time."""
+
+    def __post_init__(self):
+        sizes = {key.name: getattr(self, key.name) for key in fields(self)}
+        for name, size in sizes.items():
+            _require(size == -1 or size >= 1, f"mesh.{name} = {size}: at least 1, or -1 (the rest)")
+        rest = [f"mesh.{name}" for name, size in sizes.items() if size == -1]
+        _require(
+            len(rest) < 2, f"{' and '.join(rest)} are -1: one can be what is left, state the others"
+        )
 
 
 @dataclass(frozen=True)
@@ -328,6 +354,7 @@ class Config(_Strict):
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self):

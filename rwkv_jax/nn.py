@@ -4,7 +4,7 @@ Parameters are float32; each function casts them to the dtype of its input, whic
 dtype. Normalisations compute in float32 whatever the input is.
 """
 
-from typing import Generic
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
@@ -34,19 +34,33 @@ def along(vector: Float[Array, " c"], x: Float[Array, "*shape c"]) -> Float[Arra
 
 
 def rows(
-    table: Float[Array, "*layers V c"], tokens: Int[Array, "b t"]
+    table: Float[Array, "*layers V c"], tokens: Int[Array, "b t"], dtype: Any = None
 ) -> Float[Array, "*layers b t c"]:
-    """The table's rows of these tokens, parted as they are."""
+    """The table's rows of these tokens, parted as they are, in `dtype` (None: the table's)."""
+    dtype = dtype or table.dtype
 
     def look_up(table: Array, tokens: Array) -> Array:
-        return table[..., tokens, :]
+        return table[..., tokens, :].astype(dtype)
 
     if not sharding.is_explicit():
         return look_up(table, tokens)
     parted = jax.typeof(tokens).sharding.spec
-    found = PartitionSpec(*(None for _ in table.shape[:-2]), *parted, None)
-    whole = sharding.gather(table)
-    return sharding.over_devices(look_up, (PartitionSpec(), parted), found, whole, tokens)
+    layers = [None] * (table.ndim - 2)
+    found = PartitionSpec(*layers, *parted, None)
+    *_, columns = jax.typeof(table).sharding.spec
+    fsdp = sharding.FSDP
+    if columns != fsdp or fsdp not in sharding.names_of(parted[0]):
+        whole = sharding.gather(table)
+        return sharding.over_devices(look_up, (PartitionSpec(), parted), found, whole, tokens)
+
+    def exchange(table: Array, tokens: Array) -> Array:
+        # A device has its columns of every row: it looks them up for all, and each takes the rows
+        # of its tokens. What travels is as long as the batch, not as the vocabulary.
+        mine = look_up(table, lax.all_gather(tokens, fsdp, axis=0, tiled=True))
+        return lax.all_to_all(mine, fsdp, table.ndim - 2, table.ndim, tiled=True)
+
+    parts = (PartitionSpec(*layers, None, fsdp), parted)
+    return sharding.over_devices(exchange, parts, found, table, tokens)
 
 
 @struct.dataclass

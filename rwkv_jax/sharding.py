@@ -13,12 +13,15 @@ shapes do, and what has to travel is written down where it does (`gather`, `rwkv
 Without a mesh nothing of this does anything.
 """
 
+import contextlib
+import math
 from functools import cache, partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from rwkv_jax.remat import GATHERED
 from rwkv_jax.typing import Array, Callable, PyTree
@@ -34,13 +37,21 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 """Logical axis -> mesh axes. `channels` are those of heads in a parameter that has no `embed`."""
 
-FSDP = "fsdp"
-"""The mesh axis over which parameters lie in parts, and are brought together to be used."""
+FSDP, SEQUENCE = "fsdp", "sequence"
+"""The mesh axes over which parameters lie in parts, and are brought together to be used; and over
+which time is parted."""
 
 
-def spec(axes: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
-    """How an array with these logical axes is parted over the mesh."""
+def spec(
+    axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh, shape: tuple[int, ...] | None = None
+) -> PartitionSpec:
+    """How an array with these logical axes is parted over the mesh; with its `shape`, an axis that
+    its devices do not divide is whole on each."""
     parts = [tuple(m for m in RULES[axis] if m in mesh.axis_names) if axis else () for axis in axes]
+    if shape:
+        devices = [math.prod(mesh.shape[name] for name in part) for part in parts]
+        divides = [size % count == 0 for size, count in zip(shape, devices, strict=True)]
+        parts = [part if whole else () for part, whole in zip(parts, divides, strict=True)]
     return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in parts))
 
 
@@ -66,6 +77,22 @@ def names_of(part: Any) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else tuple(part or ())
 
 
+def using(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """The context in which a program is for this mesh; None: for one device."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def spread(x: Any, place: NamedSharding) -> Array:
+    """An array that every process has, parted over the devices of all."""
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, place, lambda part: whole[part])
+
+
+def time_axis() -> str | None:
+    """The `mesh_axis` of models and operators: that of time, if the mesh in context has it."""
+    return SEQUENCE if SEQUENCE in jax.sharding.get_abstract_mesh().axis_names else None
+
+
 def like(x: Array, other: Any) -> Array:
     """`x` parted as the type of `other`, over explicit axes."""
     return jax.reshard(x, jax.typeof(other).sharding.spec) if is_explicit() else x
@@ -75,6 +102,19 @@ def rows_like(tokens: Array, x: Array) -> Array:
     """`x` [layers, b, ...] with its rows parted as those of `tokens`."""
     rows = jax.typeof(tokens).sharding.spec[0]
     return jax.reshard(x, PartitionSpec(None, rows)) if is_explicit() else x
+
+
+def rows_over_batch(state: PyTree) -> PyTree:
+    """States [layers, b, ...] with their rows over the devices of the batch."""
+    if not is_explicit():
+        return state
+    rows = spec((None, "batch"), jax.sharding.get_abstract_mesh())
+    return jax.tree.map(lambda x: jax.reshard(x, rows), state)
+
+
+def whole(x: Array) -> Array:
+    """`x` on every device."""
+    return jax.reshard(x, PartitionSpec()) if is_explicit() else x
 
 
 def is_explicit() -> bool:

@@ -14,6 +14,7 @@ from rwkv_jax.config import (
     Config,
     ConfigError,
     DataConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     SampleConfig,
@@ -24,6 +25,7 @@ from rwkv_jax.config import (
 )
 from rwkv_jax.errors import UserError
 
+REMATS = 'one of "none", "dots", "wkv", "block", "offload"'
 VERSIONS = 'one of "4", "5.0", "5.1", "5.2", "6", "7", "7a"'
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +35,7 @@ TABLES = {
     "data": DataConfig,
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
+    "mesh": MeshConfig,
     "sample": SampleConfig,
 }
 
@@ -85,8 +88,16 @@ def test_every_setting_can_be_read():
         "optimizer": dict(peak_lr=2.0, final_lr=1.0, warmup_steps=3, beta1=0.4, beta2=0.5)
         | dict(eps=6.0, weight_decay=7.0, clip=8.0),
         "train": dict(output="a", init="b", seed=1, steps=2, batch=12, context=4, accumulate=3)
-        | dict(dtype="bfloat16", remat="full", wkv="scan", l2wrap=0.5, z_loss=0.25, log_every=6)
-        | dict(eval_every=7, eval_tokens=8, checkpoint_every=9, keep=10, carry_state=True),
+        | dict(dtype="bfloat16", remat="block", wkv="scan", l2wrap=0.5, z_loss=0.25, log_every=6)
+        | dict(
+            eval_every=7,
+            eval_tokens=8,
+            tensorboard=True,
+            checkpoint_every=9,
+            keep=10,
+            carry_state=True,
+        ),
+        "mesh": dict(data=-1, fsdp=2, tensor=3, sequence=4),
         "sample": dict(prompt="p", tokens=1, temperature=0.5, top_p=0.25),
     }
     config = parse_config(other)
@@ -141,7 +152,7 @@ def test_reading_leaves_its_input_as_it_was():
         ("train.steps = 1_000", "train", "steps", 1000),
         ("optimizer.peak_lr=3e-4", "optimizer", "peak_lr", 3e-4),
         ("optimizer.clip=0", "optimizer", "clip", 0.0),
-        ("train.remat=full", "train", "remat", "full"),
+        ("train.remat=block", "train", "remat", "block"),
         ("model.version=4", "model", "version", "4"),
         ('model.version="4"', "model", "version", "4"),
         ("train.dtype=bfloat16", "train", "dtype", "bfloat16"),
@@ -177,12 +188,12 @@ def test_overrides_win_over_the_file_and_the_last_one_wins(file):
         (
             "steps=3",
             'override "steps=3": steps is not a section; did you mean train.steps? '
-            "(allowed: model, data, optimizer, train, sample)",
+            "(allowed: model, data, optimizer, train, mesh, sample)",
         ),
         (
             "trian.steps=3",
             "overrides: trian is not a section; did you mean train? "
-            "(allowed: model, data, optimizer, train, sample)",
+            "(allowed: model, data, optimizer, train, mesh, sample)",
         ),
         (
             "sample.top_q=0.5",
@@ -197,7 +208,7 @@ def test_overrides_win_over_the_file_and_the_last_one_wins(file):
         ("train.steps=", 'overrides: train.steps = "": an integer is needed'),
         ("train.steps=1e3", "overrides: train.steps = 1000.0: an integer is needed"),
         ("train.steps=1\nx=2", 'overrides: train.steps = "1\\nx=2": an integer is needed'),
-        ("train.remat=true", 'overrides: train.remat = "true": one of "none", "dots", "full"'),
+        ("train.remat=true", f'overrides: train.remat = "true": {REMATS}'),
         ("optimizer.clip=nan", "overrides: optimizer.clip = nan: a finite number is needed"),
         (
             "model.version=5",
@@ -265,14 +276,14 @@ def test_an_error_says_whether_file_or_overrides_are_wrong(file):
         (
             "steps = 3",
             "steps is not a section; did you mean train.steps? "
-            "(allowed: model, data, optimizer, train, sample)",
+            "(allowed: model, data, optimizer, train, mesh, sample)",
         ),
         ("train = 3", "train = 3: a table [train] is needed"),
         ('[train]\nsteps = "many"', 'train.steps = "many": an integer is needed'),
         ("[train]\nsteps = 1.0", "train.steps = 1.0: an integer is needed"),
         ("[train]\nsteps = true", "train.steps = true: an integer is needed"),
         ("[train]\nsteps = [1]", "train.steps = [1]: an integer is needed"),
-        ("[train]\nremat = 1", 'train.remat = 1: one of "none", "dots", "full"'),
+        ("[train]\nremat = 1", f"train.remat = 1: {REMATS}"),
         ("[data]\nheldout = '0.1'", 'data.heldout = "0.1": a number is needed'),
         ("[data]\nheldout = true", "data.heldout = true: a number is needed"),
         ("[data]\nsource = 3", "data.source = 3: a string is needed"),
@@ -307,6 +318,12 @@ def test_a_wrong_file(file, text, expected):
 @pytest.mark.parametrize(
     ("section", "settings", "expected"),
     [
+        ("mesh", {"data": 0}, "mesh.data = 0: at least 1, or -1 (the rest)"),
+        (
+            "mesh",
+            {"data": -1, "fsdp": -1},
+            "mesh.data and mesh.fsdp are -1: one can be what is left, state the others",
+        ),
         ("model", {"layers": 0}, "model.layers = 0: at least 1"),
         ("model", {"width": -64}, "model.width = -64: at least 1"),
         ("model", {"vocab_size": -1}, "model.vocab_size = -1: 0 (automatic) or more"),
@@ -426,6 +443,7 @@ CONFIG = st.builds(
     data=DATA,
     optimizer=drawn(OptimizerConfig, peak_lr=number(1, 1e300)),
     train=drawn(TrainConfig, accumulate=st.just(1), carry_state=st.just(False)),
+    mesh=drawn(MeshConfig, data=st.sampled_from([-1, 3])),
     sample=drawn(SampleConfig, prompt=st.text()),
 )
 

@@ -64,8 +64,6 @@ class Store:
             newest = preservation_policy.LatestN(keep)
             options = ocp.CheckpointManagerOptions(preservation_policy=newest)
         with _writing(self.folder):
-            for left in self.folder.glob(f"*{UNFINISHED}*") if keep else ():
-                shutil.rmtree(left)
             self._manager = ocp.CheckpointManager(
                 self.folder, options=options, item_names=("params", "rest", "meta")
             )
@@ -91,9 +89,22 @@ class Store:
         with _writing(self.folder):
             self._manager.wait_until_finished()
 
-    def latest(self) -> int | None:
-        """The step of the newest complete checkpoint."""
-        return self._manager.latest_step()
+    def latest(self, before: int | None = None) -> int | None:
+        """The step of the newest complete checkpoint, or of the newest `before` a step."""
+        if before is None:
+            return self._manager.latest_step()
+        return max((step for step in self._manager.all_steps() if step < before), default=None)
+
+    def set_aside(self, step: int) -> Path:
+        """Renames a checkpoint that cannot be read, so that it is one no more; returns where it is
+        then. Every process calls it, the first one does it."""
+        aside = self.folder / f"damaged-{step}"
+        if jax.process_index() == 0:
+            with _writing(self.folder):
+                shutil.rmtree(aside, ignore_errors=True)
+                self.path(step).rename(aside)
+        self._manager.reload()
+        return aside
 
     def path(self, step: int) -> Path:
         """The folder of a checkpoint."""
@@ -138,6 +149,13 @@ class Store:
             self._manager.close()
 
 
+def sweep(folder: Path) -> None:
+    """Removes what interrupted saves left in a folder of checkpoints."""
+    with _writing(folder):
+        for left in folder.glob(f"*{UNFINISHED}*"):
+            shutil.rmtree(left)
+
+
 def _rest(state: TrainState) -> dict[str, Any]:
     """What is saved beside the parameters."""
     rest = {"step": state.step, "opt_state": state.opt_state}
@@ -145,9 +163,12 @@ def _rest(state: TrainState) -> dict[str, Any]:
 
 
 def _placed(abstract: PyTree) -> PyTree:
-    """Where the arrays shall be, which need not be where they were saved: the first device."""
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
+    """Where the arrays shall be, which need not be where they were saved: as they say, or on the
+    first device."""
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first), abstract
+    )
 
 
 @contextlib.contextmanager

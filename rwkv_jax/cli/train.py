@@ -20,6 +20,12 @@ Train an RWKV model on your text, and see what it has learnt.
       from given weights: their sizes take the place of the config's, and with other versions than
       7 model.version=6 (say) is needed; data.tokenizer is to be the one that they were trained with
 
+  {prog} mesh.fsdp=4 mesh.tensor=2
+      eight devices, each with a part of the parameters; without it, all devices share them (fsdp)
+  {prog} --profile
+      traces three steps into profile/ of the run's folder
+
+Several machines: start the same command on each (docs/scaling.md).
 Ctrl-C saves and stops; the same command goes on from there, and so it does after a crash.
 Then: python sample.py runs/demo "def main("
 """
@@ -29,33 +35,37 @@ DEFAULT = Path(__file__).parents[1] / "demo.toml"
 
 def main(arguments: list[str], prog: str = "python -m rwkv_jax train") -> int:
     """Runs the command line; returns the exit code: 2 for bad input, 130 when interrupted."""
-    config, overrides = _parse(arguments, prog)
-    return run(spoken(prog), partial(_train, config, overrides))
+    config, overrides, profile = _parse(arguments, prog)
+    return run(spoken(prog), partial(_train, spoken(prog), config, overrides, profile))
 
 
-def _train(config: Path, overrides: list[str]) -> None:
+def _train(prog: str, config: Path, overrides: list[str], profile: bool) -> None:
     # Here, so that --help and a mistyped setting answer at once.
     from rwkv_jax.config import load_stated
 
     cfg, stated = load_stated(config, overrides)
     from rwkv_jax.compiled import keep_compiled_programs
+    from rwkv_jax.training import hosts
     from rwkv_jax.training.loop import train
 
     keep_compiled_programs(cfg.data.cache_root)
+    hosts.join()
     try:
-        train(cfg, stated=stated)
+        with hosts.leaving(prog):
+            train(cfg, stated=stated, profile=profile)
     except KeyboardInterrupt as interrupt:
         told = str(interrupt) or "Interrupted before the first step."
         raise KeyboardInterrupt(told) from None
 
 
-def _parse(arguments: list[str], prog: str) -> tuple[Path, list[str]]:
-    parser = command(prog, "[CONFIG] [section.key=value ...]", HELP)
+def _parse(arguments: list[str], prog: str) -> tuple[Path, list[str], bool]:
+    parser = command(prog, "[CONFIG] [section.key=value ...] [--profile]", HELP)
     parser.add_argument("config", nargs="?", help="a TOML file (default: configs/demo.toml)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="TOML values")
-    parsed = parser.parse_args(arguments)
+    parser.add_argument("--profile", action="store_true", help="trace three steps")
+    parsed = parser.parse_intermixed_args(arguments)
     overrides = parsed.overrides
     config = parsed.config
     if config and "=" in config and not Path(config).exists():
         config, overrides = None, [config, *overrides]
-    return Path(config) if config else DEFAULT, overrides
+    return Path(config) if config else DEFAULT, overrides, parsed.profile

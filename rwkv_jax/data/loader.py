@@ -95,7 +95,7 @@ class Loader:
     epoch: tuple[int, ...]
     """Samples of each source until it starts over."""
 
-    def read(self, step: int, rows: slice = slice(None)) -> Batch:
+    def read(self, step: int, rows: slice | np.ndarray = slice(None)) -> Batch:
         """The batch of a step; with `rows`, only those rows of it, so that a process can read its
         own part. Raises `CorpusError` for an id that the vocabulary has not."""
         samples = step * self.batch + np.arange(self.batch)[rows]

@@ -110,9 +110,9 @@ class Tokens:
 def prepare(cfg: DataConfig, *, progress: bool = True) -> Tokens:
     """The tokens of a corpus, from the cache if they are there, else made and put there.
 
-    Progress and notices go to stderr. Raises UserError: a source that cannot be read, is empty or
-    has no training or held-out document; a tokenizer that cannot be used; a cache that cannot be
-    written."""
+    Progress and notices go to stderr, where `progress` allows them. Raises UserError: a source that
+    cannot be read, is empty or has no training or held-out document; a tokenizer that cannot be
+    used; a cache that cannot be written."""
     corpus = open_corpus(cfg)
     tokenizer = None if cfg.tokenizer == "bpe" else open_tokenizer(cfg.tokenizer)
     recipe = (
@@ -124,12 +124,13 @@ def prepare(cfg: DataConfig, *, progress: bool = True) -> Tokens:
         json.dumps([FORMAT, corpus.fingerprint, recipe]).encode(), digest_size=12
     ).hexdigest()
     folder = cfg.cache_root / key
-    with _writing(folder), _locked(folder):
+    with _writing(folder), _locked(folder, progress):
         if folder.exists():
             try:
                 return _open(folder)
             except (OSError, ValueError) as error:
-                print(f"token cache {folder} is damaged ({error}): made again", file=sys.stderr)
+                if progress:
+                    print(f"token cache {folder} is damaged ({error}): made again", file=sys.stderr)
         partial = folder.with_suffix(".partial")
         # Whoever holds the lock is the only writer: what lies there was left by a killed process.
         shutil.rmtree(partial, ignore_errors=True)
@@ -160,13 +161,14 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, progress: bool) -> Iterator[None]:
     """Holds the cache entry's lock; the system drops it when the process ends, however it ends."""
     with folder.with_suffix(".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"another process is preparing {folder}: waiting for it", file=sys.stderr)
+            if progress:
+                print(f"another process is preparing {folder}: waiting for it", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

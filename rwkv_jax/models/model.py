@@ -190,7 +190,7 @@ def backbone(
         implementation=implementation,
     )
     with jax.named_scope("embed"):
-        x = nn.layer_norm(nn.rows(params.emb, tokens).astype(dtype), params.ln0)
+        x = nn.layer_norm(nn.rows(params.emb, tokens, dtype), params.ln0)
 
     def layer(stream, inputs):
         block_params, block_state, first = inputs

@@ -34,6 +34,16 @@ class State:
     version: str = struct.field(pytree_node=False)
 
 
+def rms(state: State) -> Array:
+    """Root mean square of what the WKV remembers, float32: of the matrices of versions 5 to 7; of
+    version 4 the mean values, numerators over denominators. One that grows without end is a model
+    that forgets too little. `state` is stacked."""
+    wkv = state.blocks.wkv
+    if state.version == "4":
+        wkv = jnp.where(wkv.den > 0, wkv.num / jnp.where(wkv.den > 0, wkv.den, 1.0), 0.0)
+    return jnp.sqrt(jnp.mean(jnp.square(wkv.astype(jnp.float32))))
+
+
 def matrix_state(cfg: ModelConfig, batch: int) -> BlockState[Array]:
     """A fresh state of one layer, versions 5 to 7: zeros."""
     shift = jnp.zeros((batch, cfg.width), jnp.float32)

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rwkv_jax import models
+from rwkv_jax import models, sharding
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.errors import PREDICTS_NAN, UserError
@@ -164,17 +164,20 @@ def token_costs(
 ) -> Iterator[Costs]:
     """What every token of the documents costs, a piece of every lane at a time.
 
-    A document is an array of ids, at least one, and is read from a fresh state, `eod` first.
+    A document is an array of ids, at least one, and is read from a fresh state, `eod` first. Where
+    a mesh is in context (`sharding.using`), `params` lie on it and its devices share the lanes.
     """
     if not documents:
         return
     dealt = _deal([len(document) for document in documents], lanes)
+    place, count = _places(len(dealt))
+    dealt += [[]] * (count - len(dealt))
     score = partial(_score, cfg=cfg, dtype=jnp.dtype(dtype), implementation=implementation)
 
     def windows():
-        state = models.init_state(cfg, len(dealt), params)
+        state = _fresh(params, cfg=cfg, lanes=count)
         for inputs, targets, document, position in _windows(documents, dealt, window, eod):
-            nats, state = score(params, state, inputs, targets, inputs == eod)
+            nats, state = score(params, state, place(inputs), place(targets), place(inputs == eod))
             yield nats, document, position
 
     for nats, document, position in one_late(windows()):
@@ -191,12 +194,38 @@ def one_late(items: Iterable[T]) -> Iterator[T]:
     yield from waiting
 
 
+def _places(lanes: int) -> tuple[Callable[[np.ndarray], Any], int]:
+    """How windows come to the devices of the mesh in context, and how many lanes they divide."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return (lambda x: x), lanes
+    devices = math.prod(mesh.shape.get(name, 1) for name in sharding.RULES["batch"])
+    return partial(sharding.spread, place=sharding.named(mesh, "batch", "time")), (
+        -(-lanes // devices) * devices
+    )
+
+
+@partial(jax.jit, static_argnames=("cfg", "lanes"))
+def _fresh(params, *, cfg, lanes):
+    """The state before a document in every lane, parted as the lanes."""
+    return sharding.rows_over_batch(models.init_state(cfg, lanes, params))
+
+
 @partial(jax.jit, static_argnames=("cfg", "dtype", "implementation"))
 def _score(params, state, inputs, targets, reset, *, cfg, dtype, implementation):
-    hidden, state = models.backbone(
-        params, inputs, state, cfg=cfg, reset=reset, dtype=dtype, implementation=implementation
+    hidden, after = models.backbone(
+        params,
+        inputs,
+        state,
+        cfg=cfg,
+        reset=reset,
+        mesh_axis=sharding.time_axis(),
+        dtype=dtype,
+        implementation=implementation,
     )
-    return token_nats(hidden, params.head, targets), state
+    nats = token_nats(hidden, params.head, targets)
+    # Every process reads all of them.
+    return sharding.whole(nats), jax.tree.map(sharding.like, after, state)
 
 
 def _documents(stream: np.ndarray, eod: int) -> list[np.ndarray]:
@@ -248,6 +277,8 @@ def _windows(
 
 def _lane(documents: list[np.ndarray], indices: list[int], eod: int) -> np.ndarray:
     """The rows of `_windows`, as long as the documents together."""
+    if not documents:
+        return np.empty((4, 0), np.int32)
     lengths = [len(document) for document in documents]
     before = [np.append(eod, document[:-1]) for document in documents]
     positions = [np.arange(length) for length in lengths]

@@ -14,33 +14,40 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.console import Console
 
-from rwkv_jax import generate, models
+from rwkv_jax import generate, models, sharding
 from rwkv_jax import params as tables
-from rwkv_jax.checkpoint.store import CHECKPOINTS, CONFIG, Store, versions
+from rwkv_jax.checkpoint.store import CHECKPOINTS, CONFIG, Store, sweep, versions
 from rwkv_jax.checkpoint.weights import load
 from rwkv_jax.config import MINI_EPOCH, Config
 from rwkv_jax.data.loader import Loader, prefetched
 from rwkv_jax.data.sources import Data, open_data
 from rwkv_jax.errors import UserError, within_memory
+from rwkv_jax.hardware import chip_of
 from rwkv_jax.training import console as show
 from rwkv_jax.training.evaluate import compressors, evaluate
+from rwkv_jax.training.flops import model_flops
+from rwkv_jax.training.hosts import SharedError, check_equal, is_first, together
+from rwkv_jax.training.mesh import Rows, brought_together, make_mesh, told
 from rwkv_jax.training.metrics import MetricsLog, read_metrics
+from rwkv_jax.training.pace import Pace
 from rwkv_jax.training.plot import plot
 from rwkv_jax.training.run import RunError, adopt, claim, describe, fingerprint, resolve, writing
 from rwkv_jax.training.state import TrainState, abstract_train_state, init_train_state
 from rwkv_jax.training.step import Metrics, make_train_step, what_is_not_finite
 
-LESS_MEMORY = "lower train.batch or model.width, raise train.accumulate, or set train.remat=full"
+LESS_MEMORY = "lower train.batch or model.width, raise train.accumulate, or set train.remat=block"
 
 
-class NonFiniteError(UserError):
+class NonFiniteError(SharedError):
     """Training diverged: a loss or a gradient is infinite or not a number."""
 
 
@@ -49,30 +56,37 @@ class Interrupted(KeyboardInterrupt):
 
 
 def train(
-    cfg: Config, *, stated: Mapping[str, str] | None = None, console: Console | None = None
+    cfg: Config,
+    *,
+    stated: Mapping[str, str] | None = None,
+    console: Console | None = None,
+    profile: bool = False,
 ) -> Path:
     """Trains as `cfg` says, going on where the run in `train.output` stopped; returns that folder.
 
     With weights in `train.init` the model is theirs, not `cfg.model`; `stated`, from `load_stated`,
-    says what of it was asked for and must be so.
+    says what of it was asked for and must be so. With `profile` some steps are traced into
+    `profile` of that folder.
 
     Raises `UserError` for whatever the user can mend (`NonFiniteError` if training diverged), and
     `Interrupted` after the first SIGINT or SIGTERM, once a checkpoint is saved.
     """
-    console = console or show.LastingConsole()
-    cfg = adopt(cfg, stated or {})
-    tokens = open_data(cfg.data)
-    cfg, loader = resolve(cfg, tokens)
-    with claim(cfg, tokens) as folder:
-        if not (folder / CONFIG).exists():
-            describe(folder, cfg, tokens)  # first of all, so that whatever stops us leaves a run
+    first = is_first()
+    console = console or show.LastingConsole(quiet=not first)
+    cfg = together(partial(adopt, cfg, stated or {}))
+    mesh = together(partial(make_mesh, cfg))
+    tokens = together(partial(open_data, cfg.data, progress=first))
+    cfg, loader = together(partial(resolve, cfg, tokens))
+    check_equal(fingerprint(tokens), "reads other text than the first; give all the same data")
+    with contextlib.ExitStack() as stack:
+        folder = together(partial(_claim, cfg, tokens, stack))
         store = Store(folder / CHECKPOINTS, cfg.train.keep)
         with contextlib.closing(store), within_memory(LESS_MEMORY):
-            run = _open(cfg, tokens, loader, folder, store, console)
+            run = _open(cfg, tokens, loader, folder, store, console, mesh)
             with contextlib.closing(run.log):
                 _print_header(run)
                 with writing(folder), _stop_requests() as stop:
-                    _train_steps(run, stop)
+                    _train_steps(run, stop, profile)
                 try:
                     _finish(run)
                 except KeyboardInterrupt:
@@ -80,6 +94,18 @@ def train(
                         f"Stopped after the last step, which is saved in {folder};"
                         " the same command evaluates it."
                     ) from None
+            together(lambda: None)  # nobody leaves while another still writes
+    return folder
+
+
+def _claim(cfg: Config, tokens: Data, stack: contextlib.ExitStack) -> Path:
+    """The run's folder, which the first process holds until `stack` is closed."""
+    if not is_first():
+        return Path(cfg.train.output).expanduser()
+    folder = stack.enter_context(claim(cfg, tokens))
+    if not (folder / CONFIG).exists():
+        describe(folder, cfg, tokens)  # first of all, so that whatever stops us leaves a run
+    sweep(folder / CHECKPOINTS)
     return folder
 
 
@@ -95,6 +121,7 @@ class _Run:
     log: MetricsLog
     ticker: show.Ticker
     console: Console
+    mesh: Mesh | None
     state: TrainState
     step: int
     data: str
@@ -105,6 +132,7 @@ class _Run:
     """Sum and number of the losses since an official mini-epoch began."""
     earlier: float
     """Seconds that the run took before this start."""
+    pace: Pace = field(default_factory=Pace)
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -116,19 +144,36 @@ class _Run:
     def tokens_per_step(self) -> int:
         return self.cfg.train.batch * self.cfg.train.context
 
+    def utilisation(self, tokens_per_s: float) -> dict[str, float]:
+        """`mfu`: the model's operations, by the formula, over what the devices could make; empty
+        where that is not known."""
+        chip = chip_of(jax.devices()[0].device_kind)
+        if chip is None or not tokens_per_s:
+            return {}
+        devices = self.mesh.size if self.mesh else 1
+        rate = tokens_per_s * model_flops(self.cfg.model)
+        return {"mfu": round(rate / devices / chip.flops, 4)}
+
     def bits_per_byte(self, loss: float) -> float:
         """A training loss in the unit that does not depend on the tokenizer."""
         return loss / math.log(2) / self.tokens.bytes_per_token
 
 
 def _open(
-    cfg: Config, tokens: Data, loader: Loader, folder: Path, store: Store, console: Console
+    cfg: Config,
+    tokens: Data,
+    loader: Loader,
+    folder: Path,
+    store: Store,
+    console: Console,
+    mesh: Mesh | None,
 ) -> _Run:
-    """The run as its newest checkpoint left it, or a new one."""
+    """The run as its newest whole checkpoint left it, or a new one."""
     data = fingerprint(tokens)
     step, meta = store.latest(), {"window": [], "seconds": 0.0}
     if step is not None:
-        meta = store.meta(step, "data", "window", "seconds")
+        abstract = abstract_train_state(cfg, cfg.model, mesh)
+        step, state, meta = _restored(store, abstract, step, console)
         if meta["data"] != data:
             raise RunError(
                 f"{folder}: was trained on other text than data.source = {cfg.data.source} gives"
@@ -139,20 +184,25 @@ def _open(
                 f"train.steps = {cfg.train.steps}: {folder} is at step {step} already;"
                 " give more steps, or choose another train.output"
             )
-        state = store.restore(abstract_train_state(cfg, cfg.model), step)
     else:
         given = load(cfg.train.init, dtype=jnp.float32)[0] if cfg.train.init else None
-        state = init_train_state(cfg, cfg.model, given)
-    describe(folder, cfg, tokens)
+        state = init_train_state(cfg, cfg.model, given, mesh)
+    if is_first():
+        describe(folder, cfg, tokens)
     return _Run(
         cfg=cfg,
         tokens=tokens,
         loader=loader,
         folder=folder,
         store=store,
-        log=MetricsLog(folder / "metrics.jsonl", step or 0),
+        log=MetricsLog(
+            folder / "metrics.jsonl" if is_first() else None,
+            step or 0,
+            folder / "events" if cfg.train.tensorboard else None,
+        ),
         ticker=show.Ticker(console, cfg.train.steps),
         console=console,
+        mesh=mesh,
         state=state,
         step=step or 0,
         data=data,
@@ -162,11 +212,32 @@ def _open(
     )
 
 
+def _restored(
+    store: Store, abstract: TrainState, step: int, console: Console
+) -> tuple[int, TrainState, dict[str, Any]]:
+    """Step, state and meta of the newest checkpoint that can be read; damaged ones after it are
+    set aside. Raises `StoreError` if there is none."""
+
+    def read() -> tuple[int, TrainState, dict[str, Any]]:
+        return step, store.restore(abstract, step), store.meta(step, "data", "window", "seconds")
+
+    while True:
+        try:
+            return together(read)
+        except UserError as error:
+            before = store.latest(before=step)
+            if before is None:
+                raise
+            aside = together(partial(store.set_aside, step))
+            going_on = f"{error}\nkept as {aside}; going on from step {before:,}"
+            console.print(going_on, markup=False, highlight=False, soft_wrap=True)
+            step = before
+
+
 def _print_header(run: _Run) -> None:
     cfg, train = run.cfg, run.cfg.train
     count = tables.count(models.specs(cfg.model))
     seen = train.steps * run.tokens_per_step
-    device = jax.devices()[0]
     rows = {
         "model": f"RWKV-{cfg.model.version}, {cfg.model.layers} layers of width {cfg.model.width},"
         f" {count:,} parameters",
@@ -174,10 +245,21 @@ def _print_header(run: _Run) -> None:
         **run.tokens.describe(),
         "training": f"{train.steps:,} steps of {train.batch} x {train.context} tokens:"
         f" {seen:,} tokens, {seen / run.tokens.train_tokens:.2f} epochs",
-        "device": f"{device.device_kind}, {train.dtype}",
+        "device": _devices(run.mesh) + f", {train.dtype}",
         "output": str(run.folder) + (f", going on from step {run.step:,}" if run.step else ""),
     }
     show.header(run.console, "rwkv_jax", rows)
+
+
+def _devices(mesh: Mesh | None) -> str:
+    """What the run computes on, in words."""
+    kind, there = jax.devices()[0].device_kind, jax.device_count()
+    if mesh is None:
+        return kind if there == 1 else f"{kind}, one of {there}"
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    of = "" if mesh.size == there else f" of {there}"
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{mesh.size}{of} x {kind} ({axes}){processes}"
 
 
 class _Stop:
@@ -207,59 +289,43 @@ def _stop_requests() -> Iterator[_Stop]:
             signal.signal(kind, handler)
 
 
-class _Pace:
-    """Tokens per second of training, without compiling, evaluating and saving."""
-
-    def __init__(self):
-        self.tokens, self.seconds, self._last = 0, 0.0, None
-
-    def pause(self) -> None:
-        """What happens until the next step is not training."""
-        self._last = None
-
-    def step(self, tokens: int) -> None:
-        """A step is done."""
-        now = time.perf_counter()
-        if self._last is not None:
-            self.tokens, self.seconds = self.tokens + tokens, self.seconds + now - self._last
-        self._last = now
-
-    def start_over(self) -> None:
-        """Begins to count anew."""
-        self.tokens, self.seconds = 0, 0.0
-
-    @property
-    def tokens_per_s(self) -> float:
-        """0 before there are two steps."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-
-def _train_steps(run: _Run, stop: _Stop) -> None:
-    train, pace = run.cfg.train, _Pace()
-    train_step = make_train_step(run.cfg, run.cfg.model)
+def _train_steps(run: _Run, stop: _Stop, profile: bool) -> None:
+    train, pace, several = run.cfg.train, run.pace, jax.process_count() > 1
+    train_step, first = make_train_step(run.cfg, run.cfg.model), run.step
     waiting: tuple[int, Metrics] | None = None
-    coming = prefetched(run.loader.read, range(run.step, train.steps))
+    if profile and train.steps - first < TRACED.stop:
+        run.ticker.line(f"not traced: fewer than {TRACED.stop} steps are left")
+        profile = False
+    read = run.loader.read if run.mesh is None else Rows(run.loader, run.mesh).read
+    coming = prefetched(read, range(run.step, train.steps))
     with run.ticker.running(run.step), contextlib.closing(coming):
-        for batch in coming:
-            run.state, metrics = train_step(run.state, batch)
+        for batch in pace.batches(coming):
+            asked = [told(run.mesh, stop.requested)] if run.mesh and several else []
+            with sharding.using(run.mesh):
+                run.state, metrics = train_step(run.state, batch, *asked)
             run.step += 1
+            if profile:
+                _trace(run, run.step - first)
+            # Several processes stop at the same step: the one after that which told them.
+            stops = not several and stop.requested
             if waiting:
-                _record(run, pace, *waiting)
+                stops |= bool(_record(run, *waiting).asked)
             waiting = run.step, metrics
             last = run.step == train.steps
             evaluates = not last and _due(run.step, train.eval_every)
-            saves = last or stop.requested or _due(run.step, train.checkpoint_every)
+            saves = last or stops or _due(run.step, train.checkpoint_every)
             if not (evaluates or saves):
                 continue
-            _record(run, pace, *waiting)
+            _record(run, *waiting)
             waiting = None
-            if evaluates and not stop.requested:
+            if evaluates and not stops:
                 run.ticker.doing("evaluating")
-                _evaluate(run, limit=train.eval_tokens)
+                with pace.between("evaluating"):
+                    _evaluate(run, limit=train.eval_tokens)
             if saves:
-                _save(run)
-            pace.pause()
-            if stop.requested and not last:
+                with pace.between("saving"):
+                    _save(run)
+            if stops and not last:
                 run.store.wait()
                 raise Interrupted(
                     f"Stopped after step {run.step:,} of {train.steps:,}, saved in {run.folder};"
@@ -267,13 +333,30 @@ def _train_steps(run: _Run, stop: _Stop) -> None:
                 )
 
 
+TRACED = range(5, 8)
+"""Steps after a start that are traced: when all is compiled, and the first batches are read."""
+
+
+def _trace(run: _Run, done: int) -> None:
+    """Begins or ends a trace, after so many steps of this start."""
+    folder = run.folder / "profile"
+    if done == TRACED.start:
+        jax.block_until_ready(run.state.step)
+        jax.profiler.start_trace(folder)
+    if done == TRACED.stop:
+        jax.block_until_ready(run.state.step)
+        jax.profiler.stop_trace()
+        traced = f"{folder}: a trace of {len(TRACED)} steps; xprof or TensorBoard open it"
+        run.ticker.line(traced)
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _record(run: _Run, pace: _Pace, step: int, metrics: Metrics) -> None:
+def _record(run: _Run, step: int, metrics: Metrics) -> Metrics:
     """Looks at what a step reports (waiting until it is done), shows it, and logs it when due."""
-    metrics = jax.device_get(metrics)
+    metrics, pace = jax.device_get(metrics), run.pace
     if not metrics.finite:
         raise NonFiniteError(_diverged(run, step, metrics))
     pace.step(run.tokens_per_step)
@@ -286,7 +369,7 @@ def _record(run: _Run, pace: _Pace, step: int, metrics: Metrics) -> None:
     run.ticker.step(step, loss, bpb, speed, left)
     _count_mini_epoch(run, step, metrics)
     if not _due(step, run.cfg.train.log_every):
-        return
+        return metrics
     run.log.write(
         step=step,
         tokens=step * run.tokens_per_step,
@@ -294,12 +377,16 @@ def _record(run: _Run, pace: _Pace, step: int, metrics: Metrics) -> None:
         bpb=bpb,
         lr=float(metrics.lr),
         grad_norm=math.fsum(norms) / len(norms),
+        state_rms=float(metrics.state_rms),
         tokens_per_s=round(speed, 1),
+        **run.utilisation(speed),
+        **{name: round(spent, 3) for name, spent in pace.split(pace.spent).items()},
         seconds=round(run.seconds, 2),
     )
     run.ticker.log(step, loss, bpb, speed, left)
     run.window = []
     pace.start_over()
+    return metrics
 
 
 def _count_mini_epoch(run: _Run, step: int, metrics: Metrics) -> None:
@@ -350,6 +437,8 @@ def _save(run: _Run) -> None:
 
 
 def _plot(run: _Run) -> None:
+    if not is_first():
+        return
     model = run.cfg.model
     title = f"RWKV-{model.version}, {model.layers} layers of width {model.width}"
     plot(read_metrics(run.folder / "metrics.jsonl"), run.folder / "loss.png", title)
@@ -362,17 +451,18 @@ def _evaluate(
     train = run.cfg.train
     if not run.tokens.heldout_bytes:
         return math.nan
-    result = evaluate(
-        run.state.params,
-        run.tokens,
-        cfg=run.cfg.model,
-        lanes=train.batch // train.accumulate,
-        window=train.context,
-        limit=limit,
-        dtype=jnp.dtype(train.dtype),
-        implementation=None if train.wkv == "auto" else train.wkv,
-        report=report,
-    )
+    with sharding.using(run.mesh):
+        result = evaluate(
+            run.state.params,
+            run.tokens,
+            cfg=run.cfg.model,
+            lanes=train.batch // train.accumulate,
+            window=train.context,
+            limit=limit,
+            dtype=jnp.dtype(train.dtype),
+            implementation=None if train.wkv == "auto" else train.wkv,
+            report=report,
+        )
     run.log.write(
         step=run.step,
         tokens=run.step * run.tokens_per_step,
@@ -393,15 +483,30 @@ def _finish(run: _Run) -> None:
     """The final evaluation, beside compressors on the same text, and a sample."""
     if run.tokens.heldout_bytes:
         with run.console.status("compressing the held-out text with gzip -9 and xz -9"):
-            marks = compressors(run.tokens.heldout_text())
+            marks = compressors(run.tokens.heldout_text()) if is_first() else {}
         with show.evaluating(run.console) as report:
             bpb = _evaluate(run, report=report, final=True, compressors=marks)
         name = f"RWKV-{run.cfg.model.version} (this run)"
         show.comparison(run.console, {name: bpb, **marks}, best=name)
+    show.header(run.console, "this start", _summary(run))
     with writing(run.folder):
         _plot(run)
     _sample(run)
     run.ticker.line(f"\n{run.folder}: checkpoints, metrics.jsonl, loss.png")
+
+
+def _summary(run: _Run) -> dict[str, str]:
+    """What the run did since it was started, and what its time went on."""
+    pace = run.pace
+    split = {kind: took for kind, took in pace.split(pace.total).items() if took >= 0.5}
+    speed, rest = pace.all_tokens_per_s, time.monotonic() - run.began - sum(split.values())
+    spoken = [f"{kind} {show.duration(took)}" for kind, took in split.items()]
+    shares = run.utilisation(speed).values()
+    mfu = "".join(f", {share:.1%} of the devices' peak" for share in shares)
+    return {
+        "speed": f"{speed:,.0f} tokens/s{mfu}" if speed else "too few steps to tell",
+        "time": ", ".join([*spoken, f"the rest (compiling, reading) {show.duration(rest)}"]),
+    }
 
 
 def _sample(run: _Run) -> None:
@@ -412,6 +517,10 @@ def _sample(run: _Run) -> None:
     # The parameters alone: there is no room for the moments beside the copy that decoding makes.
     weights = run.state.params
     run.state = None  # pyright: ignore[reportAttributeAccessIssue]
+    if run.mesh is not None:
+        weights = brought_together(weights)
+    if not is_first():
+        return
     pieces = generate.generate(
         weights,
         run.cfg.model,

@@ -1,7 +1,9 @@
 """`metrics.jsonl`: one JSON object a line, appended as the run goes, and never a step twice.
 
-Training lines hold `step, tokens, loss, bpb, lr, grad_norm, tokens_per_s, seconds`; `loss` and
-`grad_norm` are means over the steps since the line before. Evaluations hold `heldout_bpb` and its
+Training lines hold `step, tokens, loss, bpb, lr, grad_norm, state_rms, tokens_per_s, seconds`, the
+seconds since the line before that went on `data`, `steps` and `saving`, and `mfu` where the
+device's peak is known; `loss` and `grad_norm` are means over the steps since the line before.
+Evaluations hold `heldout_bpb` and its
 like, the last one `final` and the compressors' bits per byte.
 """
 
@@ -11,14 +13,24 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rwkv_jax.errors import UserError
+
 
 class MetricsLog:
     """The file, opened at the step that a run goes on from: lines after that step are dropped.
 
     So is a final evaluation (it will be made again) and whatever half a line a killed process left.
+    Without a path nothing is written: of several processes one keeps the log. With `events` every
+    number goes into TensorBoard's files in that folder too. Raises `UserError` if their writer is
+    not installed.
     """
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path | None, step: int, events: Path | None = None):
+        self._file = self._events = None
+        if path is None:
+            return
+        if events:
+            self._events = _event_writer(events, step)
         kept = [line for line in read_metrics(path) if line["step"] <= step and "final" not in line]
         new = path.with_suffix(".tmp")
         new.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -27,12 +39,32 @@ class MetricsLog:
 
     def write(self, **record: Any) -> None:
         """Appends a line; it is the system's once this returns, so a kill does not lose it."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self._file:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        if self._events:
+            for name, value in record.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._events.add_scalar(name, value, record["step"])
+            self._events.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file:
+            self._file.close()
+        if self._events:
+            self._events.close()
+
+
+def _event_writer(folder: Path, step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "train.tensorboard = true needs a package: pip install 'rwkv_jax[tensorboard]', or set"
+            " it to false (metrics.jsonl has the same numbers)"
+        ) from None
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -9,33 +9,43 @@ import optax
 from flax import struct
 from jax import lax
 
-from rwkv_jax import models
+from rwkv_jax import models, sharding
 from rwkv_jax.config import Config, ModelConfig
 from rwkv_jax.data.loader import Batch
+from rwkv_jax.models.state import rms
 from rwkv_jax.params import path_name
 from rwkv_jax.training.loss import cross_entropy
 from rwkv_jax.training.optimizer import schedule
 from rwkv_jax.training.state import TrainState, optimizer_for, schedule_steps
-from rwkv_jax.typing import Array, Bool, Callable, Float, Leaf, PyTree
+from rwkv_jax.typing import Array, Bool, Callable, Float, Int, Leaf, PyTree
 
 
 @struct.dataclass
 class Metrics(Generic[Leaf]):
-    """What one step reports; scalars but the last."""
+    """What one step reports; scalars but for `bad_gradients`."""
 
     loss: Leaf
     """Cross entropy in nats per token, without regularisers."""
     grad_norm: Leaf
     """Global norm, before clipping."""
+    state_rms: Leaf
+    """Root mean square of the recurrent state that the batch ends in."""
     lr: Leaf
     finite: Leaf
     """Loss and gradient are finite. If not, the step changed nothing."""
     bad_gradients: Leaf
     """Which parameters, in `jax.tree.leaves` order, had a non-finite gradient."""
+    asked: Leaf | None = None
+    """How many devices' processes ask to stop, where the step was told."""
 
 
 def make_train_step(cfg: Config, model_cfg: ModelConfig) -> jax.stages.Wrapped:
-    """The jitted `train_step(state, batch) -> (state, metrics)`; it consumes its `state`."""
+    """The jitted `train_step(state, batch, asked=None) -> (state, metrics)`; it consumes its
+    `state`. `asked`: one number of each device; their sum is told to all.
+
+    Called where a mesh is in context (`sharding.using`), with a state and a batch that lie on it,
+    each device computes its part of both.
+    """
     train = cfg.train
     dtype = jnp.dtype(train.dtype)
     optimizer = optimizer_for(cfg, model_cfg)
@@ -49,6 +59,7 @@ def make_train_step(cfg: Config, model_cfg: ModelConfig) -> jax.stages.Wrapped:
             carried,
             cfg=model_cfg,
             reset=reset,
+            mesh_axis=sharding.time_axis(),
             dtype=dtype,
             remat=train.remat,
             implementation=implementation,
@@ -62,10 +73,13 @@ def make_train_step(cfg: Config, model_cfg: ModelConfig) -> jax.stages.Wrapped:
                 l2wrap=train.l2wrap,
                 z_loss=train.z_loss,
             )
-        return loss, (parts["cross_entropy"], None if carried is None else after)
+        memory = lax.stop_gradient(rms(after))
+        return loss, (parts["cross_entropy"], memory, None if carried is None else after)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, grads, carried = _gradients(
+    def train_step(
+        state: TrainState, batch: Batch, asked: Int[Array, " devices"] | None = None
+    ) -> tuple[TrainState, Metrics]:
+        (loss, memory), grads, carried = _gradients(
             loss_fn, state.params, batch, state.carried, train.accumulate
         )
         with jax.named_scope("optimizer"):
@@ -76,19 +90,21 @@ def make_train_step(cfg: Config, model_cfg: ModelConfig) -> jax.stages.Wrapped:
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             # A bad update is not taken: the state stays the last good one, whatever reads it
             # afterwards.
+            carried = jax.tree.map(sharding.like, carried, state.carried)
             updated = TrainState(state.step + 1, params, opt_state, carried)
             state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
         lr = learning_rate(updated.step - 1)
-        return state, Metrics(loss, grad_norm, lr, finite, ~jnp.isfinite(squares))
+        asked = None if asked is None else jnp.sum(asked)
+        return state, Metrics(loss, grad_norm, memory, lr, finite, ~jnp.isfinite(squares), asked)
 
     return jax.jit(train_step, donate_argnums=0)
 
 
 def _gradients(
     loss_fn: Callable, params: PyTree, batch: Batch, carried: PyTree, parts: int
-) -> tuple[Float[Array, ""], PyTree, PyTree]:
-    """Loss and gradient of the whole batch, and the rows' states after it, computed in `parts`
-    equal parts after each other.
+) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], PyTree, PyTree]:
+    """Loss and state's RMS, gradient of the whole batch, and the rows' states after it, computed in
+    `parts` equal parts after each other.
 
     `loss_fn` is a mean over tokens, so the average over equal parts is the whole batch's.
     """
@@ -96,27 +112,31 @@ def _gradients(
     weight = None if mask is None else _weights(jnp.asarray(mask))
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if parts == 1:
-        (_, (loss, carried)), grads = grad_fn(params, inputs, targets, reset, weight, carried)
-        return loss, grads, carried
+        (_, (loss, memory, carried)), grads = grad_fn(
+            params, inputs, targets, reset, weight, carried
+        )
+        return (loss, memory), grads, carried
 
     def add_part(sums, part):
         rows, carried = part
-        (_, (loss, after)), grads = grad_fn(params, *rows, carried)
-        return jax.tree.map(jnp.add, sums, (loss, grads)), after
+        (_, (loss, memory, after)), grads = grad_fn(params, *rows, carried)
+        return jax.tree.map(jnp.add, sums, ((loss, memory), grads)), after
 
     def split(x, axis=0):
-        shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x.reshape(shape), axis, 0)
+        # Every parts-th row, not a run of rows: each device's rows are in all parts alike.
+        shape = (*x.shape[:axis], x.shape[axis] // parts, parts, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
 
     def join(x):
-        x = jnp.moveaxis(x, 0, 1)  # states are stacked over layers, then rows
+        x = jnp.moveaxis(x, 0, 2)  # states are stacked over layers, then rows
         return x.reshape(x.shape[0], -1, *x.shape[3:])
 
     rows = jax.tree.map(split, (inputs, targets, reset, weight))
     carried = jax.tree.map(partial(split, axis=1), carried)
-    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    (loss, grads), after = lax.scan(add_part, zeros, (rows, carried))
-    return *jax.tree.map(lambda x: x / parts, (loss, grads)), jax.tree.map(join, after)
+    zero = jnp.zeros((), jnp.float32)
+    zeros = ((zero, zero), jax.tree.map(jnp.zeros_like, params))
+    sums, after = lax.scan(add_part, zeros, (rows, carried))
+    return *jax.tree.map(lambda x: x / parts, sums), jax.tree.map(join, after)
 
 
 def _weights(mask: Bool[Array, "b t"]) -> Float[Array, "b t"]:

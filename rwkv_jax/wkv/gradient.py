@@ -24,7 +24,7 @@ def with_gradient(
         return primal(*given)
 
     def run_forward(*given):
-        outputs, kept = keep(forward(*given))
+        outputs, kept = keep(forward(*given), of_wkv=True)
         return outputs, (given, (outputs, kept) if keeps_outputs else kept)
 
     def run_backward(residuals, cotangents):

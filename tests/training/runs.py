@@ -36,6 +36,7 @@ def settings(folder: Path, **overrides: object) -> list[str]:
         "train.eval_tokens": 300,
         "train.checkpoint_every": 5,
         "sample.tokens": 0,
+        "mesh.fsdp": 1,  # of the eight devices of a test
     }
     return [f"{key}={value}" for key, value in {**values, **overrides}.items()]
 

@@ -13,7 +13,7 @@ from rwkv_jax.errors import UserError
 from rwkv_jax.training.loop import train
 from rwkv_jax.training.metrics import read_metrics
 
-TIMES = ("seconds", "tokens_per_s")
+TIMES = ("seconds", "tokens_per_s", "steps", "data", "saving", "evaluating")
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from rwkv_jax.training.loop import Interrupted, NonFiniteError, train
 from rwkv_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
-TIMES = ("seconds", "tokens_per_s")
+TIMES = ("seconds", "tokens_per_s", "steps", "data", "saving", "evaluating")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -370,6 +370,28 @@ def test_a_home_is_a_home(tmp_path, console, monkeypatch):
     folder = train(config(tmp_path, **{"train.output": "~/there"}), console=console)
     assert folder == tmp_path / "there"
     assert (folder / "loss.png").exists()
+
+
+@pytest.mark.parametrize("item", ["params", "rest", "meta"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(item, tmp_path):
+    ends = {"data.exit_tokens": 14 * 64, "train.keep": 3}
+    out = (tmp_path / "out").open("w+")
+    folder = train(config(tmp_path, **ends), console=Console(file=out, width=200))
+    other = {"train.steps": 14, "train.output": tmp_path / "whole"}
+    whole = train(config(tmp_path, **ends | other), console=Console(file=out, width=200))
+    newest = folder / "checkpoints" / "12"
+    for path in (newest / item).rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    train(config(tmp_path, **ends, **{"train.steps": 14}), console=Console(file=out, width=200))
+    out.seek(0)
+    said = out.read()
+    assert "damaged or of another shape" in said
+    assert f"kept as {folder / 'checkpoints' / 'damaged-12'}; going on from step 10" in said
+    assert (folder / "checkpoints" / "damaged-12").is_dir()
+    kept = [[x for x in metrics(f) if "final" not in x] for f in (folder, whole)]
+    assert kept[0] == kept[1]
+    out.close()
 
 
 def test_a_damaged_metrics_file_keeps_its_whole_lines(tmp_path):

@@ -1,0 +1,79 @@
+"""Floating-point operations of a training step: those that the model needs, those of a program.
+
+A product of [m, k] and [k, n] has 2 m k n. What the model needs for a token, forward and backward:
+
+    6 x (entries of its matrices, the embedding apart) + 3 x (products of the recurrence)
+
+with, of each channel of heads of n: version 7: 8 n (S a, its product with b, v k, S r), versions 5
+and 6: 4 n, version 4: none. That is what MFU divides by, whatever a program computes. A program
+computes more: chunked forms trade products for parallelism, rematerialisation makes some twice.
+"""
+
+import math
+from typing import Any
+
+import jax
+
+from rwkv_jax import models
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.params import is_spec
+
+RECURRENCE = {"4": 0, "7": 8, "7a": 8}
+"""Operations of a channel and token for each of the n of its head; 4 for the others."""
+
+
+def model_flops(cfg: ModelConfig) -> int:
+    """What a token needs in training, by the formula above."""
+    table = models.specs(cfg)
+    matrices = [
+        math.prod(spec.full_shape)
+        for spec in jax.tree.leaves(table, is_leaf=is_spec)
+        if len(spec.shape) > 1
+    ]
+    size = 1 if cfg.version == "4" else cfg.head_size
+    recurrence = RECURRENCE.get(cfg.version, 4) * size * cfg.width * cfg.layers
+    return 6 * (sum(matrices) - math.prod(table.emb.full_shape)) + 3 * recurrence
+
+
+def program_flops(jaxpr: Any) -> int:
+    """Operations of all matrix products of a traced program, on all devices together: those of a
+    loop as often as it runs, of branches the dearest, of a kernel for each of its programs."""
+    return sum(_equation(equation) for equation in jaxpr.eqns)
+
+
+def _equation(equation: Any) -> int:
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        depth = math.prod(shape[axis] for axis in contracted)
+        return 2 * depth * math.prod(equation.outvars[0].aval.shape)
+    inner = [program_flops(jaxpr) for jaxpr in _programs(equation.params)]
+    if not inner:
+        return 0
+    if equation.primitive.name == "cond":
+        return max(inner)
+    return _times(equation) * sum(inner)
+
+
+def _programs(params: dict[str, Any]) -> list[Any]:
+    """The programs within an equation."""
+    found = []
+    for value in params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            program = getattr(one, "jaxpr", one)
+            if hasattr(program, "eqns"):
+                found.append(program)
+    return found
+
+
+def _times(equation: Any) -> int:
+    """How often an equation runs its programs."""
+    params = equation.params
+    if equation.primitive.name == "scan":
+        return params["length"]
+    if equation.primitive.name == "shard_map":
+        sizes = dict(params["mesh"].shape)
+        return math.prod(sizes[name] for name in params["newly_manual_axes"])
+    if equation.primitive.name == "pallas_call":
+        return math.prod(int(n) for n in params["grid_mapping"].grid)
+    return 1

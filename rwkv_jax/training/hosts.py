@@ -1,0 +1,193 @@
+"""The processes of one run: how they find each other, agree on what happens, and end.
+
+Every process runs the same program; JAX's distributed runtime connects them. Arrays are everybody's
+(`rwkv_jax.training.mesh`), files and the terminal are the first one's. What one process alone can
+know, that it was asked to stop or that its files can't be read, is told to all, so that they do
+the same thing at the same step. A process that dies tells nobody: the others notice by a broken
+connection, at once, or where the device library waits in silence by missed heartbeats.
+"""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from rwkv_jax.errors import UserError
+
+T = TypeVar("T")
+
+HEARTBEAT_S, LEAVING_S = 30, 10
+"""After so many seconds without a sign of a process the others end; and so long a process that
+fails waits for others to come to the same end."""
+LOST = 75
+"""Exit code of a process that lost another one: a temporary failure (EX_TEMPFAIL)."""
+LONGEST = 2000
+"""Bytes of an error that is told to all."""
+
+
+class SharedError(UserError):
+    """An error that every process of the run raises."""
+
+
+class HostsError(SharedError):
+    """Processes that cannot come together, or of which one cannot go on."""
+
+
+def join(environment: Mapping[str, str] = os.environ) -> None:
+    """Connects the processes of a run, if it was started as several.
+
+    Two plain machines say so by JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES
+    and JAX_PROCESS_ID; TPU pods, SLURM (`srun`), Open MPI (`mpirun`) and Kubernetes indexed jobs
+    say it themselves, and JAX reads it. Raises `HostsError` if they can't connect.
+    """
+    if jax.distributed.is_initialized() or not _several(environment):
+        return
+    # It would swallow SIGTERM, which is for us: save, and end.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            **_plain(environment),
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+            shutdown_timeout_seconds=LEAVING_S,
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise HostsError(
+            f"the processes of this run cannot connect ({reason[:200]}); see that all of them are"
+            " started and can reach the first one"
+        ) from error
+
+
+def _several(environment: Mapping[str, str]) -> bool:
+    def above_one(name: str) -> bool:
+        return environment.get(name, "1").strip() not in ("", "0", "1")
+
+    return (
+        "JAX_COORDINATOR_ADDRESS" in environment
+        or above_one("SLURM_STEP_NUM_TASKS")
+        or above_one("OMPI_COMM_WORLD_SIZE")
+        or above_one("MEGASCALE_NUM_SLICES")
+        or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+        or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys()
+        or _on_tpu_machine(environment)
+    )
+
+
+def _on_tpu_machine(environment: Mapping[str, str]) -> bool:
+    """A machine of a TPU slice, which may be of several; JAX asks for the others."""
+    wanted = environment.get("JAX_PLATFORMS", "tpu").split(",")
+    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
+    return "tpu" in wanted and bool(chips) and _has_libtpu()
+
+
+def _has_libtpu() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("libtpu") is not None
+
+
+def _plain(environment: Mapping[str, str]) -> dict[str, Any]:
+    """What plain machines state; raises `HostsError` for what is not a number or is missing."""
+    given: dict[str, Any] = {}
+    for name, key in (("JAX_NUM_PROCESSES", "num_processes"), ("JAX_PROCESS_ID", "process_id")):
+        text = environment.get(name)
+        if text is None:
+            continue
+        if not text.isdecimal():
+            raise HostsError(f"{name} = {text}: a whole number is needed")
+        given[key] = int(text)
+    if given and len(given) < 2:
+        raise HostsError("JAX_NUM_PROCESSES and JAX_PROCESS_ID go together: set both")
+    if given and not given["process_id"] < given["num_processes"]:
+        raise HostsError(
+            f"JAX_PROCESS_ID = {given['process_id']}: processes are numbered from 0 to"
+            f" JAX_NUM_PROCESSES - 1 = {given['num_processes'] - 1}"
+        )
+    return given
+
+
+def is_first() -> bool:
+    """Whether this process writes the files and speaks."""
+    return jax.process_index() == 0
+
+
+def together(action: Callable[[], T]) -> T:
+    """What `action` gives here, once every process has done it. Where one fails, all raise its
+    `UserError`."""
+    if jax.process_count() == 1:
+        return action()
+    told, result = b"", None
+    try:
+        result = action()
+    except UserError as error:
+        told = str(error).encode()[:LONGEST]
+    mine = np.zeros(LONGEST, np.uint8)
+    mine[: len(told)] = list(told)
+    errors = multihost_utils.process_allgather(mine)
+    for number, row in enumerate(np.asarray(errors)):
+        if message := bytes(row[row > 0]).decode(errors="replace"):
+            raise HostsError(message if number == 0 else f"process {number}: {message}")
+    return result  # pyright: ignore[reportReturnType]
+
+
+def check_equal(what: str, remedy: str) -> None:
+    """Raises `HostsError` on all processes unless `what` is the same on each."""
+    if jax.process_count() == 1:
+        return
+    mine = np.frombuffer(what.encode()[:LONGEST].ljust(LONGEST, b"\0"), np.uint8)
+    every = np.asarray(multihost_utils.process_allgather(mine))
+    for number in np.flatnonzero((every != every[0]).any(1)).tolist():
+        raise HostsError(f"process {number} {remedy}")
+
+
+@contextlib.contextmanager
+def leaving(prog: str) -> Iterator[None]:
+    """Ends this process when it fails, where others would wait for it for ever.
+
+    What all of them come to is the first one's to tell (a `SharedError`); what one alone has met,
+    the loss of another one included (exit code `LOST`), each tells itself.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        code, told = _last_words(error)
+        if is_first() or not isinstance(error, SharedError | KeyboardInterrupt):
+            name = prog if is_first() else f"{prog}, process {jax.process_index()}"
+            print(f"{name}: {told}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if code != LOST:
+            with contextlib.suppress(Exception):
+                jax.distributed.shutdown()  # together, if they all come here in time
+        os._exit(code)
+
+
+SIGNS_OF_LOSS = (
+    *("Gloo", "NCCL", "Connection closed", "Connection reset", "Socket closed", "UNAVAILABLE"),
+    *("heartbeat", "coordination service", "DEADLINE_EXCEEDED"),
+)
+"""What the errors of device libraries say when another process is gone."""
+
+
+def _last_words(error: BaseException) -> tuple[int, str]:
+    """Exit code and message of a process that ends by this error."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, str(error) or "interrupted"
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if any(sign in str(error) for sign in SIGNS_OF_LOSS):
+        return LOST, (
+            f"another process of this run is gone or out of reach ({reason[:160]}); start all of"
+            " them again: they go on from the last checkpoint"
+        )
+    return 1, "".join(traceback.format_exception(error))

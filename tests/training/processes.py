@@ -1,0 +1,54 @@
+"""Runs of several local processes, as a cluster would start them."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from compiling import QUICK_FLAGS
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(settings: list[str], count: int, devices: int = 1) -> list[subprocess.Popen]:
+    """`train.py` in `count` processes of so many devices each, with no config but `settings`."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    flags = f"--xla_force_host_platform_device_count={devices} {QUICK_FLAGS}"
+    started = []
+    for number in range(count):
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        if count > 1:
+            environment |= {
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(number),
+            }
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "train.py", os.devnull, *settings],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return started
+
+
+def outcomes(processes: list[subprocess.Popen], timeout: float = 300) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of each, once all have ended; what lasts longer is killed, and
+    has then the code of that."""
+    ended = []
+    for process in processes:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            out, err = process.communicate()
+        ended.append((process.returncode, out, err))
+    return ended

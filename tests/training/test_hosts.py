@@ -1,0 +1,151 @@
+"""Runs of several processes: one data order, one set of files, one end."""
+
+import random
+import re
+import signal
+import time
+
+import pytest
+from training.processes import launch, outcomes
+from training.runs import settings
+
+from rwkv_jax.training.hosts import LOST, HostsError, _plain, _several
+from rwkv_jax.training.metrics import read_metrics
+
+
+def tiny(folder, **overrides):
+    """A run over four devices, however many processes have them."""
+    values = {
+        "train.batch": 4,
+        "train.steps": 60,
+        "train.log_every": 1,
+        "train.eval_every": 0,
+        "train.checkpoint_every": 4,
+        "optimizer.peak_lr": 3e-3,
+        "data.exit_tokens": 60 * 4 * 32,  # where the schedule ends, however long the run
+        "mesh.fsdp": -1,
+    }
+    return settings(folder, **{**values, **overrides})
+
+
+def curve(folder):
+    lines = read_metrics(folder / "metrics.jsonl")
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def assert_same_curve(found, expected):
+    assert found.keys() == expected.keys()
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=1e-4), step
+
+
+def wait_for_step(folder, step, processes, seconds=200):
+    """Until the log has a step, or a process has ended."""
+    end = time.monotonic() + seconds
+    while max(curve(folder), default=0) < step and all(p.poll() is None for p in processes):
+        assert time.monotonic() < end, "too slow"
+        time.sleep(0.02)
+
+
+def test_processes_stop_go_on_and_end_as_one(tmp_path):
+    """Asked to stop at one of them; taken up by one process; killed as two again."""
+    many = {"train.steps": 100_000}
+    processes = launch(tiny(tmp_path, **many), 2, devices=2)
+    wait_for_step(tmp_path / "run", 3, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    (code, out, err), (other_code, other_out, other_err) = outcomes(processes)
+    assert code == other_code == 130, err + other_err
+    stopped = int(re.search(r"Stopped after step ([\d,]+) of", err)[1].replace(",", ""))
+    assert (tmp_path / "run" / "checkpoints" / str(stopped)).is_dir()
+    assert "4 x cpu (fsdp 4), 2 processes" in out
+    assert not other_err and "rwkv_jax" not in other_out  # the first one speaks
+
+    processes = launch(tiny(tmp_path, **many), 2, devices=2)
+    wait_for_step(tmp_path / "run", stopped + 6, processes)
+    processes[1].kill()
+    began = time.monotonic()
+    (code, _, err), (other_code, _, _) = outcomes(processes, timeout=100)
+    assert (code, other_code) == (LOST, -signal.SIGKILL), err
+    assert time.monotonic() - began < 60
+    assert "another process of this run is gone" in err.splitlines()[-1]
+
+    end = stopped + 10
+    (process,) = launch(tiny(tmp_path, **{"train.steps": end}), 1, devices=4)
+    ((code, out, err),) = outcomes([process])
+    assert code == 0, err
+    assert "going on from step" in out
+    alone = {"train.steps": end, "mesh.fsdp": 1, "train.output": tmp_path / "alone"}
+    (process,) = launch(tiny(tmp_path, **alone), 1)
+    ((code, _, err),) = outcomes([process])
+    assert code == 0, err
+    assert_same_curve(curve(tmp_path / "run"), curve(tmp_path / "alone"))
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_is_the_run_that_was_not(tmp_path):
+    """By SIGKILL, at random moments, of one process or all; gone on with by 4, 2 and 1 of them."""
+    rng = random.Random(0)
+    steps = {"train.steps": 400, "data.exit_tokens": 400 * 4 * 32}
+    (process,) = launch(
+        tiny(tmp_path, **steps, **{"train.output": tmp_path / "whole"}), 1, devices=4
+    )
+    assert outcomes([process])[0][0] == 0
+    kills = 0
+    while True:
+        count = rng.choice((4, 2, 1))
+        processes = launch(tiny(tmp_path, **steps), count, devices=4 // count)
+        if kills < 20:
+            done = max(curve(tmp_path / "run"), default=0)
+            wait_for_step(tmp_path / "run", min(done + rng.randrange(1, 30), 399), processes)
+            time.sleep(rng.random())
+            for process in rng.sample(processes, rng.randint(1, count)):
+                process.kill()
+        ended = outcomes(processes, timeout=120)
+        if all(code == 0 for code, _, _ in ended):
+            break
+        for code, _, err in ended:
+            # The death of the first is told by JAX itself, which aborts.
+            assert code in (0, LOST, -signal.SIGKILL, -signal.SIGABRT), err
+        kills += any(code == -signal.SIGKILL for code, _, _ in ended)
+    assert kills >= 20
+    assert_same_curve(curve(tmp_path / "run"), curve(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, {}),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"},
+            {"num_processes": 4, "process_id": 3},
+        ),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, None),  # a script that is no `srun`
+        ({"SLURM_STEP_NUM_TASKS": "8"}, {}),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, {}),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, {}),
+    ],
+)
+def test_who_was_started_with_others(environment, expected):
+    assert _several(environment | {"JAX_PLATFORMS": "cpu"}) == (expected is not None)
+    if expected is not None:
+        assert _plain(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"JAX_NUM_PROCESSES": "x"}, "JAX_NUM_PROCESSES = x: a whole number is needed"),
+        ({"JAX_PROCESS_ID": "1"}, "go together: set both"),
+        (
+            {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
+            "numbered from 0 to JAX_NUM_PROCESSES - 1 = 1",
+        ),
+    ],
+)
+def test_a_wrong_environment(environment, expected):
+    with pytest.raises(HostsError, match=expected):
+        _plain(environment)

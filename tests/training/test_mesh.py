@@ -1,0 +1,219 @@
+"""Meshes: what they are made of, what does not divide, and steps that are those of one device."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+from kinds import one_of_a_kind
+from tolerances import MODEL_RMS, relative_rms
+
+from rwkv_jax import models, sharding
+from rwkv_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from rwkv_jax.data.loader import Stream, open_loader
+from rwkv_jax.params import is_spec
+from rwkv_jax.training.mesh import MeshError, Rows, make_mesh, params_shardings
+from rwkv_jax.training.state import abstract_train_state, init_train_state
+from rwkv_jax.training.step import make_train_step
+
+MESHES = {
+    "data8": MeshConfig(data=8, fsdp=1),
+    "fsdp8": MeshConfig(),
+    "fsdp4-tensor2": MeshConfig(tensor=2),
+    "data2-sequence4": MeshConfig(data=2, fsdp=1, sequence=4),
+    "data2-fsdp2-tensor2": MeshConfig(data=2, fsdp=2, tensor=2),
+}
+
+
+def config(mesh, version="7", **train):
+    head = 64 if version == "4" else 32
+    return Config(
+        model=ModelConfig(version=version, layers=2, width=128, head_size=head, vocab_size=66),
+        # An epsilon that makes updates smooth in gradients: those of one sign are not compared.
+        optimizer=OptimizerConfig(peak_lr=3e-2, warmup_steps=0, eps=1e-3),
+        train=TrainConfig(**{"batch": 16, "context": 32, "steps": 8, **train}),
+        mesh=mesh,
+    )
+
+
+def loader(cfg, masked=False):
+    tokens = np.random.default_rng(0).integers(0, 66, 5000).astype(np.uint16)
+    mask = tokens % 3 > 0 if masked else None
+    streams = [Stream("noise", tokens, 0, mask)]
+    train = cfg.train
+    return open_loader(
+        streams,
+        seed=0,
+        batch=train.batch,
+        context=train.context,
+        vocab_size=66,
+        sampler="sequential" if train.carry_state else "shuffle",
+    )
+
+
+def steps(cfg, mesh, count=2, masked=False):
+    """State after some steps, and what they reported."""
+    batches = loader(cfg, masked)
+    read = Rows(batches, mesh).read if mesh else batches.read
+    state, reports = init_train_state(cfg, cfg.model, mesh=mesh), []
+    abstract = abstract_train_state(cfg, cfg.model, mesh)
+    step = make_train_step(cfg, cfg.model)
+    with sharding.using(mesh):
+        for number in range(count):
+            state, metrics = step(state, read(number))
+            reports.append(jax.device_get(metrics))
+    for (path, found), said in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(abstract), strict=True
+    ):
+        assert (found.shape, found.dtype) == (said.shape, said.dtype)
+        if mesh:
+            assert found.sharding.is_equivalent_to(said.sharding, found.ndim), path
+    return state, reports
+
+
+@functools.cache
+def on_one_device(version):
+    return steps(config(MeshConfig(fsdp=1), version, accumulate=2), None)
+
+
+QUICK = [("7", "data2-fsdp2-tensor2"), ("7", "data2-sequence4"), ("6", "fsdp4-tensor2")]
+"""What stands for the others where tests are to be quick."""
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        pytest.param(version, name, marks=() if (version, name) in QUICK else pytest.mark.slow)
+        for version in models.VERSIONS
+        for name in MESHES
+    ],
+)
+def test_a_step_is_that_of_one_device(version, name):
+    cfg = config(MESHES[name], version, accumulate=2)
+    made = make_mesh(cfg)
+    found, reports = steps(cfg, made)
+    expected, wanted = on_one_device(version)
+    for report, want in zip(reports, wanted, strict=True):
+        assert report.finite
+        assert report.loss == pytest.approx(want.loss, rel=1e-5)
+        assert report.grad_norm == pytest.approx(want.grad_norm, rel=1e-4)
+    for (path, one), other in zip(
+        jax.tree_util.tree_leaves_with_path(found.params),
+        jax.tree.leaves(expected.params),
+        strict=True,
+    ):
+        assert relative_rms(np.asarray(one), np.asarray(other)) < MODEL_RMS, path
+
+
+@pytest.mark.parametrize(
+    "mesh", [MESHES["fsdp8"], pytest.param(MESHES["data2-sequence4"], marks=pytest.mark.slow)]
+)
+def test_masks_and_carried_states_lie_on_the_mesh(mesh):
+    plain = config(mesh, accumulate=2)
+    cfg = dataclasses.replace(
+        plain,
+        data=DataConfig(sampler="sequential", heldout=0.0),
+        train=dataclasses.replace(plain.train, carry_state=True),
+    )
+    found, reports = steps(cfg, make_mesh(cfg), masked=True)
+    one = dataclasses.replace(cfg, mesh=MeshConfig(fsdp=1))
+    expected, wanted = steps(one, None, masked=True)
+    assert reports[1].loss == pytest.approx(wanted[1].loss, rel=1e-5)
+    for mine, other in zip(*(jax.tree.leaves(x.carried) for x in (found, expected)), strict=True):
+        assert relative_rms(np.asarray(mine), np.asarray(other)) < MODEL_RMS
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "expected"),
+    [
+        (
+            MeshConfig(tensor=3),
+            {},
+            "mesh.tensor = 3: 3 devices, and there are 8; the nearest that divide them: 2 and 4",
+        ),
+        (
+            MeshConfig(data=4, fsdp=4),
+            {},
+            "mesh.data = 4 x mesh.fsdp = 4: 16 devices, and there are 8; the nearest that fit"
+            " them: 8",
+        ),
+        (
+            MeshConfig(fsdp=1, tensor=8),
+            {},
+            "mesh.tensor = 8 does not divide the 4 heads of model.width = 128; the nearest that"
+            " do: 4",
+        ),
+        (
+            MeshConfig(),
+            {"train": {"batch": 12}},
+            "train.batch = 12 does not divide over the 8 devices of mesh.fsdp = 8; the nearest"
+            " that do: 8 and 16",
+        ),
+        (
+            MeshConfig(data=2, fsdp=2, tensor=2),
+            {"train": {"batch": 6, "accumulate": 3}},
+            "train.batch = 6 in train.accumulate = 3 parts does not divide over the 4 devices of"
+            " mesh.data = 2 x mesh.fsdp = 2; the nearest that do: 12",
+        ),
+        (
+            MeshConfig(fsdp=1, sequence=8),
+            {"train": {"context": 100}},
+            "train.context = 100 does not divide over the 8 devices of mesh.sequence = 8; the"
+            " nearest that do: 96 and 104",
+        ),
+        (
+            MeshConfig(fsdp=1, tensor=4),
+            {"model": {"ffn_width": 130}},
+            "mesh.tensor = 4 does not divide the 130 hidden channels of the channel mix"
+            " (model.ffn_width); the nearest that do: 2 and 5",
+        ),
+        (
+            MeshConfig(),
+            {"model": {"width": 100, "head_size": 50}},
+            "mesh.fsdp = 8 does not divide the 100 channels of model.width = 100; the nearest that"
+            " do: 5 and 10",
+        ),
+    ],
+)
+def test_what_does_not_divide(mesh, changes, expected):
+    cfg = config(mesh)
+    for section, settings in changes.items():
+        changed = dataclasses.replace(getattr(cfg, section), **settings)
+        cfg = dataclasses.replace(cfg, **{section: changed})
+    with pytest.raises(MeshError) as caught:
+        make_mesh(cfg)
+    assert str(caught.value) == expected
+
+
+def test_axes_of_one_device_are_left_out():
+    assert dict(make_mesh(config(MeshConfig(data=-1, fsdp=1, tensor=2))).shape) == {
+        "data": 4,
+        "tensor": 2,
+    }
+    assert make_mesh(config(MeshConfig()), jax.devices()[:1]) is None
+
+
+@one_of_a_kind
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_large_parameters_lie_in_parts(version, mesh):
+    """No device has more of them than its share, and of the vocabulary only what divides."""
+    cfg = config(mesh, version)
+    made = make_mesh(cfg)
+    parts = made.shape.get("fsdp", 1) * made.shape.get("tensor", 1)
+    places = params_shardings(models.specs(cfg.model), made)
+    specs = jax.tree.leaves(models.specs(cfg.model), is_leaf=is_spec)
+    whole = mine = 0
+    for spec, place in zip(specs, jax.tree.leaves(places), strict=True):
+        share = math.prod(place.shard_shape(spec.full_shape))
+        if len(spec.shape) > 1 and min(spec.shape) > 5:
+            whole, mine = whole + math.prod(spec.full_shape), mine + share
+    assert mine / whole <= 1.35 / parts
