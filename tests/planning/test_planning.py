@@ -1,0 +1,195 @@
+"""What a compiled step says of itself is what a run allocates, computes and tells."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from rwkv_jax import models
+from rwkv_jax.cli.plan import main
+from rwkv_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
+from rwkv_jax.hardware import CHIPS, TopologyError, chip_of, open_topology
+from rwkv_jax.params import is_spec
+from rwkv_jax.planning.collectives import collectives
+from rwkv_jax.planning.plan import make_plan
+from rwkv_jax.training.flops import model_flops, program_flops
+from rwkv_jax.training.mesh import make_mesh
+from rwkv_jax.training.state import init_train_state
+
+MESH = {"data": 2, "fsdp": 4}
+
+
+def compiled(f, spec, shape=(8, 64)):
+    """`f` over a mesh of eight devices, in a loop of five."""
+    mesh = jax.make_mesh(tuple(MESH.values()), tuple(MESH), (AxisType.Explicit,) * 2)
+
+    def looped(x):
+        run = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=PartitionSpec(), check_vma=False)
+        return lax.fori_loop(0, 5, lambda i, total: total + jnp.sum(run(x * i)), 0.0)
+
+    x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+        return jax.jit(looped).trace(x).lower().compile().as_text()
+
+
+@pytest.mark.parametrize(
+    ("f", "kind", "axes", "received"),
+    [
+        # 8 x 64 floats: a device has 2 x 64 and receives the others'
+        (lambda x: lax.all_gather(x, "fsdp", tiled=True), "all-gather", ("fsdp",), 3 * 2 * 64 * 4),
+        # of its 2 x 64 it sends and receives 3/4, twice
+        (lambda x: lax.psum(x, "fsdp"), "all-reduce", ("fsdp",), 2 * 2 * 64 * 4 * 3 // 4),
+        (lambda x: lax.psum(x, "data"), "all-reduce", ("data",), 2 * 64 * 4),
+        (
+            lambda x: lax.ppermute(x, "fsdp", [(0, 1), (1, 2), (2, 3)]),
+            "collective-permute",
+            ("fsdp",),
+            2 * 64 * 4,
+        ),
+        (
+            lambda x: lax.all_to_all(x, "fsdp", 1, 0, tiled=True),
+            "all-to-all",
+            ("fsdp",),
+            2 * 64 * 4 * 3 // 4,
+        ),
+    ],
+)
+def test_bytes_that_a_device_receives(f, kind, axes, received):
+    found = list(collectives(compiled(f, PartitionSpec("fsdp"))))
+    mine = [x for x in found if x.kind == kind]
+    assert sum(x.received(MESH) for x in mine if x.axes(MESH) == axes) == 5 * received
+
+
+TPU = """
+%all-reduce-scatter.1 (p: bf16[512,64]) -> bf16[64,64] {
+  %all-reduce.2 = (bf16[512,64]{1,0}, /*index=1*/f32[16]{0}) all-reduce(%p), ALL
+}
+%gather_start (p: bf16[64,8]) -> bf16[512,8] {
+  %all-gather.1 = bf16[512,8]{1,0} all-gather(%p), CHAIN
+}
+%gather_done (p: bf16[64,8]) -> bf16[512,8] {
+  %all-gather.2 = bf16[512,8]{1,0} all-gather(%p), CHAIN
+}
+%cond (p: s32[]) -> pred[] {
+  %c = s32[]{:T(128)} constant(12)
+}
+%body (p: bf16[64,8]) -> bf16[64,8] {
+  %a = bf16[512,8] fusion(%p), calls=%gather_start
+  %b = bf16[512,8] fusion(%p), calls=%gather_done
+  %c = bf16[64,64] fusion(%p), calls=%all-reduce-scatter.1
+}
+ENTRY %main (p: bf16[64,8]) -> bf16[64,8] {
+  %while.1 = (s32[]{:T(128)}, bf16[64,8]) while(%p), condition=%cond, body=%body
+  %start = (f32[4,8]{1,0}, f32[8,8]{1,0}) all-gather-start(%p), replica_groups=[4,2]<=[4,2]
+  %done = f32[8,8]{1,0} all-gather-done(%start)
+}
+"""
+TPU = TPU.replace("ALL", "replica_groups={{0,1,2,3,4,5,6,7}}").replace(
+    "CHAIN", """channel_id=7, replica_groups=mesh['a'=8,'b'=1] {'a'}, x={chain_id="3"}"""
+)
+
+
+def test_the_words_of_the_compiler_for_tpus():
+    """As libtpu 0.0.42 writes: loops without a count, gathers spread over fusions, scattered
+    sums."""
+    found = {(x.kind, x.times, x.size) for x in collectives(TPU)}
+    scattered = (512 * 64 * 2 + 16 * 4) // 8
+    assert found == {
+        ("all-gather", 12, 512 * 8 * 2),
+        ("reduce-scatter", 12, scattered),
+        ("all-gather", 1, 8 * 8 * 4),
+    }
+    axes = {
+        x.times: x.axes({"fsdp": 4, "tensor": 2}) for x in collectives(TPU) if x.size != scattered
+    }
+    assert axes == {12: ("fsdp", "tensor"), 1: ("tensor",)}
+
+
+def test_operations_of_a_program():
+    def f(x, w):
+        def layer(x, _):
+            return jax.checkpoint(lambda x: jnp.tanh(x @ w))(x), None
+
+        return jnp.sum(lax.scan(layer, x, length=3)[0])
+
+    x, w = jnp.ones((4, 8)), jnp.ones((8, 8))
+    product = 2 * 4 * 8 * 8
+    assert program_flops(jax.make_jaxpr(f)(x, w).jaxpr) == 3 * product
+    # forward, made again, and the gradients of both factors
+    gradient = jax.make_jaxpr(jax.grad(f, (0, 1)))(x, w).jaxpr
+    assert program_flops(gradient) == 3 * 4 * product
+
+
+def test_a_models_operations_are_those_of_its_programs():
+    """Token by token a step makes what the formula says, but for those of the recurrence that are
+    sums of products in the program."""
+    cfg = ModelConfig(version="7", layers=3, width=128, vocab_size=512)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+
+    def loss(params):
+        return jnp.sum(models.forward(params, tokens, cfg=cfg, implementation="scan")[0])
+
+    traced = jax.make_jaxpr(jax.grad(loss))(models.abstract_params(cfg))
+    recurrence = 3 * 8 * cfg.head_size * cfg.width * cfg.layers
+    assert model_flops(cfg) - recurrence < program_flops(traced.jaxpr) <= model_flops(cfg)
+
+
+def plan_and_state(mesh, **model):
+    cfg = Config(
+        model=ModelConfig(layers=2, width=128, vocab_size=512, **model),
+        train=TrainConfig(batch=8, context=64, steps=1),
+        mesh=mesh,
+    )
+    return make_plan(cfg, open_topology("here")), init_train_state(
+        cfg, cfg.model, mesh=make_mesh(cfg)
+    )
+
+
+def test_a_plan_is_what_a_run_allocates_and_tells():
+    plan, state = plan_and_state(MeshConfig())
+
+    def bytes_on_one(tree):
+        return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+    assert plan.parameters == bytes_on_one(state.params)
+    assert plan.optimizer == bytes_on_one(state.opt_state)
+    assert plan.mesh == {"fsdp": 8} and plan.fits is None
+    # Each matrix is brought together twice, forward and backward, the head once.
+    table = models.specs(plan.cfg.model)
+    blocks = jax.tree.leaves(table.blocks, is_leaf=is_spec)
+    layers = sum(
+        math.prod(x.full_shape) for x in blocks if "embed" in x.axes or "channels" in x.axes
+    )
+    head = math.prod(table.head.full_shape)
+    expected = 4 * (2 * layers + head) * 7 / 8
+    assert plan.traffic[("fsdp",)]["all-gather"] == pytest.approx(expected, rel=0.03)
+    # The embedding's rows travel, not the embedding: 8 rows of 64 tokens, each an eighth from each.
+    assert plan.traffic[("fsdp",)]["all-to-all"] == 2 * 64 * 128 * 4 * 7 // 8
+
+
+def test_chips_are_known_by_what_jax_calls_them():
+    assert chip_of("TPU v5 lite") is CHIPS["v5e"]
+    assert chip_of("TPU v5") is CHIPS["v5p"]
+    assert chip_of("NVIDIA H100 80GB HBM3") is CHIPS["h100"]
+    assert chip_of("cpu") is None
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:2by2", ""])
+def test_unknown_hardware(name):
+    with pytest.raises(TopologyError, match="not known; give one of v4, v5e"):
+        open_topology(name)
+
+
+def test_the_command(tmp_path, capsys):
+    path = tmp_path / "x.toml"
+    path.write_text("[model]\nlayers = 1\nwidth = 64\nvocab_size = 64\n[train]\nbatch = 8\n")
+    assert main([str(path), "--topology", "here", "train.context=32"]) == 0
+    out = capsys.readouterr().out
+    assert "8 x cpu (fsdp 8)" in out and "FLOP a token" in out and "over fsdp" in out
+    assert main([str(path), "--topology", "here", "train.batch=9"]) == 2
+    assert "nearest that do: 8 and 16" in capsys.readouterr().err
+    assert main([str(path), "--topology", "here", "--fit"]) == 2
+    assert "--fit: the memory of the devices here is not known" in capsys.readouterr().err
