@@ -67,6 +67,7 @@ def test_block_runs(page, line, code, tmp_path, monkeypatch):
 SMALL = [
     *("model.layers=1", "model.width=64", "train.steps=2", "train.batch=2", "train.context=16"),
     *("data.heldout=0.2", "data.cache=cache", "sample.tokens=0", "train.log_every=1"),
+    "mesh.fsdp=1",  # of the eight devices of a test
 ]
 """What makes a run of a page's command one of seconds."""
 

@@ -1,5 +1,6 @@
 """Meshes: what they are made of, what does not divide, and steps that are those of one device."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -11,6 +12,7 @@ from kinds import one_of_a_kind
 from tolerances import MODEL_RMS, relative_rms
 
 from rwkv_jax import models, sharding
+from rwkv_jax.checkpoint.store import Store
 from rwkv_jax.config import (
     Config,
     DataConfig,
@@ -217,3 +219,19 @@ def test_large_parameters_lie_in_parts(version, mesh):
         if len(spec.shape) > 1 and min(spec.shape) > 5:
             whole, mine = whole + math.prod(spec.full_shape), mine + share
     assert mine / whole <= 1.35 / parts
+
+
+def test_a_checkpoint_is_restored_bit_for_bit_on_any_mesh(tmp_path):
+    cfg = config(MESHES["fsdp8"])
+    saved = init_train_state(cfg, cfg.model, mesh=make_mesh(cfg))
+    with contextlib.closing(Store(tmp_path, keep=1)) as store:
+        store.save(1, saved, {})
+        store.wait()
+        for mesh in (MESHES["data2-fsdp2-tensor2"], MeshConfig(fsdp=1)):
+            other = make_mesh(config(mesh))
+            abstract = abstract_train_state(cfg, cfg.model, other)
+            found = store.restore(abstract, 1)
+            trees = zip(*(jax.tree.leaves(x) for x in (found, saved, abstract)), strict=True)
+            for mine, theirs, said in trees:
+                np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
+                assert said.sharding is None or mine.sharding == said.sharding
