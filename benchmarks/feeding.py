@@ -1,6 +1,6 @@
 """Does a step wait for its data, and does memory grow with it?
 
-    python -m benchmarks.feeding PAIR [--processes 4] [--steps 100] [--rounds 7]
+    python -m benchmarks.feeding PAIR [--part alone] [--processes 4] [--steps 100] [--rounds 7]
 
 PAIR is a binidx pair of the World vocabulary, of any size (`python -m rwkv_jax tokenize`). First,
 in one process, steps that read their batches from it, as a run does, take turns with steps that are
@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--steps", type=int, default=100, help="of the processes")
     parser.add_argument("--rounds", type=int, default=7)
+    parts = ["alone", "together"]
+    parser.add_argument("--part", nargs="*", choices=parts, default=parts, help="or one of both")
     parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, default=29_517)
     args = parser.parse_args()
@@ -37,29 +39,42 @@ def main() -> None:
         return
 
     from benchmarks import harness
-    from benchmarks.harness import console, shown, spread
+    from benchmarks.harness import console
     from benchmarks.worker import versions
 
-    rows, alone = [], {}
+    path = harness.RESULTS / "feeding.json"
+    last = json.loads(path.read_text()) if path.exists() else {}
+    result = {name: last[name] for name in ("alone", "together") if name in last}
+    result |= {"versions": {"ours": versions("jax", "jaxlib", "numpy")}}
+    result["pair_bytes"] = Path(f"{args.pair}.bin").stat().st_size
+    if "alone" in args.part:
+        result["alone"] = alone(args)
+    if "together" in args.part:
+        console.print(f"\n[dim]{args.processes} processes[/]")
+        result["together"] = lines = run_together(args)
+        memory = [[f"{x['process']}", *(f"{m:,.0f}" for m in x["memory_mib"])] for x in lines]
+        marks = [f"step {step}" for step in lines[0]["steps"]]
+        harness.table("MiB of a process' own", ["process", *marks], memory)
+        console.print(f"the pair: {result['pair_bytes'] / 2**30:.2f} GiB; loss")
+        console.print(f"{lines[0]['losses'][0]:.3f} to {lines[0]['losses'][-1]:.3f} in all of them")
+    harness.report("feeding", result)
+
+
+def alone(args: argparse.Namespace) -> dict:
+    """Steps that read their batch beside steps that are given it, of one process."""
+    from benchmarks import harness
+    from benchmarks.harness import shown, spread
+
+    rows, found = [], {}
     for name, settings in PACKINGS.items():
         fed, given = side_by_side(args.pair, settings, args.rounds)
         ratios = [a / b for a, b in zip(fed, given, strict=True)]
-        alone[name] = {"fed": spread(fed), "given": spread(given), "ratio": spread(ratios)}
+        found[name] = {"fed": spread(fed), "given": spread(given), "ratio": spread(ratios)}
         milliseconds = [shown([1000 * t for t in times]) for times in (fed, given)]
         rows.append([name, *milliseconds, shown(ratios, 3)])
     columns = ["", "ms a step, read", "ms, one batch", "read is x times"]
     harness.table(f"A step of {BATCH} x {CONTEXT} tokens", columns, rows)
-
-    console.print(f"\n[dim]{args.processes} processes[/]")
-    lines = run_together(args)
-    memory = [[f"{x['process']}", *(f"{m:,.0f}" for m in x["memory_mib"])] for x in lines]
-    marks = [f"step {step}" for step in lines[0]["steps"]]
-    harness.table("MiB of a process' own", ["process", *marks], memory)
-    size = Path(f"{args.pair}.bin").stat().st_size
-    console.print(f"the pair: {size / 2**30:.2f} GiB; loss {lines[0]['losses'][0]:.3f} at first,")
-    console.print(f"{lines[0]['losses'][-1]:.3f} at last, the same in all processes")
-    result = {"versions": {"ours": versions("jax", "jaxlib", "numpy")}, "pair_bytes": size}
-    harness.report("feeding", result | {"alone": alone, "together": lines})
+    return found
 
 
 def opened(pair: Path, settings: dict):

@@ -205,6 +205,31 @@ def on_target(row: dict) -> str:
     return f"{row['registers']} registers, {row['spilled_bytes']:,} B spilled"
 
 
+def tokenizing() -> str:
+    """MB of text a second, of the command and of packages that only encode."""
+    found = results("tokenize")
+    rows = [
+        [name, spread(rate), spread(found["mb_per_core_second"][name])]
+        for name, rate in found["mb_per_s"].items()
+    ]
+    return table(["", "MB/s", "MB a core-second"], rows)
+
+
+def feeding() -> str:
+    """A step that reads its batch, by one that is given it; a process' own memory as a run goes."""
+    found = results("feeding")
+    rows = [
+        [f"{name}: seconds a step, read / given", spread(cell["ratio"])]
+        for name, cell in found["alone"].items()
+    ]
+    lines = found["together"]
+    for index, step in enumerate(lines[0]["steps"]):
+        memory = [line["memory_mib"][index] for line in lines]
+        name = f"MiB of each of {len(lines)} processes' own after step {step}"
+        rows.append([name, f"{min(memory):,.0f} to {max(memory):,.0f}"])
+    return table(["", ""], rows)
+
+
 def plans() -> str:
     """What a device of a slice has of each size, and what its step takes at best."""
     rows = []
@@ -259,6 +284,8 @@ TABLES = {
         sequence,
         profile,
         kernels,
+        tokenizing,
+        feeding,
         plans,
         meshes,
     )

@@ -121,14 +121,14 @@ def open_topology(name: str) -> Topology:
     if name == "here":
         devices = jax.devices()
         return Topology(None, devices, devices[0].platform, jax.process_count())
-    kind, _, shape = name.partition(":")
+    kind, _, shape = name.lower().partition(":")
     sizes = [int(n) for n in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
-    if kind not in CHIPS or not sizes:
+    if kind not in CHIPS or not sizes or 0 in sizes or (kind.upper() in GPUS and len(sizes) > 2):
         raise TopologyError(
             f"--topology {name}: not known; give one of {', '.join(CHIPS)} and its shape, as in"
             " v5e:16x16, v5p:4x4x4 or h100:8, or here (the devices of this machine)"
         )
-    return _gpus(kind, sizes) if kind.upper() in GPUS else _tpus(name, kind, sizes)
+    return _gpus(kind, sizes) if kind.upper() in GPUS else _tpus(f"{kind}:{shape}", kind, sizes)
 
 
 def _tpus(name: str, kind: str, sizes: list[int]) -> Topology:

@@ -16,6 +16,7 @@ import dataclasses
 import errno
 import importlib.metadata
 import inspect
+import itertools
 import logging
 import os
 import re
@@ -46,6 +47,10 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 
 class StoreError(UserError):
     """A run or a checkpoint that cannot be read or written."""
+
+
+class DamagedError(StoreError):
+    """A checkpoint that is not what was saved."""
 
 
 class Store:
@@ -97,14 +102,16 @@ class Store:
 
     def set_aside(self, step: int) -> Path:
         """Renames a checkpoint that cannot be read, so that it is one no more; returns where it is
-        then. Every process calls it, the first one does it."""
-        aside = self.folder / f"damaged-{step}"
-        if jax.process_index() == 0:
-            with _writing(self.folder):
-                shutil.rmtree(aside, ignore_errors=True)
-                self.path(step).rename(aside)
-        self._manager.reload()
+        then. Of several processes the first one calls it, and all of them `reload`."""
+        names = (f"damaged-{step}{'-' * bool(n)}{n or ''}" for n in itertools.count())
+        aside = next(self.folder / name for name in names if not (self.folder / name).exists())
+        with _writing(self.folder):
+            self.path(step).rename(aside)
         return aside
+
+    def reload(self) -> None:
+        """Looks at the folder again."""
+        self._manager.reload()
 
     def path(self, step: int) -> Path:
         """The folder of a checkpoint."""
@@ -199,17 +206,25 @@ def _writing(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reading(checkpoint: Path) -> Iterator[None]:
-    """Turns whatever a damaged checkpoint raises into one line."""
+    """Turns whatever a damaged checkpoint raises into one line; what is not its fault stays."""
     try:
         yield
     except Exception as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        number = getattr(error, "errno", None)
+        if number not in (None, errno.ENOENT):
+            raise StoreError(
+                f"{checkpoint}: cannot be read ({os.strerror(number)}); see that the disk is there"
+                " and you may read it"
+            ) from error
         cause: BaseException = error
         while inner := cause.__cause__ or cause.__context__:
             cause = inner
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise StoreError(
-            f"{checkpoint}: damaged or of another shape ({reason[:120]});"
-            " delete this folder to go on from the checkpoint before it"
+        raise DamagedError(
+            f"{checkpoint}: damaged or of another shape ({reason[:120]}); take a copy of it, or"
+            " move it away to use the checkpoint before it"
         ) from error
 
 

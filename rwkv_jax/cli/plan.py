@@ -19,7 +19,8 @@ memory of a device and whether it fits, operations, traffic, and the time of a s
   {prog} configs/rwkv7-0.4b.toml --topology h100:8 train.batch=64 mesh.tensor=2
       any setting, as in training
   {prog} configs/rwkv7-1.5b.toml --topology v5e:4x4 --fit
-      look for the mesh, the parts of a batch and the rematerialisation that are fastest and fit
+      look for what is fastest and fits: fsdp and tensor (the config's sequence), the parts of a
+      batch, and remat none, dots or block
   {prog} configs/demo.toml --topology here
       for the devices of this machine
 
@@ -53,11 +54,15 @@ def _plan(config: Path, overrides: list[str], topology: str, fits: bool, tries: 
 
     from rich.console import Console
 
-    from rwkv_jax.config import load_config
+    from rwkv_jax.config import ConfigError, load_config
     from rwkv_jax.hardware import TopologyError, open_topology
     from rwkv_jax.planning.plan import Plan, fit, make_plan
 
     cfg = load_config(config, overrides)
+    if tries < 1:
+        raise ConfigError(f"--tries {tries}: at least 1")
+    if cfg.train.init:
+        raise ConfigError("train.init: no weights are read here; state the model's sizes instead")
     model = replace(cfg.model, vocab_size=cfg.model.vocab_size or 65536)
     cfg = replace(cfg, model=model, train=replace(cfg.train, steps=cfg.train.steps or 1))
     there, console = open_topology(topology), Console(width=width())
@@ -81,7 +86,7 @@ def _plan(config: Path, overrides: list[str], topology: str, fits: bool, tries: 
     mesh, train = best.cfg.mesh, best.cfg.train
     console.print(
         f"\n  train.accumulate={train.accumulate} train.remat={train.remat}"
-        f" mesh.fsdp={mesh.fsdp} mesh.tensor={mesh.tensor}",
+        f" mesh.data=1 mesh.fsdp=-1 mesh.tensor={mesh.tensor} mesh.sequence={mesh.sequence}",
         soft_wrap=True,
     )
 

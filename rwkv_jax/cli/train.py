@@ -19,7 +19,6 @@ Train an RWKV model on your text, and see what it has learnt.
   {prog} train.init=RWKV-x070-World-0.1B-v2.8.pth data.tokenizer=world data.source=~/notes
       from given weights: their sizes take the place of the config's, and with other versions than
       7 model.version=6 (say) is needed; data.tokenizer is to be the one that they were trained with
-
   {prog} mesh.fsdp=4 mesh.tensor=2
       eight devices, each with a part of the parameters; without it, all devices share them (fsdp)
   {prog} --profile

@@ -131,7 +131,7 @@ def make_plan(cfg: Config, topology: Topology) -> Plan:
     shape = {} if mesh is None else dict(mesh.shape)
     memory = program.memory_analysis()
     assert memory is not None  # of XLA's compilers for CPU, GPU and TPU
-    gradients = _size(state.params)
+    gradients = min(_size(state.params), memory.temp_size_in_bytes)
     text = program.as_text() or ""
     traffic: dict[tuple[str, ...], dict[str, int]] = {}
     for exchange in collectives(text) if shape else ():
@@ -147,7 +147,7 @@ def make_plan(cfg: Config, topology: Topology) -> Plan:
         optimizer=_size(state.opt_state),
         carried=_size(state.carried) + _size(batch),
         gradients=gradients,
-        rest=max(memory.temp_size_in_bytes - gradients, 0) + new,
+        rest=memory.temp_size_in_bytes - gradients + new,
         program_flops=program_flops(traced.jaxpr.jaxpr),
         needed_flops=model_flops(cfg.model) * cfg.train.batch * cfg.train.context,
         traffic=traffic,
@@ -200,12 +200,13 @@ def candidates(cfg: Config, count: int) -> Iterator[Config]:
 
 
 def least_memory(cfg: Config, mesh: dict[str, int]) -> int:
-    """Bytes of a device that no program of this run can do without: parameters, their gradients,
-    two moments, and what the layers keep for the backward pass, in the compute type."""
+    """About the bytes of a device that a program of this run needs, so that what is far too large
+    is not compiled: parameters, their gradients, two moments, and what the layers keep for the
+    backward pass, in the compute type (half of what versions 6 and 7 were seen to keep)."""
     share = mesh.get("fsdp", 1) * mesh.get("tensor", 1)
     state = 4 * 4 * tables.count(models.specs(cfg.model)) / share
     rows = cfg.train.batch / cfg.train.accumulate / mesh.get("fsdp", 1) / mesh.get("data", 1)
-    kept = {"dots": 12, "none": 24}.get(cfg.train.remat, 1)
+    kept = {"dots": 6, "none": 12}.get(cfg.train.remat, 1)
     tokens = rows * cfg.train.context / mesh.get("sequence", 1)
     layers = cfg.model.width * cfg.model.layers * jnp.dtype(cfg.train.dtype).itemsize
     return int(state + tokens * layers * kept)

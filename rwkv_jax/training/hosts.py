@@ -9,9 +9,13 @@ connection, at once, or where the device library waits in silence by missed hear
 
 import contextlib
 import os
+import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,13 +27,13 @@ from rwkv_jax.errors import UserError
 
 T = TypeVar("T")
 
-HEARTBEAT_S, LEAVING_S = 30, 10
-"""After so many seconds without a sign of a process the others end; and so long a process that
-fails waits for others to come to the same end."""
+HEARTBEAT_S, LEAVING_S, WAITING_S = 30, 30, 10
+"""After so many seconds without a sign of a process the others end; so long those that end wait for
+each other; and after so many of waiting for others at the start a process says so."""
 LOST = 75
 """Exit code of a process that lost another one: a temporary failure (EX_TEMPFAIL)."""
-LONGEST = 2000
-"""Bytes of an error that is told to all."""
+LONGEST = 8000
+"""Bytes of what is told to all."""
 
 
 class SharedError(UserError):
@@ -49,20 +53,48 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
     """
     if jax.distributed.is_initialized() or not _several(environment):
         return
+    stated = _plain(environment)
     # It would swallow SIGTERM, which is for us: save, and end.
     jax.config.update("jax_enable_preemption_service", False)
+    late = threading.Timer(WAITING_S, _say_waiting, [stated])
+    late.daemon = True
+    late.start()
     try:
-        jax.distributed.initialize(
-            **_plain(environment),
-            heartbeat_timeout_seconds=HEARTBEAT_S,
-            shutdown_timeout_seconds=LEAVING_S,
-        )
-    except (ValueError, RuntimeError) as error:
+        with _deadly_interrupts():
+            jax.distributed.initialize(
+                **stated,
+                heartbeat_timeout_seconds=HEARTBEAT_S,
+                shutdown_timeout_seconds=LEAVING_S,
+            )
+    except (ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise HostsError(
             f"the processes of this run cannot connect ({reason[:200]}); see that all of them are"
             " started and can reach the first one"
         ) from error
+    finally:
+        late.cancel()
+
+
+def _say_waiting(stated: Mapping[str, Any]) -> None:
+    at = f" at {stated['coordinator_address']}" if stated else ""
+    print(f"waiting for the other processes of this run{at}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _deadly_interrupts() -> Iterator[None]:
+    """Ctrl-C ends the process at once: Python would not see it while C++ waits for others."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+PLAIN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def _several(environment: Mapping[str, str]) -> bool:
@@ -70,7 +102,7 @@ def _several(environment: Mapping[str, str]) -> bool:
         return environment.get(name, "1").strip() not in ("", "0", "1")
 
     return (
-        "JAX_COORDINATOR_ADDRESS" in environment
+        any(name in environment for name in PLAIN)
         or above_one("SLURM_STEP_NUM_TASKS")
         or above_one("OMPI_COMM_WORLD_SIZE")
         or above_one("MEGASCALE_NUM_SLICES")
@@ -84,33 +116,28 @@ def _on_tpu_machine(environment: Mapping[str, str]) -> bool:
     """A machine of a TPU slice, which may be of several; JAX asks for the others."""
     wanted = environment.get("JAX_PLATFORMS", "tpu").split(",")
     chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
-    return "tpu" in wanted and bool(chips) and _has_libtpu()
-
-
-def _has_libtpu() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("libtpu") is not None
+    return "tpu" in wanted and bool(chips) and find_spec("libtpu") is not None
 
 
 def _plain(environment: Mapping[str, str]) -> dict[str, Any]:
-    """What plain machines state; raises `HostsError` for what is not a number or is missing."""
-    given: dict[str, Any] = {}
-    for name, key in (("JAX_NUM_PROCESSES", "num_processes"), ("JAX_PROCESS_ID", "process_id")):
-        text = environment.get(name)
-        if text is None:
-            continue
+    """What plain machines state; raises `HostsError` for what is wrong or missing of it."""
+    if not any(name in environment for name in PLAIN):
+        return {}
+    for name in PLAIN:
+        if name not in environment:
+            raise HostsError(f"{name} is not set; {', '.join(PLAIN)} go together")
+    address, *numbers = (environment[name].strip() for name in PLAIN)
+    if not re.fullmatch(r".+:\d+", address):
+        raise HostsError(f"{PLAIN[0]} = {address}: host:port of the first process is needed")
+    for name, text in zip(PLAIN[1:], numbers, strict=True):
         if not text.isdecimal():
             raise HostsError(f"{name} = {text}: a whole number is needed")
-        given[key] = int(text)
-    if given and len(given) < 2:
-        raise HostsError("JAX_NUM_PROCESSES and JAX_PROCESS_ID go together: set both")
-    if given and not given["process_id"] < given["num_processes"]:
+    count, number = map(int, numbers)
+    if not number < count:
         raise HostsError(
-            f"JAX_PROCESS_ID = {given['process_id']}: processes are numbered from 0 to"
-            f" JAX_NUM_PROCESSES - 1 = {given['num_processes'] - 1}"
+            f"JAX_PROCESS_ID = {number}: JAX_NUM_PROCESSES = {count} are numbered from 0"
         )
-    return given
+    return {"coordinator_address": address, "num_processes": count, "process_id": number}
 
 
 def is_first() -> bool:
@@ -123,28 +150,40 @@ def together(action: Callable[[], T]) -> T:
     `UserError`."""
     if jax.process_count() == 1:
         return action()
-    told, result = b"", None
+    told, result = "", None
     try:
         result = action()
     except UserError as error:
-        told = str(error).encode()[:LONGEST]
-    mine = np.zeros(LONGEST, np.uint8)
-    mine[: len(told)] = list(told)
-    errors = multihost_utils.process_allgather(mine)
-    for number, row in enumerate(np.asarray(errors)):
-        if message := bytes(row[row > 0]).decode(errors="replace"):
+        told = str(error)
+    for number, message in enumerate(everyones(told)):
+        if message:
             raise HostsError(message if number == 0 else f"process {number}: {message}")
     return result  # pyright: ignore[reportReturnType]
 
 
-def check_equal(what: str, remedy: str) -> None:
-    """Raises `HostsError` on all processes unless `what` is the same on each."""
+def everyones(text: str) -> list[str]:
+    """What each process says, by its number; of a longer text the beginning."""
+    if jax.process_count() == 1:
+        return [text]
+    mine = np.zeros(LONGEST, np.uint8)
+    said = text.encode()[:LONGEST]
+    mine[: len(said)] = list(said)
+    every = np.asarray(multihost_utils.process_allgather(mine))
+    return [bytes(row[row > 0]).decode(errors="replace") for row in every]
+
+
+def check_equal(what: Mapping[str, str], remedy: str) -> None:
+    """Raises `HostsError` on all processes unless each has the same of everything, the first thing
+    that differs named."""
     if jax.process_count() == 1:
         return
-    mine = np.frombuffer(what.encode()[:LONGEST].ljust(LONGEST, b"\0"), np.uint8)
-    every = np.asarray(multihost_utils.process_allgather(mine))
-    for number in np.flatnonzero((every != every[0]).any(1)).tolist():
-        raise HostsError(f"process {number} {remedy}")
+    text = "\n".join(f"{name} = {value}" for name, value in what.items())
+    first, *others = everyones(text)
+    for number, other in enumerate(others, 1):
+        if other != first:
+            pairs = zip(other.splitlines(), first.splitlines(), strict=False)
+            mine, wanted = next(pair for pair in pairs if pair[0] != pair[1])
+            raise HostsError(f"process {number} has {mine}, the first one {wanted}; {remedy}")
 
 
 @contextlib.contextmanager
@@ -165,9 +204,8 @@ def leaving(prog: str) -> Iterator[None]:
             print(f"{name}: {told}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        if code != LOST:
-            with contextlib.suppress(Exception):
-                jax.distributed.shutdown()  # together, if they all come here in time
+        if isinstance(error, SharedError | KeyboardInterrupt):
+            jax.distributed.shutdown()  # together, as all of them come here
         os._exit(code)
 
 

@@ -25,17 +25,17 @@ from rich.console import Console
 
 from rwkv_jax import generate, models, sharding
 from rwkv_jax import params as tables
-from rwkv_jax.checkpoint.store import CHECKPOINTS, CONFIG, Store, sweep, versions
+from rwkv_jax.checkpoint.store import CHECKPOINTS, CONFIG, DamagedError, Store, sweep, versions
 from rwkv_jax.checkpoint.weights import load
-from rwkv_jax.config import MINI_EPOCH, Config
+from rwkv_jax.config import MINI_EPOCH, Config, literal
 from rwkv_jax.data.loader import Loader, prefetched
 from rwkv_jax.data.sources import Data, open_data
-from rwkv_jax.errors import UserError, within_memory
+from rwkv_jax.errors import within_memory
 from rwkv_jax.hardware import chip_of
 from rwkv_jax.training import console as show
 from rwkv_jax.training.evaluate import compressors, evaluate
 from rwkv_jax.training.flops import model_flops
-from rwkv_jax.training.hosts import SharedError, check_equal, is_first, together
+from rwkv_jax.training.hosts import SharedError, check_equal, everyones, is_first, together
 from rwkv_jax.training.mesh import Rows, brought_together, make_mesh, told
 from rwkv_jax.training.metrics import MetricsLog, read_metrics
 from rwkv_jax.training.pace import Pace
@@ -72,12 +72,13 @@ def train(
     `Interrupted` after the first SIGINT or SIGTERM, once a checkpoint is saved.
     """
     first = is_first()
+    check_equal(_settings(cfg), "start all with the same settings")
     console = console or show.LastingConsole(quiet=not first)
     cfg = together(partial(adopt, cfg, stated or {}))
     mesh = together(partial(make_mesh, cfg))
     tokens = together(partial(open_data, cfg.data, progress=first))
     cfg, loader = together(partial(resolve, cfg, tokens))
-    check_equal(fingerprint(tokens), "reads other text than the first; give all the same data")
+    check_equal({"text": fingerprint(tokens)}, "give all of them the same text")
     with contextlib.ExitStack() as stack:
         folder = together(partial(_claim, cfg, tokens, stack))
         store = Store(folder / CHECKPOINTS, cfg.train.keep)
@@ -94,8 +95,19 @@ def train(
                         f"Stopped after the last step, which is saved in {folder};"
                         " the same command evaluates it."
                     ) from None
-            together(lambda: None)  # nobody leaves while another still writes
+            together(_nothing)  # nobody leaves while another still writes
     return folder
+
+
+def _settings(cfg: Config) -> dict[str, str]:
+    """What all processes have to agree on; where text and cache lie is each machine's own."""
+    own = {"source", "mixture", "cache"}
+    return {
+        f"{section.name}.{key}": literal(value)
+        for section in dataclasses.fields(cfg)
+        for key, value in vars(getattr(cfg, section.name)).items()
+        if not (section.name == "data" and key in own)
+    }
 
 
 def _claim(cfg: Config, tokens: Data, stack: contextlib.ExitStack) -> Path:
@@ -132,6 +144,8 @@ class _Run:
     """Sum and number of the losses since an official mini-epoch began."""
     earlier: float
     """Seconds that the run took before this start."""
+    owed: bool
+    """An evaluation was due where the run was stopped."""
     pace: Pace = field(default_factory=Pace)
     began: float = field(default_factory=time.monotonic)
 
@@ -175,31 +189,25 @@ def _open(
         abstract = abstract_train_state(cfg, cfg.model, mesh)
         step, state, meta = _restored(store, abstract, step, console)
         if meta["data"] != data:
-            raise RunError(
+            raise _shared(
                 f"{folder}: was trained on other text than data.source = {cfg.data.source} gives"
                 " now; put that text back, or choose another train.output"
             )
         if step > cfg.train.steps:
-            raise RunError(
+            raise _shared(
                 f"train.steps = {cfg.train.steps}: {folder} is at step {step} already;"
                 " give more steps, or choose another train.output"
             )
     else:
         given = load(cfg.train.init, dtype=jnp.float32)[0] if cfg.train.init else None
         state = init_train_state(cfg, cfg.model, given, mesh)
-    if is_first():
-        describe(folder, cfg, tokens)
     return _Run(
         cfg=cfg,
         tokens=tokens,
         loader=loader,
         folder=folder,
         store=store,
-        log=MetricsLog(
-            folder / "metrics.jsonl" if is_first() else None,
-            step or 0,
-            folder / "events" if cfg.train.tensorboard else None,
-        ),
+        log=together(partial(_begin_log, folder, cfg, tokens, step or 0)),
         ticker=show.Ticker(console, cfg.train.steps),
         console=console,
         mesh=mesh,
@@ -209,7 +217,19 @@ def _open(
         window=meta["window"],
         mini_epoch=meta.get("mini_epoch", [0.0, 0.0]),
         earlier=meta["seconds"],
+        owed=meta.get("owed", False),
     )
+
+
+def _begin_log(folder: Path, cfg: Config, tokens: Data, step: int) -> MetricsLog:
+    """The log that goes on after a step, once the folder says what the run is."""
+    if not is_first():
+        return MetricsLog(None, step)
+    describe(folder, cfg, tokens)
+    with writing(folder):
+        return MetricsLog(
+            folder / "metrics.jsonl", step, folder / "events" if cfg.train.tensorboard else None
+        )
 
 
 def _restored(
@@ -218,20 +238,37 @@ def _restored(
     """Step, state and meta of the newest checkpoint that can be read; damaged ones after it are
     set aside. Raises `StoreError` if there is none."""
 
-    def read() -> tuple[int, TrainState, dict[str, Any]]:
-        return step, store.restore(abstract, step), store.meta(step, "data", "window", "seconds")
+    def read() -> tuple[TrainState, dict[str, Any]] | DamagedError:
+        try:
+            return store.restore(abstract, step), store.meta(step, "data", "window", "seconds")
+        except DamagedError as error:
+            return error
 
     while True:
-        try:
-            return together(read)
-        except UserError as error:
-            before = store.latest(before=step)
-            if before is None:
-                raise
-            aside = together(partial(store.set_aside, step))
-            going_on = f"{error}\nkept as {aside}; going on from step {before:,}"
-            console.print(going_on, markup=False, highlight=False, soft_wrap=True)
-            step = before
+        found = together(read)
+        damage = next(filter(None, everyones(str(found) * isinstance(found, DamagedError))), "")
+        if not damage:
+            assert not isinstance(found, DamagedError)
+            return step, *found
+        before = store.latest(before=step)
+        if before is None:
+            raise _shared(damage)
+        aside = together(partial(store.set_aside, step) if is_first() else _nothing)
+        store.reload()
+        going_on = f"{damage.rpartition(';')[0]}\nkept as {aside}; going on from step {before:,}"
+        console.print(going_on, markup=False, highlight=False, soft_wrap=True)
+        step = before
+
+
+def _nothing() -> None:
+    """What other processes do while the first one does something for all."""
+
+
+class _SharedRunError(RunError, SharedError):
+    """A `RunError` that all processes raise."""
+
+
+_shared = _SharedRunError
 
 
 def _print_header(run: _Run) -> None:
@@ -296,16 +333,18 @@ def _train_steps(run: _Run, stop: _Stop, profile: bool) -> None:
     if profile and train.steps - first < TRACED.stop:
         run.ticker.line(f"not traced: fewer than {TRACED.stop} steps are left")
         profile = False
+    tracer = _Tracer(run.folder / "profile" if profile else None)
     read = run.loader.read if run.mesh is None else Rows(run.loader, run.mesh).read
     coming = prefetched(read, range(run.step, train.steps))
-    with run.ticker.running(run.step), contextlib.closing(coming):
+    if run.owed:
+        _evaluate(run, limit=train.eval_tokens)
+    with run.ticker.running(run.step), contextlib.closing(coming), contextlib.closing(tracer):
         for batch in pace.batches(coming):
             asked = [told(run.mesh, stop.requested)] if run.mesh and several else []
             with sharding.using(run.mesh):
                 run.state, metrics = train_step(run.state, batch, *asked)
             run.step += 1
-            if profile:
-                _trace(run, run.step - first)
+            tracer.step(run, run.step - first)
             # Several processes stop at the same step: the one after that which told them.
             stops = not several and stop.requested
             if waiting:
@@ -324,12 +363,13 @@ def _train_steps(run: _Run, stop: _Stop, profile: bool) -> None:
                     _evaluate(run, limit=train.eval_tokens)
             if saves:
                 with pace.between("saving"):
-                    _save(run)
-            if stops and not last:
+                    _save(run, owed=evaluates and stops)
+            if stops:
                 run.store.wait()
+                then = "evaluates it" if last else "goes on from there"
                 raise Interrupted(
                     f"Stopped after step {run.step:,} of {train.steps:,}, saved in {run.folder};"
-                    " the same command goes on from there."
+                    f" the same command {then}."
                 )
 
 
@@ -337,17 +377,27 @@ TRACED = range(5, 8)
 """Steps after a start that are traced: when all is compiled, and the first batches are read."""
 
 
-def _trace(run: _Run, done: int) -> None:
-    """Begins or ends a trace, after so many steps of this start."""
-    folder = run.folder / "profile"
-    if done == TRACED.start:
-        jax.block_until_ready(run.state.step)
-        jax.profiler.start_trace(folder)
-    if done == TRACED.stop:
-        jax.block_until_ready(run.state.step)
-        jax.profiler.stop_trace()
-        traced = f"{folder}: a trace of {len(TRACED)} steps; xprof or TensorBoard open it"
-        run.ticker.line(traced)
+class _Tracer:
+    """A trace of some steps in `folder`; none without one."""
+
+    def __init__(self, folder: Path | None):
+        self._folder, self._on = folder, False
+
+    def step(self, run: _Run, done: int) -> None:
+        """Begins or ends the trace, after so many steps of this start."""
+        if self._folder and done == TRACED.start:
+            jax.block_until_ready(run.state.step)
+            jax.profiler.start_trace(self._folder)
+            self._on = True
+        elif done == TRACED.stop:
+            jax.block_until_ready(run.state.step)
+            self.close()
+
+    def close(self) -> None:
+        """Writes what there is of it."""
+        if self._on:
+            jax.profiler.stop_trace()
+            self._on = False
 
 
 def _due(step: int, every: int) -> bool:
@@ -418,8 +468,9 @@ def _diverged(run: _Run, step: int, metrics: Metrics) -> str:
     )
 
 
-def _save(run: _Run) -> None:
-    """Starts a checkpoint and draws the curve up to it."""
+def _save(run: _Run, owed: bool) -> None:
+    """Starts a checkpoint and draws the curve up to it. `owed`: what is to be evaluated here first
+    when the run goes on."""
     meta = {
         "step": run.step,
         "seed": run.cfg.train.seed,
@@ -427,6 +478,7 @@ def _save(run: _Run) -> None:
         "window": run.window,
         "mini_epoch": run.mini_epoch,
         "seconds": run.seconds,
+        "owed": owed,
         "model": dataclasses.asdict(run.cfg.model),
         "tokenizer": run.tokens.tokenizer.identity(),
         "versions": versions(),
@@ -489,6 +541,8 @@ def _finish(run: _Run) -> None:
         name = f"RWKV-{run.cfg.model.version} (this run)"
         show.comparison(run.console, {name: bpb, **marks}, best=name)
     show.header(run.console, "this start", _summary(run))
+    if (traced := run.folder / "profile").exists():
+        run.ticker.line(f"{traced}: a trace of {len(TRACED)} steps; xprof or TensorBoard open it")
     with writing(run.folder):
         _plot(run)
     _sample(run)

@@ -1,10 +1,10 @@
 """`metrics.jsonl`: one JSON object a line, appended as the run goes, and never a step twice.
 
 Training lines hold `step, tokens, loss, bpb, lr, grad_norm, state_rms, tokens_per_s, seconds`, the
-seconds since the line before that went on `data`, `steps` and `saving`, and `mfu` where the
-device's peak is known; `loss` and `grad_norm` are means over the steps since the line before.
-Evaluations hold `heldout_bpb` and its
-like, the last one `final` and the compressors' bits per byte.
+seconds since the line before that went on `data`, `steps`, `saving` and `evaluating`, and `mfu`
+where the device's peak is known; `loss` and `grad_norm` are means over the steps since that line.
+Evaluations hold `heldout_bpb` and its like, the last one `final` and the compressors' bits per
+byte.
 """
 
 import contextlib

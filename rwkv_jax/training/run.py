@@ -26,13 +26,15 @@ FREE = {
     "train.eval_tokens",
     "train.checkpoint_every",
     "train.keep",
+    "train.tensorboard",
     "train.accumulate",
     "train.remat",
     "train.wkv",
     "data.cache",
 }
-"""What a run may change when it goes on, beside `sample.*`: its length, what it reports and keeps,
-and how (not what) a step computes. The schedule is then that of the new length."""
+"""What a run may change when it goes on, beside `sample.*` and `mesh.*`: its length, what it
+reports and keeps, and how (not what) a step computes. The schedule is then that of the new
+length."""
 
 LOCK = ".lock"
 
@@ -188,7 +190,7 @@ def _check_free(folder: Path, cfg: Config) -> None:
     if (folder / TOKENIZER).is_dir() and not _trained(folder):
         return  # whatever stopped that run, nothing of it would be lost
     for name, there, here in differences(found, cfg):
-        if name not in FREE and not name.startswith("sample."):
+        if name not in FREE and not name.startswith(("sample.", "mesh.")):
             raise RunError(
                 f"{folder}: holds another run ({name} is {there!r} there, {here!r} here);"
                 f" choose another train.output, or delete {folder} to start over"

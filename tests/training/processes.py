@@ -1,7 +1,6 @@
 """Runs of several local processes, as a cluster would start them."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -12,14 +11,26 @@ from compiling import QUICK_FLAGS
 ROOT = Path(__file__).parents[2]
 
 
-def launch(settings: list[str], count: int, devices: int = 1) -> list[subprocess.Popen]:
-    """`train.py` in `count` processes of so many devices each, with no config but `settings`."""
+def free_port() -> int:
+    """One that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def launch(
+    settings: list[str],
+    count: int,
+    devices: int = 1,
+    port: int | None = None,
+    only: int | None = None,
+) -> list[subprocess.Popen]:
+    """`train.py` in `count` processes of so many devices each, with no config but `settings`; or
+    `only` one of them."""
+    port = port or free_port()
     flags = f"--xla_force_host_platform_device_count={devices} {QUICK_FLAGS}"
     started = []
-    for number in range(count):
+    for number in range(count) if only is None else (only,):
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
         if count > 1:
             environment |= {
@@ -41,14 +52,13 @@ def launch(settings: list[str], count: int, devices: int = 1) -> list[subprocess
 
 
 def outcomes(processes: list[subprocess.Popen], timeout: float = 300) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of each, once all have ended; what lasts longer is killed, and
-    has then the code of that."""
+    """Exit code, output and errors of each, once all have ended; fails if one doesn't in time."""
     ended = []
-    for process in processes:
-        try:
+    try:
+        for process in processes:
             out, err = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            out, err = process.communicate()
-        ended.append((process.returncode, out, err))
+            ended.append((process.returncode, out, err))
+    finally:
+        for process in processes:
+            process.kill()
     return ended

@@ -97,6 +97,17 @@ def test_resumed_run_is_the_run_that_never_stopped(version, tmp_path, console, m
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_an_evaluation_that_a_stop_came_before_is_made_up_for(tmp_path, console, monkeypatch):
+    often = {"train.eval_every": 1, "train.eval_tokens": 50, "train.steps": 8}
+    whole = config(tmp_path, **often, **{"train.output": tmp_path / "whole"})
+    expected = metrics(train(whole, console=console))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        with pytest.raises(Interrupted):
+            train(config(tmp_path, **often), console=console)
+    assert metrics(train(config(tmp_path, **often), console=console)) == expected
+
+
 def test_a_finished_run_is_evaluated_again_and_may_be_made_longer(tmp_path, console):
     first = metrics(train(config(tmp_path), console=console))
     assert metrics(train(config(tmp_path), console=console)) == first
