@@ -383,7 +383,9 @@ def test_a_home_is_a_home(tmp_path, console, monkeypatch):
     assert (folder / "loss.png").exists()
 
 
-@pytest.mark.parametrize("item", ["params", "rest", "meta"])
+@pytest.mark.parametrize(
+    "item", ["params", *(pytest.param(item, marks=pytest.mark.slow) for item in ("rest", "meta"))]
+)
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(item, tmp_path):
     ends = {"data.exit_tokens": 14 * 64, "train.keep": 3}
     out = (tmp_path / "out").open("w+")
