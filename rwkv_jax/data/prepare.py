@@ -110,7 +110,7 @@ class Tokens:
 def prepare(cfg: DataConfig, *, progress: bool = True) -> Tokens:
     """The tokens of a corpus, from the cache if they are there, else made and put there.
 
-    Progress and notices go to stderr, where `progress` allows them. Raises UserError: a source that
+    Progress, where it is asked for, and notices go to stderr. Raises UserError: a source that
     cannot be read, is empty or has no training or held-out document; a tokenizer that cannot be
     used; a cache that cannot be written."""
     corpus = open_corpus(cfg)
@@ -129,8 +129,7 @@ def prepare(cfg: DataConfig, *, progress: bool = True) -> Tokens:
             try:
                 return _open(folder)
             except (OSError, ValueError) as error:
-                if progress:
-                    print(f"token cache {folder} is damaged ({error}): made again", file=sys.stderr)
+                print(f"token cache {folder} is damaged ({error}): made again", file=sys.stderr)
         partial = folder.with_suffix(".partial")
         # Whoever holds the lock is the only writer: what lies there was left by a killed process.
         shutil.rmtree(partial, ignore_errors=True)

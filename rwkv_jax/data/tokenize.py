@@ -26,6 +26,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -330,7 +331,9 @@ def _start(tokenizer: str, longest: int) -> tuple[BaseProcess, Connection]:
     ours, theirs = context.Pipe()
     given = theirs, tokenizer, longest, os.getpid()
     process = context.Process(target=_serve, args=given, daemon=True)
-    # Ctrl-C is for this process, which ends the others: they inherit that it is blocked.
+    # Ctrl-C is for this process, which ends the others: they inherit that it is blocked. Starting
+    # Python's tracker of resources would unblock it again, so that comes first.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()
