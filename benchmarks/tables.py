@@ -230,32 +230,6 @@ def feeding() -> str:
     return table(["", ""], rows)
 
 
-def plans() -> str:
-    """What a device of a slice has of each size, and what its step takes at best."""
-    rows = []
-    for name, row in results("plans")["rows"].items():
-        if not name.startswith("rwkv7"):
-            continue
-        gib, seconds = row["gib"], row["seconds"]
-        state = gib["parameters"] + gib["optimizer"] + gib["gradients"]
-        needed, made = (row[f"{x}_flops_per_token"] / 1e9 for x in ("needed", "program"))
-        rows.append(
-            [
-                name,
-                row["topology"],
-                f"{row['batch']} x {row['context']:,}",
-                f"{state:.2f} + {gib['rest']:.2f} of {row['chip_gib']:.0f}",
-                f"{needed:.2f}, {made:.2f}",
-                _traffic(row),
-                f"{seconds['overlapped']:.3g} to {seconds['not']:.3g}",
-                f"{row['mfu'][0]:.0%} to {row['mfu'][1]:.0%}",
-            ]
-        )
-    columns = ["config", "slice", "rows x tokens", "GiB a device: state + rest"]
-    columns += ["GFLOP a token: needed, made", "MiB a device and step", "step, s", "MFU"]
-    return table(columns, rows)
-
-
 def meshes() -> str:
     """What each mesh of 0.1B makes a device receive, by kind of collective."""
     rows = []
@@ -266,10 +240,6 @@ def meshes() -> str:
             told = ", ".join(f"{kind} {size:,.1f}" for kind, size in sorted(kinds.items()))
             rows.append([name.removeprefix("0.1b "), axes.replace(" ", ", "), told])
     return table(["mesh", "over", "MiB a device and step"], rows)
-
-
-def _traffic(row: dict) -> str:
-    return f"{sum(sum(kinds.values()) for kinds in row['traffic_mib'].values()):,.0f}"
 
 
 TABLES = {
@@ -286,7 +256,6 @@ TABLES = {
         kernels,
         tokenizing,
         feeding,
-        plans,
         meshes,
     )
 }

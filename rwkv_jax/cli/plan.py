@@ -157,8 +157,7 @@ def _show(console, plan: "Plan") -> None:
         best, worst = plan.seconds
         table.add_section()
         table.add_row("products", f"{plan.computing:.3g} s at {chip.flops / 1e12:,.0f} TFLOP/s")
-        rate = (plan.topology.hosts > 1 and chip.network) or chip.links
-        table.add_row("traffic", f"{plan.telling:.3g} s at {rate / 1e9:,.0f} GB/s")
+        table.add_row("traffic", f"{plan.telling:.3g} s at {plan.link_rate / 1e9:,.0f} GB/s")
         table.add_row(
             "step, at best",
             f"{best:.3g} s if all overlaps, {worst:.3g} s if nothing does:"

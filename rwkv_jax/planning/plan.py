@@ -93,11 +93,14 @@ class Plan:
     @property
     def telling(self) -> float:
         """Seconds of a step for its traffic, at the links' rate."""
+        return sum(sum(kinds.values()) for kinds in self.traffic.values()) / self.link_rate
+
+    @property
+    def link_rate(self) -> float:
+        """Bytes a second that a chip receives: of the network, if it is another way and needed."""
         chip = self.topology.chip
         assert chip
-        total = sum(sum(kinds.values()) for kinds in self.traffic.values())
-        spread = self.topology.hosts > 1 and chip.network
-        return total / (chip.network if spread else chip.links)
+        return (self.topology.hosts > 1 and chip.network) or chip.links
 
     @property
     def seconds(self) -> tuple[float, float]:

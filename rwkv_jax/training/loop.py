@@ -189,12 +189,12 @@ def _open(
         abstract = abstract_train_state(cfg, cfg.model, mesh)
         step, state, meta = _restored(store, abstract, step, console)
         if meta["data"] != data:
-            raise _shared(
+            raise _SharedRunError(
                 f"{folder}: was trained on other text than data.source = {cfg.data.source} gives"
                 " now; put that text back, or choose another train.output"
             )
         if step > cfg.train.steps:
-            raise _shared(
+            raise _SharedRunError(
                 f"train.steps = {cfg.train.steps}: {folder} is at step {step} already;"
                 " give more steps, or choose another train.output"
             )
@@ -252,7 +252,7 @@ def _restored(
             return step, *found
         before = store.latest(before=step)
         if before is None:
-            raise _shared(damage)
+            raise _SharedRunError(damage)
         aside = together(partial(store.set_aside, step) if is_first() else _nothing)
         store.reload()
         going_on = f"{damage.rpartition(';')[0]}\nkept as {aside}; going on from step {before:,}"
@@ -266,9 +266,6 @@ def _nothing() -> None:
 
 class _SharedRunError(RunError, SharedError):
     """A `RunError` that all processes raise."""
-
-
-_shared = _SharedRunError
 
 
 def _print_header(run: _Run) -> None:
@@ -333,7 +330,7 @@ def _train_steps(run: _Run, stop: _Stop, profile: bool) -> None:
     if profile and train.steps - first < TRACED.stop:
         run.ticker.line(f"not traced: fewer than {TRACED.stop} steps are left")
         profile = False
-    tracer = _Tracer(run.folder / "profile" if profile else None)
+    tracer = _Tracer(run.folder / "profile" if profile else None, run.ticker.line)
     read = run.loader.read if run.mesh is None else Rows(run.loader, run.mesh).read
     coming = prefetched(read, range(run.step, train.steps))
     if run.owed:
@@ -380,8 +377,8 @@ TRACED = range(5, 8)
 class _Tracer:
     """A trace of some steps in `folder`; none without one."""
 
-    def __init__(self, folder: Path | None):
-        self._folder, self._on = folder, False
+    def __init__(self, folder: Path | None, say: Callable[[str], None]):
+        self._folder, self._say, self._on = folder, say, False
 
     def step(self, run: _Run, done: int) -> None:
         """Begins or ends the trace, after so many steps of this start."""
@@ -398,6 +395,7 @@ class _Tracer:
         if self._on:
             jax.profiler.stop_trace()
             self._on = False
+            self._say(f"{self._folder}: a trace of some steps; xprof or TensorBoard open it")
 
 
 def _due(step: int, every: int) -> bool:
@@ -541,8 +539,6 @@ def _finish(run: _Run) -> None:
         name = f"RWKV-{run.cfg.model.version} (this run)"
         show.comparison(run.console, {name: bpb, **marks}, best=name)
     show.header(run.console, "this start", _summary(run))
-    if (traced := run.folder / "profile").exists():
-        run.ticker.line(f"{traced}: a trace of {len(TRACED)} steps; xprof or TensorBoard open it")
     with writing(run.folder):
         _plot(run)
     _sample(run)

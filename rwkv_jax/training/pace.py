@@ -17,8 +17,7 @@ class Pace:
     `KINDS`."""
 
     def __init__(self):
-        self.tokens, self.seconds = 0, 0.0
-        self.all_tokens, self.all_seconds = 0, 0.0
+        self.tokens = self.all_tokens = 0
         self.spent: dict[str, float] = defaultdict(float)
         """Seconds by kind since `start_over`."""
         self.total: dict[str, float] = defaultdict(float)
@@ -42,10 +41,8 @@ class Pace:
         """A step is done."""
         now = time.perf_counter()
         if self._last is not None:
-            taken = now - self._last
-            self.tokens, self.seconds = self.tokens + tokens, self.seconds + taken
-            self.all_tokens, self.all_seconds = self.all_tokens + tokens, self.all_seconds + taken
-            self._spend("steps", taken)
+            self.tokens, self.all_tokens = self.tokens + tokens, self.all_tokens + tokens
+            self._spend("steps", now - self._last)
         self._last = now
 
     @contextlib.contextmanager
@@ -60,7 +57,7 @@ class Pace:
 
     def start_over(self) -> None:
         """Begins to count anew."""
-        self.tokens, self.seconds = 0, 0.0
+        self.tokens = 0
         self.spent.clear()
 
     def split(self, spent: dict[str, float]) -> dict[str, float]:
@@ -72,12 +69,12 @@ class Pace:
     @property
     def tokens_per_s(self) -> float:
         """Since `start_over`; 0 before there are two steps."""
-        return self.tokens / self.seconds if self.seconds else 0.0
+        return self.tokens / self.spent["steps"] if self.tokens else 0.0
 
     @property
     def all_tokens_per_s(self) -> float:
         """Since the beginning."""
-        return self.all_tokens / self.all_seconds if self.all_seconds else 0.0
+        return self.all_tokens / self.total["steps"] if self.all_tokens else 0.0
 
     def _spend(self, kind: str, seconds: float) -> None:
         self.spent[kind] += seconds
