@@ -64,7 +64,8 @@ def _event_writer(folder: Path, step: int) -> Any:
             "train.tensorboard = true needs a package: pip install 'rwkv_jax[tensorboard]', or set"
             " it to false (metrics.jsonl has the same numbers)"
         ) from None
-    return SummaryWriter(str(folder), purge_step=step + 1)
+    # The writer's own name has whole seconds: a run that goes on within one would write over it.
+    return SummaryWriter(str(folder), purge_step=step + 1, filename_suffix=f".from-{step}")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
