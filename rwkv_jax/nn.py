@@ -4,6 +4,7 @@ Parameters are float32; each function casts them to the dtype of its input, whic
 dtype. Normalisations compute in float32 whatever the input is.
 """
 
+from functools import partial
 from typing import Any, Generic
 
 import jax
@@ -83,25 +84,25 @@ def linear(
     As one matrix product over all tokens: of a product with several token axes XLA's CPU backend
     makes a gradient that transposes both operands first, a sixth of a training step. One token is a
     product of the matrix's rows with a vector, which takes a tenth less time than one of a vector
-    with its columns.
+    with its columns. Rows whose time is parted are no single axis.
     """
-    tokens = x.reshape(-1, x.shape[-1])
-    if not isinstance(weight, Transposed):
-        y = _product(tokens, weight.astype(x.dtype))
-    elif len(tokens) == 1:
-        y = (weight.rows.astype(x.dtype) @ tokens[0])[None]
-    else:
-        y = tokens @ weight.rows.astype(x.dtype).T
-    return keep(y.reshape(*x.shape[:-1], -1))
+    if isinstance(weight, Transposed):
+        tokens, matrix = x.reshape(-1, x.shape[-1]), weight.rows.astype(x.dtype)
+        y = (matrix @ tokens[0])[None] if len(tokens) == 1 else tokens @ matrix.T
+        return keep(y.reshape(*x.shape[:-1], -1))
+    weight = weight.astype(x.dtype)
+    if any(jax.typeof(x).sharding.spec[1:-1]):
+        return keep(_product(x, weight))
+    return keep(_product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1))
 
 
-def _product(x: Float[Array, "m i"], weight: Float[Array, "i o"]) -> Float[Array, "m o"]:
+def _product(x: Float[Array, "*m i"], weight: Float[Array, "i o"]) -> Float[Array, "*m o"]:
     """`x @ weight`. Where the types of both say that "i" is parted, each device has a part of the
     sum: what is said of the result adds them up."""
-    m, i = jax.typeof(x).sharding.spec
+    *m, i = jax.typeof(x).sharding.spec
     also, o = jax.typeof(weight).sharding.spec
-    parted = PartitionSpec(m, o) if i and i == also else None
-    return lax.dot(x, weight, out_sharding=parted)
+    parted = PartitionSpec(*m, o) if i and i == also else None
+    return lax.dot_general(x, weight, (((x.ndim - 1,), (0,)), ((), ())), out_sharding=parted)
 
 
 @jax.checkpoint
@@ -165,9 +166,18 @@ def token_shift(
 
     `last` (float32) is what the token before the first one left; a token at which `reset` holds
     starts a document, so its previous token is zero. Of each row the first `lengths` tokens are
-    real. Inside a `jax.shard_map` over `mesh_axis`, `x` is a device's part of the sequence: its
-    first token's neighbour comes from the device before it.
+    real. Time is parted over `mesh_axis`, an explicit one, or one that the caller maps over: the
+    neighbour of a part's first token comes from the device before it.
     """
+    if mesh_axis and not sharding.is_manual(mesh_axis):
+        b, t, c = jax.typeof(x).sharding.spec
+        of_tokens, of_rows = PartitionSpec(b, t, c), PartitionSpec(b, c)
+        return sharding.over_devices(
+            partial(token_shift, mesh_axis=mesh_axis),
+            (of_tokens, of_rows, PartitionSpec(b, t), PartitionSpec(b)),
+            (of_tokens, of_rows),
+            *(x, last, reset, lengths),
+        )
     before, after = last.astype(x.dtype), x[:, -1]
     if lengths is not None or mesh_axis:
         after = _last_real(x, last, lengths, mesh_axis)

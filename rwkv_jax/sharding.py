@@ -122,7 +122,23 @@ def is_explicit() -> bool:
     return bool(jax.sharding.get_abstract_mesh().explicit_axes)
 
 
-def over_devices(run: Callable, in_specs: tuple, out_specs: Any, *given: Array) -> Any:
+def is_manual(axis: str) -> bool:
+    """Whether the caller runs inside a `jax.shard_map` over this axis, and sees its own part."""
+    return axis in jax.sharding.get_abstract_mesh().manual_axes
+
+
+def is_automatic(axis: str) -> bool:
+    """Whether what is parted over this axis is neither the type's to say nor the caller's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return axis not in mesh.manual_axes and axis not in mesh.explicit_axes
+
+
+def parts_of_time(x: Array, axis: str) -> Array:
+    """`x` [b, t], its time parted over this explicit axis."""
+    return jax.reshard(x, PartitionSpec(jax.typeof(x).sharding.spec[0], axis))
+
+
+def over_devices(run: Callable, in_specs: tuple, out_specs: Any, *given: Array | None) -> Any:
     """`run(*given)` on every device of its part, over all explicit axes; arrays that are parted in
     another way are brought to their spec first."""
     spread = jax.shard_map(

@@ -26,7 +26,7 @@ from rwkv_jax.nn import Norm
 from rwkv_jax.params import Layers, ParamSpec, orthogonal, uniform
 from rwkv_jax.remat import Remat, rematerialise
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int, Leaf, PRNGKeyArray
-from rwkv_jax.wkv.sharded import is_manual, over_mesh
+from rwkv_jax.wkv.sharded import check_axis, over_mesh
 
 VERSIONS: dict[str, ModuleType] = {
     "4": rwkv4,
@@ -167,9 +167,13 @@ def backbone(
     (`rwkv_jax.remat`). `implementation` names a WKV form (`rwkv_jax.wkv`).
     """
     _check_tokens(tokens)
-    if mesh_axis and not is_manual(mesh_axis):
+    if mesh_axis and sharding.is_automatic(mesh_axis):
         run = partial(backbone, cfg=cfg, dtype=dtype, remat=remat, implementation=implementation)
         return _over_mesh(run, mesh_axis, params, tokens, state, reset, lengths)
+    if mesh_axis and not sharding.is_manual(mesh_axis):
+        check_axis("forward", mesh_axis, tokens.shape[1])
+        tokens = sharding.parts_of_time(tokens, mesh_axis)
+        reset = None if reset is None else sharding.parts_of_time(reset, mesh_axis)
     module = VERSIONS[cfg.version]
     unstacked = isinstance(params.blocks, tuple)
     if state is None:
@@ -262,7 +266,7 @@ def forward(
     One code path for training, prefill and one token; the arguments are `backbone`'s.
     """
     _check_tokens(tokens)
-    if mesh_axis and not is_manual(mesh_axis):
+    if mesh_axis and sharding.is_automatic(mesh_axis):
         run = partial(forward, cfg=cfg, dtype=dtype, remat=remat, implementation=implementation)
         return _over_mesh(run, mesh_axis, params, tokens, state, reset, lengths)
     hidden, state = backbone(

@@ -115,7 +115,7 @@ def make_plan(cfg: Config, topology: Topology) -> Plan:
     """
     mesh = make_mesh(cfg, topology.devices)
     state = abstract_train_state(cfg, cfg.model, mesh)
-    batch = _abstract_batch(cfg, mesh)
+    batch = abstract_batch(cfg, mesh)
     if mesh is None:
         place = jax.sharding.SingleDeviceSharding(topology.devices[0])
         state, batch = jax.tree.map(
@@ -158,7 +158,8 @@ def make_plan(cfg: Config, topology: Topology) -> Plan:
     )
 
 
-def _abstract_batch(cfg: Config, mesh: Any) -> Batch:
+def abstract_batch(cfg: Config, mesh: Any) -> Batch:
+    """A step's rows as shapes, parted as a run's are."""
     shape = (cfg.train.batch, cfg.train.context)
     place = None if mesh is None else sharding.named(mesh, "batch", "time")
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from rwkv_jax.sharding import names_of
+from rwkv_jax.sharding import is_manual, names_of
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int
 from rwkv_jax.wkv.v4 import associative as v4
 from rwkv_jax.wkv.v4.scan import Wkv4State
@@ -54,7 +54,7 @@ def over_devices(
         for x in jax.tree.leaves(given[name]):
             axes = _explicit(dims[name], x) | axes
     if mesh_axis and not is_manual(mesh_axis):
-        _check_axis(operator, mesh_axis, given["v"].shape[1])
+        check_axis(operator, mesh_axis, given["v"].shape[1])
         axes["t"] = mesh_axis
     elif "t" in axes:
         raise ValueError(
@@ -88,15 +88,14 @@ def over_devices(
 def over_mesh(
     operator: str, axis: str, run: Callable, split: dict[str, Any], whole: dict[str, Any]
 ) -> Any:
-    """`run(**split, **whole)` on every device of the mesh axis, `split` and what comes first out by
-    their second axis.
+    """`run(**split, **whole)` on every device of an automatic mesh axis, `split` and what comes
+    first out by their second axis.
 
-    Raises `ValueError` if there is no such axis, or it does not divide the length.
+    Not for explicit axes: what JAX (0.10) carries over the border of a `shard_map` over some of
+    them it makes whole over the others. Raises `ValueError` as `check_axis`.
     """
-    _check_axis(operator, axis, jax.tree.leaves(split)[0].shape[1])
+    check_axis(operator, axis, jax.tree.leaves(split)[0].shape[1])
     time = PartitionSpec(None, axis)
-    if axis in jax.sharding.get_abstract_mesh().explicit_axes:
-        split = jax.tree.map(lambda x: _reshard({axis}, x, time), split)
     spread = jax.shard_map(
         lambda split, whole: run(**split, **whole),
         in_specs=(time, PartitionSpec()),
@@ -107,7 +106,8 @@ def over_mesh(
     return spread(split, whole)
 
 
-def _check_axis(operator: str, axis: str, length: int) -> None:
+def check_axis(operator: str, axis: str, length: int) -> None:
+    """Raises `ValueError` if there is no such mesh axis, or it does not divide the length."""
     mesh = jax.sharding.get_abstract_mesh()
     if axis not in mesh.axis_names:
         known = ", ".join(mesh.axis_names) or "none; name one by jax.set_mesh(mesh)"
@@ -139,11 +139,6 @@ def _reshard(explicit: set[str], x: Array, spec: PartitionSpec) -> Array:
         for i, axis in enumerate(spec)
     ]
     return jax.reshard(x, PartitionSpec(*wanted, *mine[len(wanted) : x.ndim]))
-
-
-def is_manual(axis: str) -> bool:
-    """Whether the caller runs inside a `jax.shard_map` over this axis, and sees its own part."""
-    return axis in jax.sharding.get_abstract_mesh().manual_axes
 
 
 def mask_of(

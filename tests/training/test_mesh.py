@@ -23,6 +23,7 @@ from rwkv_jax.config import (
 )
 from rwkv_jax.data.loader import Stream, open_loader
 from rwkv_jax.params import is_spec
+from rwkv_jax.planning.plan import abstract_batch
 from rwkv_jax.training.mesh import MeshError, Rows, make_mesh, params_shardings
 from rwkv_jax.training.state import abstract_train_state, init_train_state
 from rwkv_jax.training.step import make_train_step
@@ -218,6 +219,42 @@ def test_large_parameters_lie_in_parts(version, mesh):
         if len(spec.shape) > 1 and min(spec.shape) > 5:
             whole, mine = whole + math.prod(spec.full_shape), mine + share
     assert mine / whole <= 1.35 / parts
+
+
+def arrays(jaxpr):
+    """Of a program and of what it calls, but for what a device does by itself: the types of all
+    that is not one number, repeated."""
+    for equation in jaxpr.eqns:
+        scalar = equation.primitive.name == "broadcast_in_dim" and not equation.invars[0].aval.shape
+        if not scalar:
+            yield from (x.aval for x in equation.outvars if hasattr(x.aval, "shape"))
+        if equation.primitive.name != "shard_map":
+            for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr")):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from arrays(inner)
+
+
+@one_of_a_kind
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_what_grows_with_rows_and_time_lies_in_parts(version, mesh):
+    """On every device its rows and its time alone, and of heads and hidden channels its own."""
+    cfg = config(mesh, version, context=512)
+    made = make_mesh(cfg)
+    with sharding.using(made):
+        given = abstract_train_state(cfg, cfg.model, made), abstract_batch(cfg, made)
+        program = make_train_step(cfg, cfg.model).trace(*given).jaxpr.jaxpr
+    rows_and_time = math.prod(size for axis, size in made.shape.items() if axis != "tensor")
+    every = rows_and_time * made.shape.get("tensor", 1)
+    heads, hidden = (cfg.model.heads, cfg.model.head_size), cfg.model.ffn
+    seen = {rows_and_time: 0, every: 0}
+    for x in arrays(program):
+        if x.size < 16 * 512 * 66:  # no parameter is as large
+            continue
+        least = every if x.shape[-2:] == heads or x.shape[-1] == hidden else rows_and_time
+        seen[least] += 1
+        assert x.size >= least * math.prod(x.sharding.shard_shape(x.shape)), x
+    assert all(seen.values())
 
 
 def test_a_checkpoint_is_restored_bit_for_bit_on_any_mesh(tmp_path):
