@@ -72,6 +72,7 @@ SMALL = [
 """What makes a run of a page's command one of seconds."""
 
 
+@pytest.mark.slow
 def test_commands_of_the_data_page_run(tmp_path, monkeypatch):
     """In order, in a folder with such files as they name; runs are small ones."""
     monkeypatch.chdir(tmp_path)

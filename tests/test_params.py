@@ -228,7 +228,7 @@ def test_every_parameter_has_an_expected_initial_value(version):
     assert checked | {"emb", "head"} == set(initial(version))
 
 
-@one_of_a_kind
+@versions("7")
 def test_embedding_and_head(version):
     emb = np.asarray(initial(version)["emb"])
     assert emb.shape == (96, WIDTH)
@@ -358,7 +358,7 @@ def test_the_key_decides():
 
 
 @pytest.mark.parametrize(
-    "version", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("4", "5.1", "6")), "7a"]
+    "version", ["7", *(pytest.param(x, marks=pytest.mark.slow) for x in ("4", "5.1", "6", "7a"))]
 )
 def test_the_initial_model_is_finite_and_undecided(version):
     """The official initial values predict nearly uniformly, with finite gradients everywhere."""
@@ -379,6 +379,7 @@ def test_the_initial_model_is_finite_and_undecided(version):
 @pytest.mark.parametrize(
     "version", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("4", "6")), "7a"]
 )
+@pytest.mark.slow
 def test_initialising_ends_on_a_small_machine(version):
     """On as many threads as there are cores, without the virtual devices that this suite runs on.
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kinds import one_of_a_kind
+from kinds import versions
 from official import checkpoint
 from tolerances import GOLDEN_LOGITS, assert_close
 
@@ -22,7 +22,6 @@ from rwkv_jax.errors import UserError
 from rwkv_jax.wkv import Wkv4State
 
 every_version = pytest.mark.parametrize("version", models.VERSIONS)
-each_kind = pytest.mark.parametrize("version", ["4", "6", "7"])
 
 
 @functools.cache
@@ -44,7 +43,7 @@ def farthest(first, second):
     return max(row.relative for row in states.compare(first, second))
 
 
-@one_of_a_kind
+@versions("4", "7")
 def test_pypi_lists_in_and_out(version):
     """The state after the golden text is theirs, theirs goes on here, and ours comes back."""
     _, cfg, tokens, logits, theirs = golden(version)
@@ -63,7 +62,7 @@ def test_pypi_lists_in_and_out(version):
         states.from_pypi(theirs[1:], cfg)
 
 
-@each_kind
+@versions("7")
 def test_rows_are_taken_and_joined(version):
     """Row by row and joined again is the batch; a row goes on as it did beside others."""
     tokens = golden(version)[2]
@@ -103,7 +102,7 @@ def test_rows_that_are_not_there():
         states.interpolate(state, states.take(state, 0), 0.5)
 
 
-@each_kind
+@versions("7")
 def test_mixtures(version):
     """At the ends they are the states; between, linear in what the state stands for."""
     tokens = golden(version)[2]

@@ -36,7 +36,9 @@ def narrow(monkeypatch):
     monkeypatch.setattr(continuations, "WIDTHS", (8,))
 
 
-@pytest.mark.parametrize("version, tuned", [("4", False), ("6", True), ("7", False)])
+@pytest.mark.parametrize(
+    "version, tuned", [pytest.param("4", False, marks=pytest.mark.slow), ("6", True), ("7", False)]
+)
 def test_each_is_what_it_is_alone(version, tuned):
     params, cfg = model(version, tuned)
     prompts = some_prompts()

@@ -24,7 +24,7 @@ def short_windows(monkeypatch):
     monkeypatch.setattr(module, "WINDOW", 16)
 
 
-@pytest.mark.parametrize("version", ["4", "6", "7"])
+@pytest.mark.parametrize("version", [*(pytest.param(x, marks=pytest.mark.slow) for x in "46"), "7"])
 def test_every_token_is_counted_where_it_stands(version):
     params, cfg = model(version)
     text = encode("some", DOCUMENTS, ByteTokenizer())

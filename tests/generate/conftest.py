@@ -32,7 +32,7 @@ def weights(version):
     )
 
 
-@pytest.fixture(scope="session", params=["4", "6", "7a"])
+@pytest.fixture(scope="session", params=["4", pytest.param("6", marks=pytest.mark.slow), "7a"])
 def writer(request):
     """A model of each recurrence, and one whose tables are looked up, ready to write bytes."""
     return Writer(weights(request.param), config(request.param), ByteTokenizer())

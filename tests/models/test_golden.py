@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import as_users_do
-from kinds import one_of_a_kind
+from kinds import one_of_a_kind, versions
 from tolerances import GOLDEN_LOGITS
 
 from rwkv_jax import models
@@ -72,7 +72,7 @@ def test_whole_sequence(version, implementation, layout):
     check(version, logits)
 
 
-@one_of_a_kind
+@versions("4", "7")
 @pytest.mark.parametrize(
     ("implementation", "layout"), [(None, "stacked"), (None, "unstacked"), ("chunked", "stacked")]
 )
@@ -85,7 +85,7 @@ def test_token_by_token(version, implementation, layout):
     check(version, jnp.concatenate(rows, 1))
 
 
-@one_of_a_kind
+@versions("7")
 def test_cut_at_random_places(version):
     """Three pieces, the state handed from one implementation to the next."""
     tokens = jnp.asarray(golden(version)[1])
@@ -100,7 +100,7 @@ def test_cut_at_random_places(version):
     check(version, jnp.concatenate(pieces, 1))
 
 
-@one_of_a_kind
+@versions("7")
 def test_layouts_convert_into_each_other(version):
     """A state goes on in the other layout, and `stack` undoes `unstack`."""
     params, cfg = from_official(golden(version)[0])

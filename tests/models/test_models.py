@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from kinds import one_of_a_kind
+from kinds import one_of_a_kind, versions
 from official import checkpoint
 from tolerances import GOLDEN_LOGITS, MODEL_BFLOAT16, assert_close, relative_rms
 
@@ -67,7 +67,7 @@ STARTS = (9, 10, 33)
     [
         pytest.param(
             *(version, name),
-            marks=() if version in ("4", "6", "7") and name == "chunked" else pytest.mark.slow,
+            marks=() if version == "7" and name == "chunked" else pytest.mark.slow,
         )
         for version in models.VERSIONS
         for name in ("chunked", "scan", "associative")
@@ -93,7 +93,7 @@ def test_a_reset_is_a_separate_run(version, implementation):
     np.testing.assert_allclose(run(params, more, after)[0], expected, rtol=0, atol=GOLDEN_LOGITS)
 
 
-@one_of_a_kind
+@versions("7")
 def test_no_state_is_the_fresh_one(version):
     params, cfg = weights(version)
     tokens = tokens_of(version)
@@ -122,7 +122,7 @@ def embedding_gradient(version):
     return gradient
 
 
-@one_of_a_kind
+@versions("7")
 @pytest.mark.parametrize(
     ("starts", "position"), [((), 40), ((), 20), ((), 0), ((9, 10, 33), 32), ((9, 10, 33), 9)]
 )
@@ -212,6 +212,7 @@ def loss_gradient(version, remat, layout, implementation="chunked"):
         pytest.param("offload", "stacked", "chunked", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_options_leave_the_gradient_alone(version, remat, layout, implementation):
     """Rematerialised or not, layers scanned or in a loop, chunks or tokens: one gradient."""
     expected = loss_gradient(version, "none", "stacked")
@@ -220,6 +221,7 @@ def test_options_leave_the_gradient_alone(version, remat, layout, implementation
 
 
 @slowly_all_recurrences
+@pytest.mark.slow
 def test_remat_keeps_less(version):
     """The backward pass holds one layer's intermediates under "block", not every layer's; "dots"
     and "wkv" are between."""
@@ -241,7 +243,7 @@ def test_remat_keeps_less(version):
     assert block < 0.5 * none
 
 
-@one_of_a_kind
+@versions("7")
 @pytest.mark.parametrize("layout", ["stacked", "unstacked"])
 def test_bfloat16_keeps_the_state_in_float32(version, layout):
     """Logits near the float32 ones, and a float32 state that float32 code can take on."""
@@ -263,7 +265,7 @@ def test_bfloat16_keeps_the_state_in_float32(version, layout):
     assert models.head(params, hidden).dtype == jnp.float32
 
 
-@one_of_a_kind
+@versions("7")
 def test_forward_is_head_of_backbone(version):
     params, cfg = weights(version)
     tokens = tokens_of(version)
@@ -280,7 +282,7 @@ def test_unknown_implementation(version):
         models.forward(params, tokens_of(version), cfg=cfg, implementation="flash")
 
 
-@one_of_a_kind
+@versions("7")
 def test_weights_of_two_bytes_mean_their_values(version):
     """Parameters may stay as a bfloat16 file has them: the logits are those of the same numbers."""
     params, _ = weights(version)

@@ -49,7 +49,7 @@ def leaves(tree):
     return jax.tree.leaves(tree)
 
 
-@versions("4", "7")
+@versions("7")
 def test_time_over_devices(version):
     """Logits, state and every gradient are those of one device; the state that comes in, too."""
     params, cfg = weights(version)
@@ -103,7 +103,7 @@ def test_rows_of_given_lengths(version):
         )
 
 
-@versions("4", "6", "7")
+@versions("7")
 def test_documents_do_not_see_each_other(version):
     params, cfg = weights(version)
     tokens, reset = batch(version)

@@ -37,6 +37,7 @@ def pair(tmp_path, tokens=20_000, vocab=250):
     return tmp_path / "pair"
 
 
+@pytest.mark.slow
 def test_the_official_recipe(tmp_path, console, monkeypatch):
     """Its order, its length, and its log of mini-epochs, over a stop in the middle of one."""
     seen = []

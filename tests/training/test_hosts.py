@@ -47,8 +47,8 @@ def wait_for_step(folder, step, processes, seconds=200):
         time.sleep(0.02)
 
 
-def test_processes_stop_go_on_and_end_as_one(tmp_path):
-    """Asked to stop at one of them; taken up by one process; killed as two again."""
+def test_processes_stop_as_one_and_one_goes_on(tmp_path):
+    """Asked to stop at one of them; taken up by one process, on another mesh."""
     many = {"train.steps": 100_000}
     processes = launch(tiny(tmp_path, **many), 2, devices=2)
     wait_for_step(tmp_path / "run", 3, processes)
@@ -59,15 +59,6 @@ def test_processes_stop_go_on_and_end_as_one(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / str(stopped)).is_dir()
     assert "4 x cpu (fsdp 4), 2 processes" in out
     assert not other_err and "rwkv_jax" not in other_out  # the first one speaks
-
-    processes = launch(tiny(tmp_path, **many), 2, devices=2)
-    wait_for_step(tmp_path / "run", stopped + 6, processes)
-    processes[1].kill()
-    began = time.monotonic()
-    (code, _, err), (other_code, _, _) = outcomes(processes, timeout=100)
-    assert (code, other_code) == (LOST, -signal.SIGKILL), err
-    assert time.monotonic() - began < 60
-    assert "another process of this run is gone" in err.splitlines()[-1]
 
     end = stopped + 10
     other = {"train.steps": end, "mesh.fsdp": 2, "mesh.data": 2}
@@ -80,6 +71,18 @@ def test_processes_stop_go_on_and_end_as_one(tmp_path):
     ((code, _, err),) = outcomes([process])
     assert code == 0, err
     assert_same_curve(curve(tmp_path / "run"), curve(tmp_path / "alone"))
+
+
+@pytest.mark.slow
+def test_the_others_end_when_one_is_killed(tmp_path):
+    processes = launch(tiny(tmp_path, **{"train.steps": 100_000}), 2, devices=2)
+    wait_for_step(tmp_path / "run", 6, processes)
+    processes[1].kill()
+    began = time.monotonic()
+    (code, _, err), (other_code, _, _) = outcomes(processes, timeout=100)
+    assert (code, other_code) == (LOST, -signal.SIGKILL), err
+    assert time.monotonic() - began < 60
+    assert "another process of this run is gone" in err.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -97,6 +97,7 @@ def test_resumed_run_is_the_run_that_never_stopped(version, tmp_path, console, m
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_a_stop_came_before_is_made_up_for(tmp_path, console, monkeypatch):
     often = {"train.eval_every": 1, "train.eval_tokens": 50, "train.steps": 8}
     whole = config(tmp_path, **often, **{"train.output": tmp_path / "whole"})
@@ -108,6 +109,7 @@ def test_an_evaluation_that_a_stop_came_before_is_made_up_for(tmp_path, console,
     assert metrics(train(config(tmp_path, **often), console=console)) == expected
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_evaluated_again_and_may_be_made_longer(tmp_path, console):
     first = metrics(train(config(tmp_path), console=console))
     assert metrics(train(config(tmp_path), console=console)) == first
@@ -198,6 +200,7 @@ def test_a_config_alone_is_not_a_run_to_give_up(tmp_path, console, text):
     assert mine.read_text() == text
 
 
+@pytest.mark.slow
 def test_a_run_that_never_came_to_a_checkpoint_gives_up_its_folder(tmp_path, console, monkeypatch):
     def too_large(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
@@ -240,6 +243,7 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_a_run_that_goes_on_exactly(tmp_path, compiled_once):
     many = ("train.steps=150", "train.checkpoint_every=15", "train.eval_every=70")
     whole = start(tmp_path, compiled_once, *many, f"train.output={tmp_path / 'whole'}")
@@ -366,6 +370,7 @@ def test_stopped_while_starting_it_starts_again(tmp_path, console, monkeypatch):
     assert metrics(folder)[-1]["final"]
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_does_not_end_the_run(tmp_path, compiled_once):
     process = start(tmp_path, compiled_once)
     assert process.stdout.readline()
@@ -413,6 +418,7 @@ def test_a_damaged_metrics_file_keeps_its_whole_lines(tmp_path):
     assert [line["step"] for line in read_metrics(path)] == [1, 2]
 
 
+@pytest.mark.slow
 def test_training_starts_from_given_weights(tmp_path, console):
     """The model is the file's; at a learning rate of next to nothing it stays it; and a fresh start
     of the same folder goes on."""

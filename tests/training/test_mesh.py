@@ -8,7 +8,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from kinds import one_of_a_kind
+from kinds import one_of_a_kind, versions
 from tolerances import MODEL_RMS, relative_rms
 
 from rwkv_jax import models, sharding
@@ -235,7 +235,7 @@ def arrays(jaxpr):
                     yield from arrays(inner)
 
 
-@one_of_a_kind
+@versions("7")
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_what_grows_with_rows_and_time_lies_in_parts(version, mesh):
     """On every device its rows and its time alone, and of heads and hidden channels its own."""

@@ -204,7 +204,7 @@ def test_documents_of_a_pack_do_not_see_each_other(version):
     assert not any(jax.tree.leaves(differ[0]))
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_rows_go_on_from_their_states(parts):
     """The losses of a text read in pieces are those of the text read at once."""
     still = OptimizerConfig(eps=1e9, peak_lr=1e-9, final_lr=1e-9, warmup_steps=0)

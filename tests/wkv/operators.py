@@ -161,11 +161,11 @@ VERSIONS = {
 every_implementation = pytest.mark.parametrize(
     "implementation",
     [
-        pytest.param(name, marks=pytest.mark.slow if name == "associative" else ())
+        pytest.param(name, marks=() if name == "chunked" else pytest.mark.slow)
         for name in IMPLEMENTATIONS
     ],
 )
-"""The associative form always runs where errors are measured; the rest of it is slow."""
+"""The others always run where errors are measured; the rest of them is slow."""
 DISTINCT = [version for name, version in VERSIONS.items() if name != "5"]
 """Version 5 is version 6 with the decays of one token: a test of its own has what differs."""
 
@@ -208,3 +208,12 @@ def cotangents(version, shape, final, seed=0):
 def per_token(x):
     """Whether an input has a time axis, as u and the log_w of versions 4 and 5 have not."""
     return x.ndim > 2
+
+
+def quickly(*names):
+    """Every version, those that are not named as slow."""
+    return pytest.mark.parametrize(
+        "version",
+        [pytest.param(x, marks=() if x.name in names else pytest.mark.slow) for x in DISTINCT],
+        ids=lambda version: f"wkv{version.name}",
+    )

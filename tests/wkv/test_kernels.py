@@ -332,6 +332,7 @@ def test_a_name_of_another_device_is_told(name):
 
 
 @one_of_all
+@pytest.mark.slow
 def test_time_over_devices_that_share_rows_and_heads(version, name):
     """Time over an axis that is mapped, the rest over automatic ones: values and gradients are as
     alone, and a device moves what it would if there were no more rows and heads than its own."""

@@ -23,6 +23,7 @@ from wkv.operators import (
     every_version,
     forward,
     per_token,
+    quickly,
 )
 
 from rwkv_jax.wkv import IMPLEMENTATIONS, Wkv4State, cases, leak_test, wkv4, wkv6
@@ -37,7 +38,7 @@ from rwkv_jax.wkv import IMPLEMENTATIONS, Wkv4State, cases, leak_test, wkv4, wkv
     ids=str,
 )
 @pytest.mark.parametrize("size", [1, pytest.param(8, marks=pytest.mark.slow), 128])
-@every_version
+@quickly("7")
 def test_head_sizes(version, implementation, size):
     """Others than those of `test_accuracy.py`, and an odd number of heads."""
     shape = cases.Shape(1, 37, 3, size)
@@ -78,7 +79,7 @@ def halves(inputs, cut):
 
 
 @every_implementation
-@every_version
+@quickly("6")
 @settings(max_examples=4)
 @given(cut=st.integers(1, SMALL.time - 1), seed=st.integers(0, 99))
 def test_cut_anywhere_and_carry_the_state(version, implementation, cut, seed):
@@ -104,7 +105,7 @@ def test_cut_anywhere_and_carry_the_state(version, implementation, cut, seed):
 
 
 @every_implementation
-@every_version
+@quickly("7")
 def test_states_pass_between_implementations(version, implementation):
     """One implementation's state goes on in any other, and gradients come back through it."""
     inputs = version.inputs("typical", SMALL)
@@ -287,7 +288,7 @@ def test_vmap_is_a_loop(version, implementation):
         assert_close(mapped[index], y, "float32", name=f"y of {index}")
 
 
-@every_version
+@quickly("7")
 def test_chunked_backward_keeps_less_than_scan(version):
     """The gradient of `scan` keeps a state per token; that of `chunked` at most one per chunk."""
     shape = cases.Shape(1, 512, 2, 64)
@@ -345,7 +346,7 @@ def test_errors_name_the_mistake(version):
         spread(inputs)
 
 
-@every_version
+@quickly("7")
 def test_one_float64_makes_all_float64(version):
     """Whichever input it is: nothing is rounded on the way in."""
     with jax.enable_x64(True):
@@ -358,6 +359,7 @@ def test_one_float64_makes_all_float64(version):
                 assert np.abs(mixed - y).max() < 1e-13, name
 
 
+@pytest.mark.slow
 def test_version_4_forgets_at_once():
     """log w = -inf: only the bonus and the token before count; padding has no decay at all."""
     shape = cases.Shape(2, 70, 1, 8)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tolerances import assert_close
-from wkv.operators import VERSIONS, every_implementation, every_version, per_token
+from wkv.operators import VERSIONS, every_implementation, every_version, per_token, quickly
 
 from benchmarks.hlo import bytes_moved
 from rwkv_jax.wkv import Wkv4State, cases, wkv7
@@ -71,7 +71,7 @@ def compare(version, devices, lengths=None, kind=AxisType.Auto, implementation=N
         assert_close(actual, expected, "float32", name=jax.tree_util.keystr(path))
 
 
-@every_version
+@quickly("4", "6")
 @pytest.mark.parametrize("devices", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_as_on_one_device(version, devices):
     compare(version, devices)
@@ -106,12 +106,17 @@ MESHES = {
 @pytest.mark.parametrize(
     ("axes", "kind"),
     [
-        pytest.param(MESHES["rows and heads"], AxisType.Explicit, id="rows-and-heads"),
-        pytest.param(MESHES["time too"], AxisType.Auto, id="time-too-automatic"),
-        pytest.param(MESHES["time too"], AxisType.Explicit, id="time-too", marks=pytest.mark.slow),
+        pytest.param(MESHES["time too"], AxisType.Explicit, id="time-too"),
+        *(
+            pytest.param(*mesh, id=name, marks=pytest.mark.slow)
+            for name, mesh in {
+                "rows-and-heads": (MESHES["rows and heads"], AxisType.Explicit),
+                "time-too-automatic": (MESHES["time too"], AxisType.Auto),
+            }.items()
+        ),
     ],
 )
-@every_version
+@quickly("7")
 def test_rows_and_heads_over_devices(version, axes, kind):
     """Nothing moves but states, and what all share is summed once; alike without a `jit`."""
     shape = cases.Shape(4, 48, 4, 8)
@@ -150,7 +155,7 @@ def test_rows_and_heads_over_devices(version, axes, kind):
         assert_close(a, b, "float32")
 
 
-@every_version
+@quickly("7")
 def test_explicit_axes_of_any_input_count(version):
     """One array alone is sharded, whichever: the others follow it."""
     shape = cases.Shape(4, 20, 4, 8)
@@ -211,7 +216,7 @@ def test_inside_a_shard_map_of_the_caller():
     assert_close(after4, after, "float32")
 
 
-@every_version
+@quickly("4", "7")
 def test_bytes_moved_do_not_grow_with_length(version):
     """Forward and backward: the parts' maps alone, whose size is that of states."""
     moved = {}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tolerances import relative_rms
-from wkv.operators import every_implementation, every_version
+from wkv.operators import every_implementation, every_version, quickly
 
 from rwkv_jax.wkv import IMPLEMENTATIONS, Wkv4State, cases
 
@@ -65,7 +65,7 @@ def test_forward_mode_is_the_gradient_or_names_who_has_it(version, implementatio
 
 
 @chunked_and_slowly_others
-@every_version
+@quickly("7")
 def test_gradients_of_gradients(version, implementation):
     """Reverse over reverse, and forward over reverse where the form knows forward mode, against
     differences of gradients."""
@@ -88,7 +88,7 @@ def test_gradients_of_gradients(version, implementation):
 
 
 @chunked_and_slowly_others
-@every_version
+@quickly("7")
 def test_checkpoint_and_scan(version, implementation):
     """Inside `jax.checkpoint` and `lax.scan` the gradient is the same."""
     with jax.enable_x64(True):
@@ -104,7 +104,7 @@ def test_checkpoint_and_scan(version, implementation):
 
 
 @chunked_and_slowly_others
-@every_version
+@quickly("6")
 @pytest.mark.parametrize("mapped", ["one input", pytest.param("state", marks=slow)])
 def test_vmap_over_one_of_all(version, implementation, mapped):
     """What is not mapped is not copied by the caller: parameters with one sequence, states."""
