@@ -22,8 +22,11 @@ _SCATTERED = "all-reduce-scatter"
 """What a compiler for TPUs calls an all-reduce of which each device keeps its part."""
 _TIMES = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}")
-_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_NAMED = re.compile(r"replica_groups=mesh\[([^\]]+)\] \{([^}]*)\}")
+_ORDER = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_IOTA = re.compile(rf"replica_groups=\[([\d,]+)\]<={_ORDER}")
+_NAMED = re.compile(
+    rf"replica_groups=mesh\[([^\]]+)\](?:, device_ids=\({_ORDER}\))? \{{([^}}]*)\}}"
+)
 _BITS = re.compile(r"[a-z]+(\d+)")
 
 
@@ -127,14 +130,24 @@ def _groups(line: str) -> np.ndarray | None:
         rows = re.findall(r"\{([\d, ]+)\}", found[1])
         return np.array([[int(n) for n in row.split(",")] for row in rows])
     if found := _NAMED.search(line):
-        sizes = [int(n) for n in re.findall(r"'[^']*'=(\d+)", found[1])]
-        names = re.findall(r"'([^']*)'=", found[1])
-        along = [i for i, name in enumerate(names) if f"'{name}'" in found[2]]
-        across = [i for i in range(len(sizes)) if i not in along]
-        devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(across + along)
-        return devices.reshape(-1, math.prod(sizes[i] for i in along))
+        given, counted, order, along = found.groups()
+        sizes = _numbers(",".join(re.findall(r"=(\d+)", given)))
+        names = re.findall(r"'([^']*)'=", given)
+        mine = [i for i, name in enumerate(names) if f"'{name}'" in along]
+        others = [i for i in range(len(sizes)) if i not in mine]
+        devices = _devices(_numbers(counted) or sizes, order).reshape(sizes)
+        return devices.transpose(others + mine).reshape(-1, math.prod(sizes[i] for i in mine))
     if not (found := _IOTA.search(line)):
         return None
-    shape, counted, order = ([int(n) for n in x.split(",")] if x else [] for x in found.groups())
+    shape, counted, order = found.groups()
+    return _devices(_numbers(counted), order).reshape(_numbers(shape))
+
+
+def _devices(counted: list[int], order: str | None) -> np.ndarray:
+    """Devices numbered along these axes, looked at along them in this order."""
     devices = np.arange(math.prod(counted)).reshape(counted)
-    return (devices.transpose(order) if order else devices).reshape(shape)
+    return devices.transpose(_numbers(order)) if order else devices
+
+
+def _numbers(text: str | None) -> list[int]:
+    return [int(n) for n in text.split(",")] if text else []

@@ -108,6 +108,25 @@ def test_the_words_of_the_compiler_for_tpus():
     assert axes == {12: ("fsdp", "tensor"), 1: ("tensor",)}
 
 
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("[4,2]<=[8]", ("c",)),
+        ("[4,2]<=[4,2]T(1,0)", ("b",)),
+        ("[2,4]<=[2,2,2]T(1,0,2)", ("a", "c")),
+        ("{{0,4},{1,5},{2,6},{3,7}}", ("a",)),
+        ("mesh['x'=4,'y'=2] {'y'}", ("c",)),
+        ("mesh['x'=2,'y'=1,'z'=4], device_ids=([2,2,2]T(1,0,2)) {'x'}", ("b",)),
+        ("mesh['x'=2,'y'=2,'z'=2], device_ids=([2,4]T(1,0)) {'x','y'}", ("b", "c")),
+    ],
+)
+def test_who_takes_part(groups, axes):
+    """As XLA writes it, of a mesh a 2 x b 2 x c 2."""
+    line = f"  %x = f32[8]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%f"
+    (found,) = collectives(f"ENTRY %main (p: f32[8]) -> f32[8] {{\n{line}\n}}\n")
+    assert found.axes({"a": 2, "b": 2, "c": 2}) == axes
+
+
 def test_operations_of_a_program():
     def f(x, w):
         def layer(x, _):
