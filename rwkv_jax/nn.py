@@ -48,19 +48,25 @@ def rows(
     parted = jax.typeof(tokens).sharding.spec
     layers = [None] * (table.ndim - 2)
     found = PartitionSpec(*layers, *parted, None)
-    *_, columns = jax.typeof(table).sharding.spec
+    columns = sharding.names_of(jax.typeof(table).sharding.spec[-1])
     fsdp = sharding.FSDP
-    if columns != fsdp or fsdp not in sharding.names_of(parted[0]):
-        whole = sharding.gather(table)
+    if not columns or (fsdp in columns and fsdp not in sharding.names_of(parted[0])):
+        whole = jax.reshard(table, PartitionSpec())
         return sharding.over_devices(look_up, (PartitionSpec(), parted), found, whole, tokens)
 
     def exchange(table: Array, tokens: Array) -> Array:
-        # A device has its columns of every row: it looks them up for all, and each takes the rows
-        # of its tokens. What travels is as long as the batch, not as the vocabulary.
-        mine = look_up(table, lax.all_gather(tokens, fsdp, axis=0, tiled=True))
-        return lax.all_to_all(mine, fsdp, table.ndim - 2, table.ndim, tiled=True)
+        # A device has its columns of every row. What travels is as long as the batch, not as the
+        # vocabulary.
+        if fsdp in columns:
+            # It looks them up for all that have other rows, and each takes those of its tokens.
+            mine = look_up(table, lax.all_gather(tokens, fsdp, axis=0, tiled=True))
+            mine = lax.all_to_all(mine, fsdp, table.ndim - 2, table.ndim, tiled=True)
+        else:
+            mine = look_up(table, tokens)
+        others = tuple(name for name in columns if name != fsdp)
+        return lax.all_gather(mine, others, axis=table.ndim, tiled=True) if others else mine
 
-    parts = (PartitionSpec(*layers, None, fsdp), parted)
+    parts = (PartitionSpec(*layers, None, columns), parted)
     return sharding.over_devices(exchange, parts, found, table, tokens)
 
 

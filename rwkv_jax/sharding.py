@@ -35,7 +35,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "channels": ("tensor", "fsdp"),
 }
-"""Logical axis -> mesh axes. `channels` are those of heads in a parameter that has no `embed`."""
+"""Logical axis -> mesh axes. `channels` are those of heads in a parameter that has no `embed`, and
+the columns of a table that is looked up."""
 
 FSDP, SEQUENCE = "fsdp", "sequence"
 """The mesh axes over which parameters lie in parts, and are brought together to be used; and over

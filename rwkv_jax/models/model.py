@@ -76,7 +76,7 @@ def specs(cfg: ModelConfig) -> Model[ParamSpec]:
     whole = Layers(0)  # of the model, not of its layers
     head_gain = 0.5 * max(vocab / c, 1.0) ** 0.5
     return Model(
-        emb=ParamSpec((vocab, c), uniform(1e-4), 0, (None, "embed"), decay=True, layout="table"),
+        emb=ParamSpec((vocab, c), uniform(1e-4), 0, (None, "channels"), decay=True, layout="table"),
         ln0=whole.norm(c),
         blocks=blocks,
         ln_out=whole.norm(c),

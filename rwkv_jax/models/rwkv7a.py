@@ -166,7 +166,7 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
         (cfg.vocab_size, rank**2),
         uniform(1e-4),
         cfg.layers,
-        (None, "embed"),
+        (None, "channels"),
         decay=True,
         layout="table",
     )

@@ -1,14 +1,20 @@
 """What a compiled step says of itself is what a run allocates, computes and tells."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from training.test_mesh import MESHES
+from training.test_mesh import config as mesh_config
 
-from rwkv_jax import models
+from rwkv_jax import models, sharding
+from rwkv_jax import params as tables
 from rwkv_jax.cli.plan import main
 from rwkv_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from rwkv_jax.hardware import CHIPS, TopologyError, chip_of, open_topology
@@ -19,6 +25,7 @@ from rwkv_jax.training.flops import model_flops, program_flops
 from rwkv_jax.training.mesh import make_mesh
 from rwkv_jax.training.state import init_train_state
 
+ROOT = Path(__file__).parents[2]
 MESH = {"data": 2, "fsdp": 4}
 
 
@@ -187,6 +194,51 @@ def test_a_plan_is_what_a_run_allocates_and_tells():
     assert plan.traffic[("fsdp",)]["all-gather"] == pytest.approx(expected, rel=0.03)
     # The embedding's rows travel, not the embedding: 8 rows of 64 tokens, each an eighth from each.
     assert plan.traffic[("fsdp",)]["all-to-all"] == 2 * 64 * 128 * 4 * 7 // 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["4", "6", "7"])
+@pytest.mark.parametrize("name", MESHES)
+def test_nothing_travels_that_does_not_have_to(name, version):
+    """Beside gradients: over `fsdp` parameters are gathered, over `tensor` activations summed, over
+    `sequence` states and last tokens passed on; nothing else is brought together."""
+    cfg = mesh_config(MESHES[name], version, context=256)
+    plan = make_plan(cfg, open_topology("here"))
+    sizes = plan.mesh | {axis: 1 for axis in sharding.RULES["batch"] if axis not in plan.mesh}
+    tensor = plan.mesh.get("tensor", 1)
+    count = tables.count(models.specs(cfg.model))
+    gathered = {
+        axes: kinds["all-gather"] for axes, kinds in plan.traffic.items() if "all-gather" in kinds
+    }
+    rows = cfg.train.batch // sizes["data"] // sizes["fsdp"]
+    activation = 4 * rows * cfg.train.context * cfg.model.width * (tensor - 1) // tensor
+    # The embedding's columns of a device's tokens.
+    assert gathered.pop(("tensor",), 0) == activation
+    if "fsdp" in plan.mesh:
+        # Twice, forward and backward; and the numbers of the tokens that are looked up.
+        share = (sizes["fsdp"] - 1) / sizes["fsdp"] / tensor
+        assert 0.8 < gathered.pop(("fsdp",)) / (2 * 4 * count * share) < 1.25
+    assert not gathered
+    if tensor > 1:
+        # Two sums a layer and their likes backward, of which some are made of several.
+        summed = plan.traffic["tensor",]
+        assert summed.keys() <= {"all-reduce", "reduce-scatter", "all-gather"}
+        assert summed["all-reduce"] <= 9 * cfg.model.layers * 2 * activation
+    passed = sum(kinds.get("collective-permute", 0) for kinds in plan.traffic.values())
+    assert (passed > 0) == ("sequence" in plan.mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_what_a_run_takes():
+    """Of a process with eight devices: what a step adds to it, at most at a time."""
+    program = ROOT / "tests" / "planning" / "memory_of_a_step.py"
+    for tensor in (1, 2):
+        done = subprocess.run(
+            [sys.executable, program, str(tensor)], capture_output=True, text=True, check=True
+        )
+        planned, taken = map(float, done.stdout.split())
+        assert 0.9 < taken / planned < 1.15
 
 
 def test_chips_are_known_by_what_jax_calls_them():

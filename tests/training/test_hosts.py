@@ -109,9 +109,9 @@ def test_a_run_killed_twenty_times_is_the_run_that_was_not(tmp_path):
             break
         killed = [code == -signal.SIGKILL for code, _, _ in ended]
         for (code, _, err), was in zip(ended, killed, strict=True):
-            # The death of the first is sometimes told by JAX itself, which aborts.
-            allowed = (0, LOST, -signal.SIGABRT) if killed[0] else (0, LOST)
-            assert was or code in allowed, err
+            # Where no connection broke, JAX itself says so and aborts.
+            aborted = code == -signal.SIGABRT and "another task died" in err
+            assert was or aborted or code in (0, LOST), err
         kills += any(killed)
     assert kills >= 20
     assert_same_curve(curve(tmp_path / "run"), curve(tmp_path / "whole"))

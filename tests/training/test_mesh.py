@@ -218,7 +218,7 @@ def test_large_parameters_lie_in_parts(version, mesh):
         share = math.prod(place.shard_shape(spec.full_shape))
         if len(spec.shape) > 1 and min(spec.shape) > 5:
             whole, mine = whole + math.prod(spec.full_shape), mine + share
-    assert mine / whole <= 1.35 / parts
+    assert mine / whole <= 1.45 / parts
 
 
 def arrays(jaxpr):
