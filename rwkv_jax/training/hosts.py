@@ -222,10 +222,19 @@ def _last_words(error: BaseException) -> tuple[int, str]:
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, str(error) or "interrupted"
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    if any(sign in str(error) for sign in SIGNS_OF_LOSS):
-        return LOST, (
-            f"another process of this run is gone or out of reach ({reason[:160]}); start all of"
-            " them again: they go on from the last checkpoint"
-        )
+    for one in _chain(error):
+        if any(sign in str(one) for sign in SIGNS_OF_LOSS):
+            reason = str(one).strip().splitlines()[0]
+            return LOST, (
+                f"another process of this run is gone or out of reach ({reason[:160]}); start all"
+                " of them again: they go on from the last checkpoint"
+            )
     return 1, "".join(traceback.format_exception(error))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those it came of: a checkpoint's writer tells of a lost process by one of its
+    own."""
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__

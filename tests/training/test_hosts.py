@@ -9,7 +9,7 @@ import pytest
 from training.processes import free_port, launch, outcomes
 from training.runs import settings
 
-from rwkv_jax.training.hosts import LOST, HostsError, _plain, _several, join
+from rwkv_jax.training.hosts import LOST, HostsError, _last_words, _plain, _several, join
 from rwkv_jax.training.metrics import read_metrics
 
 
@@ -138,6 +138,16 @@ def test_who_was_started_with_others(environment, expected):
     assert _several(environment | {"JAX_PLATFORMS": "cpu"}) == (expected is not None)
     if expected is not None:
         assert _plain(environment) == expected
+
+
+def test_a_lost_process_is_known_by_what_an_error_came_of():
+    lost = RuntimeError("Barrier failed because: UNAVAILABLE: Task 1 heartbeat timeout")
+    written = TimeoutError("Timed out while waiting for async_write_complete barrier.")
+    written.__cause__ = lost
+    code, told = _last_words(written)
+    assert code == LOST and "gone or out of reach (Barrier failed" in told
+    code, told = _last_words(TimeoutError("of something else"))
+    assert code == 1 and "TimeoutError" in told
 
 
 STATED = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
