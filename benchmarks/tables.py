@@ -230,6 +230,33 @@ def feeding() -> str:
     return table(["", ""], rows)
 
 
+def plans() -> str:
+    """What a device of a slice has of each size, and what its step takes at best."""
+    rows = []
+    for name, row in results("plans")["rows"].items():
+        if not name.startswith("rwkv7"):
+            continue
+        gib, seconds = row["gib"], row["seconds"]
+        state = gib["parameters"] + gib["optimizer"] + gib["gradients"]
+        needed, made = (row[f"{x}_flops_per_token"] / 1e9 for x in ("needed", "program"))
+        traffic = sum(sum(kinds.values()) for kinds in row["traffic_mib"].values())
+        rows.append(
+            [
+                name,
+                row["topology"],
+                f"{row['batch']} x {row['context']:,}",
+                f"{state:.2f} + {gib['rest']:.2f} of {row['chip_gib']:.0f}",
+                f"{needed:.2f}, {made:.2f}",
+                f"{traffic:,.0f}",
+                f"{seconds['overlapped']:.3g} to {seconds['not']:.3g}",
+                f"{row['mfu'][0]:.0%} to {row['mfu'][1]:.0%}",
+            ]
+        )
+    columns = ["config", "slice", "rows x tokens", "GiB a device: state + rest"]
+    columns += ["GFLOP a token: needed, made", "MiB a device and step", "step, s", "MFU"]
+    return table(columns, rows)
+
+
 def meshes() -> str:
     """What each mesh of 0.1B makes a device receive, by kind of collective."""
     rows = []
@@ -256,6 +283,7 @@ TABLES = {
         kernels,
         tokenizing,
         feeding,
+        plans,
         meshes,
     )
 }
