@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from rwkv_jax.errors import UserError
@@ -166,7 +167,8 @@ def _gpus(kind: str, sizes: list[int]) -> Topology:
 
 def _no_compiler(name: str, error: Exception) -> TopologyError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return TopologyError(
-        f"--topology {name}: cannot be described here ({reason[:160]}); its compiler comes with"
-        " pip install 'rwkv_jax[aot]'"
+    missing = find_spec("libtpu" if name[0] == "v" else "jax_cuda13_plugin") is None
+    remedy = (
+        "its compiler comes with pip install 'rwkv_jax[aot]'" if missing else "give another shape"
     )
+    return TopologyError(f"--topology {name}: cannot be described here ({reason[:160]}); {remedy}")

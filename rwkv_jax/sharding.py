@@ -129,7 +129,8 @@ def is_manual(axis: str) -> bool:
 
 
 def is_automatic(axis: str) -> bool:
-    """Whether what is parted over this axis is neither the type's to say nor the caller's."""
+    """Whether what is parted over this axis is neither the type's to say nor the caller's; also of
+    an axis that there is not."""
     mesh = jax.sharding.get_abstract_mesh()
     return axis not in mesh.manual_axes and axis not in mesh.explicit_axes
 
@@ -142,14 +143,14 @@ def parts_of_time(x: Array, axis: str) -> Array:
 def over_devices(run: Callable, in_specs: tuple, out_specs: Any, *given: Array | None) -> Any:
     """`run(*given)` on every device of its part, over all explicit axes; arrays that are parted in
     another way are brought to their spec first."""
-    spread = jax.shard_map(
+    mapped = jax.shard_map(
         run,
         in_specs=in_specs,
         out_specs=out_specs,
         axis_names=set(jax.sharding.get_abstract_mesh().explicit_axes),
         check_vma=False,
     )
-    return spread(*map(jax.reshard, given, in_specs))
+    return mapped(*map(jax.reshard, given, in_specs))
 
 
 @cache

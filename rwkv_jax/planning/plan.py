@@ -97,10 +97,13 @@ class Plan:
 
     @property
     def link_rate(self) -> float:
-        """Bytes a second that a chip receives: of the network, if it is another way and needed."""
-        chip = self.topology.chip
+        """Bytes a second that a chip receives. Between machines of GPUs what goes to all of one
+        enters it once, over the network of all its GPUs."""
+        chip, hosts = self.topology.chip, self.topology.hosts
         assert chip
-        return (self.topology.hosts > 1 and chip.network) or chip.links
+        if hosts == 1 or not chip.network:
+            return chip.links
+        return min(chip.links, chip.network * len(self.topology.devices) / hosts)
 
     @property
     def seconds(self) -> tuple[float, float]:

@@ -40,6 +40,15 @@ class SharedError(UserError):
     """An error that every process of the run raises."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop; the message is one line that says how to go on. `shared`: every
+    process stops by it, at the same step, which is saved."""
+
+    def __init__(self, message: str, shared: bool = False):
+        super().__init__(message)
+        self.shared = shared
+
+
 class HostsError(SharedError):
     """Processes that cannot come together, or of which one cannot go on."""
 
@@ -74,6 +83,10 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
         ) from error
     finally:
         late.cancel()
+    if jax.default_backend() == "cpu":
+        # Of programs for CPUs each process has its own, and only the first one keeps them: it would
+        # wait for the others to compile, longer than Gloo waits for anybody.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _say_waiting(stated: Mapping[str, Any]) -> None:
@@ -133,6 +146,10 @@ def _plain(environment: Mapping[str, str]) -> dict[str, Any]:
         if not text.isdecimal():
             raise HostsError(f"{name} = {text}: a whole number is needed")
     count, number = map(int, numbers)
+    if not 0 < int(address.rpartition(":")[2]) < 2**16:
+        raise HostsError(f"{PLAIN[0]} = {address}: a port is a number from 1 to 65535")
+    if not count:
+        raise HostsError(f"{PLAIN[1]} = 0: at least 1")
     if not number < count:
         raise HostsError(
             f"JAX_PROCESS_ID = {number}: JAX_NUM_PROCESSES = {count} are numbered from 0"
@@ -190,8 +207,9 @@ def check_equal(what: Mapping[str, str], remedy: str) -> None:
 def leaving(prog: str) -> Iterator[None]:
     """Ends this process when it fails, where others would wait for it for ever.
 
-    What all of them come to is the first one's to tell (a `SharedError`); what one alone has met,
-    the loss of another one included (exit code `LOST`), each tells itself.
+    What all of them come to is the first one's to tell (a `SharedError`, an `Interrupted` that is
+    shared); what one alone has met, the loss of another one included (exit code `LOST`), each tells
+    itself, and waits for nobody.
     """
     try:
         yield
@@ -199,12 +217,13 @@ def leaving(prog: str) -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         code, told = _last_words(error)
-        if is_first() or not isinstance(error, SharedError | KeyboardInterrupt):
+        shared = isinstance(error, SharedError) or (isinstance(error, Interrupted) and error.shared)
+        if is_first() or not shared:
             name = prog if is_first() else f"{prog}, process {jax.process_index()}"
             print(f"{name}: {told}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        if isinstance(error, SharedError | KeyboardInterrupt):
+        if shared:
             jax.distributed.shutdown()  # together, as all of them come here
         os._exit(code)
 
@@ -221,7 +240,7 @@ def _last_words(error: BaseException) -> tuple[int, str]:
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 130, str(error) or "interrupted"
+        return 130, str(error) or "Interrupted before the first step."
     for one in _chain(error):
         if any(sign in str(one) for sign in SIGNS_OF_LOSS):
             reason = str(one).strip().splitlines()[0]
@@ -237,4 +256,4 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     own."""
     while error:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

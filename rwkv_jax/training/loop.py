@@ -35,7 +35,14 @@ from rwkv_jax.hardware import chip_of
 from rwkv_jax.training import console as show
 from rwkv_jax.training.evaluate import compressors, evaluate
 from rwkv_jax.training.flops import model_flops
-from rwkv_jax.training.hosts import SharedError, check_equal, everyones, is_first, together
+from rwkv_jax.training.hosts import (
+    Interrupted,
+    SharedError,
+    check_equal,
+    everyones,
+    is_first,
+    together,
+)
 from rwkv_jax.training.mesh import Rows, brought_together, make_mesh, told
 from rwkv_jax.training.metrics import MetricsLog, read_metrics
 from rwkv_jax.training.pace import Pace
@@ -49,10 +56,6 @@ LESS_MEMORY = "lower train.batch or model.width, raise train.accumulate, or set 
 
 class NonFiniteError(SharedError):
     """Training diverged: a loss or a gradient is infinite or not a number."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was asked to stop and has saved; the message is one line that says how to go on."""
 
 
 def train(
@@ -366,7 +369,8 @@ def _train_steps(run: _Run, stop: _Stop, profile: bool) -> None:
                 then = "evaluates it" if last else "goes on from there"
                 raise Interrupted(
                     f"Stopped after step {run.step:,} of {train.steps:,}, saved in {run.folder};"
-                    f" the same command {then}."
+                    f" the same command {then}.",
+                    shared=True,
                 )
 
 

@@ -68,8 +68,9 @@ class Pace:
 
     @property
     def tokens_per_s(self) -> float:
-        """Since `start_over`; 0 before there are two steps."""
-        return self.tokens / self.spent["steps"] if self.tokens else 0.0
+        """Since `start_over`, or since the beginning where no two steps followed each other; 0
+        before there are two."""
+        return self.tokens / self.spent["steps"] if self.tokens else self.all_tokens_per_s
 
     @property
     def all_tokens_per_s(self) -> float:

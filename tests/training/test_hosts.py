@@ -148,7 +148,9 @@ def test_a_lost_process_is_known_by_what_an_error_came_of():
     written.__cause__ = lost
     code, told = _last_words(written)
     assert code == LOST and "gone or out of reach (Barrier failed" in told
-    code, told = _last_words(TimeoutError("of something else"))
+    handled = TimeoutError("of something else")
+    handled.__context__, handled.__suppress_context__ = lost, True
+    code, told = _last_words(handled)
     assert code == 1 and "TimeoutError" in told
 
 
@@ -162,6 +164,8 @@ STATED = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCE
         ({"JAX_NUM_PROCESSES": None}, "JAX_NUM_PROCESSES is not set; .* go together"),
         ({"JAX_COORDINATOR_ADDRESS": None}, "JAX_COORDINATOR_ADDRESS is not set"),
         ({"JAX_COORDINATOR_ADDRESS": "a"}, "= a: host:port of the first process is needed"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:99999"}, "= a:99999: a port is a number from 1 to 65535"),
+        ({"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES = 0: at least 1"),
         ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID = 2: JAX_NUM_PROCESSES = 2 are numbered from 0"),
     ],
 )
