@@ -41,12 +41,14 @@ from rwkv_jax.data.files import CorpusError, SourceFile, find_files, longest_doc
 from rwkv_jax.data.prepare import pieces_for
 from rwkv_jax.data.tables import group_sizes
 from rwkv_jax.data.tokenizers import Tokenizer, open_tokenizer
-from rwkv_jax.errors import UserError, within_memory
+from rwkv_jax.errors import UserError, held_interrupts, within_memory
 
 FORMAT = 1
 UNIT = 32 << 20
 STEP = 1 << 20
 """Bytes between two reports of a worker."""
+PATIENCE_S = 0.2
+"""Seconds of waiting for workers after which Ctrl-C is looked for."""
 
 Progress = Callable[[int, int], None]
 """Told the bytes on disk that are done, and all."""
@@ -303,27 +305,29 @@ def _work(
     """Does the jobs in processes, which end with this one, however it ends."""
     waiting, longest = iter(jobs), longest_document(workers)
     hands: dict[Connection, tuple[BaseProcess, _Job]] = {}
-    try:
-        for job in itertools.islice(waiting, workers):
-            process, pipe = _start(tokenizer, longest)
-            hands[pipe] = process, job
-            _give(pipe, job)
-        while hands:
-            for pipe in wait(list(hands)):
-                assert isinstance(pipe, Connection)
-                process, job = hands[pipe]
-                if not _hear(pipe, process, job, report):
-                    continue
-                job = next(waiting, None)
+    with held_interrupts() as check:
+        try:
+            for job in itertools.islice(waiting, workers):
+                process, pipe = _start(tokenizer, longest)
+                hands[pipe] = process, job
                 _give(pipe, job)
-                if job:
-                    hands[pipe] = process, job
-                else:
-                    hands.pop(pipe)[0].join()
-    finally:
-        for process, _ in hands.values():
-            process.terminate()
-            process.join()
+            while hands:
+                for pipe in wait(list(hands), PATIENCE_S):
+                    assert isinstance(pipe, Connection)
+                    process, job = hands[pipe]
+                    if not _hear(pipe, process, job, report):
+                        continue
+                    job = next(waiting, None)
+                    _give(pipe, job)
+                    if job:
+                        hands[pipe] = process, job
+                    else:
+                        hands.pop(pipe)[0].join()
+                check()
+        finally:
+            for process, _ in hands.values():
+                process.terminate()
+                process.join()
 
 
 def _start(tokenizer: str, longest: int) -> tuple[BaseProcess, Connection]:

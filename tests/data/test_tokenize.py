@@ -317,7 +317,7 @@ def test_ctrl_c_and_on(tmp_path):
         time.sleep(0.01)
     os.killpg(begun.pid, signal.SIGINT)
     _, err = begun.communicate(timeout=60)
-    assert begun.returncode == 130
+    assert begun.returncode == 130, err
     assert re.fullmatch(r"\nstopped with \d of 3 parts done; the same command goes on\n", err)
     assert left(tmp_path / "out") == {".parts"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
