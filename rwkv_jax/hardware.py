@@ -145,7 +145,7 @@ def _tpus(name: str, kind: str, sizes: list[int]) -> Topology:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:
-        raise _no_compiler(name, error) from error
+        raise _not_described(name, "libtpu", error) from error
     hosts = len({device.process_index for device in found.devices})
     return Topology(CHIPS[kind], found.devices, "tpu", hosts)
 
@@ -161,14 +161,14 @@ def _gpus(kind: str, sizes: list[int]) -> Topology:
             topology=f"1x{machines}x{each}",
         )
     except Exception as error:
-        raise _no_compiler(f"{kind}:{machines}x{each}", error) from error
+        name = f"{kind}:{machines}x{each}"
+        raise _not_described(name, "jax_cuda13_plugin", error) from error
     return Topology(CHIPS[kind], found.devices, "cuda", machines)
 
 
-def _no_compiler(name: str, error: Exception) -> TopologyError:
+def _not_described(name: str, compiler: str, error: Exception) -> TopologyError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    missing = find_spec("libtpu" if name[0] == "v" else "jax_cuda13_plugin") is None
-    remedy = (
-        "its compiler comes with pip install 'rwkv_jax[aot]'" if missing else "give another shape"
-    )
+    remedy = "give another shape"
+    if find_spec(compiler) is None:
+        remedy = "its compiler comes with pip install 'rwkv_jax[aot]'"
     return TopologyError(f"--topology {name}: cannot be described here ({reason[:160]}); {remedy}")

@@ -49,12 +49,13 @@ def _train(prog: str, config: Path, overrides: list[str], profile: bool) -> None
 
     keep_compiled_programs(cfg.data.cache_root)
     hosts.join()
-    try:
-        with hosts.leaving(prog):
+    with hosts.leaving(prog):
+        try:
             train(cfg, stated=stated, profile=profile)
-    except KeyboardInterrupt as interrupt:
-        told = str(interrupt) or "Interrupted before the first step."
-        raise KeyboardInterrupt(told) from None
+        except KeyboardInterrupt as interrupt:
+            if str(interrupt):
+                raise
+            raise KeyboardInterrupt("Interrupted before the first step.") from None
 
 
 def _parse(arguments: list[str], prog: str) -> tuple[Path, list[str], bool]:

@@ -172,8 +172,8 @@ def backbone(
         return _over_mesh(run, mesh_axis, params, tokens, state, reset, lengths)
     if mesh_axis and not sharding.is_manual(mesh_axis):
         check_axis("forward", mesh_axis, tokens.shape[1])
-        tokens = sharding.parts_of_time(tokens, mesh_axis)
-        reset = None if reset is None else sharding.parts_of_time(reset, mesh_axis)
+        parted = partial(sharding.parts_of_time, axis=mesh_axis)
+        tokens, reset = jax.tree.map(parted, (tokens, reset))
     module = VERSIONS[cfg.version]
     unstacked = isinstance(params.blocks, tuple)
     if state is None:

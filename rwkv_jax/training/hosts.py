@@ -240,7 +240,7 @@ def _last_words(error: BaseException) -> tuple[int, str]:
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 130, str(error) or "Interrupted before the first step."
+        return 130, str(error)
     for one in _chain(error):
         if any(sign in str(one) for sign in SIGNS_OF_LOSS):
             reason = str(one).strip().splitlines()[0]

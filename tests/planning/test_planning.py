@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from training.test_mesh import MESHES
-from training.test_mesh import config as mesh_config
+from training.meshes import MESHES
+from training.meshes import config as mesh_config
 
 from rwkv_jax import models, sharding
 from rwkv_jax import params as tables

@@ -169,9 +169,17 @@ every_implementation = pytest.mark.parametrize(
 DISTINCT = [version for name, version in VERSIONS.items() if name != "5"]
 """Version 5 is version 6 with the decays of one token: a test of its own has what differs."""
 
-every_version = pytest.mark.parametrize(
-    "version", DISTINCT, ids=lambda version: f"wkv{version.name}"
-)
+
+def quickly(*names):
+    """Every version, those that are not named as slow."""
+    return pytest.mark.parametrize(
+        "version",
+        [pytest.param(x, marks=() if x.name in names else pytest.mark.slow) for x in DISTINCT],
+        ids=lambda version: f"wkv{version.name}",
+    )
+
+
+every_version = quickly(*(version.name for version in DISTINCT))
 
 
 @functools.cache
@@ -208,12 +216,3 @@ def cotangents(version, shape, final, seed=0):
 def per_token(x):
     """Whether an input has a time axis, as u and the log_w of versions 4 and 5 have not."""
     return x.ndim > 2
-
-
-def quickly(*names):
-    """Every version, those that are not named as slow."""
-    return pytest.mark.parametrize(
-        "version",
-        [pytest.param(x, marks=() if x.name in names else pytest.mark.slow) for x in DISTINCT],
-        ids=lambda version: f"wkv{version.name}",
-    )
