@@ -200,8 +200,9 @@ def test_a_plan_is_what_a_run_allocates_and_tells():
 @pytest.mark.parametrize("version", ["4", "6", "7"])
 @pytest.mark.parametrize("name", MESHES)
 def test_nothing_travels_that_does_not_have_to(name, version):
-    """Beside gradients: over `fsdp` parameters are gathered, over `tensor` activations summed, over
-    `sequence` states and last tokens passed on; nothing else is brought together."""
+    """Over all but `tensor` gradients are summed, over `fsdp` parameters gathered, over `tensor`
+    activations summed, over `sequence` states and last tokens passed on; nothing else is brought
+    together."""
     cfg = mesh_config(MESHES[name], version, context=256)
     plan = make_plan(cfg, open_topology("here"))
     sizes = plan.mesh | {axis: 1 for axis in sharding.RULES["batch"] if axis not in plan.mesh}
@@ -221,9 +222,18 @@ def test_nothing_travels_that_does_not_have_to(name, version):
     assert not gathered
     if tensor > 1:
         # Two sums a layer and their likes backward, of which some are made of several.
-        summed = plan.traffic["tensor",]
-        assert summed.keys() <= {"all-reduce", "reduce-scatter", "all-gather"}
-        assert summed["all-reduce"] <= 9 * cfg.model.layers * 2 * activation
+        activations = plan.traffic["tensor",]
+        assert activations.keys() <= {"all-reduce", "reduce-scatter", "all-gather"}
+        assert activations["all-reduce"] <= 9 * cfg.model.layers * 2 * activation
+    # Gradients once over each axis, and little besides: norms, the loss, last tokens of documents.
+    gradients = plan.parameters * sizes["fsdp"]
+    over = {axis: size for axis, size in plan.mesh.items() if axis != "tensor"}
+    summed = sum(
+        kinds.get("all-reduce", 0) + kinds.get("reduce-scatter", 0)
+        for axes, kinds in plan.traffic.items()
+        if over.keys() >= set(axes)
+    )
+    assert summed <= 1.1 * gradients * sum(2 * (size - 1) / size for size in over.values())
     passed = sum(kinds.get("collective-permute", 0) for kinds in plan.traffic.values())
     assert (passed > 0) == ("sequence" in plan.mesh)
 
