@@ -37,7 +37,7 @@ def narrow(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "version, tuned", [pytest.param("4", False, marks=pytest.mark.slow), ("6", True), ("7", False)]
+    "version, tuned", [("6", True), *(pytest.param(x, False, marks=pytest.mark.slow) for x in "47")]
 )
 def test_each_is_what_it_is_alone(version, tuned):
     params, cfg = model(version, tuned)
@@ -51,7 +51,9 @@ def test_each_is_what_it_is_alone(version, tuned):
         )
 
 
-@pytest.mark.parametrize("batch, widths", [(1, (8,)), (100, (16, 4))])
+@pytest.mark.parametrize(
+    "batch, widths", [pytest.param(1, (8,), marks=pytest.mark.slow), (100, (16, 4))]
+)
 def test_neither_batch_nor_widths_matter(batch, widths, monkeypatch):
     params, cfg = model("7")
     prompts = some_prompts()

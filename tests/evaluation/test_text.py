@@ -43,7 +43,7 @@ def test_every_token_is_counted_where_it_stands(version):
         assert part.bytes == sum(len(some[part.start : part.stop]) for some in data)
 
 
-@pytest.mark.parametrize("batch, window", [(1, 64), (100, 5)])
+@pytest.mark.parametrize("batch, window", [pytest.param(1, 64, marks=pytest.mark.slow), (100, 5)])
 def test_neither_batch_nor_window_matter(batch, window, monkeypatch):
     params, cfg = model("7")
     text = encode("some", DOCUMENTS, ByteTokenizer())

@@ -98,12 +98,13 @@ def test_the_official_recipe(tmp_path, console, monkeypatch):
     assert lines(train(config(tmp_path, **cut), console=console)) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({"data.packing": "documents"}, marks=pytest.mark.slow),
+        {"data.packing": "documents"},
         {"data.sampler": "sequential", "train.carry_state": "true"},
-        pytest.param({"data.mixture": True}, marks=pytest.mark.slow),
+        {"data.mixture": True},
     ],
     ids=["documents", "carried", "mixture"],
 )

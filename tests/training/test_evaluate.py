@@ -57,7 +57,14 @@ def nats_alone(params, cfg, document):
 
 
 @pytest.mark.parametrize("version", [pytest.param("4", marks=pytest.mark.slow), "7"])
-@pytest.mark.parametrize("lengths, lanes", [((9, 1, 30, 0, 12, 5), 3), ((40, 3), 4), ((6,), 1)])
+@pytest.mark.parametrize(
+    "lengths, lanes",
+    [
+        ((9, 1, 30, 0, 12, 5), 3),
+        pytest.param((40, 3), 4, marks=pytest.mark.slow),
+        pytest.param((6,), 1, marks=pytest.mark.slow),
+    ],
+)
 def test_every_document_is_scored_once_and_alone(version, lengths, lanes):
     cfg = ModelConfig(version=version, layers=2, width=64, vocab_size=16)
     params = lively_params(cfg)

@@ -63,8 +63,8 @@ def on_one_device(version):
     return steps(config(MeshConfig(fsdp=1), version, accumulate=2), None)
 
 
-QUICK = [("7", "data2-fsdp2-tensor2"), ("7", "data2-sequence4")]
-"""What stands for the others where tests are to be quick."""
+QUICK = [("7", "data2-fsdp2-tensor2")]
+"""What stands for the others where tests are to be quick; `models/test_sharded.py` parts time."""
 
 
 @pytest.mark.parametrize(

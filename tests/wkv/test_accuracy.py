@@ -12,12 +12,14 @@ from wkv.operators import VERSIONS
 
 def cases():
     """All there are. Quick are, of each version, every implementation in float32 at the longest
-    length, and every length of the one that trains; of version 7 every type of that one."""
+    length, and one token and a whole chunk of the one that trains; of version 7 every type of
+    that one."""
     for name, form, dtype, length in itertools.product(
         VERSIONS, accuracy.FORMS, accuracy.DTYPES, accuracy.LENGTHS
     ):
         longest, single, trains = length == "3 C + 5", dtype == "float32", form == "chunked"
-        quick = form is not None and single and (longest or trains) and name != "5"
+        edges = trains and length in ("1", "C")
+        quick = form is not None and single and (longest or edges) and name != "5"
         quick |= longest and trains and name == "7"
         yield pytest.param(
             *(VERSIONS[name], form, dtype, length),

@@ -376,7 +376,7 @@ def test_version_4_forgets_at_once():
 
 
 @every_implementation
-@pytest.mark.parametrize("name", ["5", "6"])
+@pytest.mark.parametrize("name", [pytest.param("5", marks=pytest.mark.slow), "6"])
 def test_documents_start_from_the_initial_state(name, implementation):
     """`initial` stands in for zero, with and without a reset, and gets its gradient."""
     version, rng = VERSIONS[name], np.random.default_rng(8)
