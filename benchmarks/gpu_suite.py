@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
+    if not args.tiny and jax.default_backend() != "gpu":
+        parser.error(f"no GPU here, only {jax.devices()[0].device_kind}; --tiny runs on any device")
     suite = Suite(args.seconds, args.tiny)
     suite.add("device_gives", device_gives, args.tiny)
     suite.add("operators", operators, suite, args.peer_python)

@@ -471,7 +471,7 @@ def _apply(tables: dict[str, Any], override: str) -> str:
     section, dot, key = (part.strip() for part in name.partition("."))
     if not (equals and dot):
         bare = equals and section and section not in _SCHEMA
-        why = _unknown(section) if bare else "written section.key=value"
+        why = _unknown(section) if bare else "not written as section.key=value"
         raise ConfigError(f"override {literal(override)}: {why}")
     value = _parse_value(text)
     kind = _SCHEMA.get(section, {}).get(key)

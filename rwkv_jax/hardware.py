@@ -124,7 +124,8 @@ def open_topology(name: str) -> Topology:
         return Topology(None, devices, devices[0].platform, jax.process_count())
     kind, _, shape = name.lower().partition(":")
     sizes = [int(n) for n in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
-    if kind not in CHIPS or not sizes or 0 in sizes or (kind.upper() in GPUS and len(sizes) > 2):
+    dimensions = (1, 2) if kind.upper() in GPUS else (3,) if kind in ("v4", "v5p") else (2,)
+    if kind not in CHIPS or 0 in sizes or len(sizes) not in dimensions:
         raise TopologyError(
             f"--topology {name}: not known; give one of {', '.join(CHIPS)} and its shape, as in"
             " v5e:16x16, v5p:4x4x4 or h100:8, or here (the devices of this machine)"

@@ -182,9 +182,9 @@ def test_overrides_win_over_the_file_and_the_last_one_wins(file):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("train.steps", 'override "train.steps": written section.key=value'),
-        ("=3", 'override "=3": written section.key=value'),
-        ("train=3", 'override "train=3": written section.key=value'),
+        ("train.steps", 'override "train.steps": not written as section.key=value'),
+        ("=3", 'override "=3": not written as section.key=value'),
+        ("train=3", 'override "train=3": not written as section.key=value'),
         (
             "steps=3",
             'override "steps=3": steps is not a section; did you mean train.steps? '

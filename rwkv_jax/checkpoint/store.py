@@ -22,8 +22,9 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
+from orbax.checkpoint import multihost
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from rwkv_jax import models
@@ -41,6 +43,7 @@ from rwkv_jax.training.state import TrainState
 from rwkv_jax.typing import Array, PyTree
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.toml", "tokenizer", "checkpoints"
+ITEMS = ("params", "rest", "meta")
 UNFINISHED = ".orbax-checkpoint-tmp"
 """In the name of a checkpoint until all of it is on disk."""
 
@@ -66,12 +69,13 @@ class Store:
         _ignore_stragglers()
         options = ocp.CheckpointManagerOptions(read_only=True)
         if keep:
-            newest = preservation_policy.LatestN(keep)
-            options = ocp.CheckpointManagerOptions(preservation_policy=newest)
-        with _writing(self.folder):
-            self._manager = ocp.CheckpointManager(
-                self.folder, options=options, item_names=("params", "rest", "meta")
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.LatestN(keep),
+                async_options=ocp.AsyncOptions(barrier_sync_fn=_meeting()),
             )
+        with _writing(self.folder):
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
+            self._reader = self._manager if jax.process_count() == 1 else _reader(self.folder)
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         """Starts to write a checkpoint; `state` may be changed or donated as soon as this returns.
@@ -124,7 +128,7 @@ class Store:
         """
         items = ocp.args.Composite(meta=ocp.args.JsonRestore())
         with _reading(self.path(step)):
-            found = self._manager.restore(step, args=items)["meta"]
+            found = self._reader.restore(step, args=items)["meta"]
             for name in needed:
                 if name not in found:
                     raise ValueError(f"its meta has no {name}")
@@ -141,19 +145,21 @@ class Store:
             rest=ocp.args.StandardRestore(_placed(rest)),
         )
         with _reading(self.path(step)):
-            found = self._manager.restore(step, args=items)
+            found = self._reader.restore(step, args=items)
         return TrainState(params=found["params"], **found["rest"])
 
     def restore_params(self, abstract: PyTree, step: int) -> PyTree:
         """Only the parameters of a step. Raises `StoreError` as `restore` does."""
         items = ocp.args.Composite(params=ocp.args.StandardRestore(_placed(abstract)))
         with _reading(self.path(step)):
-            return self._manager.restore(step, args=items)["params"]
+            return self._reader.restore(step, args=items)["params"]
 
     def close(self) -> None:
         """Waits for what is being written, then lets go of the folder."""
         with _writing(self.folder):
             self._manager.close()
+            if self._reader is not self._manager:
+                self._reader.close()
 
 
 def sweep(folder: Path) -> None:
@@ -176,6 +182,32 @@ def _placed(abstract: PyTree) -> PyTree:
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first), abstract
     )
+
+
+def _reader(folder: Path) -> ocp.CheckpointManager:
+    """What reads for this process alone: others would wait for it where its part of a checkpoint is
+    damaged, and theirs is not."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader_{me}"
+    )
+    options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone)
+    return ocp.CheckpointManager(folder, options=options, item_names=ITEMS)
+
+
+def _meeting() -> Callable[..., None] | None:
+    """How several processes wait for each other while they write: one that has failed goes on to
+    say so. Orbax would have it wait for the others, and them for it."""
+    if jax.process_count() == 1:
+        return None
+    meet = multihost.get_barrier_sync_fn()
+
+    def unless_failed(*, key: str, timeout_ms: int) -> None:
+        if error := sys.exc_info()[1]:
+            raise error
+        meet(key=key, timeout_ms=timeout_ms)
+
+    return unless_failed
 
 
 @contextlib.contextmanager
@@ -223,9 +255,14 @@ def _reading(checkpoint: Path) -> Iterator[None]:
             cause = inner
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise DamagedError(
-            f"{checkpoint}: damaged or of another shape ({reason[:120]}); take a copy of it, or"
+            f"{checkpoint}: damaged or of another shape ({_short(reason)}); take a copy of it, or"
             " move it away to use the checkpoint before it"
         ) from error
+
+
+def _short(reason: str) -> str:
+    """The beginning, to the end of a word."""
+    return textwrap.shorten(reason, 120, placeholder=" ...")
 
 
 @cache

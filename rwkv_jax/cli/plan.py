@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rwkv_jax.cli.running import command, run, spoken, width
 
 if TYPE_CHECKING:
+    from rwkv_jax.config import DataConfig
     from rwkv_jax.planning.plan import Plan
 
 HELP = """
@@ -24,8 +25,9 @@ memory of a device and whether it fits, operations, traffic, and the time of a s
   {prog} configs/demo.toml --topology here
       for the devices of this machine
 
-Nothing is read but the config: an open model.vocab_size is taken as 65536, an open train.steps
-as 1. The compilers for devices that are not there: pip install 'rwkv_jax[aot]'.
+Nothing is read but the config, and its tokenizer where model.vocab_size is open; an open
+train.steps is taken as 1. The compilers for devices that are not there come with
+pip install 'rwkv_jax[aot]'.
 """
 
 
@@ -63,7 +65,7 @@ def _plan(config: Path, overrides: list[str], topology: str, fits: bool, tries: 
         raise ConfigError(f"--tries {tries}: at least 1")
     if cfg.train.init:
         raise ConfigError("train.init: no weights are read here; state the model's sizes instead")
-    model = replace(cfg.model, vocab_size=cfg.model.vocab_size or 65536)
+    model = replace(cfg.model, vocab_size=cfg.model.vocab_size or _vocabulary(cfg.data))
     cfg = replace(cfg, model=model, train=replace(cfg.train, steps=cfg.train.steps or 1))
     there, console = open_topology(topology), Console(width=width())
     if not fits:
@@ -89,6 +91,16 @@ def _plan(config: Path, overrides: list[str], topology: str, fits: bool, tries: 
         f" mesh.data=1 mesh.fsdp=-1 mesh.tensor={mesh.tensor} mesh.sequence={mesh.sequence}",
         soft_wrap=True,
     )
+
+
+def _vocabulary(data: "DataConfig") -> int:
+    """What a run's model will have where its config leaves it open; a BPE tokenizer is yet to be
+    trained."""
+    from rwkv_jax.data.tokenizers import open_tokenizer
+
+    if data.tokenizer == "bpe":
+        return data.bpe_vocab_size
+    return open_tokenizer(data.tokenizer).vocab_size
 
 
 def _show_try(console, one) -> None:
@@ -122,13 +134,17 @@ def _show(console, plan: "Plan") -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     table.add_row(
-        "model", f"RWKV-{cfg.model.version}, {count:,} parameters, context {cfg.train.context:,}"
+        "model",
+        f"RWKV-{cfg.model.version}, {count:,} parameters, vocabulary {cfg.model.vocab_size:,},"
+        f" context {cfg.train.context:,}",
     )
     name = chip.name if chip else plan.topology.platform
-    table.add_row("devices", f"{plan.devices} x {name} ({axes}), {plan.topology.hosts} hosts")
+    parts = f" in {cfg.train.accumulate} parts" if cfg.train.accumulate > 1 else ""
+    hosts = f"{plan.topology.hosts} hosts" if plan.topology.hosts > 1 else "one host"
+    table.add_row("devices", f"{plan.devices} x {name} ({axes}), {hosts}")
     table.add_row(
         "step",
-        f"{cfg.train.batch} rows in {cfg.train.accumulate} parts, {plan.tokens:,} tokens;"
+        f"{cfg.train.batch} rows{parts}, {plan.tokens:,} tokens;"
         f" remat {cfg.train.remat}, {cfg.train.dtype};"
         f" recurrence by {'kernels' if plan.kernel else 'XLA'}",
     )
@@ -156,7 +172,10 @@ def _show(console, plan: "Plan") -> None:
     if chip:
         best, worst = plan.seconds
         table.add_section()
-        table.add_row("products", f"{plan.computing:.3g} s at {chip.flops / 1e12:,.0f} TFLOP/s")
+        table.add_row(
+            "products",
+            f"{plan.computing:.3g} s at {chip.flops / 1e12:,.0f} TFLOP/s, the peak in bfloat16",
+        )
         table.add_row("traffic", f"{plan.telling:.3g} s at {plan.link_rate / 1e9:,.0f} GB/s")
         table.add_row(
             "step, at best",

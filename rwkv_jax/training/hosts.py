@@ -203,6 +203,13 @@ def check_equal(what: Mapping[str, str], remedy: str) -> None:
             raise HostsError(f"process {number} has {mine}, the first one {wanted}; {remedy}")
 
 
+def is_shared(error: BaseException) -> bool:
+    """Whether every process of the run comes to this end, or there is but one."""
+    if jax.process_count() == 1 or isinstance(error, SharedError):
+        return True
+    return isinstance(error, Interrupted) and error.shared
+
+
 @contextlib.contextmanager
 def leaving(prog: str) -> Iterator[None]:
     """Ends this process when it fails, where others would wait for it for ever.
@@ -217,7 +224,7 @@ def leaving(prog: str) -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         code, told = _last_words(error)
-        shared = isinstance(error, SharedError) or (isinstance(error, Interrupted) and error.shared)
+        shared = is_shared(error)
         if is_first() or not shared:
             name = prog if is_first() else f"{prog}, process {jax.process_index()}"
             print(f"{name}: {told}", file=sys.stderr)

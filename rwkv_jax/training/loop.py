@@ -41,6 +41,7 @@ from rwkv_jax.training.hosts import (
     check_equal,
     everyones,
     is_first,
+    is_shared,
     together,
 )
 from rwkv_jax.training.mesh import Rows, brought_together, make_mesh, told
@@ -84,8 +85,7 @@ def train(
     check_equal({"text": fingerprint(tokens)}, "give all of them the same text")
     with contextlib.ExitStack() as stack:
         folder = together(partial(_claim, cfg, tokens, stack))
-        store = Store(folder / CHECKPOINTS, cfg.train.keep)
-        with contextlib.closing(store), within_memory(LESS_MEMORY):
+        with _store(folder, cfg.train.keep) as store, within_memory(LESS_MEMORY):
             run = _open(cfg, tokens, loader, folder, store, console, mesh)
             with contextlib.closing(run.log):
                 _print_header(run)
@@ -100,6 +100,20 @@ def train(
                     ) from None
             together(_nothing)  # nobody leaves while another still writes
     return folder
+
+
+@contextlib.contextmanager
+def _store(folder: Path, keep: int) -> Iterator[Store]:
+    """The run's checkpoints; at the end what is being written is waited for, unless this process
+    alone has failed: the others do not know, and would not come."""
+    store = Store(folder / CHECKPOINTS, keep)
+    try:
+        yield store
+    except BaseException as error:
+        if is_shared(error):
+            store.close()
+        raise
+    store.close()
 
 
 def _settings(cfg: Config) -> dict[str, str]:
@@ -538,7 +552,7 @@ def _finish(run: _Run) -> None:
     if run.tokens.heldout_bytes:
         with run.console.status("compressing the held-out text with gzip -9 and xz -9"):
             marks = compressors(run.tokens.heldout_text()) if is_first() else {}
-        with show.evaluating(run.console) as report:
+        with run.pace.between("evaluating"), show.evaluating(run.console) as report:
             bpb = _evaluate(run, report=report, final=True, compressors=marks)
         name = f"RWKV-{run.cfg.model.version} (this run)"
         show.comparison(run.console, {name: bpb, **marks}, best=name)
@@ -546,7 +560,8 @@ def _finish(run: _Run) -> None:
     with writing(run.folder):
         _plot(run)
     _sample(run)
-    run.ticker.line(f"\n{run.folder}: checkpoints, metrics.jsonl, loss.png")
+    events = ", events" if run.cfg.train.tensorboard else ""
+    run.ticker.line(f"\n{run.folder}: checkpoints, metrics.jsonl, loss.png{events}")
 
 
 def _summary(run: _Run) -> dict[str, str]:

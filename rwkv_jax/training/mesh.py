@@ -52,11 +52,22 @@ def _sizes(mesh: MeshConfig, count: int) -> dict[str, int]:
     stated = math.prod(n for n in sizes.values() if n > 0)
     written = " x ".join(f"mesh.{name} = {n}" for name, n in sizes.items() if n > 1)
     rest = [name for name, n in sizes.items() if n == -1]
-    if stated > count or (rest and count % stated):
-        nearest = _either(_divisors(count, stated))
+
+    def fits(devices: int) -> bool:
+        return count % devices == 0 if rest else devices <= count
+
+    if not fits(stated):
+        others = {
+            (name, other): max(n, other) / min(n, other)
+            for name, n in sizes.items()
+            for other in range(1, count + 1)
+            if n > 1 and fits(stated // n * other)
+        }
+        nearest = [axis for axis, far in others.items() if far == min(others.values())]
+        what_does = " or ".join(f"mesh.{name} = {n}" for name, n in nearest)
         raise MeshError(
-            f"{written}: {stated} devices, and there are {count}; the nearest that"
-            f" {'divide' if rest else 'fit'} them: {nearest}"
+            f"{written}: {stated} devices, and there are {count}; what"
+            f" {'divides' if rest else 'fits'} them: {what_does or 'fewer along each'}"
         )
     if not rest and stated < count and jax.process_count() > 1:
         raise MeshError(
@@ -94,10 +105,21 @@ def _check_divides(cfg: Config, shape: dict[str, int]) -> None:
         whole = count * parts
         if size % whole:
             each = f" in train.accumulate = {parts} parts" if parts > 1 else ""
-            near = [x for x in (size - size % whole, size + -size % whole) if x]
+            near = [f"{x:,}" for x in (size - size % whole, size + -size % whole) if x]
+            what_does = [f"{name} = {' or '.join(near)}"]
+            if parts > 1 and size % count == 0:
+                fewer = max(n for n in range(1, parts) if size % (count * n) == 0)
+                what_does.append(f"train.accumulate = {fewer}")
+            for axis in axes:
+                rest = whole // shape.get(axis, 1)
+                if axis in shape and size % rest == 0 and jax.process_count() == 1:
+                    # Of what it divides by now, so that width and heads still do.
+                    divisors = (n for n in range(1, shape[axis]) if shape[axis] % n == 0)
+                    fewer = max(n for n in divisors if size % (rest * n) == 0)
+                    what_does.append(f"mesh.{axis} = {fewer}")
             raise MeshError(
-                f"{name} = {size}{each} does not divide over the {count} devices of {written}; the"
-                f" nearest that do: {_either(near)}"
+                f"{name} = {size}{each} does not divide over the {count} devices of {written};"
+                f" what does: {', '.join(what_does)}"
             )
 
 

@@ -167,6 +167,8 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # a TimeoutError that is no file's
+            raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space and start again" if full else "choose another train.output"
         raise RunError(f"{error.filename or folder}: {error.strerror}; {remedy}") from error

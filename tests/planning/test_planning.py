@@ -258,7 +258,7 @@ def test_chips_are_known_by_what_jax_calls_them():
     assert chip_of("cpu") is None
 
 
-@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:2by2", ""])
+@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:2by2", "v5e:2x2x2", "v5p:4x4", ""])
 def test_unknown_hardware(name):
     with pytest.raises(TopologyError, match="not known; give one of v4, v5e"):
         open_topology(name)
@@ -266,11 +266,14 @@ def test_unknown_hardware(name):
 
 def test_the_command(tmp_path, capsys):
     path = tmp_path / "x.toml"
-    path.write_text("[model]\nlayers = 1\nwidth = 64\nvocab_size = 64\n[train]\nbatch = 8\n")
+    path.write_text(
+        "[model]\nlayers = 1\nwidth = 64\n[data]\ntokenizer = 'bytes'\n[train]\nbatch = 8\n"
+    )
     assert main([str(path), "--topology", "here", "train.context=32"]) == 0
     out = capsys.readouterr().out
+    assert "vocabulary 257, context 32" in out
     assert "8 x cpu (fsdp 8)" in out and "FLOP a token" in out and "over fsdp" in out
     assert main([str(path), "--topology", "here", "train.batch=9"]) == 2
-    assert "nearest that do: 8 and 16" in capsys.readouterr().err
+    assert "what does: train.batch = 8 or 16, mesh.fsdp = " in capsys.readouterr().err
     assert main([str(path), "--topology", "here", "--fit"]) == 2
     assert "--fit: the memory of the devices here is not known" in capsys.readouterr().err

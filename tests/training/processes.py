@@ -9,6 +9,17 @@ from pathlib import Path
 from compiling import QUICK_FLAGS
 
 ROOT = Path(__file__).parents[2]
+_LIMITED = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import matplotlib.font_manager  # which would write its cache
+import train
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+sys.exit(train.main(sys.argv[1:], "python train.py"))
+"""
+LIMITED = ("-c", _LIMITED.format(root=str(ROOT)))
+"""`train.py` whose files may not grow beyond 20 kB: their writes fail inside of libraries, as on a
+full disk."""
 
 
 def free_port() -> int:
@@ -24,9 +35,10 @@ def launch(
     devices: int = 1,
     port: int | None = None,
     only: int | None = None,
+    program: tuple[str, ...] = ("train.py",),
 ) -> list[subprocess.Popen]:
-    """`train.py` in `count` processes of so many devices each, with no config but `settings`; or
-    `only` one of them."""
+    """`train.py`, or another `program`, in `count` processes of so many devices each, with no
+    config but `settings`; or `only` one of them."""
     port = port or free_port()
     flags = f"--xla_force_host_platform_device_count={devices} {QUICK_FLAGS}"
     started = []
@@ -40,7 +52,7 @@ def launch(
             }
         started.append(
             subprocess.Popen(
-                [sys.executable, "train.py", os.devnull, *settings],
+                [sys.executable, *program, os.devnull, *settings],
                 cwd=ROOT,
                 env=environment,
                 stdout=subprocess.PIPE,

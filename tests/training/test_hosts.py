@@ -6,9 +6,10 @@ import signal
 import time
 
 import pytest
-from training.processes import free_port, launch, outcomes
-from training.runs import settings
+from training.processes import LIMITED, free_port, launch, outcomes
+from training.runs import config, settings
 
+from rwkv_jax.data.prepare import prepare
 from rwkv_jax.training.hosts import LOST, HostsError, _last_words, _plain, _several, join
 from rwkv_jax.training.metrics import read_metrics
 
@@ -83,6 +84,41 @@ def test_the_others_end_when_one_is_killed(tmp_path):
     assert (code, other_code) == (LOST, -signal.SIGKILL), err
     assert time.monotonic() - began < 60
     assert "another process of this run is gone" in err.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_the_others_end_when_one_cannot_write(tmp_path, failing):
+    """The first one its curve, the other its part of a checkpoint: left to the library, both would
+    wait for each other."""
+    prepare(config(tmp_path).data)
+    many, port = {"train.steps": 100_000}, free_port()
+    processes = [
+        *launch(tiny(tmp_path, **many), 2, 2, port, only=1 - failing),
+        *launch(tiny(tmp_path, **many), 2, 2, port, only=failing, program=LIMITED),
+    ]
+    (code, _, err), (failed, _, why) = outcomes(processes, timeout=150)
+    assert failed == 2
+    assert "File too large" in why and "choose another train.output" in why
+    assert code == LOST or (code == -signal.SIGABRT and "another task died" in err), err
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_which_one_process_has_a_damaged_part_is_set_aside(tmp_path):
+    processes = launch(tiny(tmp_path, **{"train.steps": 100_000}), 2, devices=2)
+    wait_for_step(tmp_path / "run", 9, processes)
+    processes[0].send_signal(signal.SIGTERM)
+    assert [code for code, *_ in outcomes(processes)] == [130, 130]
+    folder = tmp_path / "run" / "checkpoints"
+    before, newest = sorted(int(path.name) for path in folder.iterdir())[-2:]
+    parts = (folder / str(newest)).glob("params/ocdbt.process_1/d/*")
+    largest = max(parts, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:200])
+    processes = launch(tiny(tmp_path, **{"train.steps": newest + 3}), 2, devices=2)
+    (code, out, err), (other, _, other_err) = outcomes(processes)
+    assert code == other == 0, err + other_err
+    assert f"{newest}: damaged or of another shape" in out
+    assert f"damaged-{newest}; going on from step {before}" in out
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import pytest
 from compiling import QUICK_FLAGS
 from official import checkpoint
 from rich.console import Console
+from training.processes import LIMITED
 from training.runs import config, settings
 
 from rwkv_jax.checkpoint import weights
@@ -122,7 +123,11 @@ def test_a_finished_run_is_evaluated_again_and_may_be_made_longer(tmp_path, cons
         train(shorter, console=console)
 
 
-def test_final_table_curve_and_checkpoints(tmp_path, console):
+def test_final_table_curve_and_checkpoints(tmp_path, console, monkeypatch):
+    summary, took = loop._summary, []
+    monkeypatch.setattr(
+        loop, "_summary", lambda run: (took.append(dict(run.pace.total)), summary(run))[1]
+    )
     folder = train(config(tmp_path, **{"train.keep": 1}), console=console)
     console.file.flush()
     printed = (tmp_path / "stdout").read_text()
@@ -138,6 +143,8 @@ def test_final_table_curve_and_checkpoints(tmp_path, console):
     # Learning shows: the corpus is the same five lines again and again.
     losses = [line["loss"] for line in metrics(folder) if "loss" in line]
     assert losses[-1] < losses[0]
+    # The summary is of all that was done, the last evaluation too.
+    assert took[0].keys() == {"steps", "data", "saving", "evaluating"}
 
 
 def test_divergence_names_the_step_the_gradient_and_the_last_good_checkpoint(
@@ -266,23 +273,12 @@ def test_kill_9_leaves_a_run_that_goes_on_exactly(tmp_path, compiled_once):
     assert metrics(folder) == metrics(tmp_path / "whole")
 
 
-LIMITED = """
-import resource, sys
-sys.path.insert(0, {root!r})
-import matplotlib.font_manager  # which would write its cache
-import train
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-sys.exit(train.main(sys.argv[1:], "python train.py"))
-"""
-
-
 def test_a_disk_that_takes_no_checkpoint_is_one_line(tmp_path):
     """Files may not grow beyond 20 kB: the writes fail inside the library, as on a full disk."""
     prepare(config(tmp_path).data)
     (tmp_path / "empty.toml").write_text("")
-    code = LIMITED.format(root=str(ROOT))
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "empty.toml", *settings(tmp_path)],
+        [sys.executable, *LIMITED, tmp_path / "empty.toml", *settings(tmp_path)],
         capture_output=True,
         text=True,
         env={**os.environ, "XLA_FLAGS": QUICK_FLAGS, "JAX_ENABLE_COMPILATION_CACHE": "false"},

@@ -115,13 +115,25 @@ def test_masks_and_carried_states_lie_on_the_mesh(mesh):
         (
             MeshConfig(tensor=3),
             {},
-            "mesh.tensor = 3: 3 devices, and there are 8; the nearest that divide them: 2 and 4",
+            "mesh.tensor = 3: 3 devices, and there are 8; what divides them: mesh.tensor = 4",
         ),
         (
             MeshConfig(data=4, fsdp=4),
             {},
-            "mesh.data = 4 x mesh.fsdp = 4: 16 devices, and there are 8; the nearest that fit"
-            " them: 8",
+            "mesh.data = 4 x mesh.fsdp = 4: 16 devices, and there are 8; what fits them:"
+            " mesh.data = 2 or mesh.fsdp = 2",
+        ),
+        (
+            MeshConfig(data=16, fsdp=2, tensor=2),
+            {},
+            "mesh.data = 16 x mesh.fsdp = 2 x mesh.tensor = 2: 64 devices, and there are 8; what"
+            " fits them: mesh.data = 2",
+        ),
+        (
+            MeshConfig(data=16, fsdp=16),
+            {},
+            "mesh.data = 16 x mesh.fsdp = 16: 256 devices, and there are 8; what fits them: fewer"
+            " along each",
         ),
         (
             MeshConfig(fsdp=1, tensor=8),
@@ -132,20 +144,21 @@ def test_masks_and_carried_states_lie_on_the_mesh(mesh):
         (
             MeshConfig(),
             {"train": {"batch": 12}},
-            "train.batch = 12 does not divide over the 8 devices of mesh.fsdp = 8; the nearest"
-            " that do: 8 and 16",
+            "train.batch = 12 does not divide over the 8 devices of mesh.fsdp = 8; what does:"
+            " train.batch = 8 or 16, mesh.fsdp = 4",
         ),
         (
             MeshConfig(data=2, fsdp=2, tensor=2),
-            {"train": {"batch": 6, "accumulate": 3}},
-            "train.batch = 6 in train.accumulate = 3 parts does not divide over the 4 devices of"
-            " mesh.data = 2 x mesh.fsdp = 2; the nearest that do: 12",
+            {"train": {"batch": 8, "accumulate": 4}},
+            "train.batch = 8 in train.accumulate = 4 parts does not divide over the 4 devices of"
+            " mesh.data = 2 x mesh.fsdp = 2; what does: train.batch = 16, train.accumulate = 2,"
+            " mesh.data = 1, mesh.fsdp = 1",
         ),
         (
             MeshConfig(fsdp=1, sequence=8),
             {"train": {"context": 100}},
-            "train.context = 100 does not divide over the 8 devices of mesh.sequence = 8; the"
-            " nearest that do: 96 and 104",
+            "train.context = 100 does not divide over the 8 devices of mesh.sequence = 8; what"
+            " does: train.context = 96 or 104, mesh.sequence = 4",
         ),
         (
             MeshConfig(fsdp=1, tensor=4),
