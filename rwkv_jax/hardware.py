@@ -37,17 +37,19 @@ class Chip:
     """Bytes per second that it sends, in one direction, to chips beside it."""
     kinds: tuple[str, ...]
     """What `device_kind` of JAX says of it, or a part of that."""
+    dimensions: tuple[int, ...]
+    """How many numbers the shape of a topology has: a slice is a grid; GPUs are machines x each."""
     network: float = 0.0
     """Bytes per second to chips of other machines, where that is another way; 0: it is not."""
 
 
 CHIPS = {
-    "v4": Chip("TPU v4", 275e12, 32 * GIB, 1.228e12, 6 * 45e9, ("TPU v4",)),
-    "v5e": Chip("TPU v5e", 197e12, 16 * GIB, 0.819e12, 4 * 45e9, ("TPU v5 lite", "TPU v5e")),
-    "v5p": Chip("TPU v5p", 459e12, 95 * GIB, 2.765e12, 6 * 90e9, ("TPU v5p", "TPU v5")),
-    "v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1.640e12, 4 * 90e9, ("TPU v6 lite", "TPU v6e")),
-    "a100": Chip("A100 SXM 80GB", 312e12, 80 * GIB, 2.039e12, 300e9, ("A100",), 50e9),
-    "h100": Chip("H100 SXM 80GB", 989e12, 80 * GIB, 3.35e12, 450e9, ("H100", "H200"), 50e9),
+    "v4": Chip("TPU v4", 275e12, 32 * GIB, 1.228e12, 6 * 45e9, ("TPU v4",), (3,)),
+    "v5e": Chip("TPU v5e", 197e12, 16 * GIB, 0.819e12, 4 * 45e9, ("TPU v5 lite", "TPU v5e"), (2,)),
+    "v5p": Chip("TPU v5p", 459e12, 95 * GIB, 2.765e12, 6 * 90e9, ("TPU v5p", "TPU v5"), (3,)),
+    "v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1.640e12, 4 * 90e9, ("TPU v6 lite", "TPU v6e"), (2,)),
+    "a100": Chip("A100 SXM 80GB", 312e12, 80 * GIB, 2.039e12, 300e9, ("A100",), (1, 2), 50e9),
+    "h100": Chip("H100 SXM 80GB", 989e12, 80 * GIB, 3.35e12, 450e9, ("H100", "H200"), (1, 2), 50e9),
 }
 
 
@@ -124,8 +126,7 @@ def open_topology(name: str) -> Topology:
         return Topology(None, devices, devices[0].platform, jax.process_count())
     kind, _, shape = name.lower().partition(":")
     sizes = [int(n) for n in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
-    dimensions = (1, 2) if kind.upper() in GPUS else (3,) if kind in ("v4", "v5p") else (2,)
-    if kind not in CHIPS or 0 in sizes or len(sizes) not in dimensions:
+    if kind not in CHIPS or 0 in sizes or len(sizes) not in CHIPS[kind].dimensions:
         raise TopologyError(
             f"--topology {name}: not known; give one of {', '.join(CHIPS)} and its shape, as in"
             " v5e:16x16, v5p:4x4x4 or h100:8, or here (the devices of this machine)"

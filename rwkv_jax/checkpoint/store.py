@@ -75,7 +75,7 @@ class Store:
             )
         with _writing(self.folder):
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
-            self._reader = self._manager if jax.process_count() == 1 else _reader(self.folder)
+            self._reader = self._manager if jax.process_count() == 1 else _own_reader(self.folder)
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         """Starts to write a checkpoint; `state` may be changed or donated as soon as this returns.
@@ -184,7 +184,7 @@ def _placed(abstract: PyTree) -> PyTree:
     )
 
 
-def _reader(folder: Path) -> ocp.CheckpointManager:
+def _own_reader(folder: Path) -> ocp.CheckpointManager:
     """What reads for this process alone: others would wait for it where its part of a checkpoint is
     damaged, and theirs is not."""
     me = jax.process_index()
@@ -254,15 +254,11 @@ def _reading(checkpoint: Path) -> Iterator[None]:
         while inner := cause.__cause__ or cause.__context__:
             cause = inner
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        reason = textwrap.shorten(reason, 120, placeholder=" ...")
         raise DamagedError(
-            f"{checkpoint}: damaged or of another shape ({_short(reason)}); take a copy of it, or"
+            f"{checkpoint}: damaged or of another shape ({reason}); take a copy of it, or"
             " move it away to use the checkpoint before it"
         ) from error
-
-
-def _short(reason: str) -> str:
-    """The beginning, to the end of a word."""
-    return textwrap.shorten(reason, 120, placeholder=" ...")
 
 
 @cache

@@ -9,15 +9,17 @@ from pathlib import Path
 from compiling import QUICK_FLAGS
 
 ROOT = Path(__file__).parents[2]
-_LIMITED = """
+LIMITED = (
+    "-c",
+    f"""
 import resource, sys
-sys.path.insert(0, {root!r})
+sys.path.insert(0, {str(ROOT)!r})
 import matplotlib.font_manager  # which would write its cache
 import train
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 sys.exit(train.main(sys.argv[1:], "python train.py"))
-"""
-LIMITED = ("-c", _LIMITED.format(root=str(ROOT)))
+""",
+)
 """`train.py` whose files may not grow beyond 20 kB: their writes fail inside of libraries, as on a
 full disk."""
 

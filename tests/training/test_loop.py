@@ -125,9 +125,12 @@ def test_a_finished_run_is_evaluated_again_and_may_be_made_longer(tmp_path, cons
 
 def test_final_table_curve_and_checkpoints(tmp_path, console, monkeypatch):
     summary, took = loop._summary, []
-    monkeypatch.setattr(
-        loop, "_summary", lambda run: (took.append(dict(run.pace.total)), summary(run))[1]
-    )
+
+    def noted(run):
+        took.append(dict(run.pace.total))
+        return summary(run)
+
+    monkeypatch.setattr(loop, "_summary", noted)
     folder = train(config(tmp_path, **{"train.keep": 1}), console=console)
     console.file.flush()
     printed = (tmp_path / "stdout").read_text()
