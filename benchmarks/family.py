@@ -19,9 +19,9 @@ from benchmarks import harness
 from benchmarks.worker import versions
 from rwkv_jax import params
 from rwkv_jax.checkpoint.store import load_run, read_config
-from rwkv_jax.generate import Sampling, Writer
-from rwkv_jax.generate.decode import BLOCK, extend, prefill
 from rwkv_jax.models import VERSIONS, specs
+from rwkv_jax.sampling import Sampling, Writer
+from rwkv_jax.sampling.decode import BLOCK, extend, prefill
 from rwkv_jax.training.metrics import read_metrics
 from rwkv_jax.training.plot import smooth
 

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=29_517)
     args = parser.parse_args()
     if args.process is not None:
-        together(args)
+        run_on_all(args)
         return
 
     from benchmarks import harness
@@ -140,7 +140,7 @@ def run_together(args: argparse.Namespace) -> list[dict]:
     return found
 
 
-def together(args: argparse.Namespace) -> None:
+def run_on_all(args: argparse.Namespace) -> None:
     """One of the processes: prints what it saw."""
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
@@ -165,7 +165,7 @@ def together(args: argparse.Namespace) -> None:
     train_step = make_train_step(cfg, cfg.model)
     memory, losses, marks = [], [], []
     for step, batch in enumerate(prefetched(Rows(loader, mesh).read, range(args.steps)), 1):
-        with sharding.using(mesh):
+        with sharding.use_mesh(mesh):
             state, metrics = train_step(state, batch)
         losses.append(float(metrics.loss))
         if step in (5, args.steps // 4, args.steps // 2, args.steps):

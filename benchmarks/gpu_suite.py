@@ -391,9 +391,9 @@ def training(suite: Suite) -> dict:
 def decoding(suite: Suite) -> dict:
     """Tokens/s of all rows together, drawn with top-p 0.85, and the share of the copy's bytes/s."""
     from rwkv_jax import ModelConfig, init_params
-    from rwkv_jax.generate import Sampling
-    from rwkv_jax.generate.decode import decode, decoding_layout, prefill
-    from rwkv_jax.generate.transforms import Vocabulary
+    from rwkv_jax.sampling import Sampling
+    from rwkv_jax.sampling.decode import decode, decoding_layout, prefill
+    from rwkv_jax.sampling.transforms import Vocabulary
 
     layers, width, vocab = (1, 64, 256) if suite.tiny else (12, 768, 65536)
     cfg = ModelConfig(version="7", layers=layers, width=width, vocab_size=vocab)

@@ -22,7 +22,7 @@ from benchmarks.harness import console
 from benchmarks.hlo import bytes_moved
 from benchmarks.worker import versions
 from rwkv_jax import ModelConfig, init_params, models
-from rwkv_jax.training.loss import cross_entropy
+from rwkv_jax.loss import cross_entropy
 from rwkv_jax.wkv import wkv4, wkv6, wkv7
 from rwkv_jax.wkv.cases import Shape, wkv4_inputs, wkv6_inputs, wkv7_inputs
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from rwkv_jax import sharding
-from rwkv_jax.remat import keep
+from rwkv_jax.remat import save_for_backward
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int, Leaf
 
 LAYER_NORM_EPS = 1e-5
@@ -29,12 +29,12 @@ class Norm(Generic[Leaf]):
     bias: Leaf
 
 
-def along(vector: Float[Array, " c"], x: Float[Array, "*shape c"]) -> Float[Array, "*ones c"]:
+def expand(vector: Float[Array, " c"], x: Float[Array, "*shape c"]) -> Float[Array, "*ones c"]:
     """A parameter vector shaped and cast to act on the last axis of `x`."""
     return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
-def rows(
+def embed(
     table: Float[Array, "*layers V c"], tokens: Int[Array, "b t"], dtype: Any = None
 ) -> Float[Array, "*layers b t c"]:
     """The table's rows of these tokens, parted as they are, in `dtype` (None: the table's)."""
@@ -95,11 +95,13 @@ def linear(
     if isinstance(weight, Transposed):
         tokens, matrix = x.reshape(-1, x.shape[-1]), weight.rows.astype(x.dtype)
         y = (matrix @ tokens[0])[None] if len(tokens) == 1 else tokens @ matrix.T
-        return keep(y.reshape(*x.shape[:-1], -1))
+        return save_for_backward(y.reshape(*x.shape[:-1], -1))
     weight = weight.astype(x.dtype)
     if any(jax.typeof(x).sharding.spec[1:-1]):
-        return keep(_product(x, weight))
-    return keep(_product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1))
+        return save_for_backward(_product(x, weight))
+    return save_for_backward(
+        _product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)
+    )
 
 
 def _product(x: Float[Array, "*m i"], weight: Float[Array, "i o"]) -> Float[Array, "*m o"]:
@@ -136,7 +138,7 @@ def layer_norm(x: Float[Array, "*shape c"], norm: Norm[Array]) -> Float[Array, "
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     y = centred * lax.rsqrt(variance + LAYER_NORM_EPS)
-    return (y * along(norm.weight, y) + along(norm.bias, y)).astype(x.dtype)
+    return (y * expand(norm.weight, y) + expand(norm.bias, y)).astype(x.dtype)
 
 
 def group_norm(
@@ -148,7 +150,7 @@ def group_norm(
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     y = join_heads(centred * lax.rsqrt(variance + eps))
-    return (y * along(norm.weight, y) + along(norm.bias, y)).astype(x.dtype)
+    return (y * expand(norm.weight, y) + expand(norm.bias, y)).astype(x.dtype)
 
 
 def split_heads(x: Float[Array, "*shape c"], head_size: int) -> Float[Array, "*shape h n"]:

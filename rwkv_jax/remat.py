@@ -1,12 +1,12 @@
-"""Rematerialisation: what the backward pass keeps of a layer, and what it computes again.
+"""Rematerialisation: what the backward pass saves of a layer, and what it recomputes.
 
-none     keeps every intermediate (but not parameters that were brought together for it)
-dots     keeps what `keep` marks, the results of matrix products and of the WKV, and computes the
-         cheap rest again: half the memory of `none`, and no slower, as less is stored
-wkv      keeps what the WKV needs for its gradient, its input apart: products are made again, the
+none     saves every intermediate (but not parameters that were gathered for it)
+dots     saves what `save_for_backward` tags, the results of matrix products and of the WKV, and
+         recomputes the cheap rest: half the memory of `none`, and no slower, as less is stored
+wkv      saves what the WKV needs for its gradient, except its inputs: products are recomputed, the
          recurrence is not
-block    keeps the layer's input only
-offload  keeps what `dots` keeps, in the host's memory where the device has one beside its own
+block    saves each layer's input only
+offload  saves what `dots` saves, in host memory where the device has memory of its own
 """
 
 from functools import partial
@@ -23,19 +23,19 @@ Tree = TypeVar("Tree")
 
 _PRODUCT, _WKV = "rwkv_jax.product", "rwkv_jax.wkv"
 GATHERED = "rwkv_jax.gathered"
-"""The name of parameters that were brought together from several devices (`checkpoint_name`)."""
+"""`checkpoint_name` of parameters that were gathered from several devices."""
 
 
-def keep(x: Tree, *, of_wkv: bool = False) -> Tree:
-    """Mark arrays, of a matrix product or of the WKV, as too dear to compute again."""
+def save_for_backward(x: Tree, *, of_wkv: bool = False) -> Tree:
+    """Tag arrays (products, or with `of_wkv` the WKV's) as too expensive to recompute."""
     return jax.tree.map(partial(checkpoint_name, name=_WKV if of_wkv else _PRODUCT), x)
 
 
 def rematerialise(layer: Callable, how: Remat, *, prevent_cse: bool) -> Callable:
-    """`layer`, keeping for its gradient what `how` says.
+    """`layer` under `jax.checkpoint`, saving for its gradient what `how` says.
 
-    `prevent_cse`: see `jax.checkpoint`; false under `lax.scan`. Raises `ValueError` for another
-    `how`.
+    `prevent_cse`: see `jax.checkpoint`; false under `lax.scan`. Raises `ValueError` for an
+    unknown `how`.
     """
     policies = jax.checkpoint_policies
     named = {"dots": (_PRODUCT, _WKV), "wkv": (_WKV,), "block": ()}

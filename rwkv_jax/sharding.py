@@ -52,7 +52,7 @@ def spec(
     if shape:
         devices = [math.prod(mesh.shape[name] for name in part) for part in parts]
         divides = [size % count == 0 for size, count in zip(shape, devices, strict=True)]
-        parts = [part if whole else () for part, whole in zip(parts, divides, strict=True)]
+        parts = [part if divided else () for part, divided in zip(parts, divides, strict=True)]
     return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in parts))
 
 
@@ -78,15 +78,15 @@ def names_of(part: Any) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else tuple(part or ())
 
 
-def using(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     """The context in which a program is for this mesh; None: for one device."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def spread(x: Any, place: NamedSharding) -> Array:
+def put_global(x: Any, place: NamedSharding) -> Array:
     """An array that every process has, parted over the devices of all."""
-    whole = np.asarray(x)
-    return jax.make_array_from_callback(whole.shape, place, lambda part: whole[part])
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, place, lambda part: host[part])
 
 
 def time_axis() -> str | None:
@@ -94,18 +94,18 @@ def time_axis() -> str | None:
     return SEQUENCE if SEQUENCE in jax.sharding.get_abstract_mesh().axis_names else None
 
 
-def like(x: Array, other: Any) -> Array:
+def reshard_like(x: Array, other: Any) -> Array:
     """`x` parted as the type of `other`, over explicit axes."""
     return jax.reshard(x, jax.typeof(other).sharding.spec) if is_explicit() else x
 
 
-def rows_like(tokens: Array, x: Array) -> Array:
+def shard_rows_like(tokens: Array, x: Array) -> Array:
     """`x` [layers, b, ...] with its rows parted as those of `tokens`."""
     rows = jax.typeof(tokens).sharding.spec[0]
     return jax.reshard(x, PartitionSpec(None, rows)) if is_explicit() else x
 
 
-def rows_over_batch(state: PyTree) -> PyTree:
+def shard_batch(state: PyTree) -> PyTree:
     """States [layers, b, ...] with their rows over the devices of the batch."""
     if not is_explicit():
         return state
@@ -113,7 +113,7 @@ def rows_over_batch(state: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.reshard(x, rows), state)
 
 
-def whole(x: Array) -> Array:
+def replicate(x: Array) -> Array:
     """`x` on every device."""
     return jax.reshard(x, PartitionSpec()) if is_explicit() else x
 
@@ -135,7 +135,7 @@ def is_automatic(axis: str) -> bool:
     return axis not in mesh.manual_axes and axis not in mesh.explicit_axes
 
 
-def parts_of_time(x: Array, axis: str) -> Array:
+def shard_time(x: Array, axis: str) -> Array:
     """`x` [b, t], its time parted over this explicit axis."""
     return jax.reshard(x, PartitionSpec(jax.typeof(x).sharding.spec[0], axis))
 

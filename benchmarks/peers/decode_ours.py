@@ -11,10 +11,10 @@ def start(options: dict):
 
     from benchmarks.peers.official_weights import random_rwkv7
     from rwkv_jax.checkpoint.keymaps import from_official
-    from rwkv_jax.generate import Sampling
-    from rwkv_jax.generate.decode import BLOCK, decode, decoding_layout, prefill
-    from rwkv_jax.generate.transforms import Vocabulary
     from rwkv_jax.nn import Transposed
+    from rwkv_jax.sampling import Sampling
+    from rwkv_jax.sampling.decode import BLOCK, decode, decoding_layout, prefill
+    from rwkv_jax.sampling.transforms import Vocabulary
 
     def is_large(leaf) -> bool:
         return isinstance(leaf, Transposed)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_jax import states
+from rwkv_jax.cli.terminal import Meter, changed, listed, note, show, take_turns, to_number
 from rwkv_jax.data.conversations import Template
 from rwkv_jax.errors import UserError, held_interrupts, interruptible
-from rwkv_jax.generate import Sampling, Start, Writer
-from rwkv_jax.generate.chat import THINK, ChatPiece, Conversation
-from rwkv_jax.generate.session import Finish, check_seed, check_tokens
-from rwkv_jax.generate.terminal import Meter, changed, listed, note, show, take_turns, to_number
+from rwkv_jax.sampling import Sampling, Start, Writer
+from rwkv_jax.sampling.chat import THINK, ChatPiece, Conversation
+from rwkv_jax.sampling.session import Finish, check_seed, check_tokens
 
 HELP = f"""\
 What you type is said to the model, which replies. A line that ends with a backslash goes on in the

@@ -5,7 +5,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from rwkv_jax.cli.running import command, run, spoken
+from rwkv_jax.cli.command import command, run, spoken
 from rwkv_jax.errors import UserError
 
 ABOUT = """

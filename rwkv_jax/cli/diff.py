@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rwkv_jax.cli.running import command, run, spoken, width
+from rwkv_jax.cli.command import command, run, spoken, width
 
 ABOUT = """
 Two files of weights, tensor by tensor, whatever their formats: how far apart they are, the farthest

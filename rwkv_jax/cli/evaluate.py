@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rwkv_jax.cli.running import command, run, spoken, width
+from rwkv_jax.cli.command import command, run, spoken, width
 from rwkv_jax.errors import UserError, within_memory
 
 ABOUT = """
@@ -101,8 +101,8 @@ def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
 def _evaluate(args: argparse.Namespace) -> None:
     _check(args)
     # Here, so that --help and a mistyped option answer at once.
+    from rwkv_jax.console import LastingConsole
     from rwkv_jax.evaluation import tasks
-    from rwkv_jax.training.console import LastingConsole
 
     # Before the model, which may take long to load, whatever can be wrong in what it is to read.
     endings = [(name, tasks.read_endings(name, args.limit or 0)) for name in args.lambada]
@@ -251,7 +251,7 @@ def _load(args: argparse.Namespace) -> _Subject:
     from rwkv_jax.checkpoint.weights import load_with_tokenizer
     from rwkv_jax.compiled import keep_compiled_programs
     from rwkv_jax.config import DataConfig
-    from rwkv_jax.generate.decode import decoding_dtype
+    from rwkv_jax.sampling.decode import decoding_dtype
 
     keep_compiled_programs(DataConfig().cache_root)
     params, cfg, tokenizer = load_with_tokenizer(args.model, args.tokenizer)
@@ -304,9 +304,9 @@ def _texts(
     sources: Sequence[tuple[str, Iterable[str]]],
 ) -> list[dict[str, Any]]:
     """Measures and shows the texts; what --json says of them."""
+    from rwkv_jax.evaluation.bits import compressors
     from rwkv_jax.evaluation.plot import plot
     from rwkv_jax.evaluation.text import encode, measure
-    from rwkv_jax.training.evaluate import compressors
 
     results, marks = [], []
     for name, documents in sources:

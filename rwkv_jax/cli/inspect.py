@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from rwkv_jax.cli.running import command, run, spoken, width
+from rwkv_jax.cli.command import command, run, spoken, width
 from rwkv_jax.errors import UserError
 
 ABOUT = """
@@ -128,7 +128,7 @@ def _header(console: Any, weights: Any, cfg: Any, tensors: Mapping[str, Any]) ->
     import dataclasses
 
     from rwkv_jax.checkpoint.weights import find_tokenizer
-    from rwkv_jax.training.console import header
+    from rwkv_jax.console import header
 
     ranks = {
         key.name.removeprefix("rank_"): getattr(cfg, key.name)

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rwkv_jax.cli.running import command, run, spoken, width
+from rwkv_jax.cli.command import command, run, spoken, width
 
 if TYPE_CHECKING:
     from rwkv_jax.config import DataConfig

@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from rwkv_jax.cli.running import command, run, spoken
+from rwkv_jax.cli.command import command, run, spoken
 from rwkv_jax.errors import UserError
 
 ABOUT = """
@@ -45,9 +45,9 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax sample") -> int:
 
 def _sample(args: argparse.Namespace) -> None:
     # Here, so that --help and a mistyped option answer at once.
-    from rwkv_jax.generate import Sampling, Session, generate_with
-    from rwkv_jax.generate.session import check_seed, check_tokens
-    from rwkv_jax.generate.terminal import Dialogue, Meter, print_texts
+    from rwkv_jax.cli.terminal import Dialogue, Meter, print_texts
+    from rwkv_jax.sampling import Sampling, Session, generate_with
+    from rwkv_jax.sampling.session import check_seed, check_tokens
 
     names = ("temperature", "top_p", "top_k", "presence", "frequency", "decay")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -102,7 +102,7 @@ def _sample(args: argparse.Namespace) -> None:
 def _chat(args: argparse.Namespace, given: dict[str, float]) -> None:
     from rwkv_jax.cli.chat import chat
     from rwkv_jax.data.conversations import TEMPLATES
-    from rwkv_jax.generate.chat import CHAT_SAMPLING
+    from rwkv_jax.sampling.chat import CHAT_SAMPLING
 
     if args.prompt or args.prompt_file or args.stop or args.interactive or not args.echo:
         raise UserError(
@@ -137,7 +137,7 @@ def _any_text() -> None:
 
 
 def _one_text(session, prompt: str, sampling, tokens: int, echo: bool, stop: list[str]) -> None:
-    from rwkv_jax.generate.terminal import Meter, print_texts
+    from rwkv_jax.cli.terminal import Meter, print_texts
 
     meter = Meter()
     session.feed(prompt)
@@ -154,7 +154,7 @@ def _saved(path: str, writer):
 
 def _start(path: str, saved, writer):
     from rwkv_jax import states
-    from rwkv_jax.generate import Start
+    from rwkv_jax.sampling import Start
 
     if states.rows(saved.state) != 1:
         raise UserError(f"{path}: {states.rows(saved.state)} rows; take one with rwkv_jax.states")
@@ -267,7 +267,7 @@ def _load(args: argparse.Namespace):
     from rwkv_jax.checkpoint.weights import load_with_tokenizer
     from rwkv_jax.compiled import keep_compiled_programs
     from rwkv_jax.config import DataConfig
-    from rwkv_jax.generate import Writer
+    from rwkv_jax.sampling import Writer
 
     keep_compiled_programs(DataConfig().cache_root)
     return Writer(*load_with_tokenizer(args.model, args.tokenizer))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from rwkv_jax.cli.running import command, run, spoken, width
+from rwkv_jax.cli.command import command, run, spoken, width
 from rwkv_jax.errors import UserError
 
 ABOUT = """
@@ -102,7 +102,7 @@ def _bar() -> Iterator[Callable[[int, int], None] | None]:
 def _report(result: Any, seconds: float) -> None:
     from rich.console import Console
 
-    from rwkv_jax.training.console import header
+    from rwkv_jax.console import header
 
     counts, console = result.counts, Console(width=width())
     rows = {

@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from rwkv_jax.cli.running import command, run, spoken
+from rwkv_jax.cli.command import command, run, spoken
 
 HELP = """
 Train an RWKV model on your text, and see what it has learnt.
@@ -49,7 +49,7 @@ def _train(prog: str, config: Path, overrides: list[str], profile: bool) -> None
 
     keep_compiled_programs(cfg.data.cache_root)
     hosts.join()
-    with hosts.leaving(prog):
+    with hosts.exit_on_failure(prog):
         try:
             train(cfg, stated=stated, profile=profile)
         except KeyboardInterrupt as interrupt:

@@ -21,8 +21,8 @@ from jax import lax
 from rwkv_jax import models, states
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import Tokenizer
+from rwkv_jax.evaluation.bits import finite, one_late
 from rwkv_jax.models import Model
-from rwkv_jax.training.evaluate import finite, one_late
 from rwkv_jax.typing import Array
 
 WIDTHS = (256, 64, 16)

@@ -30,12 +30,12 @@ from rwkv_jax.compiled import keep_compiled_programs
 from rwkv_jax.config import DataConfig, ModelConfig
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.errors import UserError
+from rwkv_jax.evaluation.bits import finite, token_costs
 from rwkv_jax.evaluation.continuations import Prompt, score, split
 from rwkv_jax.evaluation.text import WINDOW
-from rwkv_jax.generate import Sampling, Start, Writer, generate_with
-from rwkv_jax.generate.decode import decoding_dtype, decoding_layout
 from rwkv_jax.models import Model
-from rwkv_jax.training.evaluate import finite, token_costs
+from rwkv_jax.sampling import Sampling, Start, Writer, generate_with
+from rwkv_jax.sampling.decode import decoding_dtype, decoding_layout
 from rwkv_jax.typing import Array
 
 try:

@@ -37,9 +37,9 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.files import SourceFile, read_lines
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.errors import UserError
+from rwkv_jax.evaluation.bits import perplexity
 from rwkv_jax.evaluation.continuations import Prompt, Score, score, split
 from rwkv_jax.models import Model
-from rwkv_jax.training.evaluate import perplexity
 from rwkv_jax.typing import Array
 
 Report = Callable[[int, int], None]

@@ -5,7 +5,7 @@
     perplexity per word   exp(sum / words), a word being what white space separates: compares any
                           models, but says little of code, or where words have no spaces between
 
-Documents are read as in training (`rwkv_jax.training.evaluate`): each from a fresh state, `eod`
+Documents are read as in training (`rwkv_jax.evaluation.bits`): each from a fresh state, `eod`
 first, and the `eod` that ends it is a token like any other. So whole held-out text costs here what
 it costs there.
 
@@ -28,8 +28,8 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.prepare import pieces_of
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.errors import UserError
+from rwkv_jax.evaluation.bits import Evaluation, finite, perplexity, token_costs
 from rwkv_jax.models import Model
-from rwkv_jax.training.evaluate import Evaluation, finite, perplexity, token_costs
 from rwkv_jax.typing import Array
 
 FIRST_STRETCH = 16

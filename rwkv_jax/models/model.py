@@ -172,13 +172,13 @@ def backbone(
         return _over_mesh(run, mesh_axis, params, tokens, state, reset, lengths)
     if mesh_axis and not sharding.is_manual(mesh_axis):
         check_axis("forward", mesh_axis, tokens.shape[1])
-        parted = partial(sharding.parts_of_time, axis=mesh_axis)
+        parted = partial(sharding.shard_time, axis=mesh_axis)
         tokens, reset = jax.tree.map(parted, (tokens, reset))
     module = VERSIONS[cfg.version]
     unstacked = isinstance(params.blocks, tuple)
     if state is None:
         fresh: State = jax.tree.map(
-            partial(sharding.rows_like, tokens), init_state(cfg, tokens.shape[0], params)
+            partial(sharding.shard_rows_like, tokens), init_state(cfg, tokens.shape[0], params)
         )
         state = unstack(fresh) if unstacked else fresh
     check_state(state, cfg, tokens.shape[0])
@@ -194,7 +194,7 @@ def backbone(
         implementation=implementation,
     )
     with jax.named_scope("embed"):
-        x = nn.layer_norm(nn.rows(params.emb, tokens, dtype), params.ln0)
+        x = nn.layer_norm(nn.embed(params.emb, tokens, dtype), params.ln0)
 
     def layer(stream, inputs):
         block_params, block_state, first = inputs
@@ -209,7 +209,7 @@ def backbone(
         one = blocks[0] if unstacked else jax.tree.map(itemgetter(0), blocks)
         of_one = state.blocks[0] if unstacked else jax.tree.map(itemgetter(0), state.blocks)
         given_back, _ = jax.eval_shape(layer, stream, (one, of_one, True))
-        stream = jax.tree.map(sharding.like, stream, given_back)
+        stream = jax.tree.map(sharding.reshard_like, stream, given_back)
     if unstacked:
         states = []
         for i, inputs in enumerate(zip(blocks, state.blocks, strict=True)):

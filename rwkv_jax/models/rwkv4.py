@@ -85,7 +85,7 @@ def interpolate(
     x: Float[Array, "b t c"], previous: Float[Array, "b t c"], mu: Float[Array, " c"]
 ) -> Float[Array, "b t c"]:
     """`x * mu + previous * (1 - mu)`: version 4 weighs the current token by mu."""
-    return previous + (x - previous) * nn.along(mu, x)
+    return previous + (x - previous) * nn.expand(mu, x)
 
 
 def time_mix(

@@ -118,7 +118,7 @@ def time_mix(
         r, k, v = nn.linear(x_r, p.receptance), nn.linear(x_k, p.key), nn.linear(x_v, p.value)
         g = jax.nn.silu(nn.linear(x_g, p.gate))
         w = nn.lora(x_w, p.time_decay_w1, p.time_decay_w2, jnp.tanh).astype(jnp.float32)
-        log_w = -jnp.exp(w + nn.along(p.time_decay, w))
+        log_w = -jnp.exp(w + nn.expand(p.time_decay, w))
     with jax.named_scope("wkv"):
         r, log_w, k, v = (nn.split_heads(z, n) for z in (r, log_w, k, v))
         y, state = wkv6(
@@ -144,11 +144,11 @@ def shifted(
 ) -> list[Float[Array, "b t c"]]:
     """`x_w x_k x_v x_r x_g`; `delta` is the previous token less `x`."""
     p = params
-    hidden = jnp.tanh(nn.linear(x + delta * nn.along(p.time_maa_x, x), p.time_maa_w1))
+    hidden = jnp.tanh(nn.linear(x + delta * nn.expand(p.time_maa_x, x), p.time_maa_w1))
     fixed = (p.time_maa_w, p.time_maa_k, p.time_maa_v, p.time_maa_r, p.time_maa_g)
     parts = jnp.split(hidden, len(fixed), axis=-1)
     return [
-        x + delta * (nn.along(maa, x) + nn.linear(part, up))
+        x + delta * (nn.expand(maa, x) + nn.linear(part, up))
         for maa, part, up in zip(fixed, parts, p.time_maa_w2, strict=True)
     ]
 
@@ -166,8 +166,8 @@ def channel_mix(
     p = params
     previous, last = nn.token_shift(x, last, reset, lengths, mesh_axis)
     delta = previous - x
-    hidden = nn.linear(x + delta * nn.along(p.time_maa_k, x), p.key)
-    r = jax.nn.sigmoid(nn.linear(x + delta * nn.along(p.time_maa_r, x), p.receptance))
+    hidden = nn.linear(x + delta * nn.expand(p.time_maa_k, x), p.key)
+    r = jax.nn.sigmoid(nn.linear(x + delta * nn.expand(p.time_maa_r, x), p.receptance))
     return r * nn.squared_relu_linear(hidden, p.value), last
 
 

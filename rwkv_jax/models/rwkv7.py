@@ -115,19 +115,19 @@ def time_mix(
         previous, last = nn.token_shift(x, last, reset, lengths, mesh_axis)
         delta = previous - x
         x_r, x_w, x_k, x_v, x_a, x_g = (
-            x + delta * nn.along(mu, x) for mu in (p.x_r, p.x_w, p.x_k, p.x_v, p.x_a, p.x_g)
+            x + delta * nn.expand(mu, x) for mu in (p.x_r, p.x_w, p.x_k, p.x_v, p.x_a, p.x_g)
         )
     with jax.named_scope("projections"):
         r, k, v = nn.linear(x_r, p.receptance), nn.linear(x_k, p.key), nn.linear(x_v, p.value)
         w_raw = nn.lora(x_w, p.w1, p.w2, jnp.tanh).astype(jnp.float32)
-        log_w = LOG_W_SCALE * jax.nn.sigmoid(w_raw + nn.along(p.w0, w_raw))
-        a = jax.nn.sigmoid(nn.lora(x_a, p.a1, p.a2) + nn.along(p.a0, x))
+        log_w = LOG_W_SCALE * jax.nn.sigmoid(w_raw + nn.expand(p.w0, w_raw))
+        a = jax.nn.sigmoid(nn.lora(x_a, p.a1, p.a2) + nn.expand(p.a0, x))
         g = nn.lora(x_g, p.g1, p.g2, jax.nn.sigmoid)
-        v_first = jnp.where(first, v, sharding.like(v_first, v))
-        v = v + (v_first - v) * jax.nn.sigmoid(nn.lora(x_v, p.v1, p.v2) + nn.along(p.v0, x))
+        v_first = jnp.where(first, v, sharding.reshard_like(v_first, v))
+        v = v + (v_first - v) * jax.nn.sigmoid(nn.lora(x_v, p.v1, p.v2) + nn.expand(p.v0, x))
     with jax.named_scope("keys"):
-        kk = normalise(nn.split_heads(k * nn.along(p.k_k, x), n))
-        k = k * (1 + (a - 1) * nn.along(p.k_a, x))
+        kk = normalise(nn.split_heads(k * nn.expand(p.k_k, x), n))
+        k = k * (1 + (a - 1) * nn.expand(p.k_a, x))
         r, log_w, k, v_heads, a = (nn.split_heads(z, n) for z in (r, log_w, k, v, a))
     with jax.named_scope("wkv"):
         y, state = wkv7(
@@ -168,7 +168,7 @@ def channel_mix(
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b c"]]:
     """`relu(x_k W_k)^2 W_v`, and the token-shift state to hand on."""
     previous, last = nn.token_shift(x, last, reset, lengths, mesh_axis)
-    x_k = x + (previous - x) * nn.along(params.x_k, x)
+    x_k = x + (previous - x) * nn.expand(params.x_k, x)
     return nn.squared_relu_linear(nn.linear(x_k, params.key), params.value), last
 
 

@@ -78,7 +78,7 @@ def look_up(blocks: Any, tokens: Int[Array, "b t"]) -> Any:
     """The blocks with, for each table, the rows of these tokens: [.., b, t, rank^2]."""
     if isinstance(blocks, tuple):
         return tuple(look_up(layer, tokens) for layer in blocks)
-    rows = nn.rows(blocks.ffn.s_emb, tokens)
+    rows = nn.embed(blocks.ffn.s_emb, tokens)
     return replace(blocks, ffn=replace(blocks.ffn, s_emb=rows))
 
 
@@ -103,7 +103,7 @@ def channel_mix(
     it."""
     p = params
     previous, last = nn.token_shift(x, last, reset, lengths, mesh_axis)
-    hidden = nn.linear(x + (previous - x) * nn.along(p.x_k, x), p.key)
+    hidden = nn.linear(x + (previous - x) * nn.expand(p.x_k, x), p.key)
     with jax.named_scope("deep_embed"):
         low = nn.linear(x, p.s1)
         rank = low.shape[-1]
@@ -111,7 +111,7 @@ def channel_mix(
         matrix = matrix.reshape(*x.shape[:-1], rank, rank)
         low = jnp.einsum("bti,btij->btj", low, matrix)
         gain = nn.linear(low, p.s2)
-        gain = gain + nn.along(p.s0, gain)
+        gain = gain + nn.expand(p.s0, gain)
     return nn.linear(jnp.square(jax.nn.relu(hidden)) * gain, p.value), last
 
 

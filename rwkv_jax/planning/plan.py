@@ -126,7 +126,7 @@ def make_plan(cfg: Config, topology: Topology) -> Plan:
         )
     platform = topology.platform
     began = time.monotonic()
-    with sharding.using(mesh):
+    with sharding.use_mesh(mesh):
         traced = make_train_step(cfg, cfg.model).trace(state, batch)
         lowered = traced.lower(lowering_platforms=(platform,))
         try:

@@ -157,12 +157,12 @@ def _plain(environment: Mapping[str, str]) -> dict[str, Any]:
     return {"coordinator_address": address, "num_processes": count, "process_id": number}
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Whether this process writes the files and speaks."""
     return jax.process_index() == 0
 
 
-def together(action: Callable[[], T]) -> T:
+def run_on_all(action: Callable[[], T]) -> T:
     """What `action` gives here, once every process has done it. Where one fails, all raise its
     `UserError`."""
     if jax.process_count() == 1:
@@ -172,13 +172,13 @@ def together(action: Callable[[], T]) -> T:
         result = action()
     except UserError as error:
         told = str(error)
-    for number, message in enumerate(everyones(told)):
+    for number, message in enumerate(allgather_text(told)):
         if message:
             raise HostsError(message if number == 0 else f"process {number}: {message}")
     return result  # pyright: ignore[reportReturnType]
 
 
-def everyones(text: str) -> list[str]:
+def allgather_text(text: str) -> list[str]:
     """What each process says, by its number; of a longer text the beginning."""
     if jax.process_count() == 1:
         return [text]
@@ -195,7 +195,7 @@ def check_equal(what: Mapping[str, str], remedy: str) -> None:
     if jax.process_count() == 1:
         return
     text = "\n".join(f"{name} = {value}" for name, value in what.items())
-    first, *others = everyones(text)
+    first, *others = allgather_text(text)
     for number, other in enumerate(others, 1):
         if other != first:
             pairs = zip(other.splitlines(), first.splitlines(), strict=False)
@@ -211,7 +211,7 @@ def is_shared(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def leaving(prog: str) -> Iterator[None]:
+def exit_on_failure(prog: str) -> Iterator[None]:
     """Ends this process when it fails, where others would wait for it for ever.
 
     What all of them come to is the first one's to tell (a `SharedError`, an `Interrupted` that is
@@ -225,8 +225,8 @@ def leaving(prog: str) -> Iterator[None]:
             raise
         code, told = _last_words(error)
         shared = is_shared(error)
-        if is_first() or not shared:
-            name = prog if is_first() else f"{prog}, process {jax.process_index()}"
+        if is_primary() or not shared:
+            name = prog if is_primary() else f"{prog}, process {jax.process_index()}"
             print(f"{name}: {told}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()

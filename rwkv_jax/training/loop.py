@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
-from rwkv_jax import generate, models, sharding
+from rwkv_jax import console as show
+from rwkv_jax import models, sampling, sharding
 from rwkv_jax import params as tables
 from rwkv_jax.checkpoint.store import CHECKPOINTS, CONFIG, DamagedError, Store, sweep, versions
 from rwkv_jax.checkpoint.weights import load
@@ -31,26 +32,25 @@ from rwkv_jax.config import MINI_EPOCH, Config, literal
 from rwkv_jax.data.loader import Loader, prefetched
 from rwkv_jax.data.sources import Data, open_data
 from rwkv_jax.errors import within_memory
+from rwkv_jax.evaluation.bits import compressors, evaluate
 from rwkv_jax.hardware import chip_of
-from rwkv_jax.training import console as show
-from rwkv_jax.training.evaluate import compressors, evaluate
 from rwkv_jax.training.flops import model_flops
+from rwkv_jax.training.folder import RunError, adopt, claim, describe, fingerprint, resolve, writing
 from rwkv_jax.training.hosts import (
     Interrupted,
     SharedError,
+    allgather_text,
     check_equal,
-    everyones,
-    is_first,
+    is_primary,
     is_shared,
-    together,
+    run_on_all,
 )
-from rwkv_jax.training.mesh import Rows, brought_together, make_mesh, told
+from rwkv_jax.training.mesh import Rows, gather_to_host, make_mesh, stop_flag
 from rwkv_jax.training.metrics import MetricsLog, read_metrics
-from rwkv_jax.training.pace import Pace
 from rwkv_jax.training.plot import plot
-from rwkv_jax.training.run import RunError, adopt, claim, describe, fingerprint, resolve, writing
 from rwkv_jax.training.state import TrainState, abstract_train_state, init_train_state
-from rwkv_jax.training.step import Metrics, make_train_step, what_is_not_finite
+from rwkv_jax.training.step import Metrics, describe_nonfinite, make_train_step
+from rwkv_jax.training.timer import Pace
 
 LESS_MEMORY = "lower train.batch or model.width, raise train.accumulate, or set train.remat=block"
 
@@ -75,16 +75,16 @@ def train(
     Raises `UserError` for whatever the user can mend (`NonFiniteError` if training diverged), and
     `Interrupted` after the first SIGINT or SIGTERM, once a checkpoint is saved.
     """
-    first = is_first()
+    first = is_primary()
     check_equal(_settings(cfg), "start all with the same settings")
     console = console or show.LastingConsole(quiet=not first)
-    cfg = together(partial(adopt, cfg, stated or {}))
-    mesh = together(partial(make_mesh, cfg))
-    tokens = together(partial(open_data, cfg.data, progress=first))
-    cfg, loader = together(partial(resolve, cfg, tokens))
+    cfg = run_on_all(partial(adopt, cfg, stated or {}))
+    mesh = run_on_all(partial(make_mesh, cfg))
+    tokens = run_on_all(partial(open_data, cfg.data, progress=first))
+    cfg, loader = run_on_all(partial(resolve, cfg, tokens))
     check_equal({"text": fingerprint(tokens)}, "give all of them the same text")
     with contextlib.ExitStack() as stack:
-        folder = together(partial(_claim, cfg, tokens, stack))
+        folder = run_on_all(partial(_claim, cfg, tokens, stack))
         with _store(folder, cfg.train.keep) as store, within_memory(LESS_MEMORY):
             run = _open(cfg, tokens, loader, folder, store, console, mesh)
             with contextlib.closing(run.log):
@@ -98,7 +98,7 @@ def train(
                         f"Stopped after the last step, which is saved in {folder};"
                         " the same command evaluates it."
                     ) from None
-            together(_nothing)  # nobody leaves while another still writes
+            run_on_all(_nothing)  # nobody leaves while another still writes
     return folder
 
 
@@ -129,7 +129,7 @@ def _settings(cfg: Config) -> dict[str, str]:
 
 def _claim(cfg: Config, tokens: Data, stack: contextlib.ExitStack) -> Path:
     """The run's folder, which the first process holds until `stack` is closed."""
-    if not is_first():
+    if not is_primary():
         return Path(cfg.train.output).expanduser()
     folder = stack.enter_context(claim(cfg, tokens))
     if not (folder / CONFIG).exists():
@@ -224,7 +224,7 @@ def _open(
         loader=loader,
         folder=folder,
         store=store,
-        log=together(partial(_begin_log, folder, cfg, tokens, step or 0)),
+        log=run_on_all(partial(_begin_log, folder, cfg, tokens, step or 0)),
         ticker=show.Ticker(console, cfg.train.steps),
         console=console,
         mesh=mesh,
@@ -240,7 +240,7 @@ def _open(
 
 def _begin_log(folder: Path, cfg: Config, tokens: Data, step: int) -> MetricsLog:
     """The log that goes on after a step, once the folder says what the run is."""
-    if not is_first():
+    if not is_primary():
         return MetricsLog(None, step)
     describe(folder, cfg, tokens)
     with writing(folder):
@@ -262,15 +262,17 @@ def _restored(
             return error
 
     while True:
-        found = together(read)
-        damage = next(filter(None, everyones(str(found) * isinstance(found, DamagedError))), "")
+        found = run_on_all(read)
+        damage = next(
+            filter(None, allgather_text(str(found) * isinstance(found, DamagedError))), ""
+        )
         if not damage:
             assert not isinstance(found, DamagedError)
             return step, *found
         before = store.latest(before=step)
         if before is None:
             raise _SharedRunError(damage)
-        aside = together(partial(store.set_aside, step) if is_first() else _nothing)
+        aside = run_on_all(partial(store.set_aside, step) if is_primary() else _nothing)
         store.reload()
         going_on = f"{damage.rpartition(';')[0]}\nkept as {aside}; going on from step {before:,}"
         console.print(going_on, markup=False, highlight=False, soft_wrap=True)
@@ -354,8 +356,8 @@ def _train_steps(run: _Run, stop: _Stop, profile: bool) -> None:
         _evaluate(run, limit=train.eval_tokens)
     with run.ticker.running(run.step), contextlib.closing(coming), contextlib.closing(tracer):
         for batch in pace.batches(coming):
-            asked = [told(run.mesh, stop.requested)] if run.mesh and several else []
-            with sharding.using(run.mesh):
+            asked = [stop_flag(run.mesh, stop.requested)] if run.mesh and several else []
+            with sharding.use_mesh(run.mesh):
                 run.state, metrics = train_step(run.state, batch, *asked)
             run.step += 1
             tracer.step(run, run.step - first)
@@ -479,7 +481,7 @@ def _diverged(run: _Run, step: int, metrics: Metrics) -> str:
     if good is not None:
         saved = f"the last good checkpoint is {run.folder / CHECKPOINTS / str(good)}"
     return (
-        f"step {step}: {what_is_not_finite(metrics, run.state.params)}; {saved}:"
+        f"step {step}: {describe_nonfinite(metrics, run.state.params)}; {saved}:"
         " lower optimizer.peak_lr (another train.output), or raise optimizer.warmup_steps"
     )
 
@@ -505,7 +507,7 @@ def _save(run: _Run, owed: bool) -> None:
 
 
 def _plot(run: _Run) -> None:
-    if not is_first():
+    if not is_primary():
         return
     model = run.cfg.model
     title = f"RWKV-{model.version}, {model.layers} layers of width {model.width}"
@@ -519,7 +521,7 @@ def _evaluate(
     train = run.cfg.train
     if not run.tokens.heldout_bytes:
         return math.nan
-    with sharding.using(run.mesh):
+    with sharding.use_mesh(run.mesh):
         result = evaluate(
             run.state.params,
             run.tokens,
@@ -551,7 +553,7 @@ def _finish(run: _Run) -> None:
     """The final evaluation, beside compressors on the same text, and a sample."""
     if run.tokens.heldout_bytes:
         with run.console.status("compressing the held-out text with gzip -9 and xz -9"):
-            marks = compressors(run.tokens.heldout_text()) if is_first() else {}
+            marks = compressors(run.tokens.heldout_text()) if is_primary() else {}
         with run.pace.between("evaluating"), show.evaluating(run.console) as report:
             bpb = _evaluate(run, report=report, final=True, compressors=marks)
         name = f"RWKV-{run.cfg.model.version} (this run)"
@@ -587,10 +589,10 @@ def _sample(run: _Run) -> None:
     weights = run.state.params
     run.state = None  # pyright: ignore[reportAttributeAccessIssue]
     if run.mesh is not None:
-        weights = brought_together(weights)
-    if not is_first():
+        weights = gather_to_host(weights)
+    if not is_primary():
         return
-    pieces = generate.generate(
+    pieces = sampling.generate(
         weights,
         run.cfg.model,
         run.tokens.tokenizer,

@@ -156,7 +156,7 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
     return sharding.named(mesh, None, "batch")
 
 
-def told(mesh: Mesh, asked: bool) -> Array:
+def stop_flag(mesh: Mesh, asked: bool) -> Array:
     """What this process says to all: a number for each of its devices, to be added up by a step."""
     place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     return jax.make_array_from_callback((mesh.size,), place, lambda _: np.full(1, asked, np.int32))
@@ -186,7 +186,7 @@ class Rows:
         return jax.make_array_from_callback(self._shape, self._sharding, piece)
 
 
-def brought_together(params: PyTree) -> PyTree:
+def gather_to_host(params: PyTree) -> PyTree:
     """Parameters as arrays of this process alone, whole; every process has to ask."""
     return jax.tree.map(
         lambda x: jnp.asarray(multihost_utils.process_allgather(x, tiled=True)), params

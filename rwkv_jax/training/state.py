@@ -58,8 +58,8 @@ def init_train_state(
             params = jax.jit(partial(models.init_params, model_cfg), out_shardings=places)(key)
     elif mesh is not None:
         places = params_shardings(models.specs(model_cfg), mesh)
-        params = jax.tree.map(sharding.spread, params, places)
-    with sharding.using(mesh):
+        params = jax.tree.map(sharding.put_global, params, places)
+    with sharding.use_mesh(mesh):
         opt_state = jax.jit(optimizer_for(cfg, model_cfg).init)(params)
         step, carried = jax.jit(lambda: jnp.zeros((), jnp.int32))(), None
         if cfg.train.carry_state:
@@ -81,7 +81,7 @@ def abstract_train_state(
     if mesh is None:
         return TrainState(step, params, jax.eval_shape(init, params), carried)
     params = jax.tree.map(_at, params, params_shardings(models.specs(model_cfg), mesh))
-    with sharding.using(mesh):
+    with sharding.use_mesh(mesh):
         opt_state = jax.eval_shape(init, params)
     whole = NamedSharding(mesh, PartitionSpec())
     opt_state = jax.tree.map(

@@ -12,9 +12,9 @@ from jax import lax
 from rwkv_jax import models, sharding
 from rwkv_jax.config import Config, ModelConfig
 from rwkv_jax.data.loader import Batch
+from rwkv_jax.loss import cross_entropy
 from rwkv_jax.models.state import rms
 from rwkv_jax.params import path_name
-from rwkv_jax.training.loss import cross_entropy
 from rwkv_jax.training.optimizer import schedule
 from rwkv_jax.training.state import TrainState, optimizer_for, schedule_steps
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int, Leaf, PyTree
@@ -43,7 +43,7 @@ def make_train_step(cfg: Config, model_cfg: ModelConfig) -> jax.stages.Wrapped:
     """The jitted `train_step(state, batch, asked=None) -> (state, metrics)`; it consumes its
     `state`. `asked`: one number of each device; their sum is told to all.
 
-    Called where a mesh is in context (`sharding.using`), with a state and a batch that lie on it,
+    Called with a mesh in context (`sharding.use_mesh`) and a state and a batch that lie on it,
     each device computes its part of both.
     """
     train = cfg.train
@@ -90,7 +90,7 @@ def make_train_step(cfg: Config, model_cfg: ModelConfig) -> jax.stages.Wrapped:
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             # A bad update is not taken: the state stays the last good one, whatever reads it
             # afterwards.
-            carried = jax.tree.map(sharding.like, carried, state.carried)
+            carried = jax.tree.map(sharding.reshard_like, carried, state.carried)
             updated = TrainState(state.step + 1, params, opt_state, carried)
             state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
         lr = learning_rate(updated.step - 1)
@@ -146,7 +146,7 @@ def _weights(mask: Bool[Array, "b t"]) -> Float[Array, "b t"]:
     return mask * (mask.size / jnp.maximum(jnp.sum(mask), 1))
 
 
-def what_is_not_finite(metrics: Metrics, params: PyTree) -> str:
+def describe_nonfinite(metrics: Metrics, params: PyTree) -> str:
     """In words, for a step that was not finite: the loss, the gradients of which parameters."""
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     bad = [name for name, is_bad in zip(names, metrics.bad_gradients, strict=True) if is_bad]

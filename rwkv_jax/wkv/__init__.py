@@ -55,10 +55,10 @@ Sources: arXiv:2305.13048 (version 4), arXiv:2404.05892 (versions 5 and 6), arXi
 
 from rwkv_jax.wkv.dispatch import IMPLEMENTATIONS, KERNELS, wkv4, wkv6, wkv7
 from rwkv_jax.wkv.leaks import leak_test
-from rwkv_jax.wkv.v4.scan import Wkv4State
-from rwkv_jax.wkv.v4.scan import step as wkv4_step
-from rwkv_jax.wkv.v6.scan import step as wkv6_step
-from rwkv_jax.wkv.v7.scan import step as wkv7_step
+from rwkv_jax.wkv.v4.recurrence import Wkv4State
+from rwkv_jax.wkv.v4.recurrence import step as wkv4_step
+from rwkv_jax.wkv.v6.recurrence import step as wkv6_step
+from rwkv_jax.wkv.v7.recurrence import step as wkv7_step
 
 __all__ = [
     "IMPLEMENTATIONS",

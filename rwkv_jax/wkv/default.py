@@ -37,22 +37,22 @@ from rwkv_jax.wkv.v4 import chunked as v4_chunked
 from rwkv_jax.wkv.v4 import kernel as v4_kernel
 from rwkv_jax.wkv.v4 import pallas_gpu as v4_pallas_gpu
 from rwkv_jax.wkv.v4 import pallas_tpu as v4_pallas_tpu
-from rwkv_jax.wkv.v4 import scan as v4_scan
-from rwkv_jax.wkv.v4.scan import Wkv4State
+from rwkv_jax.wkv.v4 import recurrence as v4_scan
+from rwkv_jax.wkv.v4.recurrence import Wkv4State
 from rwkv_jax.wkv.v6 import chunked as v6_chunked
 from rwkv_jax.wkv.v6 import kernel as v6_kernel
 from rwkv_jax.wkv.v6 import pallas_gpu as v6_pallas_gpu
 from rwkv_jax.wkv.v6 import pallas_tpu as v6_pallas_tpu
-from rwkv_jax.wkv.v6 import scan as v6_scan
-from rwkv_jax.wkv.v6.chunk import Heads
-from rwkv_jax.wkv.v6.chunk import Inputs as Inputs6
+from rwkv_jax.wkv.v6 import recurrence as v6_scan
+from rwkv_jax.wkv.v6.algebra import Heads
+from rwkv_jax.wkv.v6.algebra import Inputs as Inputs6
 from rwkv_jax.wkv.v7 import chunked as v7_chunked
 from rwkv_jax.wkv.v7 import kernel as v7_kernel
 from rwkv_jax.wkv.v7 import pallas_gpu as v7_pallas_gpu
 from rwkv_jax.wkv.v7 import pallas_tpu as v7_pallas_tpu
-from rwkv_jax.wkv.v7 import scan as v7_scan
+from rwkv_jax.wkv.v7 import recurrence as v7_scan
 from rwkv_jax.wkv.v7 import tokens as v7_tokens
-from rwkv_jax.wkv.v7.chunk import Inputs as Inputs7
+from rwkv_jax.wkv.v7.algebra import Inputs as Inputs7
 
 KERNELS4 = (v4_pallas_gpu.KERNEL, v4_pallas_tpu.KERNEL)
 KERNELS6 = (v6_pallas_gpu.KERNEL, v6_pallas_tpu.KERNEL)

@@ -14,18 +14,18 @@ from rwkv_jax.wkv.v4 import associative as v4_associative
 from rwkv_jax.wkv.v4 import chunked as v4_chunked
 from rwkv_jax.wkv.v4 import pallas_gpu as v4_pallas_gpu
 from rwkv_jax.wkv.v4 import pallas_tpu as v4_pallas_tpu
-from rwkv_jax.wkv.v4 import scan as v4_scan
-from rwkv_jax.wkv.v4.scan import Wkv4State
+from rwkv_jax.wkv.v4 import recurrence as v4_scan
+from rwkv_jax.wkv.v4.recurrence import Wkv4State
 from rwkv_jax.wkv.v6 import associative as v6_associative
 from rwkv_jax.wkv.v6 import chunked as v6_chunked
 from rwkv_jax.wkv.v6 import pallas_gpu as v6_pallas_gpu
 from rwkv_jax.wkv.v6 import pallas_tpu as v6_pallas_tpu
-from rwkv_jax.wkv.v6 import scan as v6_scan
+from rwkv_jax.wkv.v6 import recurrence as v6_scan
 from rwkv_jax.wkv.v7 import associative as v7_associative
 from rwkv_jax.wkv.v7 import chunked as v7_chunked
 from rwkv_jax.wkv.v7 import pallas_gpu as v7_pallas_gpu
 from rwkv_jax.wkv.v7 import pallas_tpu as v7_pallas_tpu
-from rwkv_jax.wkv.v7 import scan as v7_scan
+from rwkv_jax.wkv.v7 import recurrence as v7_scan
 
 IMPLEMENTATIONS = ("scan", "chunked", "associative")
 """Names that `implementation=` takes on any device."""

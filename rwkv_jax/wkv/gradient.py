@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from rwkv_jax.remat import keep
+from rwkv_jax.remat import save_for_backward
 from rwkv_jax.typing import Callable
 
 
@@ -24,7 +24,7 @@ def with_gradient(
         return primal(*given)
 
     def run_forward(*given):
-        outputs, kept = keep(forward(*given), of_wkv=True)
+        outputs, kept = save_for_backward(forward(*given), of_wkv=True)
         return outputs, (given, (outputs, kept) if keeps_outputs else kept)
 
     def run_backward(residuals, cotangents):

@@ -16,8 +16,8 @@ from rwkv_jax.typing import Array, Bool, Callable, Float
 from rwkv_jax.wkv import mosaic, triton
 from rwkv_jax.wkv.gradient import with_gradient
 from rwkv_jax.wkv.kernels import on_platform, per_row
-from rwkv_jax.wkv.v6 import scan as v6_scan
-from rwkv_jax.wkv.v7 import scan as v7_scan
+from rwkv_jax.wkv.v6 import recurrence as v6_scan
+from rwkv_jax.wkv.v7 import recurrence as v7_scan
 
 ROWS = 16
 """Rows of the state a program on a GPU: rows do not mix."""
@@ -42,7 +42,7 @@ def tile7(
     a: Float[Array, "1 n"],
     b: Float[Array, "1 n"],
 ) -> tuple[Float[Array, "m 1"], Float[Array, "m n"]]:
-    """`v7.scan.step` of some rows: y, and the state after."""
+    """`v7.recurrence.step` of some rows: y, and the state after."""
     removed = jnp.sum(state * a, axis=1, keepdims=True)
     state = state * jnp.exp(log_w) + removed * b + v * k
     return jnp.sum(state * r, axis=1, keepdims=True), state
@@ -56,7 +56,7 @@ def tile6(
     k: Float[Array, "1 n"],
     u: Float[Array, "1 n"],
 ) -> tuple[Float[Array, "m 1"], Float[Array, "m n"]]:
-    """`v6.scan.step` of some rows."""
+    """`v6.recurrence.step` of some rows."""
     own = jnp.sum(r * u * k, axis=1, keepdims=True)
     y = jnp.sum(state * r, axis=1, keepdims=True) + own * v
     return y, state * jnp.exp(log_w) + v * k

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec
 from rwkv_jax.sharding import is_manual, names_of
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int
 from rwkv_jax.wkv.v4 import associative as v4
-from rwkv_jax.wkv.v4.scan import Wkv4State
+from rwkv_jax.wkv.v4.recurrence import Wkv4State
 from rwkv_jax.wkv.v6 import associative as v6
 from rwkv_jax.wkv.v7 import associative as v7
 

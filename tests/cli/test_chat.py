@@ -14,11 +14,11 @@ from rwkv_jax import states
 from rwkv_jax.cli import chat as command
 from rwkv_jax.data.conversations import TEMPLATES
 from rwkv_jax.errors import UserError
-from rwkv_jax.generate import Sampling, Start
-from rwkv_jax.generate.chat import CHAT_SAMPLING
-from rwkv_jax.generate.decode import prefill
-from tests.generate.conftest import config, weights
-from tests.generate.test_chat import Pieces, Scripted, random_talk, said, telling
+from rwkv_jax.sampling import Sampling, Start
+from rwkv_jax.sampling.chat import CHAT_SAMPLING
+from rwkv_jax.sampling.decode import prefill
+from tests.sampling.conftest import config, weights
+from tests.sampling.test_chat import Pieces, Scripted, random_talk, said, telling
 
 ROOT = Path(command.__file__).parents[2]
 
@@ -229,8 +229,8 @@ CHILD = """
 import readline  # as the command does: it is what echoes lines typed ahead
 from rwkv_jax.cli.chat import chat
 from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.generate import Writer
-from tests.generate.conftest import config, weights
+from rwkv_jax.sampling import Writer
+from tests.sampling.conftest import config, weights
 chat(Writer(weights("7"), config("7"), ByteTokenizer()), seed=3, max_tokens=10**9)
 """
 

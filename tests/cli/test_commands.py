@@ -17,7 +17,7 @@ from rwkv_jax.checkpoint import weights
 from rwkv_jax.checkpoint.pth import write_pth
 from rwkv_jax.checkpoint.safetensors import read_safetensors
 from rwkv_jax.cli import inspect as inspect_command
-from rwkv_jax.cli.running import run
+from rwkv_jax.cli.command import run
 
 ROOT = Path(program.__file__).parents[1]
 RANKS = (6, 5, 4, 7, 3)

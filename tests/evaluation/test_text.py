@@ -12,9 +12,9 @@ from rwkv_jax.data.prepare import Tokens
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.errors import UserError
 from rwkv_jax.evaluation import text as module
+from rwkv_jax.evaluation.bits import evaluate
 from rwkv_jax.evaluation.continuations import Prompt, score
 from rwkv_jax.evaluation.text import encode, measure
-from rwkv_jax.training.evaluate import evaluate
 
 DOCUMENTS = ["a", "héllo wörld, " * 6, "1 2 3 4 5 6 7 8 9", "x" * 15, "of  white\n\nspace " * 3]
 

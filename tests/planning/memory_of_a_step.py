@@ -40,7 +40,7 @@ state = init_train_state(cfg, cfg.model, mesh=mesh)
 batch = jax.tree.map(
     lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), abstract_batch(cfg, mesh)
 )
-with sharding.using(mesh):
+with sharding.use_mesh(mesh):
     step = make_train_step(cfg, cfg.model).lower(state, batch).compile()
     jax.block_until_ready(state)
     gc.collect()

@@ -45,7 +45,7 @@ def steps(cfg, mesh, count=2, masked=False):
     state, reports = init_train_state(cfg, cfg.model, mesh=mesh), []
     abstract = abstract_train_state(cfg, cfg.model, mesh)
     step = make_train_step(cfg, cfg.model)
-    with sharding.using(mesh):
+    with sharding.use_mesh(mesh):
         for number in range(count):
             state, metrics = step(state, read(number))
             reports.append(jax.device_get(metrics))
@@ -235,7 +235,7 @@ def test_what_grows_with_rows_and_time_lies_in_parts(version, mesh):
     """On every device its rows and its time alone, and of heads and hidden channels its own."""
     cfg = config(mesh, version, context=512)
     made = make_mesh(cfg)
-    with sharding.using(made):
+    with sharding.use_mesh(made):
         given = abstract_train_state(cfg, cfg.model, made), abstract_batch(cfg, made)
         program = make_train_step(cfg, cfg.model).trace(*given).jaxpr.jaxpr
     rows_and_time = math.prod(size for axis, size in made.shape.items() if axis != "tensor")

@@ -20,7 +20,7 @@ from rwkv_jax.config import (
 )
 from rwkv_jax.data.loader import Batch, Stream, open_loader
 from rwkv_jax.training.state import abstract_train_state, init_train_state
-from rwkv_jax.training.step import make_train_step, what_is_not_finite
+from rwkv_jax.training.step import describe_nonfinite, make_train_step
 
 ROOT = Path(__file__).parents[2]
 MODELS = {
@@ -103,8 +103,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_says_what():
     before = jax.tree.map(np.asarray, state)
     after, metrics = compiled_step("7")(state, batch())
     assert not metrics.finite
-    assert "the loss is nan" in what_is_not_finite(metrics, after.params)
-    assert "the gradient is not finite in" in what_is_not_finite(metrics, after.params)
+    assert "the loss is nan" in describe_nonfinite(metrics, after.params)
+    assert "the gradient is not finite in" in describe_nonfinite(metrics, after.params)
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, after), before)
 
 
@@ -118,7 +118,7 @@ def test_names_the_parameter_whose_gradient_is_not_finite():
     ]
     index = names.index("blocks.ffn.key")
     bad = metrics.replace(bad_gradients=metrics.bad_gradients.at[index].set(True))
-    assert what_is_not_finite(bad, state.params) == ("the gradient is not finite in blocks.ffn.key")
+    assert describe_nonfinite(bad, state.params) == ("the gradient is not finite in blocks.ffn.key")
 
 
 def test_abstract_state_is_the_states_shape():

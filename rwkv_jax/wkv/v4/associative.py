@@ -16,7 +16,7 @@ from rwkv_jax.typing import Array, Bool, Float
 from rwkv_jax.wkv.chunks import fit
 from rwkv_jax.wkv.gradient import outputs_of, with_gradient
 from rwkv_jax.wkv.reverse import reverse_only
-from rwkv_jax.wkv.v4.scan import LOG_ZERO, Wkv4State, blend
+from rwkv_jax.wkv.v4.recurrence import LOG_ZERO, Wkv4State, blend
 from rwkv_jax.wkv.v4.sweeps import (
     SweptBack,
     Tokens,

@@ -15,7 +15,7 @@ from rwkv_jax.wkv.chunks import fit
 from rwkv_jax.wkv.gradient import with_gradient
 from rwkv_jax.wkv.reverse import reverse_only
 from rwkv_jax.wkv.tokens import in_place
-from rwkv_jax.wkv.v4.scan import Wkv4State, token
+from rwkv_jax.wkv.v4.recurrence import Wkv4State, token
 from rwkv_jax.wkv.v4.sweeps import (
     SweptBack,
     Tokens,

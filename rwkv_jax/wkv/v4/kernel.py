@@ -18,7 +18,7 @@ from rwkv_jax.wkv import kernels
 from rwkv_jax.wkv.precision import computed
 from rwkv_jax.wkv.reverse import reverse_only
 from rwkv_jax.wkv.v4 import chunked
-from rwkv_jax.wkv.v4.scan import LOG_ZERO, Wkv4State
+from rwkv_jax.wkv.v4.recurrence import LOG_ZERO, Wkv4State
 from rwkv_jax.wkv.v4.sweeps import (
     SweptBack,
     Tokens,

@@ -14,7 +14,7 @@ from rwkv_jax.typing import Array
 from rwkv_jax.wkv import triton
 from rwkv_jax.wkv.v4 import kernel
 from rwkv_jax.wkv.v4.kernel import SIZE, Kernel, operator, token
-from rwkv_jax.wkv.v4.scan import Wkv4State
+from rwkv_jax.wkv.v4.recurrence import Wkv4State
 from rwkv_jax.wkv.v4.sweeps import SweptBack
 
 

@@ -17,7 +17,7 @@ from rwkv_jax.wkv import mosaic
 from rwkv_jax.wkv.mosaic import LANES
 from rwkv_jax.wkv.v4 import kernel
 from rwkv_jax.wkv.v4.kernel import SIZE, Kernel, operator, token
-from rwkv_jax.wkv.v4.scan import Wkv4State
+from rwkv_jax.wkv.v4.recurrence import Wkv4State
 from rwkv_jax.wkv.v4.sweeps import SweptBack
 
 SUBLANES = 8

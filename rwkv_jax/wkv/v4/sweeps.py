@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Float
-from rwkv_jax.wkv.v4.scan import LOG_ZERO, Wkv4State, absorb, blend, forget, read
+from rwkv_jax.wkv.v4.recurrence import LOG_ZERO, Wkv4State, absorb, blend, forget, read
 
 LARGEST_EXPONENT = 80.0
 """Products that cannot exceed e^80 are cut there: a float32 overflow would make 0 * inf of a masked

@@ -11,8 +11,8 @@ from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Float
 from rwkv_jax.wkv.chunks import Documents, cut, document_ids, documents, fit, join, transpose
-from rwkv_jax.wkv.v6 import chunk
-from rwkv_jax.wkv.v6.chunk import Heads, Inputs
+from rwkv_jax.wkv.v6 import algebra
+from rwkv_jax.wkv.v6.algebra import Heads, Inputs
 
 CHUNK = 16
 
@@ -41,9 +41,9 @@ def wkv6(
 
 def summarise(x: Inputs, heads: Heads, docs: Documents | None) -> tuple[Array, Array]:
     """P [.., k, 1] and X [.., k, v] of every chunk."""
-    s = chunk.relate(x, heads, docs)
+    s = algebra.relate(x, heads, docs)
     nothing = jnp.zeros((*x.v.shape[:-2], x.k.shape[-1], x.v.shape[-1]), x.v.dtype)
-    return s.total, chunk.forward(x, heads, s, nothing, docs)[1]
+    return s.total, algebra.forward(x, heads, s, nothing, docs)[1]
 
 
 def compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -58,4 +58,4 @@ def act(state: Array, part: tuple[Array, Array]) -> Array:
 
 def read(x: Inputs, heads: Heads, entering: Array, docs: Documents | None) -> Array:
     """`y` of every chunk, given the state that enters it."""
-    return chunk.forward(x, heads, chunk.relate(x, heads, docs), entering, docs)[0]
+    return algebra.forward(x, heads, algebra.relate(x, heads, docs), entering, docs)[0]

@@ -13,8 +13,8 @@ from rwkv_jax.typing import Array, Bool, Float
 from rwkv_jax.wkv.chunks import documents, fit, in_chunks, pad, put, take, transpose
 from rwkv_jax.wkv.gradient import outputs_of, with_gradient
 from rwkv_jax.wkv.reverse import reverse_only
-from rwkv_jax.wkv.v6 import chunk
-from rwkv_jax.wkv.v6.chunk import Heads, Inputs
+from rwkv_jax.wkv.v6 import algebra
+from rwkv_jax.wkv.v6.algebra import Heads, Inputs
 
 CHUNK = 32
 FORWARD_MODE = "'scan' or 'associative'"
@@ -57,7 +57,7 @@ def forward(
         i, ids = step
         x = Inputs(*(take(array, i, size) for array in padded))
         docs = documents(ids, state.dtype)
-        out, after = chunk.forward(x, heads, chunk.relate(x, heads, docs), state, docs)
+        out, after = algebra.forward(x, heads, algebra.relate(x, heads, docs), state, docs)
         return (after, put(y, out, i)), state
 
     (after, y), entering = lax.scan(body, (state, jnp.zeros_like(padded.v)), steps)
@@ -82,8 +82,10 @@ def backward(
         (i, ids), state = step
         x = Inputs(*(take(array, i, size) for array in padded))
         docs = documents(ids, state.dtype)
-        scores = chunk.relate(x, heads, docs)
-        dx, more, dstate = chunk.backward(x, heads, scores, state, take(dy, i, size), dstate, docs)
+        scores = algebra.relate(x, heads, docs)
+        dx, more, dstate = algebra.backward(
+            x, heads, scores, state, take(dy, i, size), dstate, docs
+        )
         out = jax.tree.map(lambda into, x: put(into, x, i), out, dx)
         return (dstate, jax.tree.map(jnp.add, dheads, more), out), None
 

@@ -9,7 +9,7 @@ from rwkv_jax.wkv.chunks import transpose
 from rwkv_jax.wkv.kernels import Form, Kernel
 from rwkv_jax.wkv.reverse import reverse_only
 from rwkv_jax.wkv.v6 import chunked
-from rwkv_jax.wkv.v6.chunk import LOG_ZERO, Heads, Inputs
+from rwkv_jax.wkv.v6.algebra import LOG_ZERO, Heads, Inputs
 
 
 def operator(kernel: Kernel, named: bool):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv.tiles import Products, Rows, over_lanes, over_rows
-from rwkv_jax.wkv.v6.chunk import Inputs
+from rwkv_jax.wkv.v6.algebra import Inputs
 
 OPERATOR = "wkv6"
 LOG_ZERO = -1e3

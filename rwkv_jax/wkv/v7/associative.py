@@ -11,8 +11,8 @@ from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Float
 from rwkv_jax.wkv.chunks import Documents, cut, document_ids, dot, fit, join, transpose
-from rwkv_jax.wkv.v7 import chunk
-from rwkv_jax.wkv.v7.chunk import Inputs
+from rwkv_jax.wkv.v7 import algebra
+from rwkv_jax.wkv.v7.algebra import Inputs
 
 CHUNK = 32
 
@@ -30,7 +30,7 @@ def wkv7(
     """`rwkv_jax.wkv.wkv7` by an associative scan over chunks of 32; differentiated by JAX."""
     size = fit(CHUNK, r.shape[1])
     x = Inputs(*(cut(array, size) for array in (r, log_w, k, v, a, b)))
-    docs = chunk.documents(document_ids(reset, size), state.dtype)
+    docs = algebra.documents(document_ids(reset, size), state.dtype)
     maps = lax.associative_scan(compose, jax.checkpoint(summarise)(x, docs))
     after = act(state[None], maps)
     entering = jnp.concatenate([state[None], after[:-1]])
@@ -40,7 +40,7 @@ def wkv7(
 
 def summarise(x: Inputs, docs: Documents | None) -> tuple[Array, Array]:
     """M [.., k, k] and X [.., v, k] of every chunk."""
-    s = chunk.relate(x, docs)
+    s = algebra.relate(x, docs)
     size = x.r.shape[-2]
     left, right = s.left[..., :size, :], s.right
     n = left.shape[-1]
@@ -68,4 +68,4 @@ def act(state: Array, part: tuple[Array, Array]) -> Array:
 
 def read(x: Inputs, entering: Array, docs: Documents | None) -> Array:
     """`y` of every chunk, given the state that enters it."""
-    return chunk.forward(x, chunk.relate(x, docs), entering, docs)[0]
+    return algebra.forward(x, algebra.relate(x, docs), entering, docs)[0]

@@ -12,8 +12,8 @@ from rwkv_jax.typing import Array, Bool, Float
 from rwkv_jax.wkv.chunks import fit, in_chunks, pad, put, take
 from rwkv_jax.wkv.gradient import outputs_of, with_gradient
 from rwkv_jax.wkv.reverse import reverse_only
-from rwkv_jax.wkv.v7 import chunk
-from rwkv_jax.wkv.v7.chunk import Inputs
+from rwkv_jax.wkv.v7 import algebra
+from rwkv_jax.wkv.v7.algebra import Inputs
 
 CHUNK = 32
 FORWARD_MODE = "'scan' or 'associative'"
@@ -51,8 +51,8 @@ def forward(
         state, y = carry
         i, ids = step
         x = Inputs(*(take(array, i, size) for array in padded))
-        docs = chunk.documents(ids, state.dtype)
-        out, after = chunk.forward(x, chunk.relate(x, docs), state, docs)
+        docs = algebra.documents(ids, state.dtype)
+        out, after = algebra.forward(x, algebra.relate(x, docs), state, docs)
         return (after, put(y, out, i)), state
 
     (after, y), entering = lax.scan(body, (state, jnp.zeros_like(padded.v)), steps)
@@ -76,9 +76,9 @@ def backward(
         dstate, out = carry
         (i, ids), state = step
         x = Inputs(*(take(array, i, size) for array in padded))
-        docs = chunk.documents(ids, state.dtype)
-        scores = chunk.relate(x, docs)
-        gradients, dstate = chunk.backward(x, scores, state, take(dy, i, size), dstate, docs)
+        docs = algebra.documents(ids, state.dtype)
+        scores = algebra.relate(x, docs)
+        gradients, dstate = algebra.backward(x, scores, state, take(dy, i, size), dstate, docs)
         out = jax.tree.map(lambda into, x: put(into, x, i), out, gradients)
         return (dstate, out), None
 

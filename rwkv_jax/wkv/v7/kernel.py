@@ -5,7 +5,7 @@ from rwkv_jax.wkv import kernels, one_token
 from rwkv_jax.wkv.kernels import Form, Kernel
 from rwkv_jax.wkv.reverse import reverse_only
 from rwkv_jax.wkv.v7 import chunked
-from rwkv_jax.wkv.v7.chunk import Inputs
+from rwkv_jax.wkv.v7.algebra import Inputs
 
 
 def operator(kernel: Kernel, named: bool):

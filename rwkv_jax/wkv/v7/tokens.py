@@ -12,7 +12,7 @@ from jax import lax
 from rwkv_jax.typing import Array, Bool, Float
 from rwkv_jax.wkv.chunks import dot, transpose
 from rwkv_jax.wkv.tokens import at
-from rwkv_jax.wkv.v7.chunk import Inputs
+from rwkv_jax.wkv.v7.algebra import Inputs
 
 
 def wkv7(

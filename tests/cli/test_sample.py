@@ -15,12 +15,13 @@ import sample
 from rwkv_jax import states
 from rwkv_jax.checkpoint.store import Store, load_run
 from rwkv_jax.checkpoint.weights import save
+from rwkv_jax.cli import terminal
 from rwkv_jax.config import Config, to_toml
 from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.generate import Piece, Sampling, Session, Writer, generate, generate_with, terminal
 from rwkv_jax.models import init_state
+from rwkv_jax.sampling import Piece, Sampling, Session, Writer, generate, generate_with
 from rwkv_jax.training.state import TrainState
-from tests.generate.conftest import config, weights
+from tests.sampling.conftest import config, weights
 
 ROOT = Path(sample.__file__).parent
 FLAGS = ["--tokens", "20", "--seed", "3"]

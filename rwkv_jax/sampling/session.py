@@ -17,7 +17,8 @@ import numpy as np
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import StreamDecoder, Tokenizer
 from rwkv_jax.errors import PREDICTS_NAN, UserError
-from rwkv_jax.generate.decode import (
+from rwkv_jax.models import Model, State, check_state, stack, unstack
+from rwkv_jax.sampling.decode import (
     BLOCK,
     NO_TOKEN,
     NOT_FINITE,
@@ -29,9 +30,8 @@ from rwkv_jax.generate.decode import (
     prefill,
     reseed,
 )
-from rwkv_jax.generate.text import StopStrings
-from rwkv_jax.generate.transforms import Settings, Vocabulary
-from rwkv_jax.models import Model, State, check_state, stack, unstack
+from rwkv_jax.sampling.text import StopStrings
+from rwkv_jax.sampling.transforms import Settings, Vocabulary
 from rwkv_jax.typing import Array, Float
 
 UNCOUNTED = " \t0123456789"

@@ -18,8 +18,11 @@ from jax import lax
 from jaxtyping import Key
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.generate.compiler import jit_for_decoding
-from rwkv_jax.generate.transforms import (
+from rwkv_jax.models import Model, State, backbone, forward, head, init_state, specs, unstack
+from rwkv_jax.nn import Transposed
+from rwkv_jax.params import ParamSpec, is_spec
+from rwkv_jax.sampling.compiler import jit_for_decoding
+from rwkv_jax.sampling.transforms import (
     Counts,
     Settings,
     Vocabulary,
@@ -28,9 +31,6 @@ from rwkv_jax.generate.transforms import (
     no_counts,
     sample,
 )
-from rwkv_jax.models import Model, State, backbone, forward, head, init_state, specs, unstack
-from rwkv_jax.nn import Transposed
-from rwkv_jax.params import ParamSpec, is_spec
 from rwkv_jax.typing import Array, Bool, Float, Int, Leaf
 
 CHUNKS = (256, 16, 1)

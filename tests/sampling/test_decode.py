@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from rwkv_jax import models
-from rwkv_jax.generate import Sampling
-from rwkv_jax.generate.decode import BLOCK, NO_TOKEN, decode, decoding_layout, extend, prefill
-from tests.generate.conftest import VOCAB, config, weights
+from rwkv_jax.sampling import Sampling
+from rwkv_jax.sampling.decode import BLOCK, NO_TOKEN, decode, decoding_layout, extend, prefill
+from tests.sampling.conftest import VOCAB, config, weights
 
 PROMPT = [5, 33, 200, 49, 1]
 

@@ -15,11 +15,11 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.conversations import TEMPLATES, Template, clean
 from rwkv_jax.data.tokenizers import ByteTokenizer, WorldTokenizer
 from rwkv_jax.errors import UserError
-from rwkv_jax.generate import Sampling, Start, Writer, chat, session
-from rwkv_jax.generate.chat import THINK, Conversation, encode, parts
-from rwkv_jax.generate.decode import NO_TOKEN, extend, prefill
 from rwkv_jax.models import stack
-from tests.generate.conftest import config, weights
+from rwkv_jax.sampling import Sampling, Start, Writer, chat, session
+from rwkv_jax.sampling.chat import THINK, Conversation, encode, parts
+from rwkv_jax.sampling.decode import NO_TOKEN, extend, prefill
+from tests.sampling.conftest import config, weights
 
 STORY = Template(opening="Once.\n\n")
 

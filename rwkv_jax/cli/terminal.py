@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from rwkv_jax.errors import UserError, held_interrupts, interruptible
-from rwkv_jax.generate.session import Finish, Piece, Sampling, Session, check_tokens
+from rwkv_jax.sampling.session import Finish, Piece, Sampling, Session, check_tokens
 
 HELP = """\
 What you type is appended to the text, and the model writes on. An empty line just goes on.

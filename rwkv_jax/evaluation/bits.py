@@ -30,7 +30,7 @@ from rwkv_jax import models, sharding
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.errors import PREDICTS_NAN, UserError
-from rwkv_jax.training.loss import token_nats
+from rwkv_jax.loss import token_nats
 from rwkv_jax.typing import Callable, PyTree
 
 T = TypeVar("T")
@@ -165,7 +165,7 @@ def token_costs(
     """What every token of the documents costs, a piece of every lane at a time.
 
     A document is an array of ids, at least one, and is read from a fresh state, `eod` first. Where
-    a mesh is in context (`sharding.using`), `params` lie on it and its devices share the lanes.
+    a mesh is in context (`sharding.use_mesh`), `params` lie on it and its devices share the lanes.
     """
     if not documents:
         return
@@ -200,7 +200,7 @@ def _places(lanes: int) -> tuple[Callable[[np.ndarray], Any], int]:
     if mesh.empty:
         return (lambda x: x), lanes
     devices = math.prod(mesh.shape.get(name, 1) for name in sharding.RULES["batch"])
-    return partial(sharding.spread, place=sharding.named(mesh, "batch", "time")), (
+    return partial(sharding.put_global, place=sharding.named(mesh, "batch", "time")), (
         -(-lanes // devices) * devices
     )
 
@@ -208,7 +208,7 @@ def _places(lanes: int) -> tuple[Callable[[np.ndarray], Any], int]:
 @partial(jax.jit, static_argnames=("cfg", "lanes"))
 def _fresh(params, *, cfg, lanes):
     """The state before a document in every lane, parted as the lanes."""
-    return sharding.rows_over_batch(models.init_state(cfg, lanes, params))
+    return sharding.shard_batch(models.init_state(cfg, lanes, params))
 
 
 @partial(jax.jit, static_argnames=("cfg", "dtype", "implementation"))
@@ -225,7 +225,7 @@ def _score(params, state, inputs, targets, reset, *, cfg, dtype, implementation)
     )
     nats = token_nats(hidden, params.head, targets)
     # Every process reads all of them.
-    return sharding.whole(nats), jax.tree.map(sharding.like, after, state)
+    return sharding.replicate(nats), jax.tree.map(sharding.reshard_like, after, state)
 
 
 def _documents(stream: np.ndarray, eod: int) -> list[np.ndarray]:

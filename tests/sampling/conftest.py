@@ -8,7 +8,7 @@ import pytest
 from rwkv_jax import models
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.generate import Writer
+from rwkv_jax.sampling import Writer
 
 VOCAB = 260  # three more than the tokenizer has
 

@@ -12,7 +12,7 @@ from rwkv_jax import models
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.prepare import Tokens
 from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.training.evaluate import compressors, evaluate
+from rwkv_jax.evaluation.bits import compressors, evaluate
 
 
 class Letters(ByteTokenizer):

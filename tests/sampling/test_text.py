@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv_jax.generate.text import StopStrings
+from rwkv_jax.sampling.text import StopStrings
 
 letters = st.text("ab\n", max_size=30)
 

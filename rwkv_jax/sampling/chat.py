@@ -28,8 +28,9 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.conversations import END, TEMPLATES, Template, clean
 from rwkv_jax.data.tokenizers import StreamDecoder, Tokenizer
 from rwkv_jax.errors import UserError
-from rwkv_jax.generate.decode import Rows, extend, prefill, reseed
-from rwkv_jax.generate.session import (
+from rwkv_jax.models import State, stack
+from rwkv_jax.sampling.decode import Rows, extend, prefill, reseed
+from rwkv_jax.sampling.session import (
     MAX_SEED,
     Finish,
     Pace,
@@ -42,7 +43,6 @@ from rwkv_jax.generate.session import (
     check_tokens,
     read_block,
 )
-from rwkv_jax.models import State, stack
 from rwkv_jax.typing import Array, Float
 
 CHAT_SAMPLING = Sampling(temperature=1.0, top_p=0.3, presence=0.5, frequency=0.5, decay=0.996)

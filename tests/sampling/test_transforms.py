@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from rwkv_jax.generate import transforms
-from rwkv_jax.generate.transforms import Settings
+from rwkv_jax.sampling import transforms
+from rwkv_jax.sampling.transforms import Settings
 
 truncate, sample = jax.jit(transforms.truncate), jax.jit(transforms.sample)
 

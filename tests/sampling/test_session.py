@@ -8,11 +8,11 @@ import pytest
 from rwkv_jax import states
 from rwkv_jax.data.tokenizers import ByteTokenizer, StreamDecoder
 from rwkv_jax.errors import UserError
-from rwkv_jax.generate import Sampling, Session, Start, Writer, generate, generate_with, session
-from rwkv_jax.generate.chat import Conversation
-from rwkv_jax.generate.decode import NOT_FINITE, decoding_layout, prefill
-from rwkv_jax.generate.session import Reader, read_block
-from tests.generate.conftest import config, weights
+from rwkv_jax.sampling import Sampling, Session, Start, Writer, generate, generate_with, session
+from rwkv_jax.sampling.chat import Conversation
+from rwkv_jax.sampling.decode import NOT_FINITE, decoding_layout, prefill
+from rwkv_jax.sampling.session import Reader, read_block
+from tests.sampling.conftest import config, weights
 
 PROMPTS = ["def", "", "é"]
 WILD = Sampling(top_p=1.0)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rwkv_jax.training.loss import cross_entropy, token_nats
+from rwkv_jax.loss import cross_entropy, token_nats
 
 
 def example(b=3, t=7, c=5, vocab=11, scale=2.0, dtype=jnp.float32):

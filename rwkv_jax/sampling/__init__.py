@@ -1,6 +1,6 @@
 """Sampling: prefill, the jitted decode loop, and the transforms of logits."""
 
-from rwkv_jax.generate.session import (
+from rwkv_jax.sampling.session import (
     Piece,
     Sampling,
     Session,
