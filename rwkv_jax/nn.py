@@ -18,26 +18,32 @@ from rwkv_jax.remat import save_for_backward
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int, Leaf
 
 LAYER_NORM_EPS = 1e-5
-"""Of every layer norm of every version (official `nn.LayerNorm` default)."""
+"""Of every layer norm (the default of torch's `nn.LayerNorm`)."""
+GROUP_NORM_EPS = 64e-5
+"""Of every group norm, whatever the head size: the official 1e-5 on y / 8."""
 
 
 @struct.dataclass
 class Norm(Generic[Leaf]):
-    """The affine part of a normalisation: two vectors."""
+    """Scale and shift of a normalisation."""
 
     weight: Leaf
     bias: Leaf
 
 
 def expand(vector: Float[Array, " c"], x: Float[Array, "*shape c"]) -> Float[Array, "*ones c"]:
-    """A parameter vector shaped and cast to act on the last axis of `x`."""
+    """A parameter vector with the rank and dtype of `x`, to broadcast along its last axis."""
     return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 def embed(
     table: Float[Array, "*layers V c"], tokens: Int[Array, "b t"], dtype: Any = None
 ) -> Float[Array, "*layers b t c"]:
-    """The table's rows of these tokens, parted as they are, in `dtype` (None: the table's)."""
+    """The table's rows of these tokens, sharded as the tokens are, in `dtype` (None: the table's).
+
+    Where a mesh shards the table, it does so by columns: what travels grows with the batch, not
+    with the vocabulary.
+    """
     dtype = dtype or table.dtype
 
     def look_up(table: Array, tokens: Array) -> Array:
@@ -45,40 +51,32 @@ def embed(
 
     if not sharding.is_explicit():
         return look_up(table, tokens)
-    parted = jax.typeof(tokens).sharding.spec
-    layers = [None] * (table.ndim - 2)
-    found = PartitionSpec(*layers, *parted, None)
-    columns = sharding.names_of(jax.typeof(table).sharding.spec[-1])
-    fsdp = sharding.FSDP
-    if not columns or (fsdp in columns and fsdp not in sharding.names_of(parted[0])):
-        whole = jax.reshard(table, PartitionSpec())
-        return sharding.over_devices(look_up, (PartitionSpec(), parted), found, whole, tokens)
+    layers = "l" * (table.ndim - 2)
+    axes = sharding.axes_of(("bt", layers + "Vk"), (tokens, table))
+    columns = sharding.names_of(axes.get("k"))
+    by_fsdp, others = sharding.FSDP in columns, tuple(x for x in columns if x != sharding.FSDP)
 
     def exchange(table: Array, tokens: Array) -> Array:
-        # A device has its columns of every row. What travels is as long as the batch, not as the
-        # vocabulary.
-        if fsdp in columns:
-            # It looks them up for all that have other rows, and each takes those of its tokens.
-            mine = look_up(table, lax.all_gather(tokens, fsdp, axis=0, tiled=True))
-            mine = lax.all_to_all(mine, fsdp, table.ndim - 2, table.ndim, tiled=True)
+        if by_fsdp:  # look up the columns here for all rows, and trade them for the rows here
+            mine = look_up(table, lax.all_gather(tokens, sharding.FSDP, axis=0, tiled=True))
+            mine = lax.all_to_all(mine, sharding.FSDP, table.ndim - 2, table.ndim, tiled=True)
         else:
             mine = look_up(table, tokens)
-        others = tuple(name for name in columns if name != fsdp)
         return lax.all_gather(mine, others, axis=table.ndim, tiled=True) if others else mine
 
-    parts = (PartitionSpec(*layers, None, columns), parted)
-    return sharding.over_devices(exchange, parts, found, table, tokens)
+    if not columns or (by_fsdp and sharding.FSDP not in sharding.names_of(axes.get("b"))):
+        table, exchange, axes = sharding.replicate(table), look_up, axes | {"k": None}
+    return sharding.mapped(exchange, (layers + "Vk", "bt"), layers + "btc", axes)(table, tokens)
 
 
 @struct.dataclass
 class Transposed(Generic[Leaf]):
-    """A matrix kept [out, in], as decoding on CPU wants it (`linear` takes it for [in, out])."""
+    """A matrix stored [out, in], which decoding on a CPU is faster with; `linear` takes both."""
 
     rows: Leaf
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the matrix."""
         return jnp.result_type(self.rows)
 
 
@@ -87,10 +85,10 @@ def linear(
 ) -> Float[Array, "*shape o"]:
     """`x @ weight`; weights are stored [in, out].
 
-    As one matrix product over all tokens: of a product with several token axes XLA's CPU backend
-    makes a gradient that transposes both operands first, a sixth of a training step. One token is a
-    product of the matrix's rows with a vector, which takes a tenth less time than one of a vector
-    with its columns. Rows whose time is parted are no single axis.
+    One matrix product over all tokens: with several token axes, XLA's CPU backend transposes both
+    operands of the gradient first, a sixth of a training step. One token is the product of a matrix
+    and a vector (`Transposed`), a tenth faster than that of a vector and a matrix. Where time is
+    sharded, batch and time do not merge into one axis.
     """
     if isinstance(weight, Transposed):
         tokens, matrix = x.reshape(-1, x.shape[-1]), weight.rows.astype(x.dtype)
@@ -105,20 +103,20 @@ def linear(
 
 
 def _product(x: Float[Array, "*m i"], weight: Float[Array, "i o"]) -> Float[Array, "*m o"]:
-    """`x @ weight`. Where the types of both say that "i" is parted, each device has a part of the
-    sum: what is said of the result adds them up."""
+    """`x @ weight`. If the mesh shards the summed axis of both, each device has a partial sum, and
+    `out_sharding` adds them up."""
     *m, i = jax.typeof(x).sharding.spec
-    also, o = jax.typeof(weight).sharding.spec
-    parted = PartitionSpec(*m, o) if i and i == also else None
-    return lax.dot_general(x, weight, (((x.ndim - 1,), (0,)), ((), ())), out_sharding=parted)
+    summed, o = jax.typeof(weight).sharding.spec
+    out = PartitionSpec(*m, o) if i and i == summed else None
+    return lax.dot_general(x, weight, (((x.ndim - 1,), (0,)), ((), ())), out_sharding=out)
 
 
 @jax.checkpoint
 def squared_relu_linear(
     x: Float[Array, "*shape f"], weight: Float[Array, "f o"] | Transposed[Array]
 ) -> Float[Array, "*shape o"]:
-    """`relu(x)^2 @ weight`, keeping only `x` for the gradient: the widest array of a layer, once
-    not thrice."""
+    """`relu(x)^2 @ weight`, saving only `x` for the gradient: the widest array of a layer once, not
+    three times."""
     return linear(jnp.square(jax.nn.relu(x)), weight)
 
 
@@ -142,10 +140,9 @@ def layer_norm(x: Float[Array, "*shape c"], norm: Norm[Array]) -> Float[Array, "
 
 
 def group_norm(
-    x: Float[Array, "*shape h n"], norm: Norm[Array], eps: float
+    x: Float[Array, "*shape h n"], norm: Norm[Array], eps: float = GROUP_NORM_EPS
 ) -> Float[Array, "*shape h*n"]:
-    """Normalise every head on its own in float32, then join the heads; `norm` spans all
-    channels."""
+    """Normalises each head in float32, then joins the heads; `norm` spans all channels."""
     x32 = x.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
@@ -170,25 +167,21 @@ def token_shift(
     lengths: Int[Array, " b"] | None = None,
     mesh_axis: str | None = None,
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b c"]]:
-    """The previous token's `x` for every token, and the `last` to hand on.
+    """Every token's predecessor in `x`, and the last token, for the next call.
 
-    `last` (float32) is what the token before the first one left; a token at which `reset` holds
-    starts a document, so its previous token is zero. Of each row the first `lengths` tokens are
-    real. Time is parted over `mesh_axis`, an explicit one, or one that the caller maps over: the
-    neighbour of a part's first token comes from the device before it.
+    `last` (float32) is what the token before the first one left. Where `reset` holds a document
+    starts: that token's predecessor is zero. `lengths` counts the valid tokens of each row, the
+    rest is right padding. `mesh_axis` is the explicit or manual mesh axis that shards time: a
+    shard's first token gets its predecessor from the device before.
     """
     if mesh_axis and not sharding.is_manual(mesh_axis):
-        b, t, c = jax.typeof(x).sharding.spec
-        of_tokens, of_rows = PartitionSpec(b, t, c), PartitionSpec(b, c)
-        return sharding.over_devices(
-            partial(token_shift, mesh_axis=mesh_axis),
-            (of_tokens, of_rows, PartitionSpec(b, t), PartitionSpec(b)),
-            (of_tokens, of_rows),
-            *(x, last, reset, lengths),
-        )
+        axes = sharding.axes_of("btc", x) | {"t": mesh_axis}
+        shift = partial(token_shift, mesh_axis=mesh_axis)
+        run = sharding.mapped(shift, ("btc", "bc", "bt", "b"), ("btc", "bc"), axes)
+        return run(x, last, reset, lengths)
     before, after = last.astype(x.dtype), x[:, -1]
     if lengths is not None or mesh_axis:
-        after = _last_real(x, last, lengths, mesh_axis)
+        after = _last_valid(x, last, lengths, mesh_axis)
     if mesh_axis:
         ring = [(i, i + 1) for i in range(lax.axis_size(mesh_axis) - 1)]
         neighbour = lax.ppermute(x[:, -1], mesh_axis, ring)
@@ -199,13 +192,13 @@ def token_shift(
     return previous, after.astype(last.dtype)
 
 
-def _last_real(
+def _last_valid(
     x: Float[Array, "b t c"],
     last: Float[Array, "b c"],
     lengths: Int[Array, " b"] | None,
     mesh_axis: str | None,
 ) -> Float[Array, "b c"]:
-    """The last real token of each row, of all devices' parts; `last` for a row of none."""
+    """The last valid token of each row, on whichever shard it is; `last` for an empty row."""
     time, devices, mine = x.shape[1], 1, 0
     if mesh_axis:
         devices, mine = lax.axis_size(mesh_axis), lax.axis_index(mesh_axis)

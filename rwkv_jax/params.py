@@ -1,8 +1,8 @@
-"""One table states every parameter once; initial values, shapes, counts and optimizer groups come
-from it.
+"""One table states every parameter once; initial values, shapes, counts, shardings and optimizer
+groups are derived from it.
 
-A table is a tree of `ParamSpec` with the structure of the parameters themselves. Random keys are
-folded by the parameter's path and layer, so adding a parameter reshuffles no other.
+A table is a tree of `ParamSpec` with the structure of the parameters. Random keys are folded by a
+parameter's path and layer, so that adding a parameter changes no other's initial value.
 """
 
 import math
@@ -21,10 +21,9 @@ from rwkv_jax.typing import Array, Callable, Float, PRNGKeyArray, PyTree
 
 @dataclass(frozen=True)
 class Depth:
-    """Where a layer stands in its stack; official initialisations depend on it.
+    """A layer's position in the stack, which official initialisations depend on.
 
-    `index` may be traced. `layers == 1`, for which the official ratio divides by zero, counts as
-    layer 0.
+    `index` may be traced. With one layer, where the official ratio divides by zero, `rising` is 0.
     """
 
     index: int | Array
@@ -45,19 +44,22 @@ Init = Callable[[PRNGKeyArray, tuple[int, ...], Depth], Float[Array, "..."]]
 
 
 Axes = tuple[str | None, ...]
-"""Logical axes, as in `rwkv_jax.sharding.RULES`; None is one that is never parted."""
+"""Logical axes, keys of `rwkv_jax.sharding.RULES`; None is never sharded."""
 
 
 @dataclass(frozen=True)
 class ParamSpec:
     """One parameter: its shape, initial value, optimizer group and place in official checkpoints.
 
-    `layers` stacks as many independent copies on a leading axis, one per layer; `shape` is one
-    copy's. `axes` names its axes, one each; a small parameter that every device has whole needs
-    none. `lr_scale` multiplies the learning rate; `decay` says whether weight decay applies.
-    `layout` is how official files keep it: `linear` is `NAME.weight`, [out, in] there and [in, out]
-    here; `table` is `NAME.weight` as it is; `row` is [1, 1, c]; `plain` is as it is, and so is
-    `factor`, a low-rank matrix [in, out].
+    shape     of one layer
+    init      (key, shape, depth) -> initial value
+    layers    copies, stacked on a leading axis; 0 for a parameter outside of the stack
+    axes      logical name of each axis; () for a small parameter that is replicated
+    lr_scale  factor of the learning rate
+    decay     whether weight decay applies
+    layout    in official files: `linear` is `NAME.weight`, [out, in] there and [in, out] here;
+              `table` is `NAME.weight`, as here; `row` is [1, 1, c]; `plain`, and `factor` for a
+              low-rank matrix [in, out], are as here
     """
 
     shape: tuple[int, ...]
@@ -70,7 +72,7 @@ class ParamSpec:
 
     @property
     def full_shape(self) -> tuple[int, ...]:
-        """The shape of the array, layers included."""
+        """The array's shape, with the layer axis."""
         return ((self.layers,) if self.layers else ()) + self.shape
 
 
@@ -83,11 +85,11 @@ class Layers:
     def plain(
         self, shape: tuple[int, ...], init: Init, lr_scale: float = 1.0, axes: Axes = ()
     ) -> ParamSpec:
-        """Kept as it is, without weight decay."""
+        """Stored as it is, without weight decay."""
         return ParamSpec(shape, init, self.count, axes, lr_scale)
 
     def row(self, width: int, init: Init, lr_scale: float = 1.0, axes: Axes = ()) -> ParamSpec:
-        """A vector that official files keep as [1, 1, c], without weight decay."""
+        """A vector that official files store as [1, 1, c], without weight decay."""
         return ParamSpec((width,), init, self.count, axes, lr_scale, layout="row")
 
     def factor(self, shape: tuple[int, ...], axes: Axes, init: Init) -> ParamSpec:
@@ -111,7 +113,7 @@ def is_spec(leaf: object) -> bool:
 
 
 def init(specs: PyTree, key: PRNGKeyArray) -> PyTree:
-    """Float32 parameters drawn as the table says. Same table and key, same parameters."""
+    """Float32 parameters with the initial values of the table; a function of table and key."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
     table = tuple((path_name(path), spec) for path, spec in leaves)
     return jax.tree.unflatten(tree, _init_leaves(key, table))
@@ -140,19 +142,18 @@ def path_name(path: tuple) -> str:
 
 
 def abstract(specs: PyTree) -> PyTree:
-    """The table as shapes: a tree of `jax.ShapeDtypeStruct`."""
+    """The table as a tree of `jax.ShapeDtypeStruct`."""
     return jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.full_shape, jnp.float32), specs, is_leaf=is_spec
     )
 
 
 def count(specs: PyTree) -> int:
-    """How many numbers the parameters have."""
+    """The number of parameters."""
     return sum(math.prod(s.full_shape) for s in jax.tree.leaves(specs, is_leaf=is_spec))
 
 
 def constant(value: float) -> Init:
-    """Every entry `value`."""
     return lambda key, shape, depth: jnp.full(shape, value, jnp.float32)
 
 

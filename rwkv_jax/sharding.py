@@ -1,20 +1,31 @@
-"""Which axis of an array is parted over which axis of the mesh: the one place that knows both.
+"""Logical-axis sharding: maps logical array axes to mesh axes, and shards computations by them.
 
-    mesh axis   parts                                                  what travels
-    data        the batch                                              gradients
-    fsdp        the batch; parameters, gradients and optimizer         parameters, layer by layer;
-                                                                       gradients
-    tensor      heads, the channel mix's hidden width, the vocabulary  a sum of the activations
-                                                                       twice a layer
-    sequence    time                                                   the state, the last token
+    mesh axis   shards                                           what travels
+    data        the batch                                        gradients
+    fsdp        the batch; parameters, gradients and             parameters, layer by layer;
+                optimizer state                                  gradients
+    tensor      heads, the channel mix's hidden width, the       a sum of activations, twice a layer
+                vocabulary
+    sequence    time                                             WKV states, the last token's `x`
 
-The mesh has explicit axes: an array's type says how it is parted, types follow through a program as
-shapes do, and what has to travel is written down where it does (`gather`, `rwkv_jax.nn.linear`).
-Without a mesh nothing of this does anything.
+Meshes have explicit axes: an array's type says how it is sharded (`jax.typeof(x).sharding.spec`),
+and types follow through a program as shapes do. Parameters are placed by their logical axes
+(`RULES`, `spec`). Communication is written down where it happens: `gather` for parameters that
+`fsdp` shards, `out_sharding` in `rwkv_jax.nn.linear`, and `mapped` where devices have to exchange
+something that XLA cannot see.
+
+`mapped` is the one way into `jax.shard_map`. It names axes by letters (`rwkv_jax.typing`), and
+reads off the arrays' types which mesh axis shards which letter:
+
+    axes = axes_of(("btc", "bc"), (x, last))            # {"b": "data"}, say
+    mapped(token_shift, ("btc", "bc"), ("btc", "bc"), axes | {"t": "sequence"})(x, last)
+
+Without a mesh every function here is a no-op.
 """
 
 import contextlib
 import math
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -35,125 +46,188 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "channels": ("tensor", "fsdp"),
 }
-"""Logical axis -> mesh axes. `channels` are those of heads in a parameter that has no `embed`, and
-the columns of a table that is looked up."""
+"""Logical axis -> mesh axes. `channels` are those of heads in a parameter without an `embed` axis,
+and the columns of an embedding table."""
 
 FSDP, SEQUENCE = "fsdp", "sequence"
-"""The mesh axes over which parameters lie in parts, and are brought together to be used; and over
-which time is parted."""
+"""The mesh axes that shard parameters (gathered before use) and time."""
+
+Axis = str | tuple[str, ...] | None
+"""An entry of a `PartitionSpec`: the mesh axis, or axes, that shard an array axis."""
+
+
+# Placement: parameters, states and batches on a mesh.
 
 
 def spec(
     axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh, shape: tuple[int, ...] | None = None
 ) -> PartitionSpec:
-    """How an array with these logical axes is parted over the mesh; with its `shape`, an axis that
-    its devices do not divide is whole on each."""
-    parts = [tuple(m for m in RULES[axis] if m in mesh.axis_names) if axis else () for axis in axes]
+    """The `PartitionSpec` of an array with these logical axes; with its `shape`, an axis that the
+    devices do not divide is replicated."""
+    names = [tuple(m for m in RULES[axis] if m in mesh.axis_names) if axis else () for axis in axes]
     if shape:
-        devices = [math.prod(mesh.shape[name] for name in part) for part in parts]
-        divides = [size % count == 0 for size, count in zip(shape, devices, strict=True)]
-        parts = [part if divided else () for part, divided in zip(parts, divides, strict=True)]
-    return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in parts))
-
-
-def gather(tree: PyTree, dtype: Any = None) -> PyTree:
-    """Parameters as they are used: no longer parted over `fsdp`. With `dtype`, cast to it first, so
-    that half as many bytes travel."""
-    if FSDP not in jax.sharding.get_abstract_mesh().explicit_axes:
-        return tree
-    return jax.tree.map(partial(_gather, dtype=dtype), tree)
-
-
-def _gather(x: Array, dtype: Any) -> Array:
-    parts = [names_of(part) for part in jax.typeof(x).sharding.spec]
-    if not any(FSDP in part for part in parts):
-        return x
-    kept = [tuple(name for name in part if name != FSDP) or None for part in parts]
-    x = x if dtype is None else x.astype(dtype)
-    return checkpoint_name(jax.reshard(x, PartitionSpec(*kept)), GATHERED)
-
-
-def names_of(part: Any) -> tuple[str, ...]:
-    """One entry of a partition spec as the mesh axes it names."""
-    return (part,) if isinstance(part, str) else tuple(part or ())
-
-
-def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """The context in which a program is for this mesh; None: for one device."""
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
-
-
-def put_global(x: Any, place: NamedSharding) -> Array:
-    """An array that every process has, parted over the devices of all."""
-    host = np.asarray(x)
-    return jax.make_array_from_callback(host.shape, place, lambda part: host[part])
-
-
-def time_axis() -> str | None:
-    """The `mesh_axis` of models and operators: that of time, if the mesh in context has it."""
-    return SEQUENCE if SEQUENCE in jax.sharding.get_abstract_mesh().axis_names else None
-
-
-def reshard_like(x: Array, other: Any) -> Array:
-    """`x` parted as the type of `other`, over explicit axes."""
-    return jax.reshard(x, jax.typeof(other).sharding.spec) if is_explicit() else x
-
-
-def shard_rows_like(tokens: Array, x: Array) -> Array:
-    """`x` [layers, b, ...] with its rows parted as those of `tokens`."""
-    rows = jax.typeof(tokens).sharding.spec[0]
-    return jax.reshard(x, PartitionSpec(None, rows)) if is_explicit() else x
-
-
-def shard_batch(state: PyTree) -> PyTree:
-    """States [layers, b, ...] with their rows over the devices of the batch."""
-    if not is_explicit():
-        return state
-    rows = spec((None, "batch"), jax.sharding.get_abstract_mesh())
-    return jax.tree.map(lambda x: jax.reshard(x, rows), state)
-
-
-def replicate(x: Array) -> Array:
-    """`x` on every device."""
-    return jax.reshard(x, PartitionSpec()) if is_explicit() else x
-
-
-def is_explicit() -> bool:
-    """Whether types say how arrays are parted."""
-    return bool(jax.sharding.get_abstract_mesh().explicit_axes)
-
-
-def is_manual(axis: str) -> bool:
-    """Whether the caller runs inside a `jax.shard_map` over this axis, and sees its own part."""
-    return axis in jax.sharding.get_abstract_mesh().manual_axes
-
-
-def is_automatic(axis: str) -> bool:
-    """Whether what is parted over this axis is neither the type's to say nor the caller's; also of
-    an axis that there is not."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return axis not in mesh.manual_axes and axis not in mesh.explicit_axes
-
-
-def shard_time(x: Array, axis: str) -> Array:
-    """`x` [b, t], its time parted over this explicit axis."""
-    return jax.reshard(x, PartitionSpec(jax.typeof(x).sharding.spec[0], axis))
-
-
-def over_devices(run: Callable, in_specs: tuple, out_specs: Any, *given: Array | None) -> Any:
-    """`run(*given)` on every device of its part, over all explicit axes; arrays that are parted in
-    another way are brought to their spec first."""
-    mapped = jax.shard_map(
-        run,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names=set(jax.sharding.get_abstract_mesh().explicit_axes),
-        check_vma=False,
-    )
-    return mapped(*map(jax.reshard, given, in_specs))
+        counts = [math.prod(mesh.shape[name] for name in part) for part in names]
+        fits = [size % count == 0 for size, count in zip(shape, counts, strict=True)]
+        names = [part if fit else () for part, fit in zip(names, fits, strict=True)]
+    return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in names))
 
 
 @cache
 def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
     """The sharding of an array with these logical axes."""
     return NamedSharding(mesh, spec(axes, mesh))
+
+
+def put_global(x: Any, place: NamedSharding) -> Array:
+    """A global array from a host array that every process has, sharded as `place` says."""
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
+
+
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """`jax.set_mesh`; nothing where there is no mesh."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+# Within a program: what the types say, and changes of it.
+
+
+def is_explicit(axis: str | None = None) -> bool:
+    """Whether this axis of the mesh in context (None: any) is explicit, so that types say what it
+    shards."""
+    axes = jax.sharding.get_abstract_mesh().explicit_axes
+    return axis in axes if axis else bool(axes)
+
+
+def is_manual(axis: str) -> bool:
+    """Whether the caller runs inside a `jax.shard_map` over this axis and sees its own shard."""
+    return axis in jax.sharding.get_abstract_mesh().manual_axes
+
+
+def check_axis(operator: str, axis: str, length: int) -> None:
+    """Raises `ValueError` if there is no such mesh axis, or it does not divide the length."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if axis not in mesh.axis_names:
+        known = ", ".join(mesh.axis_names) or "none; name one by jax.set_mesh(mesh)"
+        raise ValueError(f"{operator}: no mesh axis {axis!r}; there is {known}")
+    devices = mesh.shape[axis]
+    if length % devices:
+        below, above = length - length % devices, length + -length % devices
+        nearest = f"{below} and {above}" if below else f"{above}"
+        raise ValueError(
+            f"{operator}: {length} tokens do not divide over the {devices} devices of mesh axis"
+            f" {axis!r}; the nearest that do are {nearest}"
+        )
+
+
+def time_axis() -> str | None:
+    """The mesh axis that shards time, if the mesh in context has it: models' `mesh_axis`."""
+    return SEQUENCE if SEQUENCE in jax.sharding.get_abstract_mesh().axis_names else None
+
+
+def names_of(axis: Axis) -> tuple[str, ...]:
+    """One entry of a `PartitionSpec` as a tuple of mesh axes."""
+    return (axis,) if isinstance(axis, str) else tuple(axis or ())
+
+
+def gather(tree: PyTree, dtype: Any = None) -> PyTree:
+    """All-gather parameters over `fsdp`, for use. With `dtype`, cast first, so that half as many
+    bytes travel."""
+    if FSDP not in jax.sharding.get_abstract_mesh().explicit_axes:
+        return tree
+    return jax.tree.map(partial(_gather, dtype=dtype), tree)
+
+
+def _gather(x: Array, dtype: Any) -> Array:
+    axes = [names_of(axis) for axis in jax.typeof(x).sharding.spec]
+    if not any(FSDP in names for names in axes):
+        return x
+    kept = [tuple(name for name in names if name != FSDP) or None for names in axes]
+    x = x if dtype is None else x.astype(dtype)
+    return checkpoint_name(jax.reshard(x, PartitionSpec(*kept)), GATHERED)
+
+
+def reshard_like(x: Array, other: Any) -> Array:
+    """`x` sharded as the type of `other` is."""
+    return jax.reshard(x, jax.typeof(other).sharding.spec) if is_explicit() else x
+
+
+def replicate(x: Array) -> Array:
+    """`x` in full on every device."""
+    return jax.reshard(x, PartitionSpec()) if is_explicit() else x
+
+
+def shard_rows_like(tokens: Array, x: Array) -> Array:
+    """`x` [layers, b, ...] with its rows sharded as those of `tokens` [b, t]."""
+    return _shard_rows(x, jax.typeof(tokens).sharding.spec[0]) if is_explicit() else x
+
+
+def shard_batch(states: PyTree) -> PyTree:
+    """States [layers, b, ...] with their rows sharded by the rule for the batch."""
+    if not is_explicit():
+        return states
+    rows = spec(("batch",), jax.sharding.get_abstract_mesh())[0]
+    return jax.tree.map(partial(_shard_rows, rows=rows), states)
+
+
+def _shard_rows(x: Array, rows: Axis) -> Array:
+    return jax.reshard(x, PartitionSpec(None, rows))
+
+
+def shard_time(x: Array, axis: str) -> Array:
+    """`x` [b, t] with its time sharded over an explicit mesh axis."""
+    return jax.reshard(x, PartitionSpec(jax.typeof(x).sharding.spec[0], axis))
+
+
+# Computations of one device: `shard_map` by the letters of axes.
+
+
+def axes_of(letters: PyTree, arrays: PyTree) -> dict[str, Axis]:
+    """Which explicit mesh axes shard each letter, read off the arrays' types.
+
+    `letters` is a prefix of the tree `arrays`: a string for each array (or tree of arrays), one
+    letter an axis. Letters that nothing shards are left out; where arrays differ, the first wins.
+    """
+    found: dict[str, Axis] = {}
+
+    def read(dims: str, tree: PyTree) -> None:
+        for x in jax.tree.leaves(tree):
+            axes = zip(dims, jax.typeof(x).sharding.spec, strict=False)
+            found.update({d: axis for d, axis in axes if names_of(axis) and d not in found})
+
+    jax.tree.map(read, letters, arrays)
+    return found
+
+
+def mapped(
+    run: Callable, in_axes: PyTree, out_axes: PyTree, axes: Mapping[str, Axis]
+) -> Callable[..., Any]:
+    """`run`, on every device of its own shards.
+
+    `in_axes` and `out_axes` are prefixes of the arguments and results, trees of strings with one
+    letter an axis ("" for a scalar). `axes` says which mesh axes shard a letter; a letter it lacks
+    is replicated. Arguments that are sharded otherwise over explicit axes are resharded first.
+    """
+    explicit = set(jax.sharding.get_abstract_mesh().explicit_axes)
+
+    def of(dims: str) -> PartitionSpec:
+        return PartitionSpec(*(axes.get(letter) for letter in dims))
+
+    in_specs, out_specs = jax.tree.map(of, in_axes), jax.tree.map(of, out_axes)
+    on_shards = jax.shard_map(
+        run,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        # All explicit axes: outside of `jit`, JAX maps over all of them or none.
+        axis_names=explicit | {name for axis in axes.values() for name in names_of(axis)},
+        check_vma=False,
+    )
+
+    def reshard(place: PartitionSpec, tree: PyTree) -> PyTree:
+        own = PartitionSpec(*(axis if set(names_of(axis)) <= explicit else None for axis in place))
+        return jax.tree.map(lambda x: jax.reshard(x, own), tree)
+
+    def resharded(*args: Any) -> Any:
+        return on_shards(*jax.tree.map(reshard, in_specs, args))
+
+    return resharded if explicit else on_shards

@@ -11,8 +11,20 @@
 `V`    vocabulary
 =====  ==================================================================
 
-Tensors keep the letters of the papers: `r` receptance, `w` decay, `k` key, `v` value, `a` and `b`
-(version 7: the removal and replacement keys), `u` (version 4: the bonus of the current token).
+Tensors have the letters of the papers: `r` receptance, `w` decay, `k` key, `v` value, `a` and `b`
+(version 7: removal and replacement keys), `u` (versions 4 to 6: bonus of the current token).
+
+Everything else has the field's words:
+
+    state       the recurrent state, a value that goes in and comes out
+    reset       bool [b, t]: where documents start (others write segment ids)
+    lengths     int [b]: valid tokens of each row; the rest is right padding
+    carry       what passes from layer to layer besides `x`
+    form        one implementation of an operator: `scan`, `chunked`, `associative`, a kernel
+    chunk       consecutive tokens that are computed at once
+    document    tokens that see each other; `packing` puts several into one row
+    sharded     split across devices, else replicated; gathered when needed in full
+    resume      continue a run from its last checkpoint
 """
 
 from collections.abc import Callable
@@ -22,7 +34,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, PRNGKeyArray, Shaped
 
 Leaf = TypeVar("Leaf")
-"""What a container of parameters or states holds: arrays, specs, labels, shapes."""
+"""The leaves of a container of parameters or states: arrays, specs, shapes or labels."""
 
 PyTree = Any
 

@@ -1,4 +1,4 @@
-"""The models: one file a version, and `model.py` for what they share."""
+"""The models: one file for each version, and `model.py` for what they share."""
 
 from rwkv_jax.models.model import (
     VERSIONS,
@@ -12,17 +12,22 @@ from rwkv_jax.models.model import (
     init_state,
     specs,
     stack,
+    state_rms,
     unstack,
 )
 from rwkv_jax.models.state import BlockState, State
+from rwkv_jax.models.version import Block, Version, block
 
 __all__ = [
     "VERSIONS",
+    "Block",
     "BlockState",
     "Model",
     "State",
+    "Version",
     "abstract_params",
     "backbone",
+    "block",
     "check_state",
     "forward",
     "head",
@@ -30,5 +35,6 @@ __all__ = [
     "init_state",
     "specs",
     "stack",
+    "state_rms",
     "unstack",
 ]

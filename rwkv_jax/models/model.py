@@ -1,15 +1,14 @@
 """What all versions share: embedding, ln0, a stack of blocks, ln_out, head.
 
-The blocks come in two layouts and `forward` takes both. Stacked: every leaf has a leading layer
-axis and `lax.scan` runs over it, so the program does not grow with depth; this is how parameters
-are made, trained and saved. Unstacked: a tuple of per-layer trees under a Python loop, which spares
-the copy of each layer's slice; decoding on CPU is over twice as fast for it.
+The blocks come in two layouts, and every function takes both. Stacked: each leaf has a leading
+layer axis and `lax.scan` runs over it, so that the program does not grow with depth; parameters are
+made, trained and saved so. Unstacked: a tuple of layers and a Python loop, which saves the copy of
+each layer's slice; decoding on a CPU is more than twice as fast.
 """
 
 from dataclasses import replace
 from functools import cache, partial
 from operator import itemgetter
-from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -22,23 +21,21 @@ from rwkv_jax import params as tables
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import rwkv4, rwkv5, rwkv6, rwkv7, rwkv7a
 from rwkv_jax.models.state import State
+from rwkv_jax.models.version import Version, block
 from rwkv_jax.nn import Norm
 from rwkv_jax.params import Layers, ParamSpec, orthogonal, uniform
 from rwkv_jax.remat import Remat, rematerialise
-from rwkv_jax.typing import Array, Bool, Callable, Float, Int, Leaf, PRNGKeyArray
-from rwkv_jax.wkv.sharded import check_axis, over_mesh
+from rwkv_jax.typing import Array, Bool, Callable, Float, Int, Leaf, PRNGKeyArray, PyTree
 
-VERSIONS: dict[str, ModuleType] = {
-    "4": rwkv4,
-    "5.0": rwkv5,
-    "5.1": rwkv5,
-    "5.2": rwkv5,
-    "6": rwkv6,
-    "7": rwkv7,
-    "7a": rwkv7a,
+VERSIONS: dict[str, Version] = {
+    "4": rwkv4.VERSION,
+    "5.0": rwkv5.VERSION,
+    "5.1": rwkv5.VERSION,
+    "5.2": rwkv5.VERSION,
+    "6": rwkv6.VERSION,
+    "7": rwkv7.VERSION,
+    "7a": rwkv7a.VERSION,
 }
-"""The version table: each module has `specs`, `init_state`, `init_carry` and `block`; one with
-tables by token has `look_up` and `gather` too."""
 
 
 Tree = TypeVar("Tree", "Model", "State")
@@ -46,8 +43,7 @@ Tree = TypeVar("Tree", "Model", "State")
 
 @struct.dataclass
 class Model(Generic[Leaf]):
-    """A whole model's parameters (or specs, or shapes); `blocks` is stacked, or a tuple of
-    layers."""
+    """A model's parameters (or specs, or shapes); `blocks` is stacked, or a tuple of layers."""
 
     emb: Leaf
     ln0: Norm[Leaf]
@@ -58,29 +54,29 @@ class Model(Generic[Leaf]):
 
 @cache
 def specs(cfg: ModelConfig) -> Model[ParamSpec]:
-    """The table of every parameter of `cfg`'s model; one object for one `cfg`, so that what is
-    compiled for it is compiled once.
+    """The table of every parameter of `cfg`'s model. Cached: one object for one `cfg`, so that
+    programs that depend on it compile once.
 
-    Embeddings start in [-1e-4, 1e-4], whatever the version: the official trainers of version 4 take
-    their learning rate there, a few times more, which `ln0` undoes.
+    Embeddings start in [-1e-4, 1e-4] in every version. (Official trainers of version 4 use their
+    learning rate as the bound, a few times as much; `ln0` undoes the scale.)
 
-    Raises `ValueError` if `cfg.vocab_size` is still open (0).
+    Raises `ValueError` if `cfg.vocab_size` is 0, still to be chosen.
     """
     c, vocab = cfg.width, cfg.vocab_size
     if vocab < 1:
         raise ValueError("cfg.vocab_size is 0: set it to the tokenizer's vocabulary size")
 
-    with jax.ensure_compile_time_eval():  # kept beyond the trace that may ask first
+    with jax.ensure_compile_time_eval():  # the cache outlives the trace that asks first
         blocks = VERSIONS[cfg.version].specs(cfg)
 
-    whole = Layers(0)  # of the model, not of its layers
+    once = Layers(0)  # parameters outside of the stack of layers
     head_gain = 0.5 * max(vocab / c, 1.0) ** 0.5
     return Model(
         emb=ParamSpec((vocab, c), uniform(1e-4), 0, (None, "channels"), decay=True, layout="table"),
-        ln0=whole.norm(c),
+        ln0=once.norm(c),
         blocks=blocks,
-        ln_out=whole.norm(c),
-        head=whole.matrix((c, vocab), ("embed", "vocab"), orthogonal(head_gain)),
+        ln_out=once.norm(c),
+        head=once.matrix((c, vocab), ("embed", "vocab"), orthogonal(head_gain)),
     )
 
 
@@ -90,14 +86,14 @@ def init_params(cfg: ModelConfig, key: PRNGKeyArray) -> Model[Array]:
 
 
 def abstract_params(cfg: ModelConfig) -> Model[jax.ShapeDtypeStruct]:
-    """The parameters' shapes and dtypes, without making them."""
+    """The parameters' shapes and dtypes, without values."""
     return tables.abstract(specs(cfg))
 
 
 def init_state(cfg: ModelConfig, batch: int, params: Model[Array] | None = None) -> State:
     """The state before the first token of a document, float32, stacked over layers.
 
-    Raises `ValueError` for a state-tuned model without its `params`: there this state is learnt.
+    A state-tuned model has learnt this state: give its `params`, or a `ValueError` is raised.
     """
     block = VERSIONS[cfg.version].init_state(cfg, batch)
     blocks = jax.tree.map(lambda x: jnp.broadcast_to(x, (cfg.layers, *x.shape)), block)
@@ -111,7 +107,7 @@ def init_state(cfg: ModelConfig, batch: int, params: Model[Array] | None = None)
 
 
 def check_state(state: State, cfg: ModelConfig, batch: int) -> None:
-    """Raises `ValueError` unless `state` is one of `cfg`'s model, for `batch` rows."""
+    """Raises `ValueError` unless `state` fits `cfg`'s model and `batch` rows."""
     if state.version != cfg.version:
         raise ValueError(f"the state is of version {state.version}, the model of {cfg.version}")
     layer = jax.eval_shape(lambda: VERSIONS[cfg.version].init_state(cfg, batch))
@@ -129,7 +125,7 @@ def check_state(state: State, cfg: ModelConfig, batch: int) -> None:
 
 
 def unstack(tree: Tree) -> Tree:
-    """The same parameters or state with `blocks` as a tuple of layers (decoding's layout)."""
+    """The same parameters or state, `blocks` as a tuple of layers."""
     layers = jax.tree.leaves(tree.blocks)[0].shape[0]
     blocks = tuple(jax.tree.map(itemgetter(i), tree.blocks) for i in range(layers))
     return replace(tree, blocks=blocks)
@@ -155,91 +151,84 @@ def backbone(
 ) -> tuple[Float[Array, "b t c"], State]:
     """Hidden vectors after `ln_out` [b, t, c] in `dtype`, and the state after the last token.
 
-    Ids of `tokens` that the vocabulary doesn't have are not noticed: as JAX indexes arrays, a
-    negative one counts from the end, and one too large is read as the last.
+    state           after the tokens before; None starts a document
+    reset           where documents start: token t meets a fresh state
+    lengths         valid tokens of each row. The rest is right padding: the state is that after the
+                    last valid token, outputs of padding are undefined
+    mesh_axis       the explicit mesh axis (`jax.set_mesh`) that shards time; state and parameters
+                    are replicated over it. Inside a `jax.shard_map` over it, tokens are the shard
+    dtype           compute type; states, decays, norms and the WKV accumulate in float32 always
+    remat           what the backward pass saves (`rwkv_jax.remat`)
+    implementation  of the WKV (`rwkv_jax.wkv`); None is the fastest
 
-    `state` None starts a document; one of another model is a `ValueError`. `reset[b, t]` starts one
-    before token t. The first `lengths[b]` tokens of a row are real: the state is that after the
-    last of them, and what comes out for the others has no meaning. `mesh_axis` spreads time over
-    the devices of that axis of the mesh in context (`jax.set_mesh`); states and parameters are
-    whole on each of them. `dtype` is the compute type; states, decays, norms and the WKV
-    accumulation are float32 whatever it is. `remat` says what the backward pass keeps
-    (`rwkv_jax.remat`). `implementation` names a WKV form (`rwkv_jax.wkv`).
+    Token ids outside of the vocabulary are not noticed: as JAX indexes arrays, a negative id counts
+    from the end, and one that is too large reads the last row.
+
+    Raises `ValueError` for tokens that are not [b, t], a state of another model, and a `mesh_axis`
+    that does not exist, is not explicit or does not divide the tokens.
     """
-    _check_tokens(tokens)
-    if mesh_axis and sharding.is_automatic(mesh_axis):
-        run = partial(backbone, cfg=cfg, dtype=dtype, remat=remat, implementation=implementation)
-        return _over_mesh(run, mesh_axis, params, tokens, state, reset, lengths)
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens have shape {tokens.shape}: [b, t] is needed, both at least 1")
     if mesh_axis and not sharding.is_manual(mesh_axis):
-        check_axis("forward", mesh_axis, tokens.shape[1])
-        parted = partial(sharding.shard_time, axis=mesh_axis)
-        tokens, reset = jax.tree.map(parted, (tokens, reset))
-    module = VERSIONS[cfg.version]
-    unstacked = isinstance(params.blocks, tuple)
+        sharding.check_axis("forward", mesh_axis, tokens.shape[1])
+        if not sharding.is_explicit(mesh_axis):
+            raise ValueError(
+                f"forward: mesh axis {mesh_axis!r} is automatic; models shard time over explicit"
+                " axes: make the mesh with axis_types=(jax.sharding.AxisType.Explicit, ...)"
+            )
+        tokens, reset = jax.tree.map(partial(sharding.shard_time, axis=mesh_axis), (tokens, reset))
     if state is None:
-        fresh: State = jax.tree.map(
-            partial(sharding.shard_rows_like, tokens), init_state(cfg, tokens.shape[0], params)
-        )
-        state = unstack(fresh) if unstacked else fresh
+        state = _fresh_state(params, tokens, cfg)
     check_state(state, cfg, tokens.shape[0])
-    blocks = params.blocks
-    if look_up := getattr(module, "look_up", None):
-        blocks = look_up(blocks, tokens)
-    gather = getattr(module, "gather", sharding.gather)
-    block = partial(
-        module.block,
+
+    version = VERSIONS[cfg.version]
+    shift = partial(nn.token_shift, reset=reset, lengths=lengths, mesh_axis=mesh_axis)
+    wkv = partial(
+        version.wkv,
         reset=reset,
         lengths=lengths,
         mesh_axis=mesh_axis,
         implementation=implementation,
     )
-    with jax.named_scope("embed"):
-        x = nn.layer_norm(nn.embed(params.emb, tokens, dtype), params.ln0)
 
     def layer(stream, inputs):
-        block_params, block_state, first = inputs
-        block_params = gather(block_params, dtype)
-        *stream, block_state = block(block_params, *stream, block_state, first=first)
-        return tuple(stream), block_state
+        (x, carry), (block_params, block_state) = stream, inputs
+        block_params = version.gather(block_params, dtype)
+        x, carry, block_state = block(version, block_params, x, carry, block_state, shift, wkv)
+        return (x, carry), block_state
 
-    layer = rematerialise(layer, remat, prevent_cse=unstacked)
-    stream = (x, module.init_carry(x))
+    blocks = version.look_up(params.blocks, tokens)
+    with jax.named_scope("embed"):
+        x = nn.layer_norm(nn.embed(params.emb, tokens, dtype), params.ln0)
+    layer = rematerialise(layer, remat, prevent_cse=isinstance(blocks, tuple))
+    stream = (x, version.init_carry(x))
+    (x, _), after = _over_layers(layer, stream, (blocks, state.blocks))
+    return nn.layer_norm(x, params.ln_out), State(after, cfg.version)
+
+
+def _fresh_state(params: Model[Array], tokens: Array, cfg: ModelConfig) -> State:
+    """The state before the first token, sharded and laid out as tokens and parameters are."""
+    rows = partial(sharding.shard_rows_like, tokens)
+    fresh: State = jax.tree.map(rows, init_state(cfg, tokens.shape[0], params))
+    return unstack(fresh) if isinstance(params.blocks, tuple) else fresh
+
+
+def _over_layers(layer: Callable, stream: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
+    """`lax.scan(layer, stream, inputs)`; a Python loop where each of `inputs` is a tuple of
+    layers."""
+    unstacked = isinstance(inputs[0], tuple)
     if sharding.is_explicit():
-        # A loop's carry keeps its type: what goes in is parted as what a layer gives back.
-        one = blocks[0] if unstacked else jax.tree.map(itemgetter(0), blocks)
-        of_one = state.blocks[0] if unstacked else jax.tree.map(itemgetter(0), state.blocks)
-        given_back, _ = jax.eval_shape(layer, stream, (one, of_one, True))
-        stream = jax.tree.map(sharding.reshard_like, stream, given_back)
-    if unstacked:
-        states = []
-        for i, inputs in enumerate(zip(blocks, state.blocks, strict=True)):
-            stream, block_state = layer(stream, (*inputs, i == 0))
-            states.append(block_state)
-        after = tuple(states)
-    else:
-        first = jnp.arange(cfg.layers) == 0
-        stream, after = lax.scan(layer, stream, (blocks, state.blocks, first))
-    return nn.layer_norm(stream[0], params.ln_out), State(after, cfg.version)
-
-
-def _check_tokens(tokens: Array) -> None:
-    if tokens.ndim != 2 or 0 in tokens.shape:
-        raise ValueError(f"tokens have shape {tokens.shape}: [b, t] is needed, both at least 1")
-
-
-def _over_mesh(
-    run: Callable[..., tuple[Array, State]],
-    mesh_axis: str,
-    params: Model[Array],
-    tokens: Array,
-    state: State | None,
-    reset: Array | None,
-    lengths: Array | None,
-) -> tuple[Array, State]:
-    """`backbone` or `forward` on every device, of its part of the tokens."""
-    split = {"tokens": tokens, "reset": reset}
-    whole = {"params": params, "state": state, "lengths": lengths}
-    return over_mesh("forward", mesh_axis, partial(run, mesh_axis=mesh_axis), split, whole)
+        # A scan's carry keeps its type, so it enters sharded as a layer returns it.
+        first = tuple(x[0] if unstacked else jax.tree.map(itemgetter(0), x) for x in inputs)
+        returned, _ = jax.eval_shape(layer, stream, first)
+        stream = jax.tree.map(sharding.reshard_like, stream, returned)
+    if not unstacked:
+        return lax.scan(layer, stream, inputs)
+    after = []
+    for one in zip(*inputs, strict=True):
+        stream, block_state = layer(stream, one)
+        after.append(block_state)
+    return stream, tuple(after)
 
 
 def head(params: Model[Array], hidden: Float[Array, "*shape c"]) -> Float[Array, "*shape V"]:
@@ -263,12 +252,8 @@ def forward(
 ) -> tuple[Float[Array, "b t V"], State]:
     """Float32 logits [b, t, V] of the next token at every position, and the state after the last.
 
-    One code path for training, prefill and one token; the arguments are `backbone`'s.
+    One code path for training, prefill and single tokens; arguments and errors are `backbone`'s.
     """
-    _check_tokens(tokens)
-    if mesh_axis and sharding.is_automatic(mesh_axis):
-        run = partial(forward, cfg=cfg, dtype=dtype, remat=remat, implementation=implementation)
-        return _over_mesh(run, mesh_axis, params, tokens, state, reset, lengths)
     hidden, state = backbone(
         params,
         tokens,
@@ -282,3 +267,10 @@ def forward(
         implementation=implementation,
     )
     return head(params, hidden), state
+
+
+def state_rms(state: State) -> Float[Array, ""]:
+    """Root mean square of what the WKV states hold, float32. One that grows without bound belongs
+    to a model that forgets too little. `state` is stacked."""
+    held = VERSIONS[state.version].recall(state.blocks.wkv).astype(jnp.float32)
+    return jnp.sqrt(jnp.mean(jnp.square(held)))

@@ -1,10 +1,11 @@
 """RWKV-4 "Dove": attention-free token mixing with one decay and one bonus per channel.
 
-With x' the previous token and x_j = x * mu_j + x' * (1 - mu_j):
+With x' the previous token, x_j = x * mu_j + x' * (1 - mu_j) and sigma the logistic function:
 
     r = sigma(x_r W_r)    k = x_k W_k    v = x_v W_v
-    wkv_t = (sum_{s<t} e^{(t-1-s)w + k_s} v_s + e^{u+k_t} v_t) / (sum_{s<t} e^{(t-1-s)w + k_s} +
-    e^{u+k_t}) out = (r * wkv) W_o             w = -exp(time_decay), u = time_first
+    wkv_t = (sum_{s<t} e^{(t-1-s) w + k_s} v_s + e^{u+k_t} v_t)
+            / (sum_{s<t} e^{(t-1-s) w + k_s} + e^{u+k_t})
+    out = (r * wkv) W_o                 w = -exp(time_decay), u = time_first
 
 The channel mix is sigma(x_r W_r) * (relu(x_k W_k)^2 W_v).
 
@@ -22,8 +23,8 @@ from flax import struct
 
 from rwkv_jax import nn
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models.block import Block, init_carry, residual
 from rwkv_jax.models.state import BlockState
+from rwkv_jax.models.version import Block, Version
 from rwkv_jax.params import (
     Depth,
     Layers,
@@ -32,21 +33,8 @@ from rwkv_jax.params import (
     orthogonal,
     zeros,
 )
-from rwkv_jax.typing import Array, Bool, Float, Int, Leaf
+from rwkv_jax.typing import Array, Callable, Float, Leaf
 from rwkv_jax.wkv import Wkv4State, wkv4
-
-__all__ = [
-    "Block",
-    "ChannelMix",
-    "TimeMix",
-    "block",
-    "channel_mix",
-    "init_carry",
-    "init_state",
-    "interpolate",
-    "specs",
-    "time_mix",
-]
 
 
 @struct.dataclass
@@ -84,66 +72,54 @@ def init_state(cfg: ModelConfig, batch: int) -> BlockState[Array]:
 def interpolate(
     x: Float[Array, "b t c"], previous: Float[Array, "b t c"], mu: Float[Array, " c"]
 ) -> Float[Array, "b t c"]:
-    """`x * mu + previous * (1 - mu)`: version 4 weighs the current token by mu."""
+    """`x * mu + previous * (1 - mu)`."""
     return previous + (x - previous) * nn.expand(mu, x)
 
 
 def time_mix(
     params: TimeMix[Array],
     x: Float[Array, "b t c"],
+    carry: None,
     last: Float[Array, "b c"],
     state: Wkv4State,
     *,
-    reset: Bool[Array, "b t"] | None = None,
-    lengths: Int[Array, " b"] | None = None,
-    mesh_axis: str | None = None,
-    implementation: str | None = None,
-) -> tuple[Float[Array, "b t c"], Float[Array, "b c"], Wkv4State]:
-    """The time mix of `x`, and the two states to hand on (`last` for the token shift, `state` for
-    the WKV)."""
+    shift: Callable[..., tuple] = nn.token_shift,
+    wkv: Callable[..., tuple] = wkv4,
+) -> tuple[Float[Array, "b t c"], None, Float[Array, "b c"], Wkv4State]:
+    """The time mix of `x`, the carry (none), and the states of the token shift and the WKV.
+
+    `last` and `state` are those after the tokens before `x`; `init_state` starts a document.
+    """
     p = params
     with jax.named_scope("token_shift"):
-        previous, last = nn.token_shift(x, last, reset, lengths, mesh_axis)
+        previous, last = shift(x, last)
         x_k, x_v, x_r = (
             interpolate(x, previous, mu) for mu in (p.time_mix_k, p.time_mix_v, p.time_mix_r)
         )
     with jax.named_scope("projections"):
         r = jax.nn.sigmoid(nn.linear(x_r, p.receptance))
         k, v = nn.linear(x_k, p.key), nn.linear(x_v, p.value)
+        log_w = -jnp.exp(p.time_decay.astype(jnp.float32))
     with jax.named_scope("wkv"):
-        y, state = wkv4(
-            -jnp.exp(p.time_decay.astype(jnp.float32)),
-            k,
-            v,
-            p.time_first,
-            state,
-            reset=reset,
-            lengths=lengths,
-            mesh_axis=mesh_axis,
-            implementation=implementation,
-        )
+        y, state = wkv(log_w, k, v, p.time_first, state)
     with jax.named_scope("output"):
-        return nn.linear(r * y, p.output), last, state
+        return nn.linear(r * y, p.output), carry, last, state
 
 
 def channel_mix(
     params: ChannelMix[Array],
     x: Float[Array, "b t c"],
+    carry: None,
     last: Float[Array, "b c"],
     *,
-    reset: Bool[Array, "b t"] | None = None,
-    lengths: Int[Array, " b"] | None = None,
-    mesh_axis: str | None = None,
+    shift: Callable[..., tuple] = nn.token_shift,
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b c"]]:
-    """`sigma(x_r W_r) * (relu(x_k W_k)^2 W_v)`, and the token-shift state to hand on."""
+    """`sigma(x_r W_r) * (relu(x_k W_k)^2 W_v)`, and the token shift's state."""
     p = params
-    previous, last = nn.token_shift(x, last, reset, lengths, mesh_axis)
+    previous, last = shift(x, last)
     hidden = nn.linear(interpolate(x, previous, p.time_mix_k), p.key)
     r = jax.nn.sigmoid(nn.linear(interpolate(x, previous, p.time_mix_r), p.receptance))
     return r * nn.squared_relu_linear(hidden, p.value), last
-
-
-block = residual(time_mix, channel_mix)
 
 
 def specs(cfg: ModelConfig) -> Block[ParamSpec]:
@@ -189,3 +165,11 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
         value=matrix((f, c), ("mlp", "embed"), zeros),
     )
     return Block(ln1=norm(), att=att, ln2=norm(), ffn=ffn)
+
+
+def recall(wkv: Wkv4State) -> Array:
+    """The weighted mean of values that the state holds; 0 before the first token."""
+    return jnp.where(wkv.den > 0, wkv.num / jnp.where(wkv.den > 0, wkv.den, 1.0), 0.0)
+
+
+VERSION = Version(specs, init_state, time_mix, channel_mix, wkv4, recall=recall)

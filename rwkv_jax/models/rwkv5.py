@@ -28,9 +28,9 @@ from flax import struct
 
 from rwkv_jax import nn
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models.block import Block, init_carry, residual
 from rwkv_jax.models.rwkv4 import ChannelMix, channel_mix, interpolate
 from rwkv_jax.models.state import matrix_state
+from rwkv_jax.models.version import Block, Version
 from rwkv_jax.nn import Norm
 from rwkv_jax.params import (
     Depth,
@@ -42,13 +42,8 @@ from rwkv_jax.params import (
     orthogonal,
     zeros,
 )
-from rwkv_jax.typing import Array, Bool, Float, Int, Leaf
+from rwkv_jax.typing import Array, Callable, Float, Leaf
 from rwkv_jax.wkv import wkv6
-
-__all__ = ["GROUP_NORM_EPS", "Block", "TimeMix", "block", "init_carry", "init_state", "specs"]
-
-GROUP_NORM_EPS = 64e-5
-"""Official: 1e-5 on y / 8, which is this on y, for every head size."""
 
 
 @struct.dataclass
@@ -70,25 +65,23 @@ class TimeMix(Generic[Leaf]):
     ln_x: Norm[Leaf]
 
 
-init_state = matrix_state
-
-
 def time_mix(
     params: TimeMix[Array],
     x: Float[Array, "b t c"],
+    carry: None,
     last: Float[Array, "b c"],
     state: Float[Array, "b h v k"],
     *,
-    reset: Bool[Array, "b t"] | None = None,
-    lengths: Int[Array, " b"] | None = None,
-    mesh_axis: str | None = None,
-    implementation: str | None = None,
-) -> tuple[Float[Array, "b t c"], Float[Array, "b c"], Float[Array, "b h v k"]]:
-    """The time mix of `x`, and the two states to hand on (`last` for the token shift, `state` for
-    the WKV)."""
+    shift: Callable[..., tuple] = nn.token_shift,
+    wkv: Callable[..., tuple] = wkv6,
+) -> tuple[Float[Array, "b t c"], None, Float[Array, "b c"], Float[Array, "b h v k"]]:
+    """The time mix of `x`, the carry (none), and the states of the token shift and the WKV.
+
+    `last` and `state` are those after the tokens before `x`; zeros start a document.
+    """
     p, n = params, state.shape[-1]
     with jax.named_scope("token_shift"):
-        previous, last = nn.token_shift(x, last, reset, lengths, mesh_axis)
+        previous, last = shift(x, last)
         x_k, x_v, x_r = (
             interpolate(x, previous, mu) for mu in (p.time_mix_k, p.time_mix_v, p.time_mix_r)
         )
@@ -96,24 +89,14 @@ def time_mix(
         products = (x_r, p.receptance), (x_k, p.key), (x_v, p.value)
         r, k, v = (nn.split_heads(nn.linear(*pair), n) for pair in products)
     with jax.named_scope("wkv"):
-        y, state = wkv6(
-            r,
-            per_channel(-jnp.exp(p.time_decay.astype(jnp.float32)), n),
-            k,
-            v,
-            per_channel(bonus(p), n),
-            state,
-            reset=reset,
-            lengths=lengths,
-            mesh_axis=mesh_axis,
-            implementation=implementation,
-        )
+        log_w = per_channel(-jnp.exp(p.time_decay.astype(jnp.float32)), n)
+        y, state = wkv(r, log_w, k, v, per_channel(bonus(p), n), state)
     with jax.named_scope("output"):
-        y = nn.group_norm(y, p.ln_x, GROUP_NORM_EPS)
+        y = nn.group_norm(y, p.ln_x)
         if p.gate is not None and p.time_mix_g is not None:
             x_g = interpolate(x, previous, p.time_mix_g)
             y = y * jax.nn.silu(nn.linear(x_g, p.gate))
-        return nn.linear(y, p.output), last, state
+        return nn.linear(y, p.output), carry, last, state
 
 
 def bonus(params: TimeMix[Array]) -> Float[Array, "h *n"]:
@@ -127,9 +110,6 @@ def bonus(params: TimeMix[Array]) -> Float[Array, "h *n"]:
 def per_channel(x: Float[Array, "h *n"], n: int) -> Float[Array, "h n"]:
     """A value per head or per channel, as one per channel."""
     return jnp.broadcast_to(x.reshape(x.shape[0], -1), (x.shape[0], n))
-
-
-block = residual(time_mix, channel_mix)
 
 
 def specs(cfg: ModelConfig) -> Block[ParamSpec]:
@@ -182,3 +162,6 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
         value=matrix((f, c), ("mlp", "embed"), zeros),
     )
     return Block(ln1=norm(), att=att, ln2=norm(), ffn=ffn)
+
+
+VERSION = Version(specs, matrix_state, time_mix, channel_mix, wkv6)

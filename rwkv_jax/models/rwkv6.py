@@ -27,8 +27,8 @@ from flax import struct
 
 from rwkv_jax import nn
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models.block import Block, init_carry, residual
 from rwkv_jax.models.state import matrix_state
+from rwkv_jax.models.version import Block, Version
 from rwkv_jax.nn import Norm
 from rwkv_jax.params import (
     Depth,
@@ -40,22 +40,8 @@ from rwkv_jax.params import (
     uniform,
     zeros,
 )
-from rwkv_jax.typing import Array, Bool, Float, Int, Leaf
+from rwkv_jax.typing import Array, Callable, Float, Leaf
 from rwkv_jax.wkv import wkv6
-
-__all__ = [
-    "GROUP_NORM_EPS",
-    "Block",
-    "ChannelMix",
-    "TimeMix",
-    "block",
-    "init_carry",
-    "init_state",
-    "specs",
-]
-
-GROUP_NORM_EPS = 64e-5
-"""Official constant for every head size."""
 
 
 @struct.dataclass
@@ -94,26 +80,25 @@ class ChannelMix(Generic[Leaf]):
     value: Leaf
 
 
-init_state = matrix_state
-
-
 def time_mix(
     params: TimeMix[Array],
     x: Float[Array, "b t c"],
+    carry: None,
     last: Float[Array, "b c"],
     state: Float[Array, "b h v k"],
     *,
-    reset: Bool[Array, "b t"] | None = None,
-    lengths: Int[Array, " b"] | None = None,
-    mesh_axis: str | None = None,
-    implementation: str | None = None,
-) -> tuple[Float[Array, "b t c"], Float[Array, "b c"], Float[Array, "b h v k"]]:
-    """The time mix of `x`, and the two states to hand on (`last` for the token shift, `state` for
-    the WKV)."""
+    shift: Callable[..., tuple] = nn.token_shift,
+    wkv: Callable[..., tuple] = wkv6,
+) -> tuple[Float[Array, "b t c"], None, Float[Array, "b c"], Float[Array, "b h v k"]]:
+    """The time mix of `x`, the carry (none), and the states of the token shift and the WKV.
+
+    `last` and `state` are those after the tokens before `x`; zeros, or `time_state`, start a
+    document.
+    """
     p, n = params, state.shape[-1]
     with jax.named_scope("token_shift"):
-        previous, last = nn.token_shift(x, last, reset, lengths, mesh_axis)
-        x_w, x_k, x_v, x_r, x_g = shifted(p, x, previous - x)
+        previous, last = shift(x, last)
+        x_w, x_k, x_v, x_r, x_g = interpolate(p, x, previous - x)
     with jax.named_scope("projections"):
         r, k, v = nn.linear(x_r, p.receptance), nn.linear(x_k, p.key), nn.linear(x_v, p.value)
         g = jax.nn.silu(nn.linear(x_g, p.gate))
@@ -121,28 +106,16 @@ def time_mix(
         log_w = -jnp.exp(w + nn.expand(p.time_decay, w))
     with jax.named_scope("wkv"):
         r, log_w, k, v = (nn.split_heads(z, n) for z in (r, log_w, k, v))
-        y, state = wkv6(
-            r,
-            log_w,
-            k,
-            v,
-            p.time_faaaa,
-            state,
-            reset=reset,
-            lengths=lengths,
-            mesh_axis=mesh_axis,
-            initial=p.time_state,
-            implementation=implementation,
-        )
+        y, state = wkv(r, log_w, k, v, p.time_faaaa, state, initial=p.time_state)
     with jax.named_scope("output"):
-        y = nn.group_norm(y, p.ln_x, GROUP_NORM_EPS) * g
-        return nn.linear(y, p.output), last, state
+        y = nn.group_norm(y, p.ln_x) * g
+        return nn.linear(y, p.output), carry, last, state
 
 
-def shifted(
+def interpolate(
     params: TimeMix[Array], x: Float[Array, "b t c"], delta: Float[Array, "b t c"]
 ) -> list[Float[Array, "b t c"]]:
-    """`x_w x_k x_v x_r x_g`; `delta` is the previous token less `x`."""
+    """`x_w x_k x_v x_r x_g`; `delta` is the previous token minus `x`."""
     p = params
     hidden = jnp.tanh(nn.linear(x + delta * nn.expand(p.time_maa_x, x), p.time_maa_w1))
     fixed = (p.time_maa_w, p.time_maa_k, p.time_maa_v, p.time_maa_r, p.time_maa_g)
@@ -156,22 +129,18 @@ def shifted(
 def channel_mix(
     params: ChannelMix[Array],
     x: Float[Array, "b t c"],
+    carry: None,
     last: Float[Array, "b c"],
     *,
-    reset: Bool[Array, "b t"] | None = None,
-    lengths: Int[Array, " b"] | None = None,
-    mesh_axis: str | None = None,
+    shift: Callable[..., tuple] = nn.token_shift,
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b c"]]:
-    """`sigma(x_r W_r) * (relu(x_k W_k)^2 W_v)`, and the token-shift state to hand on."""
+    """`sigma(x_r W_r) * (relu(x_k W_k)^2 W_v)`, and the token shift's state."""
     p = params
-    previous, last = nn.token_shift(x, last, reset, lengths, mesh_axis)
+    previous, last = shift(x, last)
     delta = previous - x
     hidden = nn.linear(x + delta * nn.expand(p.time_maa_k, x), p.key)
     r = jax.nn.sigmoid(nn.linear(x + delta * nn.expand(p.time_maa_r, x), p.receptance))
     return r * nn.squared_relu_linear(hidden, p.value), last
-
-
-block = residual(time_mix, channel_mix)
 
 
 def specs(cfg: ModelConfig) -> Block[ParamSpec]:
@@ -237,3 +206,6 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
         value=matrix((f, c), ("mlp", "embed"), zeros),
     )
     return Block(ln1=norm(), att=att, ln2=norm(), ffn=ffn)
+
+
+VERSION = Version(specs, matrix_state, time_mix, channel_mix, wkv6)

@@ -1,14 +1,20 @@
 """RWKV-7 "Goose" (x070): the delta rule with a decay, a removal key and a learning rate per
 channel.
 
-With x' the previous token, x_j = x + (x' - x) * mu_j, sigma the logistic function:
+With x' the previous token, x_j = x + (x' - x) * mu_j and sigma the logistic function:
 
     r = x_r W_r                     w = exp(-exp(-1/2) sigma(w0 + tanh(x_w w1) w2))
-    k = x_k W_k   v = x_v W_v       a = sigma(a0 + x_a a1 a2)      g = sigma(x_g g1) g2
-    v <- v + (v_first - v) sigma(v0 + x_v v1 v2)        v_first: the first layer's v of the same
-    token kk = normalise(k * k_k) per head                    k <- k * (1 + (a - 1) * k_a)
+    k = x_k W_k                     a = sigma(a0 + x_a a1 a2)
+    v = x_v W_v                     g = sigma(x_g g1) g2
+
+    v <- v + (v_first - v) sigma(v0 + x_v v1 v2)        v_first: v of the first layer, same token
+    kk = normalise(k * k_k) per head
+    k <- k * (1 + (a - 1) * k_a)
+
     S_t = S_{t-1} diag(w) - (S_{t-1} kk) (kk * a)^T + v k^T        y = S_t r
     out = ((GroupNorm(y) + (r . (k * r_k)) v) * g) W_o
+
+The channel mix is relu(x_k W_k)^2 W_v.
 
 Source: arXiv:2503.14456 §4 and RWKV-LM `RWKV-v7/train_temp/src/model.py`, whose parameter names,
 initial values and optimizer groups these are.
@@ -25,8 +31,8 @@ from jax import lax
 
 from rwkv_jax import nn, sharding
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models.block import Block
-from rwkv_jax.models.state import BlockState, matrix_state
+from rwkv_jax.models.state import matrix_state
+from rwkv_jax.models.version import Block, Version
 from rwkv_jax.nn import Norm
 from rwkv_jax.params import (
     Depth,
@@ -38,11 +44,9 @@ from rwkv_jax.params import (
     orthogonal,
     zeros,
 )
-from rwkv_jax.typing import Array, Bool, Float, Int, Leaf
+from rwkv_jax.typing import Array, Callable, Float, Leaf
 from rwkv_jax.wkv import wkv7
 
-GROUP_NORM_EPS = 64e-5
-"""Official constant for every head size."""
 LOG_W_SCALE = -math.exp(-0.5)
 """log w = LOG_W_SCALE * sigma(.), so that w lies in (0.545, 1)."""
 
@@ -87,32 +91,36 @@ class ChannelMix(Generic[Leaf]):
     value: Leaf
 
 
-init_state = matrix_state
+@struct.dataclass
+class Carry:
+    """What passes from layer to layer besides `x`: the first layer's values."""
+
+    v_first: Array  # [b, t, c]
+    known: Array  # bool: false before the first layer, which defines v_first
+
+
+def init_carry(x: Float[Array, "b t c"]) -> Carry:
+    """The carry before the first layer."""
+    return Carry(jnp.zeros_like(x), jnp.zeros((), bool))
 
 
 def time_mix(
     params: TimeMix[Array],
     x: Float[Array, "b t c"],
-    v_first: Float[Array, "b t c"],
+    carry: Carry,
     last: Float[Array, "b c"],
     state: Float[Array, "b h v k"],
     *,
-    first: Bool[Array, ""] | bool,
-    reset: Bool[Array, "b t"] | None = None,
-    lengths: Int[Array, " b"] | None = None,
-    mesh_axis: str | None = None,
-    implementation: str | None = None,
-) -> tuple[
-    Float[Array, "b t c"], Float[Array, "b t c"], Float[Array, "b c"], Float[Array, "b h v k"]
-]:
-    """The time mix of `x`: its output, `v_first`, and the two states to hand on.
+    shift: Callable[..., tuple] = nn.token_shift,
+    wkv: Callable[..., tuple] = wkv7,
+) -> tuple[Float[Array, "b t c"], Carry, Float[Array, "b c"], Float[Array, "b h v k"]]:
+    """The time mix of `x`, the carry, and the states of the token shift and the WKV.
 
-    `first` says that this is the first layer, which defines `v_first` (what is passed in is then
-    ignored). `last` and `state` come from the tokens before `x`; zeros start a document.
+    `last` and `state` are those after the tokens before `x`; zeros start a document.
     """
     p, n = params, params.r_k.shape[-1]
     with jax.named_scope("token_shift"):
-        previous, last = nn.token_shift(x, last, reset, lengths, mesh_axis)
+        previous, last = shift(x, last)
         delta = previous - x
         x_r, x_w, x_k, x_v, x_a, x_g = (
             x + delta * nn.expand(mu, x) for mu in (p.x_r, p.x_w, p.x_k, p.x_v, p.x_a, p.x_g)
@@ -123,31 +131,19 @@ def time_mix(
         log_w = LOG_W_SCALE * jax.nn.sigmoid(w_raw + nn.expand(p.w0, w_raw))
         a = jax.nn.sigmoid(nn.lora(x_a, p.a1, p.a2) + nn.expand(p.a0, x))
         g = nn.lora(x_g, p.g1, p.g2, jax.nn.sigmoid)
-        v_first = jnp.where(first, v, sharding.reshard_like(v_first, v))
+        v_first = jnp.where(carry.known, sharding.reshard_like(carry.v_first, v), v)
         v = v + (v_first - v) * jax.nn.sigmoid(nn.lora(x_v, p.v1, p.v2) + nn.expand(p.v0, x))
     with jax.named_scope("keys"):
         kk = normalise(nn.split_heads(k * nn.expand(p.k_k, x), n))
         k = k * (1 + (a - 1) * nn.expand(p.k_a, x))
-        r, log_w, k, v_heads, a = (nn.split_heads(z, n) for z in (r, log_w, k, v, a))
+        r, log_w, k, v, a = (nn.split_heads(z, n) for z in (r, log_w, k, v, a))
     with jax.named_scope("wkv"):
-        y, state = wkv7(
-            r,
-            log_w,
-            k,
-            v_heads,
-            -kk,
-            kk * a,
-            state,
-            reset=reset,
-            lengths=lengths,
-            mesh_axis=mesh_axis,
-            implementation=implementation,
-        )
+        y, state = wkv(r, log_w, k, v, -kk, kk * a, state)
     with jax.named_scope("output"):
-        y = nn.group_norm(y, p.ln_x, GROUP_NORM_EPS)
+        y = nn.group_norm(y, p.ln_x)
         bonus = jnp.sum(r * k * p.r_k.astype(x.dtype)[None, None], axis=-1, keepdims=True)
-        out = nn.linear((y + nn.join_heads(bonus * v_heads)) * g, p.output)
-    return out, v_first, last, state
+        out = nn.linear((y + nn.join_heads(bonus * v)) * g, p.output)
+    return out, carry.replace(v_first=v_first, known=jnp.ones((), bool)), last, state
 
 
 def normalise(x: Float[Array, "*shape n"]) -> Float[Array, "*shape n"]:
@@ -160,60 +156,15 @@ def normalise(x: Float[Array, "*shape n"]) -> Float[Array, "*shape n"]:
 def channel_mix(
     params: ChannelMix[Array],
     x: Float[Array, "b t c"],
+    carry: Carry,
     last: Float[Array, "b c"],
     *,
-    reset: Bool[Array, "b t"] | None = None,
-    lengths: Int[Array, " b"] | None = None,
-    mesh_axis: str | None = None,
+    shift: Callable[..., tuple] = nn.token_shift,
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b c"]]:
-    """`relu(x_k W_k)^2 W_v`, and the token-shift state to hand on."""
-    previous, last = nn.token_shift(x, last, reset, lengths, mesh_axis)
+    """`relu(x_k W_k)^2 W_v`, and the token shift's state."""
+    previous, last = shift(x, last)
     x_k = x + (previous - x) * nn.expand(params.x_k, x)
     return nn.squared_relu_linear(nn.linear(x_k, params.key), params.value), last
-
-
-def init_carry(x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
-    """What the first layer is handed beside `x`: a `v_first` that it will replace."""
-    return jnp.zeros_like(x)
-
-
-def block(
-    params: Block[Array],
-    x: Float[Array, "b t c"],
-    v_first: Float[Array, "b t c"],
-    state: BlockState[Array],
-    *,
-    first: Bool[Array, ""] | bool,
-    reset: Bool[Array, "b t"] | None = None,
-    lengths: Int[Array, " b"] | None = None,
-    mesh_axis: str | None = None,
-    implementation: str | None = None,
-) -> tuple[Float[Array, "b t c"], Float[Array, "b t c"], BlockState[Array]]:
-    """One layer: `x` after both residual branches, `v_first`, and the layer's new state."""
-    with jax.named_scope("time_mix"):
-        out, v_first, att_x, wkv = time_mix(
-            params.att,
-            nn.layer_norm(x, params.ln1),
-            v_first,
-            state.att_x,
-            state.wkv,
-            first=first,
-            reset=reset,
-            lengths=lengths,
-            mesh_axis=mesh_axis,
-            implementation=implementation,
-        )
-        x = x + out
-    with jax.named_scope("channel_mix"):
-        out, ffn_x = channel_mix(
-            params.ffn,
-            nn.layer_norm(x, params.ln2),
-            state.ffn_x,
-            reset=reset,
-            lengths=lengths,
-            mesh_axis=mesh_axis,
-        )
-    return x + out, v_first, BlockState(att_x=att_x, wkv=wkv, ffn_x=ffn_x)
 
 
 def rank(factor: float, width: int) -> int:
@@ -280,3 +231,6 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
         value=matrix((f, c), ("mlp", "embed"), zeros),
     )
     return Block(ln1=norm(), att=att, ln2=norm(), ffn=ffn)
+
+
+VERSION = Version(specs, matrix_state, time_mix, channel_mix, wkv7, init_carry)

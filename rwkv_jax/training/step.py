@@ -13,7 +13,6 @@ from rwkv_jax import models, sharding
 from rwkv_jax.config import Config, ModelConfig
 from rwkv_jax.data.loader import Batch
 from rwkv_jax.loss import cross_entropy
-from rwkv_jax.models.state import rms
 from rwkv_jax.params import path_name
 from rwkv_jax.training.optimizer import schedule
 from rwkv_jax.training.state import TrainState, optimizer_for, schedule_steps
@@ -73,7 +72,7 @@ def make_train_step(cfg: Config, model_cfg: ModelConfig) -> jax.stages.Wrapped:
                 l2wrap=train.l2wrap,
                 z_loss=train.z_loss,
             )
-        memory = lax.stop_gradient(rms(after))
+        memory = lax.stop_gradient(models.state_rms(after))
         return loss, (parts["cross_entropy"], memory, None if carried is None else after)
 
     def train_step(

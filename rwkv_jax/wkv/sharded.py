@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from rwkv_jax.sharding import is_manual, names_of
+from rwkv_jax.sharding import check_axis, is_manual, names_of
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int
 from rwkv_jax.wkv.v4 import associative as v4
 from rwkv_jax.wkv.v4.recurrence import Wkv4State
@@ -83,43 +83,6 @@ def over_devices(
         check_vma=False,
     )
     return spread(given)
-
-
-def over_mesh(
-    operator: str, axis: str, run: Callable, split: dict[str, Any], whole: dict[str, Any]
-) -> Any:
-    """`run(**split, **whole)` on every device of an automatic mesh axis, `split` and what comes
-    first out by their second axis.
-
-    Not for explicit axes: what JAX (0.10) carries over the border of a `shard_map` over some of
-    them it makes whole over the others. Raises `ValueError` as `check_axis`.
-    """
-    check_axis(operator, axis, jax.tree.leaves(split)[0].shape[1])
-    time = PartitionSpec(None, axis)
-    spread = jax.shard_map(
-        lambda split, whole: run(**split, **whole),
-        in_specs=(time, PartitionSpec()),
-        out_specs=(time, PartitionSpec()),
-        axis_names={axis},
-        check_vma=False,
-    )
-    return spread(split, whole)
-
-
-def check_axis(operator: str, axis: str, length: int) -> None:
-    """Raises `ValueError` if there is no such mesh axis, or it does not divide the length."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if axis not in mesh.axis_names:
-        known = ", ".join(mesh.axis_names) or "none; name one by jax.set_mesh(mesh)"
-        raise ValueError(f"{operator}: no mesh axis {axis!r}; there is {known}")
-    devices = mesh.shape[axis]
-    if length % devices:
-        below, above = length - length % devices, length + -length % devices
-        nearest = f"{below} and {above}" if below else f"{above}"
-        raise ValueError(
-            f"{operator}: {length} tokens do not divide over the {devices} devices of mesh axis"
-            f" {axis!r}; the nearest that do are {nearest}"
-        )
 
 
 Axis = str | tuple[str, ...]

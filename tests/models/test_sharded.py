@@ -1,4 +1,4 @@
-"""Whole models with rows of given lengths, and with time over the devices of a mesh axis."""
+"""Whole models with rows of given lengths, and with time sharded over a mesh axis."""
 
 import functools
 
@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from kinds import versions
 from official import checkpoint
 from tolerances import MODEL_RMS, assert_close, relative_rms
 
-from benchmarks.sequence import step
-from rwkv_jax import models
+from rwkv_jax import ModelConfig, models
 from rwkv_jax.checkpoint.keymaps import from_official
+from rwkv_jax.loss import cross_entropy
 from rwkv_jax.wkv import leak_test
 
 ROWS, LENGTH = 2, 48
@@ -38,11 +39,60 @@ def batch(version):
 @pytest.mark.slow
 def test_a_step_over_65536_tokens():
     """Version 7 on eight devices: loss and gradient are those of one, for a share of the memory."""
-    mesh = jax.make_mesh((8,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
-    found = step(65536, mesh)
-    assert found["loss_apart"] < 1e-6
-    assert found["gradient_apart"] < 1e-5
-    assert found["allocated"] < found["alone_allocated"] / 4
+    mesh = jax.make_mesh((8,), ("sequence",))
+    cfg = ModelConfig(version="7", layers=2, width=128, vocab_size=512)
+    # Fresh projections are zero: nothing would flow through them.
+    params = jax.tree.map(
+        lambda x: x + 0.02 * jax.random.normal(jax.random.key(x.size), x.shape),
+        models.init_params(cfg, jax.random.key(0)),
+    )
+    text = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, 65537), np.int32)
+
+    def run(params, mesh_axis):
+        def loss(params):
+            inputs, targets = text[:, :-1], text[:, 1:]
+            hidden, _ = models.backbone(params, inputs, cfg=cfg, mesh_axis=mesh_axis, remat="dots")
+            return cross_entropy(hidden, params.head, targets)[0]
+
+        program = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+        loss, gradient = jax.device_get(program(params))
+        return loss, ravel_pytree(gradient)[0], program.memory_analysis().temp_size_in_bytes
+
+    loss, gradient, memory = run(params, None)
+    with jax.set_mesh(mesh):
+        everywhere = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        split_loss, split_gradient, split_memory = run(everywhere, "sequence")
+    assert abs(split_loss / loss - 1) < 1e-6
+    assert np.linalg.norm(split_gradient - gradient) < 1e-5 * np.linalg.norm(gradient)
+    assert split_memory < memory / 4
+
+
+def test_mesh_axis_of_a_model_is_explicit():
+    params, cfg = weights("7")
+    tokens, _ = batch("7")
+    auto = jax.make_mesh(
+        (4,), ("sequence",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4]
+    )
+    with jax.set_mesh(auto), pytest.raises(ValueError, match=r"'sequence' is automatic.*Explicit"):
+        models.forward(params, tokens, cfg=cfg, mesh_axis="sequence")
+    with jax.set_mesh(auto), pytest.raises(ValueError, match="no mesh axis 'time'"):
+        models.forward(params, tokens, cfg=cfg, mesh_axis="time")
+
+
+@versions("7")
+def test_automatic_meshes_need_no_mesh_axis(version):
+    """Without `mesh_axis`, XLA partitions a model over an automatic mesh by itself."""
+    params, cfg = weights(version)
+    tokens, reset = batch(version)
+    run = jax.jit(functools.partial(models.forward, cfg=cfg))
+    alone, _ = run(params, tokens, reset=reset)
+    auto = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    with jax.set_mesh(auto):
+        rows = jax.device_put((tokens, reset), NamedSharding(auto, PartitionSpec("data")))
+        everywhere = jax.device_put(params, NamedSharding(auto, PartitionSpec()))
+        found, _ = run(everywhere, rows[0], reset=rows[1])
+    assert found.sharding.spec[0] == "data"
+    assert_close(found, alone, "float32")
 
 
 def leaves(tree):
