@@ -144,9 +144,9 @@ def _on_shards(run: Callable, out_axes: Any, hidden: Array, head: Array, *more: 
 
 
 class _Terms(NamedTuple):
-    """The objective's constants; `count` is the number of tokens of the whole batch."""
+    """The objective's constants; `tokens` is the number of the whole batch."""
 
-    count: int
+    tokens: int
     l2wrap: float
     z_loss: float
     chunk_tokens: int | None
@@ -180,7 +180,7 @@ def _objective_forward(hidden, head, targets, weight, settings):
 def _with_gradients(settings, hidden, head, targets, weight, tokens, words):
     """The sums over all tokens, and the gradients of the mean with respect to `hidden` and
     `head`."""
-    count, l2wrap, z_loss, chunk_tokens = settings
+    total, l2wrap, z_loss, chunk_tokens = settings
 
     def chunk(carry, inputs):
         sums, d_head = carry
@@ -194,7 +194,7 @@ def _with_gradients(settings, hidden, head, targets, weight, tokens, words):
         if l2wrap:
             # Equal largest logits, rare in float32, are all pulled: an argmax costs a tenth more.
             d_logits += jnp.where(logits == largest, l2wrap * largest, 0.0)
-        d_logits = (d_logits * (weight / count)[..., None]).astype(hidden.dtype)
+        d_logits = (d_logits * (weight / total)[..., None]).astype(hidden.dtype)
         d_hidden = jnp.einsum("btV,cV->btc", d_logits, head.astype(hidden.dtype))
         d_hidden = lax.psum(d_hidden, words) if words else d_hidden
         d_head += jnp.einsum("btc,btV->cV", hidden, d_logits, preferred_element_type=jnp.float32)
@@ -232,6 +232,6 @@ def _add_terms(sums, terms, weight):
 
 
 def _value(sums, settings):
-    means = jax.tree.map(lambda x: x / settings.count, sums)
+    means = jax.tree.map(lambda x: x / settings.tokens, sums)
     means["z_loss"] = settings.z_loss * means["z_loss"]
     return means["cross_entropy"] + means["z_loss"], means

@@ -21,6 +21,7 @@ initial values and optimizer groups these are.
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Generic
 
@@ -143,7 +144,7 @@ def time_mix(
         y = nn.group_norm(y, p.ln_x)
         bonus = jnp.sum(r * k * p.r_k.astype(x.dtype)[None, None], axis=-1, keepdims=True)
         out = nn.linear((y + nn.join_heads(bonus * v)) * g, p.output)
-    return out, carry.replace(v_first=v_first, known=jnp.ones((), bool)), last, state
+    return out, replace(carry, v_first=v_first, known=jnp.ones((), bool)), last, state
 
 
 def normalise(x: Float[Array, "*shape n"]) -> Float[Array, "*shape n"]:
