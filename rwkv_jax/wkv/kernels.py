@@ -155,7 +155,7 @@ def on_platform(platform: str, interpreted: bool, run: Callable, form: Callable)
 
 
 def differentiable(
-    primal: Callable, forward: Callable, backward: Callable, reference: Callable
+    operator: str, primal: Callable, forward: Callable, backward: Callable, reference: Callable
 ) -> Callable[..., Any]:
     """`with_gradient` of passes that are kernels, twice: what differentiates a gradient meets both
     passes, and those are then `reference`'s, which XLA runs. The last of what is given is not
@@ -192,7 +192,7 @@ def differentiable(
         return (*x, *(None for _ in fixed)), jax.tree.map(jnp.zeros_like, kept), cotangents
 
     backward_again.defvjp(lambda *all: (backward(*all), all), of_backward)
-    return with_gradient(primal, forward_again, backward_again)
+    return with_gradient(operator, primal, forward_again, backward_again)
 
 
 def _is_float(x: Any) -> bool:
@@ -311,7 +311,7 @@ def recurrence(kernel: Kernel, interpreted: bool) -> Callable[..., Any]:
     primal = pick("primal", partial(_forward, kernel, False))
     forward = pick("forward", partial(_forward, kernel, True))
     backward = pick("backward", partial(_backward, kernel))
-    return differentiable(primal, forward, backward, kernel.form.reference)
+    return differentiable(kernel.operator, primal, forward, backward, kernel.form.reference)
 
 
 def _forward(

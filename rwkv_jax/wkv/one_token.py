@@ -29,6 +29,7 @@ class Step(NamedTuple):
     """A version's step: of rows of a state, and as XLA has it."""
 
     name: str
+    operator: str
     tile: Callable[..., tuple[Array, Array]]
     reference: Callable[..., tuple[Array, Array]]
 
@@ -71,8 +72,8 @@ def _reference6(v, r, log_w, k, u, state):
     return v6_scan.step(r, log_w, k, v, u[0], state)
 
 
-WKV6 = Step("wkv6_step", tile6, _reference6)
-WKV7 = Step("wkv7_step", tile7, _reference7)
+WKV6 = Step("wkv6_step", "wkv6", tile6, _reference6)
+WKV7 = Step("wkv7_step", "wkv7", tile7, _reference7)
 
 
 @lru_cache
@@ -92,7 +93,7 @@ def step(kind: Step, platform: str, named: bool) -> Callable[..., tuple[Array, A
     def backward(given: tuple, kept: None, cotangents: tuple) -> tuple:
         return jax.vjp(kind.reference, *given)[1](cotangents)
 
-    return with_gradient(run, lambda *given: (run(*given), None), backward)
+    return with_gradient(kind.operator, run, lambda *given: (run(*given), None), backward)
 
 
 def _gpu(kind: Step, interpret: bool, *given: Array) -> tuple[Array, ...]:

@@ -1,7 +1,7 @@
-"""RWKV-4's WKV by chunks in order: the definition, keeping for its gradient one state a chunk.
+"""RWKV-4's WKV by chunks in order: the definition, keeping one state a chunk for its gradient.
 
-A chunk is swept forward again for its gradient, and back, before the one before it: what is alive
-at a time is of one chunk. The algebra is in `sweeps.py`.
+The backward pass takes the chunks from the last to the first. It sweeps each forward again and then
+back, so that only one chunk's intermediates are alive at a time. The algebra is in `sweeps.py`.
 """
 
 from functools import partial
@@ -10,12 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rwkv_jax.typing import Array, Bool, Float
-from rwkv_jax.wkv.chunks import fit
+from rwkv_jax.typing import Array, Bool, Float, Shaped
+from rwkv_jax.wkv.chunks import chunk_size
 from rwkv_jax.wkv.gradient import with_gradient
-from rwkv_jax.wkv.reverse import reverse_only
-from rwkv_jax.wkv.tokens import in_place
-from rwkv_jax.wkv.v4.recurrence import Wkv4State, token
+from rwkv_jax.wkv.v4.recurrence import Inputs, Wkv4State, in_place
 from rwkv_jax.wkv.v4.sweeps import (
     SweptBack,
     Tokens,
@@ -31,79 +29,59 @@ from rwkv_jax.wkv.v4.sweeps import (
 CHUNK = 64
 
 
-def wkv4(
-    log_w: Float[Array, " c"],
-    k: Float[Array, "b t c"],
-    v: Float[Array, "b t c"],
-    u: Float[Array, " c"],
-    state: Wkv4State,
-    reset: Bool[Array, "b t"] | None,
-    mask: Bool[Array, "b t"] | None,
-) -> tuple[Float[Array, "b t c"], Wkv4State]:
-    """`rwkv_jax.wkv.wkv4` by chunks of 64."""
-    log_w, k, v, u, state = reverse_only("wkv4", (log_w, k, v, u, state))
-    return _over_chunks(log_w, k, v, u, state, reset, mask)
-
-
-def without_gradient(
-    log_w: Float[Array, " c"],
-    k: Float[Array, "b t c"],
-    v: Float[Array, "b t c"],
-    u: Float[Array, " c"],
-    state: Wkv4State,
-    reset: Bool[Array, "b t"] | None,
-    mask: Bool[Array, "b t"] | None,
-) -> tuple[Float[Array, "b t c"], Wkv4State]:
-    """`rwkv_jax.wkv.wkv4` token by token: there is nothing to keep. Not to be differentiated."""
-    return in_place(partial(token, log_w, u), (k, v, reset, mask), state, jnp.zeros_like(v))
-
-
-def in_order(x: Array) -> Array:
-    """[b, chunks, C, c] -> [chunks, C, b, c]."""
+def chunks_first(x: Shaped[Array, "b chunks C c"]) -> Shaped[Array, "chunks C b c"]:
     return x.transpose(1, 2, 0, 3)
 
 
-def join(x: Float[Array, "chunks C b c"], t: int) -> Float[Array, "b t c"]:
-    """The inverse of `cut` and `in_order`."""
+def merge_chunks(x: Float[Array, "chunks C b c"], t: int) -> Float[Array, "b t c"]:
+    """The inverse of `cut` and `chunks_first`, for `t` tokens."""
     chunks, size, b, c = x.shape
     return x.transpose(2, 0, 1, 3).reshape(b, chunks * size, c)[:, :t]
 
 
-def forward(log_w, k, v, u, state, reset, mask, size=CHUNK):
-    """(`y`, the state after), and the states that enter the chunks of `size`."""
-    size = fit(size, k.shape[1])
-    x = jax.tree.map(in_order, tokens(k, v, reset, mask, size))
+def forward(
+    x: Inputs, state: Wkv4State, reset: Bool[Array, "b t"] | None, size: int = CHUNK
+) -> tuple[tuple[Array, Wkv4State], Wkv4State]:
+    """(`y`, the state after), and the states that enter the chunks of `size` tokens."""
+    t = x.k.shape[1]
+    chunks = jax.tree.map(chunks_first, tokens(x.k, x.v, reset, x.mask, chunk_size(size, t)))
 
-    def chunk(state: Wkv4State, x: Tokens) -> tuple[Wkv4State, tuple[Array, Wkv4State]]:
-        after, y = sweep(log_w, u, x, state)
+    def chunk(state: Wkv4State, tokens: Tokens) -> tuple[Wkv4State, tuple[Array, Wkv4State]]:
+        after, y = sweep(x.log_w, x.u, tokens, state)
         return after, (y, state)
 
-    last, (y, entering) = lax.scan(chunk, state, x)
-    return (join(y, k.shape[1]), last), entering
+    last, (y, entering) = lax.scan(chunk, state, chunks)
+    return (merge_chunks(y, t), last), entering
 
 
-def backward(given, kept, cotangents):
-    """Gradients of what `forward` was given, from those of `y` and the state after."""
-    log_w, k, v, u, state, reset, mask = given
-    (y, last), entering = kept
+def backward(
+    args: tuple[Inputs, Wkv4State, Array | None],
+    residuals: tuple[tuple[Array, Wkv4State], Wkv4State],
+    cotangents: tuple[Array, Wkv4State],
+) -> tuple[Inputs, Wkv4State, None]:
+    """Gradients of the arguments of `forward`, from those of `y` and the state after."""
+    x, state, reset = args
+    (y, last), entering = residuals
     dy, dlast = cotangents
-    size = fit(CHUNK, k.shape[1])
-    x = jax.tree.map(in_order, tokens(k, v, reset, mask, size))
-    y, dy = (in_order(cut(z, size)) for z in (y, dy))
+    t = x.k.shape[1]
+    size = chunk_size(CHUNK, t)
+    chunks = jax.tree.map(chunks_first, tokens(x.k, x.v, reset, x.mask, size))
+    y, dy = (chunks_first(cut(z, size)) for z in (y, dy))
 
     def chunk(carry: tuple[SweptBack, Wkv4State], inputs: tuple) -> tuple[tuple, tuple]:
         after, end = carry
-        x, y, dy, entering = inputs
-        reading = readings(log_w, u, x, dy, entering)
-        before, gradients = sweep_back(log_w, x, y, reading, end, after)
+        tokens, y, dy, entering = inputs
+        reading = readings(x.log_w, x.u, tokens, dy, entering)
+        before, gradients = sweep_back(x.log_w, tokens, y, reading, end, after)
         return (before, entering), gradients
 
     zeros = jnp.zeros_like(last.num)
     carry = (SweptBack(arriving(dlast, last), zeros, zeros), last)
-    (before, _), gradients = lax.scan(chunk, carry, (x, y, dy, entering), reverse=True)
-    dk, dv = map(partial(join, t=k.shape[1]), gradients)
-    dlog_w, du = jnp.sum(before.log_w, 0), jnp.sum(before.u, 0)
-    return dlog_w, dk, dv, du, of_state(before.grad, state), None, None
+    (before, _), gradients = lax.scan(chunk, carry, (chunks, y, dy, entering), reverse=True)
+    dk, dv = map(partial(merge_chunks, t=t), gradients)
+    dx = Inputs(jnp.sum(before.log_w, 0), dk, dv, jnp.sum(before.u, 0))
+    return dx, of_state(before.grad, state), None
 
 
-_over_chunks = with_gradient(without_gradient, forward, backward, keeps_outputs=True)
+wkv4 = with_gradient("wkv4", in_place, forward, backward, keeps_outputs=True)
+"""The form by chunks of 64 tokens."""

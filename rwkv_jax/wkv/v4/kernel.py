@@ -13,12 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rwkv_jax.typing import Array, Bool, Callable, Float, Int
+from rwkv_jax.typing import Array, Callable, Int
 from rwkv_jax.wkv import kernels
-from rwkv_jax.wkv.precision import computed
-from rwkv_jax.wkv.reverse import reverse_only
+from rwkv_jax.wkv.form import in_compute_dtype
 from rwkv_jax.wkv.v4 import chunked
-from rwkv_jax.wkv.v4.recurrence import LOG_ZERO, Wkv4State
+from rwkv_jax.wkv.v4.recurrence import LOG_ZERO, Inputs, Wkv4State
 from rwkv_jax.wkv.v4.sweeps import (
     SweptBack,
     Tokens,
@@ -93,17 +92,9 @@ def operator(kernel: Kernel, named: bool) -> Callable:
     """`rwkv_jax.wkv.wkv4` by the kernel; on a CPU by XLA's form, unless it was asked for by
     name."""
 
-    def wkv4(
-        log_w: Float[Array, " c"],
-        k: Float[Array, "b t c"],
-        v: Float[Array, "b t c"],
-        u: Float[Array, " c"],
-        state: Wkv4State,
-        reset: Bool[Array, "b t"] | None,
-        mask: Bool[Array, "b t"] | None,
-    ) -> tuple[Float[Array, "b t c"], Wkv4State]:
+    def wkv4(x: Inputs, state: Wkv4State, reset: Array | None) -> tuple[Array, Wkv4State]:
         kernels.check(kernel, "wkv4", named, refusal(kernel, state))
-        log_w, k, v, u, state = reverse_only("wkv4", (log_w, k, v, u, state))
+        log_w, k, v, u, mask = x
         t = k.shape[1]
         more = -t % SIZE
         if more:
@@ -126,6 +117,7 @@ def recurrence(kernel: Kernel, named: bool) -> Callable:
         return kernels.on_platform(kernel.platform, named, run, form)
 
     return kernels.differentiable(
+        "wkv4",
         pick(partial(_forward, kernel, False), _reference),
         pick(partial(_forward, kernel, True), _forward_elsewhere),
         pick(partial(_backward, kernel), _backward_elsewhere),
@@ -133,13 +125,14 @@ def recurrence(kernel: Kernel, named: bool) -> Callable:
     )
 
 
-_reference = computed(chunked.wkv4, v=2)
+def _reference(log_w, k, v, u, state, reset, mask):
+    return in_compute_dtype(chunked.wkv4)(Inputs(log_w, k, v, u, mask), state, reset)
 
 
 def _forward_elsewhere(log_w, k, v, u, state, reset, mask):
     form = partial(chunked.forward, size=SIZE)
     x = (z.astype(jnp.float32) for z in (log_w, k, v, u))
-    (y, last), entering = form(*x, state=state, reset=reset, mask=mask)
+    (y, last), entering = form(Inputs(*x, mask), state, reset)
     return (y.astype(v.dtype), last), (entering, last)
 
 

@@ -7,11 +7,21 @@ import jax
 import jax.numpy as jnp
 
 from rwkv_jax.typing import Array, Bool, Float
-from rwkv_jax.wkv.tokens import in_order
+from rwkv_jax.wkv.loops import loop_tokens, scan_tokens
 
 LOG_ZERO = -1e38
 """Stands for log 0: survives additions in float32 without becoming -inf, whose differences are
 NaN."""
+
+
+class Inputs(NamedTuple):
+    """The operator's inputs: log_w, u [c]; k, v [b, t, c]; mask [b, t], where tokens are valid."""
+
+    log_w: Array
+    k: Array
+    v: Array
+    u: Array
+    mask: Array | None = None
 
 
 class Wkv4State(NamedTuple):
@@ -29,7 +39,7 @@ class Wkv4State(NamedTuple):
 
 
 def blend(p: Array, q: Array) -> tuple[Array, Array, Array]:
-    """`max(p, q)` and the factors that bring values with exponents p and q to it. One
+    """`max(p, q)`, and the factors that rescale values with exponents p and q to it; by one
     exponential."""
     small = jnp.exp(-jnp.abs(p - q))
     one = jnp.ones_like(small)
@@ -43,7 +53,7 @@ def absorb(state: Wkv4State, log_w: Array, exponent: Array, num: Array, den: Arr
 
 
 def read(state: Wkv4State, u: Array, k: Array, v: Array) -> Array:
-    """`y` of a token that meets `state`."""
+    """`y` of a token, given the state before it."""
     _, old, new = blend(state.max_exp, u + k)
     return (old * state.num + new * v) / (old * state.den + new)
 
@@ -70,26 +80,30 @@ def step(
     return y, absorb(state, log_w[None], k, v, jnp.ones_like(v))
 
 
-def token(log_w: Array, u: Array, state: Wkv4State, inputs: tuple) -> tuple[Wkv4State, Array]:
-    """The state after a token and its `y`; `inputs` are k, v, whether a document starts, and
-    whether the token is real."""
-    k, v, starts, real = inputs
+def token(
+    log_w: Float[Array, " c"], u: Float[Array, " c"], state: Wkv4State, inputs: tuple
+) -> tuple[Wkv4State, Float[Array, "b c"]]:
+    """`step` as the body of a loop; `inputs` are k, v, where the token starts a document, and where
+    it is valid (not padding)."""
+    k, v, starts, valid = inputs
     if starts is not None:
         state = forget(state, starts[:, None])
     y, after = step(log_w, k, v, u, state)
-    if real is not None:
-        after = jax.tree.map(lambda x, y: jnp.where(real[:, None], x, y), after, state)
+    if valid is not None:
+        after = jax.tree.map(lambda x, y: jnp.where(valid[:, None], x, y), after, state)
     return after, y
 
 
-def wkv4(
-    log_w: Float[Array, " c"],
-    k: Float[Array, "b t c"],
-    v: Float[Array, "b t c"],
-    u: Float[Array, " c"],
-    state: Wkv4State,
-    reset: Bool[Array, "b t"] | None,
-    mask: Bool[Array, "b t"] | None,
+def scan(
+    x: Inputs, state: Wkv4State, reset: Bool[Array, "b t"] | None
 ) -> tuple[Float[Array, "b t c"], Wkv4State]:
-    """`rwkv_jax.wkv.wkv4` by `lax.scan`. Its gradient keeps every state: O(t) of them."""
-    return in_order(partial(token, log_w, u), (k, v, reset, mask), state)
+    """The form by `lax.scan`. Its gradient keeps every state: O(t) of them."""
+    return scan_tokens(partial(token, x.log_w, x.u), (x.k, x.v, reset, x.mask), state)
+
+
+def in_place(
+    x: Inputs, state: Wkv4State, reset: Bool[Array, "b t"] | None
+) -> tuple[Float[Array, "b t c"], Wkv4State]:
+    """The form for a CPU where no gradient is taken; not for differentiation."""
+    body = partial(token, x.log_w, x.u)
+    return loop_tokens(body, (x.k, x.v, reset, x.mask), state, jnp.zeros_like(x.v))

@@ -1,8 +1,8 @@
-"""The algebra of one chunk of RWKV-5's and 6's WKV, forward and backward.
+"""The algebra of one chunk of the WKV of RWKV-5 and 6, forward and backward.
 
-C tokens, rows = time, entered with state S [k, v]: transposed, because products whose left factor
-is not are faster. Token t reads what s < t wrote, decayed by all tokens between them; with lw the
-log decays,
+The chunk has C tokens (rows = time) and is entered with state S [k, v]: transposed, because
+products are faster if their left factor is not. Token t reads what tokens s < t wrote, decayed by
+all tokens between them; with lw the log decays,
 
     A[t, s] = sum_n r_t k_s exp(sum_{s < i < t} lw_i)        A[t, t] = sum_n r_t u k_t
     Y  = (r exp(sum_{i < t} lw_i)) S + A V
@@ -10,25 +10,25 @@ log decays,
 
 A is a matrix product only if the exponential splits into a factor of t and one of s. A split at the
 chunk's start or middle makes one factor grow as the other shrinks, and overflows for decays that
-trained models have. So the chunk is halved again and again, and each pair (t, s) is split at the
-middle of the node that parts it, t in the second half and s in the first:
+trained models have. So the chunk is halved recursively into a binary tree, and each pair (t, s) is
+split at the middle of the node that separates it, t in its second half and s in its first:
 
     exp(sum_{s < i < t} lw_i) = exp(sum_{middle <= i < t} lw_i) exp(sum_{s < i < middle} lw_i)
 
-Going up from single tokens, a level's halves are the level below's nodes, and what r and k are
-decayed by grows by the decay over one half:
+Going up from single tokens, the halves of one level are the nodes of the level below, and r and k
+are decayed further, each by the decay over the other half:
 
     second halves   r decayed since the middle; next, since the node's start: times the first's
     first halves    k decayed up to the middle; next, up to the node's end:   times the second's
 
-At the top r and k are what reads the entering state and writes the next. All factors are in [0, 1]:
-nothing overflows, whatever the decay, and what vanishes is zero. The gradient goes down again. Each
-r, k and decay is met by the flow r dr or k dk through its exponent alone, never by a difference of
-longer sums, so that strong decays have exact gradients.
+At the top r reads the entering state and k writes the next. All factors are in [0, 1]: nothing
+overflows, whatever the decay, and underflow gives exact zeros. The gradient goes down the tree
+again. Each r, k and decay gets the flow r dr or k dk through its own exponent alone, never a
+difference of longer sums, so that gradients are exact for strong decays.
 
-A document that starts inside the chunk masks A where document numbers differ, the rows that may not
-see S, the columns that may not reach S', and S itself. State-tuned models start it from `initial`,
-which its rows see through the decays since its start.
+If a document starts inside the chunk, masks apply to A where documents differ, to the rows that may
+not see S, to the columns that may not reach S', and to S itself. State-tuned models start the
+document from `initial`, which its rows read through the decays since its start.
 """
 
 from functools import partial
@@ -40,31 +40,10 @@ import numpy as np
 
 from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv.chunks import Documents, dot, masked, summed, transpose, within
+from rwkv_jax.wkv.v6.recurrence import Heads, Tokens
 
 LOG_ZERO = -1e30
-"""Stands for the log of 0, of which a product with ones would make NaN."""
-
-
-class Inputs(NamedTuple):
-    """A chunk's tokens, [..., C, n] each."""
-
-    r: Array
-    log_w: Array
-    k: Array
-    v: Array
-
-
-class Heads(NamedTuple):
-    """What all tokens share: the bonus [h, k], and the state [h, k, v] that documents start from,
-    None for zero."""
-
-    u: Array
-    initial: Array | None
-
-    @classmethod
-    def of(cls, u: Float[Array, "h k"], initial: Float[Array, "h v k"] | None) -> "Heads":
-        """From the operator's arguments, whose states are [v, k]."""
-        return cls(u, None if initial is None else transpose(initial))
+"""Stands for log 0, whose product with a mask's zeros would be NaN."""
 
 
 class Level(NamedTuple):
@@ -77,7 +56,7 @@ class Level(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a chunk's tokens have to do with each other, whatever the state."""
+    """The state-independent part of a chunk."""
 
     levels: list[Level]  # from pairs of tokens up to the whole chunk
     scores: Array  # A, masked [C, C]
@@ -101,8 +80,8 @@ def whole(
 
 
 def over_columns(x: Float[Array, "*lanes C n"]) -> Float[Array, "*lanes C 1"]:
-    """Sums over n; a product, as all sums here: XLA's CPU backend takes ten times as long over
-    others."""
+    """Sums over n, as a matrix product like all sums here: ten times as fast on XLA's CPU
+    backend."""
     return jnp.tensordot(x, jnp.ones((x.shape[-1], 1), x.dtype), 1, precision="highest")
 
 
@@ -111,9 +90,9 @@ def over_rows(x: Float[Array, "*lanes C n"]) -> Float[Array, "*lanes 1 n"]:
     return x if x.shape[-2] == 1 else summed(np.ones((1, x.shape[-2])), x)
 
 
-def climb(x: Inputs) -> tuple[list[Level], Array, Array, Array]:
-    """The levels, and what there is at the top: r and k, decayed since the chunk's start and up to
-    its end [C, k], and the decay over it [1, k]."""
+def climb(x: Tokens) -> tuple[list[Level], Array, Array, Array]:
+    """The levels, and the top's r decayed since the chunk's start [C, k], k decayed up to its end
+    [C, k], and the decay over it [1, k]."""
     reading, writing, decays = x.r, x.k, node_decays(x.log_w)
     levels, size = [], 1
     for decay in decays[:-1]:
@@ -129,8 +108,8 @@ def climb(x: Inputs) -> tuple[list[Level], Array, Array, Array]:
 def node_decays(log_w: Float[Array, "*lanes C n"]) -> list[Array]:
     """The decay over every node, [nodes, n] a level, from single tokens up to the whole chunk.
 
-    Of sums, not products of decays: where all are the same and nearly 1, so are their roundings,
-    which would add up over all that a state remembers.
+    By sums of logs, not products of decays: where all decays are the same and nearly 1, so are
+    their rounding errors, which would add up over all tokens that a state remembers.
     """
     log_w, size = jnp.maximum(log_w, LOG_ZERO), log_w.shape[-2]
     if size == 1:
@@ -141,8 +120,8 @@ def node_decays(log_w: Float[Array, "*lanes C n"]) -> list[Array]:
     return [jnp.exp(log_w), *above]
 
 
-def relate(x: Inputs, heads: Heads, docs: Documents | None) -> Scores:
-    """The state-free part of a chunk."""
+def relate(x: Tokens, heads: Heads, docs: Documents | None) -> Scores:
+    """The state-independent part of a chunk."""
     levels, reading, writing, total = climb(x)
     u = jnp.broadcast_to(heads.u[:, None], x.r.shape)
     scores = over_columns(x.r * u * x.k)[..., None]
@@ -166,7 +145,7 @@ def relate(x: Inputs, heads: Heads, docs: Documents | None) -> Scores:
 
 
 def forward(
-    x: Inputs, heads: Heads, s: Scores, state: Array, docs: Documents | None
+    x: Tokens, heads: Heads, s: Scores, state: Array, docs: Documents | None
 ) -> tuple[Float[Array, "*lanes C v"], Float[Array, "*lanes k v"]]:
     """The chunk's `y` and the state after it."""
     y = dot(s.reading, state) + dot(s.scores, x.v)
@@ -180,8 +159,8 @@ def forward(
 def started(
     docs: Documents, r: Array, log_w: Array, initial: Float[Array, "h k v"]
 ) -> tuple[Float[Array, "*lanes C v"], Float[Array, "*lanes k v"]]:
-    """What rows of documents that start in the chunk read from `initial`, and what is left of it at
-    the end, if the last one does."""
+    """For documents that start in the chunk: what their rows read from `initial`, and what is left
+    of it in the state after the chunk, if its last document started there."""
     log_w = jnp.maximum(log_w, LOG_ZERO)
     since = summed(within(np.tri(r.shape[-2], k=-1, dtype=bool), docs), log_w)
     reading = r * jnp.exp(since) * (1 - docs.sees_state)
@@ -191,16 +170,16 @@ def started(
 
 
 def backward(
-    x: Inputs,
+    x: Tokens,
     heads: Heads,
     s: Scores,
     state: Float[Array, "b h k v"],
     dy: Float[Array, "b h C v"],
     dstate: Float[Array, "b h k v"],
     docs: Documents | None,
-) -> tuple[Inputs, Heads, Float[Array, "b h k v"]]:
-    """Gradients of the chunk's inputs, of the heads' and of the state that entered it, from those
-    of `y` and the state after."""
+) -> tuple[Tokens, Heads, Float[Array, "b h k v"]]:
+    """Gradients of the chunk's inputs, of `heads` and of the state that entered it, from those of
+    `y` and the state after."""
     dv = dot(transpose(s.scores), dy) + dot(s.writing, dstate)
     dscores = dot(dy, transpose(x.v))
     dreading, dwriting = dot(dy, transpose(state)), dot(x.v, transpose(dstate))
@@ -208,7 +187,8 @@ def backward(
         dscores = masked(docs.same, dscores)
         dreading, dwriting = dreading * docs.sees_state, dwriting * docs.reaches_end
 
-    # Of the log decay over each node; what flows through a node flows through both its halves.
+    # The gradient of the log decay over each node: what flows through a node flows through both
+    # its halves.
     flow = transpose(over_columns(state * dstate) * s.total)
     blocks = dscores[..., None, :, :]
     for level in reversed(s.levels):
@@ -237,5 +217,5 @@ def backward(
             _, pull_back = jax.vjp(partial(started, docs), x.r, x.log_w, heads.initial)
             late_r, late_log_w, dinitial = pull_back((dy, dstate))
             dr, dlog_w = dr + late_r, dlog_w + late_log_w
-    dx = Inputs(dr, dlog_w, dwriting + own * u * x.r, dv)
+    dx = Tokens(dr, dlog_w, dwriting + own * u * x.r, dv)
     return dx, Heads(du, dinitial), dstate * s.total + dot(transpose(s.reading), dy)

@@ -1,97 +1,67 @@
-"""RWKV-5's and 6's WKV by chunks: matrix products inside a chunk, the state handed from chunk to
-chunk.
+"""The WKV of RWKV-5 and 6 by chunks: matrix products inside a chunk, and a loop that carries the
+state from chunk to chunk.
 
-The backward pass recomputes each chunk from its inputs and the state that entered it, so one state
-a chunk is kept, not one a token. The algebra is in `chunk.py`.
+The backward pass recomputes each chunk from its inputs and the state that entered it, so that one
+state a chunk is kept, not one a token. The algebra is in `algebra.py`.
 """
 
-import jax
-import jax.numpy as jnp
-from jax import lax
-
 from rwkv_jax.typing import Array, Bool, Float
-from rwkv_jax.wkv.chunks import documents, fit, in_chunks, pad, put, take, transpose
+from rwkv_jax.wkv.chunks import (
+    DocumentIds,
+    documents,
+    scan_chunks,
+    scan_chunks_back,
+    transpose,
+)
 from rwkv_jax.wkv.gradient import outputs_of, with_gradient
-from rwkv_jax.wkv.reverse import reverse_only
 from rwkv_jax.wkv.v6 import algebra
-from rwkv_jax.wkv.v6.algebra import Heads, Inputs
+from rwkv_jax.wkv.v6.recurrence import Heads, Inputs, Tokens
 
 CHUNK = 32
-FORWARD_MODE = "'scan' or 'associative'"
-"""The forms that know forward-mode differentiation."""
-
-
-def wkv6(
-    r: Float[Array, "b t h k"],
-    log_w: Float[Array, "b t h k"],
-    k: Float[Array, "b t h k"],
-    v: Float[Array, "b t h v"],
-    u: Float[Array, "h k"],
-    state: Float[Array, "b h v k"],
-    reset: Bool[Array, "b t"] | None,
-    initial: Float[Array, "h v k"] | None,
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
-    """`rwkv_jax.wkv.wkv6` by chunks of 32."""
-    x, heads = Inputs(r, log_w, k, v), Heads.of(u, initial)
-    x, heads, state = reverse_only("wkv6", (x, heads, state), FORWARD_MODE)
-    y, after = _over_chunks(x, heads, transpose(state), reset)
-    return y, transpose(after)
 
 
 def forward(
-    x: Inputs,
+    x: Tokens,
     heads: Heads,
     state: Float[Array, "b h k v"],
     reset: Bool[Array, "b t"] | None,
     size: int = CHUNK,
 ) -> tuple[tuple[Array, Array], Array]:
-    """(`y`, the state after), and the states that enter the chunks of `size`; all transposed
-    (`chunk.py`)."""
-    size = fit(size, x.r.shape[1])
-    padded, steps = in_chunks(size, x, reset)
+    """(`y`, the state after), and the states that enter the chunks of `size` tokens; all states
+    transposed, as in `algebra.py`."""
 
-    # Chunks are sliced from the time axis as they are needed: cutting all of them beforehand would
-    # transpose and so copy every array.
-    def body(carry: tuple[Array, Array], step: tuple) -> tuple[tuple, Array]:
-        state, y = carry
-        i, ids = step
-        x = Inputs(*(take(array, i, size) for array in padded))
+    def chunk(x: Tokens, ids: DocumentIds | None, state: Array) -> tuple[Array, Array]:
         docs = documents(ids, state.dtype)
-        out, after = algebra.forward(x, heads, algebra.relate(x, heads, docs), state, docs)
-        return (after, put(y, out, i)), state
+        return algebra.forward(x, heads, algebra.relate(x, heads, docs), state, docs)
 
-    (after, y), entering = lax.scan(body, (state, jnp.zeros_like(padded.v)), steps)
-    return (y[:, : x.v.shape[1]], after), entering
+    return scan_chunks(chunk, x, state, reset, size)
 
 
 def backward(
-    given: tuple[Inputs, Heads, Array, Array | None],
+    args: tuple[Tokens, Heads, Array, Array | None],
     entering: Float[Array, "chunks b h k v"],
     cotangents: tuple[Array, Array],
     size: int = CHUNK,
-) -> tuple[Inputs, Heads, Array, None]:
-    """Gradients of what `forward` was given, from those of `y` and the state after."""
-    x, heads, _, reset = given
-    dy, dstate = cotangents
-    size = fit(size, x.r.shape[1])
-    padded, steps = in_chunks(size, x, reset)
-    dy = pad(dy, size)
+) -> tuple[Tokens, Heads, Array, None]:
+    """Gradients of the arguments of `forward`, from those of `y` and the state after."""
+    x, heads, _, reset = args
 
-    def body(carry: tuple, step: tuple) -> tuple[tuple, None]:
-        dstate, dheads, out = carry
-        (i, ids), state = step
-        x = Inputs(*(take(array, i, size) for array in padded))
+    def chunk(
+        x: Tokens, ids: DocumentIds | None, state: Array, dy: Array, dstate: Array
+    ) -> tuple[Tokens, Heads, Array]:
         docs = documents(ids, state.dtype)
         scores = algebra.relate(x, heads, docs)
-        dx, more, dstate = algebra.backward(
-            x, heads, scores, state, take(dy, i, size), dstate, docs
-        )
-        out = jax.tree.map(lambda into, x: put(into, x, i), out, dx)
-        return (dstate, jax.tree.map(jnp.add, dheads, more), out), None
+        return algebra.backward(x, heads, scores, state, dy, dstate, docs)
 
-    zeros = jax.tree.map(jnp.zeros_like, (heads, padded))
-    (dstate, dheads, dx), _ = lax.scan(body, (dstate, *zeros), (steps, entering), reverse=True)
-    return Inputs(*(array[:, : x.v.shape[1]] for array in dx)), dheads, dstate, None
+    return *scan_chunks_back(chunk, x, heads, reset, entering, cotangents, size), None
 
 
-_over_chunks = with_gradient(outputs_of(forward), forward, backward)
+_by_chunks = with_gradient("wkv6", outputs_of(forward), forward, backward)
+
+
+def wkv6(
+    x: Inputs, state: Float[Array, "b h v k"], reset: Bool[Array, "b t"] | None
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+    """The form by chunks of 32 tokens."""
+    y, after = _by_chunks(x.tokens, x.heads, transpose(state), reset)
+    return y, transpose(after)

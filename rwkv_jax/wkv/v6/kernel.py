@@ -7,30 +7,19 @@ from rwkv_jax.typing import Array, Bool, Float
 from rwkv_jax.wkv import kernels, one_token
 from rwkv_jax.wkv.chunks import transpose
 from rwkv_jax.wkv.kernels import Form, Kernel
-from rwkv_jax.wkv.reverse import reverse_only
 from rwkv_jax.wkv.v6 import chunked
-from rwkv_jax.wkv.v6.algebra import LOG_ZERO, Heads, Inputs
+from rwkv_jax.wkv.v6.algebra import LOG_ZERO
+from rwkv_jax.wkv.v6.recurrence import Heads, Inputs, Tokens
 
 
 def operator(kernel: Kernel, named: bool):
     """`rwkv_jax.wkv.wkv6` by the kernel; on a CPU by XLA's form, unless it was asked for by
     name."""
 
-    def wkv6(
-        r: Float[Array, "b t h k"],
-        log_w: Float[Array, "b t h k"],
-        k: Float[Array, "b t h k"],
-        v: Float[Array, "b t h v"],
-        u: Float[Array, "h k"],
-        state: Float[Array, "b h v k"],
-        reset: Bool[Array, "b t"] | None,
-        initial: Float[Array, "h v k"] | None,
-    ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
-        x, u, state, initial = reverse_only(
-            "wkv6", (Inputs(r, log_w, k, v), u, state, initial), chunked.FORWARD_MODE
-        )
+    def wkv6(x: Inputs, state: Array, reset: Array | None) -> tuple[Array, Array]:
+        u, initial, x = x.u, x.initial, x.tokens
         kernels.check(kernel, "wkv6", named, kernels.refusal(kernel, x, state))
-        if r.shape[1] == 1 and v.shape == r.shape:
+        if x.r.shape[1] == 1 and x.v.shape == x.r.shape:
             kind = one_token.WKV6
             return one_token.run(kind, kernel.platform, named, x, (u,), state, reset, initial)
         y, after = kernels.run(kernel, named, x, (u,), state, reset)
@@ -43,7 +32,7 @@ def operator(kernel: Kernel, named: bool):
 
 
 def from_initial(
-    x: Inputs, reset: Bool[Array, "b t"], initial: Float[Array, "h v k"]
+    x: Tokens, reset: Bool[Array, "b t"], initial: Float[Array, "h v k"]
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """What tokens of documents that start here read of the state that these start from, and what is
     left of it at the end.
@@ -69,7 +58,7 @@ def from_initial(
     return late, initial[None] * kept[:, -1, :, None]
 
 
-def _forward(kernel: Kernel, x: Inputs, shared: tuple, state: Array, reset: Array | None):
+def _forward(kernel: Kernel, x: Tokens, shared: tuple, state: Array, reset: Array | None):
     heads = Heads(shared[0].astype(state.dtype), None)
     (y, after), entering = chunked.forward(
         kernels.wide(x), heads, transpose(state), reset, kernel.size
@@ -77,7 +66,7 @@ def _forward(kernel: Kernel, x: Inputs, shared: tuple, state: Array, reset: Arra
     return (y.astype(x.v.dtype), transpose(after)), kernels.kept(kernel, x, entering)
 
 
-def _primal(kernel: Kernel, x: Inputs, shared: tuple, state: Array, reset: Array | None):
+def _primal(kernel: Kernel, x: Tokens, shared: tuple, state: Array, reset: Array | None):
     return _forward(kernel, x, shared, state, reset)[0]
 
 
@@ -95,10 +84,9 @@ def _backward(kernel: Kernel, given: tuple, kept: Array, cotangents: tuple):
     return kernels.narrow(dx, x), dshared, transpose(dstate), None
 
 
-def _reference(x: Inputs, shared: tuple, state: Array, reset: Array | None):
+def _reference(x: Tokens, shared: tuple, state: Array, reset: Array | None):
     u = shared[0].astype(state.dtype)
-    x32 = kernels.wide(x)
-    y, after = chunked.wkv6(*x32, u=u, state=state, reset=reset, initial=None)
+    y, after = chunked.wkv6(Inputs(*kernels.wide(x), u), state, reset)
     return y.astype(x.v.dtype), after
 
 

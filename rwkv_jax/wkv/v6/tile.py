@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv.tiles import Products, Rows, over_lanes, over_rows
-from rwkv_jax.wkv.v6.algebra import Inputs
+from rwkv_jax.wkv.v6.recurrence import Tokens
 
 OPERATOR = "wkv6"
 LOG_ZERO = -1e3
@@ -40,7 +40,7 @@ class Scores(NamedTuple):
     total: Array  # the decay over the chunk [1, k]
 
 
-def relate(x: Inputs, rows: Rows, p: Products) -> Scores:
+def relate(x: Tokens, rows: Rows, p: Products) -> Scores:
     """The state-free part of a chunk."""
     log_w = jnp.maximum(x.log_w, LOG_ZERO)
     reading, writing, scores, levels, half = x.r, x.k, None, [], 1
@@ -65,7 +65,7 @@ def relate(x: Inputs, rows: Rows, p: Products) -> Scores:
 
 
 def forward(
-    x: Inputs, shared: tuple, state: Float[Array, "v k"], rows: Rows, p: Products
+    x: Tokens, shared: tuple, state: Float[Array, "v k"], rows: Rows, p: Products
 ) -> tuple[Float[Array, "R v"], Float[Array, "v k"]]:
     """The chunk's `y` and the state after it; `shared` is the bonus u [1, k]."""
     (u,) = shared
@@ -79,14 +79,14 @@ def forward(
 
 
 def backward(
-    x: Inputs,
+    x: Tokens,
     shared: tuple,
     state: Float[Array, "v k"],
     dy: Float[Array, "R v"],
     dstate: Float[Array, "v k"],
     rows: Rows,
     p: Products,
-) -> tuple[Inputs, tuple, Float[Array, "v k"]]:
+) -> tuple[Tokens, tuple, Float[Array, "v k"]]:
     """Gradients of the chunk's inputs, of u and of the state that entered it."""
     (u,) = shared
     s = relate(x, rows, p)
@@ -112,5 +112,5 @@ def backward(
         dreading = dreading + p.nn(across, level.writing)
         dwriting = dwriting + p.tn(across, level.reading)
         above_r, above_k = level.reading, level.writing
-    dx = Inputs(dreading + own * u * x.k, dlog_w, dwriting + own * u * x.r, dv)
+    dx = Tokens(dreading + own * u * x.k, dlog_w, dwriting + own * u * x.r, dv)
     return dx, (over_rows(own * x.r * x.k),), dstate_before

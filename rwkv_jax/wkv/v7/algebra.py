@@ -1,7 +1,7 @@
 """The algebra of one chunk of RWKV-7's WKV, forward and backward.
 
-C tokens, rows = time, entered with state S [v, k]. With g the cumulative log decay, m half of its
-last value and u_t = S_{t-1} a_t the removed vectors:
+The chunk has C tokens (rows = time) and is entered with state S [v, k]. With g the cumulative log
+decay, m half of its last value and u_t = S_{t-1} a_t the removed vectors:
 
     left  = [a e^{g - log w - m}; r e^{g - m}]   [2C, k]        right = [b; k] e^{m - g}   [2C, k]
     A     = left right^T, causal (strictly in the a rows)       Sm = S e^m
@@ -9,14 +9,14 @@ last value and u_t = S_{t-1} a_t the removed vectors:
     Y     = left_r Sm^T + [A_rb A_rk] [U; V]
     S'    = (Sm + [U; V]^T right) e^{g_C - m}
 
-Centring on m keeps every exponent within half a chunk's decay, so the products neither overflow nor
-lose what they need; the upper triangle, which may be huge, is masked, never multiplied. The
+Centring on m keeps every exponent within half of the chunk's decay, so that the products neither
+overflow nor lose precision; the upper triangle, which may be huge, is masked, never multiplied. The
 triangular inverse is by exact block doubling: the usual product (I + L)(I + L^2)(I + L^4)... forms
 powers of L that grow like binomials when a key repeats, and is wrong by 100 % in float32 at C = 32.
 
-A document that starts inside the chunk masks A where document numbers differ, the rows that may not
-see S, the columns that may not reach S', and S itself. g and m are of each document's own tokens,
-so that nothing of one document depends on another, not even its rounding.
+If a document starts inside the chunk, masks apply to A where documents differ, to the rows that may
+not see S, to the columns that may not reach S', and to S itself. g and m are taken over each
+document's own tokens, so that nothing of one document depends on another, not even its rounding.
 """
 
 from typing import NamedTuple
@@ -28,21 +28,11 @@ from jax import lax
 from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv import chunks
 from rwkv_jax.wkv.chunks import DocumentIds, Documents, dot, masked, summed, transpose, within
-
-
-class Inputs(NamedTuple):
-    """A chunk's tokens, [..., C, n] each."""
-
-    r: Array
-    log_w: Array
-    k: Array
-    v: Array
-    a: Array
-    b: Array
+from rwkv_jax.wkv.v7.recurrence import Inputs
 
 
 class Scores(NamedTuple):
-    """What a chunk's rows have to do with each other, whatever the state."""
+    """The state-independent part of a chunk."""
 
     left_scale: Array  # [2C, k]
     right_scale: Array  # [C, k]
@@ -55,7 +45,7 @@ class Scores(NamedTuple):
 
 
 def documents(ids: DocumentIds | None, dtype: jnp.dtype) -> Documents | None:
-    """The masks of a chunk, or of all, for its 2C rows (a; r) and columns (b; k)."""
+    """The masks of a chunk, or of all chunks, for its 2C rows (a; r) and columns (b; k)."""
     if ids is None:
         return None
     twice = jnp.concatenate([ids.tokens, ids.tokens], axis=-1)
@@ -63,8 +53,8 @@ def documents(ids: DocumentIds | None, dtype: jnp.dtype) -> Documents | None:
 
 
 def causal(size: int) -> np.ndarray:
-    """[2C, 2C]: which columns (b; k) each row (a; r) sees: the a rows before, the r rows up to,
-    their token."""
+    """[2C, 2C]: the columns (b; k) that each row (a; r) sees: those of earlier tokens, and the r
+    rows that of their own token, too."""
     row, column = np.arange(size)[:, None], np.arange(size)[None, :]
     before, upto = row > column, row >= column
     return np.block([[before, before], [upto, upto]])
@@ -73,8 +63,8 @@ def causal(size: int) -> np.ndarray:
 def unit_inverse(lower: Float[Array, "*lanes C C"]) -> Float[Array, "*lanes C C"]:
     """(I - lower)^-1 of a strictly lower triangle, C a power of two, by block doubling.
 
-    [[T1, 0], [T2 L21 T1, T2]] inverts [[I - L11, 0], [-L21, I - L22]] exactly, so no entry that is
-    not one of the result's is ever formed.
+    [[T1, 0], [T2 L21 T1, T2]] inverts [[I - L11, 0], [-L21, I - L22]] exactly, so that every entry
+    that is formed is one of the result.
     """
     size = lower.shape[-1]
     row, column = np.arange(size)[:, None], np.arange(size)[None, :]
@@ -89,12 +79,12 @@ def unit_inverse(lower: Float[Array, "*lanes C C"]) -> Float[Array, "*lanes C C"
 
 
 def relate(x: Inputs, docs: Documents | None) -> Scores:
-    """The state-free part of a chunk."""
+    """The state-independent part of a chunk."""
     size = x.r.shape[-2]
     rows = token_rows(docs, size)
     g = summed(within(np.tri(size, dtype=bool), rows), x.log_w)
     total = g[..., -1:, :] if rows is None else summed(rows.same, x.log_w)
-    # Nothing depends on m but rounding, so its gradient, which is zero, need not be computed.
+    # Only rounding depends on m: its gradient is zero and need not be computed.
     m = lax.stop_gradient(total / 2)
     left_scale = jnp.exp(jnp.concatenate([g - x.log_w - m, g - m], -2))
     right_scale = jnp.exp(m - g)
@@ -126,8 +116,8 @@ def token_rows(docs: Documents | None, size: int) -> Documents | None:
 
 
 def written(x: Inputs, s: Scores, sm: Array, docs: Documents | None) -> tuple[Array, Array]:
-    """[U; V], what the right columns carry, and what the left rows read from the state (both [2C,
-    v])."""
+    """[U; V], which the right columns carry, and what the left rows read from the state; both
+    [2C, v]."""
     size = x.v.shape[-2]
     reading = dot(s.left, transpose(sm))
     if docs is not None:
@@ -153,9 +143,9 @@ def backward(
     """Gradients of the chunk's inputs and of the state that entered it, from those of `y` and the
     state after.
 
-    The decay's gradient is a conservation law: log w_t gets whatever flows through step t, which is
-    what enters the chunk's exponents at or after t, restarted at every chunk so that rounding does
-    not pile up.
+    The decay's gradient is a conservation law: log w_t gets whatever flows through step t, that is,
+    what enters the chunk's exponents at or after t. It restarts at every chunk, so that rounding
+    errors do not accumulate.
     """
     size = x.v.shape[-2]
     sm = state * s.enter
@@ -181,7 +171,7 @@ def backward(
     flow_end = jnp.sum(sm * dkept, -2, keepdims=True) + jnp.sum(
         s.right * dright_end, -2, keepdims=True
     )
-    # An a row has token t's exponent before its decay, the others after it: at or after t counts.
+    # The exponent of an a row is taken before token t's decay, that of all others after it.
     from_t = np.tri(size, dtype=bool).T
     after_t = np.tri(size, k=-1, dtype=bool).T
     rows = token_rows(docs, size)

@@ -1,7 +1,7 @@
-"""RWKV-7's WKV with the chunks' summaries joined by `lax.associative_scan`: log depth in time.
+"""RWKV-7's WKV with the chunks' summaries combined by `lax.associative_scan`: log depth in time.
 
-A chunk is the map S -> S M + X, and two in a row are one again: (M1 M2, X1 M2 + X2). With chunks of
-one token this is the textbook token-level scan, which stores a matrix a token and is 20 to 80 times
+A chunk is the map S -> S M + X. Two maps compose to one: (M1 M2, X1 M2 + X2). With chunks of one
+token this is the textbook token-level scan, which stores a matrix a token and is 20 to 80 times
 slower.
 """
 
@@ -10,32 +10,34 @@ import jax.numpy as jnp
 from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Float
-from rwkv_jax.wkv.chunks import Documents, cut, document_ids, dot, fit, join, transpose
+from rwkv_jax.wkv.chunks import (
+    Documents,
+    chunk_size,
+    document_ids,
+    dot,
+    merge_chunks,
+    split_chunks,
+    transpose,
+)
 from rwkv_jax.wkv.v7 import algebra
-from rwkv_jax.wkv.v7.algebra import Inputs
+from rwkv_jax.wkv.v7.recurrence import Inputs
 
 CHUNK = 32
 
 
 def wkv7(
-    r: Float[Array, "b t h k"],
-    log_w: Float[Array, "b t h k"],
-    k: Float[Array, "b t h k"],
-    v: Float[Array, "b t h v"],
-    a: Float[Array, "b t h k"],
-    b: Float[Array, "b t h k"],
-    state: Float[Array, "b h v k"],
-    reset: Bool[Array, "b t"] | None,
+    x: Inputs, state: Float[Array, "b h v k"], reset: Bool[Array, "b t"] | None
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
-    """`rwkv_jax.wkv.wkv7` by an associative scan over chunks of 32; differentiated by JAX."""
-    size = fit(CHUNK, r.shape[1])
-    x = Inputs(*(cut(array, size) for array in (r, log_w, k, v, a, b)))
+    """The form by an associative scan over chunks of 32 tokens; differentiated by JAX."""
+    t = x.k.shape[1]
+    size = chunk_size(CHUNK, t)
+    chunks = Inputs(*(split_chunks(array, size) for array in x))
     docs = algebra.documents(document_ids(reset, size), state.dtype)
-    maps = lax.associative_scan(compose, jax.checkpoint(summarise)(x, docs))
+    maps = lax.associative_scan(compose, jax.checkpoint(summarise)(chunks, docs))
     after = act(state[None], maps)
     entering = jnp.concatenate([state[None], after[:-1]])
-    y = jax.checkpoint(read)(x, entering, docs)
-    return join(y, r.shape[1]), after[-1]
+    y = jax.checkpoint(read)(chunks, entering, docs)
+    return merge_chunks(y, t), after[-1]
 
 
 def summarise(x: Inputs, docs: Documents | None) -> tuple[Array, Array]:
@@ -57,13 +59,13 @@ def summarise(x: Inputs, docs: Documents | None) -> tuple[Array, Array]:
 
 
 def compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
-    """`first`, then `second`."""
+    """The map `first`, then `second`."""
     return dot(first[0], second[0]), act(first[1], second)
 
 
-def act(state: Array, part: tuple[Array, Array]) -> Array:
-    """The state after a chunk, or any part of the sequence: S M + X."""
-    return dot(state, part[0]) + part[1]
+def act(state: Array, map_: tuple[Array, Array]) -> Array:
+    """The state after a chunk, or any range of tokens: S M + X."""
+    return dot(state, map_[0]) + map_[1]
 
 
 def read(x: Inputs, entering: Array, docs: Documents | None) -> Array:

@@ -1,9 +1,24 @@
 """RWKV-7's WKV as it is defined: one token after another."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
+from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Float
-from rwkv_jax.wkv.tokens import in_order, read
+from rwkv_jax.wkv.chunks import dot, transpose
+from rwkv_jax.wkv.loops import get_token, read_state, scan_tokens
+
+
+class Inputs(NamedTuple):
+    """The operator's inputs, [b, t, h, n] each; of one chunk, [..., C, n]."""
+
+    r: Array
+    log_w: Array
+    k: Array
+    v: Array
+    a: Array
+    b: Array
 
 
 def step(
@@ -17,34 +32,62 @@ def step(
 ) -> tuple[Float[Array, "b h v"], Float[Array, "b h v k"]]:
     """One token: `y` and the state after it. The removal `state @ a` reads the state before its
     decay."""
-    removed = read(state, a)
+    removed = read_state(state, a)
     state = (
         state * jnp.exp(log_w)[:, :, None]
         + removed[..., None] * b[:, :, None]
         + v[..., None] * k[:, :, None]
     )
-    return read(state, r), state
+    return read_state(state, r), state
 
 
-def token(state: Array, inputs: tuple) -> tuple[Array, Array]:
-    """The state after a token and its `y`; `inputs` are (r, log_w, k, v, a, b), and whether a
-    document starts."""
-    x, starts = inputs
-    if starts is not None:
-        state = jnp.where(starts[:, None, None, None], jnp.zeros_like(state), state)
-    y, state = step(*x, state=state)
-    return state, y
-
-
-def wkv7(
-    r: Float[Array, "b t h k"],
-    log_w: Float[Array, "b t h k"],
-    k: Float[Array, "b t h k"],
-    v: Float[Array, "b t h v"],
-    a: Float[Array, "b t h k"],
-    b: Float[Array, "b t h k"],
-    state: Float[Array, "b h v k"],
-    reset: Bool[Array, "b t"] | None,
+def scan(
+    x: Inputs, state: Float[Array, "b h v k"], reset: Bool[Array, "b t"] | None
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
-    """`rwkv_jax.wkv.wkv7` by `lax.scan`. Its gradient keeps every state: O(t) of them."""
-    return in_order(token, ((r, log_w, k, v, a, b), reset), state)
+    """The form by `lax.scan`. Its gradient keeps every state: O(t) of them."""
+
+    def token(state: Array, inputs: tuple) -> tuple[Array, Array]:
+        x, starts = inputs
+        if starts is not None:
+            state = jnp.where(starts[:, None, None, None], jnp.zeros_like(state), state)
+        y, state = step(*x, state=state)
+        return state, y
+
+    return scan_tokens(token, (x, reset), state)
+
+
+def in_place(
+    x: Inputs, state: Float[Array, "b h v k"], reset: Bool[Array, "b t"] | None
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+    """The form for a CPU where no gradient is taken; not for differentiation, as `loop_tokens`.
+
+    `step` reads the state twice a token: for the removal before the update and for y after it. Here
+    one product reads each state for both, y of this token and the removal of the next. No array is
+    transposed or kept.
+    """
+    last = x.r.shape[1] - 1
+
+    def clear(array: Array, t: Array | int) -> Array:
+        """`array`, with zeros where token `t` starts a document."""
+        if reset is None:
+            return array
+        starts = get_token(reset, t).reshape(-1, *(1,) * (array.ndim - 1))
+        return jnp.where(starts, jnp.zeros_like(array), array)
+
+    def token(t: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        state, removed, y = carry
+        now, following = Inputs(*(get_token(array, t) for array in x)), jnp.minimum(t + 1, last)
+        state = (
+            clear(state, t) * jnp.exp(now.log_w)[..., None]
+            + now.b[..., None] * removed[:, :, None]
+            + now.k[..., None] * now.v[:, :, None]
+        )
+        out = dot(jnp.stack([now.r, get_token(x.a, following)], -2), state)
+        y = lax.dynamic_update_index_in_dim(y, out[:, :, 0], t, axis=1)
+        return state, clear(out[:, :, 1], following), y
+
+    # [k, v]: products are faster if their left factor is not transposed.
+    state = transpose(state)
+    removed = clear(dot(get_token(x.a, 0)[:, :, None], state)[:, :, 0], 0)
+    state, _, y = lax.fori_loop(0, last + 1, token, (state, removed, jnp.zeros_like(x.v)))
+    return y, transpose(state)

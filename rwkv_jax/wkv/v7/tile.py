@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv.tiles import Products, Rows, over_rows
-from rwkv_jax.wkv.v7.algebra import Inputs
+from rwkv_jax.wkv.v7.recurrence import Inputs
 
 OPERATOR = "wkv7"
 

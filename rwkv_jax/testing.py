@@ -1,17 +1,118 @@
-"""Shapes and named hard regimes of the WKV operators, shared by tests and benchmarks.
+"""Equipment for tests and benchmarks of recurrences: a test for leaks between documents, and inputs
+of the WKV operators in regimes that are known to be hard.
 
-Random keys alone prove little. The forms that go wrong do so where decays are extreme (ratios of
-cumulative decays overflow), where the same key repeats with alpha near 1 and no decay (a Neumann
-series for the triangular inverse has powers that grow like binomials, and ordinary text such as
-"aaaa" is enough), and where exponents are large (version 4's naive softmax overflows). Every regime
-below is one of these, by name.
+Random keys alone prove little. Forms go wrong where decays are extreme (ratios of cumulative decays
+overflow), where the same key repeats with alpha near 1 and no decay (a Neumann series for the
+triangular inverse has powers that grow like binomials, and ordinary text such as "aaaa" is enough),
+and where exponents are large (version 4's naive softmax overflows). The regimes are these, by name.
 
-Arrays are numpy float32, so that a float64 oracle sees the very same numbers.
+Their arrays are numpy float32, so that a float64 oracle sees the very same numbers.
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from rwkv_jax.typing import Array, Bool, Callable, PyTree
+
+Inputs = TypeVar("Inputs")
+
+DRAWS = 20
+"""How often replacements are drawn before giving up on tokens that equal their replacements."""
+
+
+def leak_test(
+    f: Callable[[Inputs, Array], PyTree],
+    inputs: Inputs,
+    reset: Bool[Array, "b t"],
+    *,
+    seed: int = 0,
+) -> None:
+    """Asserts that documents do not see each other in `f(inputs, reset)`.
+
+    `inputs` and the result of `f` are trees of arrays [b, t, ...]; `reset[b, t]` starts a document
+    before token t. For each document in turn, its tokens are replaced by other tokens of the batch:
+    the outputs of all other documents, in any row, must stay the same bit for bit, and its own must
+    change. `f` may be the forward pass of an operator or a model, or the gradient of its inputs for
+    fixed cotangents of its outputs.
+
+    Raises `AssertionError` with the row, the token and the array; `ValueError` for arrays that are
+    not [b, t, ...].
+
+    >>> import jax, jax.numpy as jnp
+    >>> from rwkv_jax.testing import leak_test
+    >>> from rwkv_jax.wkv import wkv7
+    >>> draw = lambda seed: jax.random.normal(jax.random.key(seed), (1, 40, 2, 8))
+    >>> x = {name: draw(i) for i, name in enumerate("rkvab")}
+    >>> x |= {"log_w": -0.5 * jnp.abs(draw(9)), "a": 0.1 * x["a"]}
+    >>> reset = jnp.zeros((1, 40), bool).at[0, 13].set(True)
+    >>> leak_test(lambda x, reset: wkv7(**x, reset=reset)[0], x, reset)
+    """
+    shape = np.shape(reset)
+    _check_leading_axes("inputs", inputs, shape)
+    before = f(inputs, reset)
+    _check_leading_axes("output", before, shape)
+    before = [np.asarray(x) for x in jax.tree.leaves(before)]
+    documents = np.cumsum(np.asarray(reset), axis=1)
+    rng = np.random.default_rng(seed)
+    for row in range(shape[0]):
+        for number in np.unique(documents[row]):
+            changed = (documents == number) & (np.arange(shape[0]) == row)[:, None]
+            where = f"document {number} of row {row}"
+            after = f(_replace(inputs, changed, where, rng), reset)
+            _check_changes(before, after, changed, where)
+
+
+def _replace(inputs, changed, where, rng):
+    """`inputs` with the `changed` tokens replaced."""
+
+    def replace(source, x):
+        x = jnp.asarray(x)
+        other = x.reshape(-1, *x.shape[2:])[source].reshape(x.shape)
+        return jnp.where(changed.reshape(*changed.shape, *(1,) * (x.ndim - 2)), other, x)
+
+    for _ in range(DRAWS):
+        # By other tokens of the batch, which are valid whatever the arrays mean.
+        source = np.roll(np.arange(changed.size), rng.integers(1, max(changed.size, 2)))
+        replaced = jax.tree.map(partial(replace, source), inputs)
+        pairs = zip(jax.tree.leaves(inputs), jax.tree.leaves(replaced), strict=True)
+        if not all(np.array_equal(x, y) for x, y in pairs):
+            return replaced
+    raise AssertionError(
+        f"{where} has the same tokens as the rest of the batch, so the test can see nothing; give"
+        " inputs that differ"
+    )
+
+
+def _check_changes(before, after, changed, where) -> None:
+    """Only outputs of the `changed` tokens may differ, and some must."""
+    after = jax.tree_util.tree_leaves_with_path(after)
+    moved = False
+    for x, (path, y) in zip(before, after, strict=True):
+        differs = (x != np.asarray(y)).reshape(*changed.shape, -1).any(-1)
+        leaks = np.argwhere(differs & ~changed)
+        if len(leaks):
+            row, token = leaks[0]
+            raise AssertionError(
+                f"output{jax.tree_util.keystr(path)} of row {row}, token {token} changes with"
+                f" {where}"
+            )
+        moved |= bool(differs.any())
+    if not moved:
+        raise AssertionError(f"no output changes with {where}: the test sees nothing")
+
+
+def _check_leading_axes(what: str, tree: PyTree, shape: tuple[int, ...]) -> None:
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        if len(shape) != 2 or np.shape(x)[:2] != shape:
+            raise ValueError(
+                f"{what}{jax.tree_util.keystr(path)} {list(np.shape(x))} and reset {list(shape)}:"
+                " inputs and outputs of f are [b, t, ...], reset is [b, t]"
+            )
 
 
 @dataclass(frozen=True)
@@ -78,10 +179,8 @@ RESETS = ("none", "first", "last", "random", "every")
 
 
 def wkv7_inputs(regime: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarray]:
-    """Inputs `r log_w k v a b`, each `[b, t, h, n]`.
-
-    Made as the model makes them: a = -kk and b = kk alpha with |kk| = 1.
-    """
+    """Inputs `r log_w k v a b`, each `[b, t, h, n]`, as the model computes them: a = -kk and
+    b = kk alpha with |kk| = 1."""
     rng = np.random.default_rng([seed, WKV7_REGIMES.index(regime)])
     size = shape.heads_shape
     time = np.arange(shape.time)[:, None, None]
@@ -167,13 +266,13 @@ def wkv6_inputs(regime: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarra
 
 
 def wkv5_inputs(regime: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarray]:
-    """Version 5's: as `wkv6_inputs`, with the decays `[h, n]` of the first token."""
+    """As `wkv6_inputs`, for version 5: `log_w` is `[h, n]`, the decays of the first token."""
     inputs = wkv6_inputs(regime, shape, seed)
     return inputs | {"log_w": np.ascontiguousarray(inputs["log_w"][0, 0])}
 
 
 def matrix_state(shape: Shape, seed: int = 0) -> np.ndarray:
-    """Versions 5 to 7: a state `[b, h, v, k]` of the size that a few tokens leave."""
+    """A state `[b, h, v, k]` of versions 5 to 7, as large as a few tokens make it."""
     rng = np.random.default_rng([seed, 1007])
     return rng.normal(size=(shape.batch, shape.heads, shape.size, shape.size)).astype(np.float32)
 
@@ -207,7 +306,7 @@ def wkv4_state(shape: Shape, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def reset_pattern(name: str, shape: Shape, seed: int = 0) -> np.ndarray:
-    """Where new documents start, bool `[b, t]`; the pattern `none` has no reset at all."""
+    """Where documents start, bool `[b, t]`, for a pattern of `RESETS`."""
     reset = np.zeros((shape.batch, shape.time), bool)
     match name:
         case "first":
