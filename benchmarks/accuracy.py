@@ -1,11 +1,11 @@
-"""How far every implementation is from float64: the largest error over everything that is tested.
+"""The largest error of every implementation against float64, over all tested cases.
 
     python -m benchmarks.accuracy [--long 4096]
 
-The cases are those of tests/wkv/test_accuracy.py: every version, implementation, type and length
-around a chunk, all regimes (tests and benchmarks share them: rwkv_jax/wkv/cases.py) and patterns of
-resets; the errors are relative RMS. Then the same in float32 over `--long` tokens, without resets.
-Prints the tables of docs/operators.md.
+The cases are those of tests/wkv/test_accuracy.py: every version, implementation, dtype and length
+around a chunk, all regimes of rwkv_jax/testing.py and all patterns of resets. Errors are relative
+RMS. Then the same in float32 over `--long` tokens, without resets. Prints the tables of
+docs/operators.md.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from collections import defaultdict
 from benchmarks import harness
 from benchmarks.harness import ROOT, console
 from benchmarks.worker import versions
-from rwkv_jax.wkv import cases
+from rwkv_jax import testing
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -39,7 +39,7 @@ def main() -> None:
         }
         for dtype in accuracy.DTYPES
     }
-    long = cases.Shape(1, args.long, 1, 64)
+    long = testing.Shape(1, args.long, 1, 64)
     over = {
         f"{name}, {form}": worst(VERSIONS[name], form, "float32", long)
         for name in VERSIONS
@@ -52,11 +52,11 @@ def main() -> None:
     harness.report("accuracy", {"versions": found, "tested": tested, "long": over})
 
 
-def worst(version, form: str | None, dtype: str, shape: cases.Shape | None = None) -> dict:
+def worst(version, form: str | None, dtype: str, shape: testing.Shape | None = None) -> dict:
     """(error, regime, resets) of the worst array of each kind."""
     console.print(f"[dim]version {version.name}, {form}, {dtype}[/]")
     shapes = [shape] if shape else [accuracy.shape_of(version, form, n) for n in accuracy.LENGTHS]
-    patterns = ("none",) if shape else cases.RESETS
+    patterns = ("none",) if shape else testing.RESETS
     largest: dict[str, list] = defaultdict(lambda: [0.0, "", ""])
     for each in shapes:
         for regime, resets, found in accuracy.errors(version, form, dtype, each, patterns=patterns):

@@ -37,7 +37,8 @@ import numpy as np
 from benchmarks import harness
 from benchmarks.harness import RESULTS, ROOT, Worker, console, spread
 from benchmarks.worker import versions
-from rwkv_jax.wkv import IMPLEMENTATIONS, KERNELS, Wkv4State, cases, wkv4, wkv6, wkv7
+from rwkv_jax import testing as cases
+from rwkv_jax.wkv import IMPLEMENTATIONS, KERNELS, Wkv4State, wkv4, wkv6, wkv7
 
 SHAPES = [(8, 4096, 64, 64), (8, 1024, 12, 64), (1, 32768, 32, 64)]
 """(B, T, H, N) of the operators."""

@@ -16,8 +16,8 @@ from benchmarks import harness
 from benchmarks.harness import GIB, ROOT, console
 from benchmarks.worker import versions
 from rwkv_jax import malloc
+from rwkv_jax.testing import Shape, wkv4_inputs, wkv6_inputs, wkv7_inputs
 from rwkv_jax.wkv import wkv4, wkv6, wkv7
-from rwkv_jax.wkv.cases import Shape, wkv4_inputs, wkv6_inputs, wkv7_inputs
 
 OPERATORS = {"4": (wkv4, wkv4_inputs), "6": (wkv6, wkv6_inputs), "7": (wkv7, wkv7_inputs)}
 FORMS = {"default": None, "lax.scan": "scan"}

@@ -19,12 +19,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import harness
 from benchmarks.harness import console
-from benchmarks.hlo import bytes_moved
 from benchmarks.worker import versions
 from rwkv_jax import ModelConfig, init_params, models
 from rwkv_jax.loss import cross_entropy
+from rwkv_jax.planning.collectives import bytes_moved
+from rwkv_jax.testing import Shape, wkv4_inputs, wkv6_inputs, wkv7_inputs
 from rwkv_jax.wkv import wkv4, wkv6, wkv7
-from rwkv_jax.wkv.cases import Shape, wkv4_inputs, wkv6_inputs, wkv7_inputs
 
 OPERATORS = {"4": (wkv4, wkv4_inputs), "6": (wkv6, wkv6_inputs), "7": (wkv7, wkv7_inputs)}
 MIB = 2**20

@@ -17,8 +17,8 @@ import numpy as np
 
 from benchmarks import harness
 from benchmarks.harness import GIB, Worker, console, shown, spread
+from rwkv_jax.testing import Shape, wkv4_inputs, wkv6_inputs, wkv7_inputs
 from rwkv_jax.wkv import IMPLEMENTATIONS
-from rwkv_jax.wkv.cases import Shape, wkv4_inputs, wkv6_inputs, wkv7_inputs
 
 SHAPE = {"batch": 2, "heads": 8, "size": 64}
 INPUTS = {"4": wkv4_inputs, "6": wkv6_inputs, "7": wkv7_inputs}

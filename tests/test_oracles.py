@@ -6,9 +6,9 @@ import numpy as np
 import oracles
 import pytest
 
-from rwkv_jax.wkv import cases
+from rwkv_jax import testing
 
-SMALL = cases.Shape(2, 5, 2, 3)
+SMALL = testing.Shape(2, 5, 2, 3)
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -39,8 +39,10 @@ def reset():
 
 def test_wkv4_gradients(reset):
     rng = np.random.default_rng(0)
-    inputs = {name: x.astype(np.float64) for name, x in cases.wkv4_inputs("typical", SMALL).items()}
-    sums = oracles.wkv4_sums(*cases.wkv4_state(SMALL))
+    inputs = {
+        name: x.astype(np.float64) for name, x in testing.wkv4_inputs("typical", SMALL).items()
+    }
+    sums = oracles.wkv4_sums(*testing.wkv4_state(SMALL))
     inputs |= {"N": sums[0], "D": sums[1]}
     dy, dn, dd = rng.normal(size=(2, 5, 6)), rng.normal(size=(2, 6)), rng.normal(size=(2, 6))
 
@@ -54,11 +56,11 @@ def test_wkv4_gradients(reset):
     check_gradients(inputs, loss, gradients)
 
 
-@pytest.mark.parametrize("draw", [cases.wkv5_inputs, cases.wkv6_inputs])
+@pytest.mark.parametrize("draw", [testing.wkv5_inputs, testing.wkv6_inputs])
 def test_wkv6_gradients(reset, draw):
     rng = np.random.default_rng(0)
     inputs = {name: x.astype(np.float64) for name, x in draw("typical", SMALL).items()}
-    inputs["state"] = cases.matrix_state(SMALL).astype(np.float64)
+    inputs["state"] = testing.matrix_state(SMALL).astype(np.float64)
     inputs["initial"] = rng.normal(size=(2, 3, 3))
     dy, dstate = rng.normal(size=SMALL.heads_shape), rng.normal(size=(2, 2, 3, 3))
 
@@ -71,8 +73,10 @@ def test_wkv6_gradients(reset, draw):
 
 def test_wkv7_gradients(reset):
     rng = np.random.default_rng(0)
-    inputs = {name: x.astype(np.float64) for name, x in cases.wkv7_inputs("typical", SMALL).items()}
-    inputs["state"] = cases.matrix_state(SMALL).astype(np.float64)
+    inputs = {
+        name: x.astype(np.float64) for name, x in testing.wkv7_inputs("typical", SMALL).items()
+    }
+    inputs["state"] = testing.matrix_state(SMALL).astype(np.float64)
     dy, dstate = rng.normal(size=SMALL.heads_shape), rng.normal(size=(2, 2, 3, 3))
 
     def loss(x):

@@ -49,7 +49,7 @@ def numbers(request: dict) -> dict:
     """The inputs, as float32 arrays of numbers that bfloat16 holds; made as a model makes them."""
     import numpy as np
 
-    from rwkv_jax.wkv.cases import Shape, wkv4_inputs, wkv6_inputs, wkv7_inputs
+    from rwkv_jax.testing import Shape, wkv4_inputs, wkv6_inputs, wkv7_inputs
 
     make = {"4": wkv4_inputs, "6": wkv6_inputs, "7": wkv7_inputs}[request["version"]]
     # Long rows repeat a shorter one: drawing half a billion numbers takes longer than the kernels.

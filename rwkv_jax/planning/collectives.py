@@ -64,6 +64,14 @@ class Collective:
         return round(self.times * self.size * factor)
 
 
+def bytes_moved(program: str) -> dict[str, int]:
+    """Bytes of the collectives' results on one device, by kind, summed over all executions."""
+    total: dict[str, int] = {}
+    for exchange in collectives(program):
+        total[exchange.kind] = total.get(exchange.kind, 0) + exchange.times * exchange.size
+    return total
+
+
 def collectives(program: str) -> Iterator[Collective]:
     """Those of a compiled program (`compiled.as_text()`)."""
     bodies, main = {}, ""

@@ -1,6 +1,6 @@
 """The protocol that every implementation follows, and the precision it computes in."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from rwkv_jax.typing import Array, Bool
 
 
+@runtime_checkable
 class Form(Protocol):
     """One implementation of one operator: `y` and the state after the last token.
 

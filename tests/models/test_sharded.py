@@ -15,7 +15,7 @@ from tolerances import MODEL_RMS, assert_close, relative_rms
 from rwkv_jax import ModelConfig, models
 from rwkv_jax.checkpoint.keymaps import from_official
 from rwkv_jax.loss import cross_entropy
-from rwkv_jax.wkv import leak_test
+from rwkv_jax.testing import leak_test
 
 ROWS, LENGTH = 2, 48
 

@@ -1,7 +1,7 @@
-"""How far the operators are from float64: one body for every case there is.
+"""The operators' errors against float64: one function for all cases.
 
-A case is a version, an implementation, a type, a length, a regime and a pattern of resets. Compared
-are y, the final state and the gradients of all inputs and of the initial state.
+A case is a version, an implementation, a dtype, a length, a regime and a pattern of resets. The
+errors are of y, the final state and the gradients of all inputs and of the initial state.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,8 @@ import numpy as np
 from tolerances import KERNEL_BFLOAT16, bar, relative_rms
 from wkv.operators import Version, compiled, cotangents, forward
 
-from rwkv_jax.wkv import IMPLEMENTATIONS, KERNELS, cases
+from rwkv_jax import testing
+from rwkv_jax.wkv import IMPLEMENTATIONS, KERNELS
 from rwkv_jax.wkv.v4 import chunked as v4_chunked
 from rwkv_jax.wkv.v6 import associative as v6_associative
 from rwkv_jax.wkv.v6 import chunked as v6_chunked
@@ -21,7 +22,7 @@ from rwkv_jax.wkv.v7 import chunked as v7_chunked
 
 DTYPES = ("float32", "bfloat16", "float64")
 FORMS = (None, *IMPLEMENTATIONS)
-"""None: what is chosen by default, where no gradient is taken; with one it is `chunked`."""
+"""None is the default, without a gradient; with one it is `chunked`."""
 LENGTHS = {
     "1": lambda chunk: 1,
     "C - 1": lambda chunk: chunk - 1,
@@ -33,33 +34,33 @@ LENGTHS = {
 _CHUNKS = {"4": v4_chunked.CHUNK, "6": v6_chunked.CHUNK, "7": v7_chunked.CHUNK}
 
 
-def shape_of(version: Version, implementation: str | None, length: str) -> cases.Shape:
-    """Two rows of two heads, as long as `length` says of the implementation's chunk; the heads of
-    the longest are as large as the official ones."""
+def shape_of(version: Version, implementation: str | None, length: str) -> testing.Shape:
+    """Two rows of two heads, with a length relative to the implementation's chunk; the longest case
+    has heads of the official size."""
     number = "6" if version.name == "5" else version.name
     chunk = _CHUNKS[number]
     if implementation in KERNELS:
         chunk = 32 if implementation == "pallas_tpu" and number != "4" else 16
     if number == "6" and implementation == "associative":
         chunk = v6_associative.CHUNK
-    return cases.Shape(2, LENGTHS[length](chunk), 2, 64 if length == "3 C + 5" else 16)
+    return testing.Shape(2, LENGTHS[length](chunk), 2, 64 if length == "3 C + 5" else 16)
 
 
 def errors(
     version: Version,
     implementation: str | None,
     dtype: str,
-    shape: cases.Shape,
+    shape: testing.Shape,
     jit=jax.jit,
-    patterns: tuple[str, ...] = cases.RESETS,
+    patterns: tuple[str, ...] = testing.RESETS,
 ) -> Iterator[tuple[str, str, dict[str, tuple[float, float]]]]:
-    """(regime, resets, the error and its bar by array) of every regime and pattern of resets."""
+    """(regime, resets, {array: (error, bar)}) for every regime and pattern of resets."""
     wide = "float64" if dtype == "float64" else "float32"
     with jax.enable_x64(dtype == "float64"):
         for regime in version.regimes:
             for pattern in patterns:
                 inputs, state = version.inputs(regime, shape), version.state(shape)
-                reset = cases.reset_pattern(pattern, shape, seed=1)
+                reset = testing.reset_pattern(pattern, shape, seed=1)
                 given = {name: _typed(name, x, dtype) for name, x in inputs.items()}
                 same = {name: np.asarray(x, np.float64) for name, x in given.items()}
                 y, final, scale = version.expected(same, state, reset)
@@ -84,7 +85,7 @@ def errors(
                 assert actual.keys() == expected.keys()
                 found = {}
                 for name, x in expected.items():
-                    # Where all of a gradient is zero the oracle may hold its own rounding.
+                    # Where a gradient is zero, the oracle may hold its own rounding errors.
                     x = x if np.abs(x).max() > 1e-14 else np.zeros_like(x)
                     stored = dtype if actual[name].dtype == jnp.bfloat16 else wide
                     assert actual[name].dtype == stored, f"{name} is {actual[name].dtype}"
@@ -103,8 +104,8 @@ def _typed(name: str, x: np.ndarray, dtype: str) -> np.ndarray | jax.Array:
 
 
 def _slack(inputs: dict[str, np.ndarray]) -> float:
-    """Factor on the bar for large exponents: rounding x is a relative error of |x| eps in e^x.
+    """The factor on the bar for large exponents: rounding x is a relative error of |x| eps in e^x.
 
-    Version 4 keeps its sums as a mantissa and an exponent, which is as large as the largest key.
+    Version 4 keeps its sums as a mantissa and an exponent as large as the largest key.
     """
     return max(1.0, np.abs(inputs["k"]).max() / 2) if inputs["k"].ndim == 3 else 1.0

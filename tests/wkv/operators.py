@@ -1,4 +1,4 @@
-"""The operators as the tests see them: one table of versions, and their compiled calls."""
+"""One table of the operators' versions for the tests, and their compiled calls."""
 
 import functools
 from collections.abc import Callable
@@ -10,10 +10,10 @@ import numpy as np
 import oracles
 import pytest
 
+from rwkv_jax import testing
 from rwkv_jax.wkv import (
     IMPLEMENTATIONS,
     Wkv4State,
-    cases,
     wkv4,
     wkv4_step,
     wkv6,
@@ -22,13 +22,13 @@ from rwkv_jax.wkv import (
     wkv7_step,
 )
 
-LONG, SMALL = cases.Shape(2, 200, 2, 64), cases.Shape(2, 101, 2, 8)
-"""Both cross the borders of chunks of any implementation, and end inside one."""
+LONG, SMALL = testing.Shape(2, 200, 2, 64), testing.Shape(2, 101, 2, 8)
+"""Both span several chunks of any implementation, and end inside one."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """One operator. Final states are compared gauge-free: what they stand for, over e^scale."""
+    """One operator. Final states are compared gauge-free: version 4's as sums over e^scale."""
 
     name: str
     regimes: tuple[str, ...]
@@ -110,9 +110,9 @@ def _gradients7(inputs, state, reset, dy, dfinal, scale):
 VERSIONS = {
     "4": Version(
         "4",
-        cases.WKV4_REGIMES,
-        cases.wkv4_inputs,
-        cases.wkv4_state,
+        testing.WKV4_REGIMES,
+        testing.wkv4_inputs,
+        testing.wkv4_state,
         _call4,
         _final4,
         _expected4,
@@ -122,9 +122,9 @@ VERSIONS = {
     ),
     "5": Version(
         "5",
-        cases.WKV6_REGIMES,
-        cases.wkv5_inputs,
-        cases.matrix_state,
+        testing.WKV6_REGIMES,
+        testing.wkv5_inputs,
+        testing.matrix_state,
         _call6,
         lambda state, scale: {"final state": state},
         _expected6,
@@ -134,9 +134,9 @@ VERSIONS = {
     ),
     "6": Version(
         "6",
-        cases.WKV6_REGIMES,
-        cases.wkv6_inputs,
-        cases.matrix_state,
+        testing.WKV6_REGIMES,
+        testing.wkv6_inputs,
+        testing.matrix_state,
         _call6,
         lambda state, scale: {"final state": state},
         _expected6,
@@ -146,9 +146,9 @@ VERSIONS = {
     ),
     "7": Version(
         "7",
-        cases.WKV7_REGIMES,
-        cases.wkv7_inputs,
-        cases.matrix_state,
+        testing.WKV7_REGIMES,
+        testing.wkv7_inputs,
+        testing.matrix_state,
         _call7,
         lambda state, scale: {"final state": state},
         _expected7,
@@ -165,13 +165,13 @@ every_implementation = pytest.mark.parametrize(
         for name in IMPLEMENTATIONS
     ],
 )
-"""The others always run where errors are measured; the rest of them is slow."""
+"""The others are slow tests, but for `test_accuracy.py`, which always runs all of them."""
 DISTINCT = [version for name, version in VERSIONS.items() if name != "5"]
-"""Version 5 is version 6 with the decays of one token: a test of its own has what differs."""
+"""Version 5 is version 6 with one decay for all tokens; a test of its own has the difference."""
 
 
 def quickly(*names):
-    """Every version, those that are not named as slow."""
+    """Every version; the ones that are not named are slow tests."""
     return pytest.mark.parametrize(
         "version",
         [pytest.param(x, marks=() if x.name in names else pytest.mark.slow) for x in DISTINCT],
@@ -184,7 +184,7 @@ every_version = quickly(*(version.name for version in DISTINCT))
 
 @functools.cache
 def compiled(version, implementation, jit=jax.jit):
-    """(inputs, state, reset, scale, dy, dfinal) -> all values and gradients, by one program."""
+    """(inputs, state, reset, scale, dy, dfinal) -> all values and gradients, in one program."""
 
     @jit
     def everything(inputs, state, reset, scale, dy, dfinal):
@@ -202,7 +202,7 @@ def compiled(version, implementation, jit=jax.jit):
 
 @functools.cache
 def forward(version, implementation, jit=jax.jit):
-    """(inputs, state, reset) -> y and the state as it is; state and reset may be None."""
+    """(inputs, state, reset) -> y and the raw state; state and reset may be None."""
     return jit(lambda inputs, state, reset: version.call(inputs, state, reset, implementation))
 
 
@@ -214,5 +214,5 @@ def cotangents(version, shape, final, seed=0):
 
 
 def per_token(x):
-    """Whether an input has a time axis, as u and the log_w of versions 4 and 5 have not."""
+    """Whether an input has a time axis, unlike u and the log_w of versions 4 and 5."""
     return x.ndim > 2

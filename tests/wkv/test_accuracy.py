@@ -1,5 +1,5 @@
-"""Every version, implementation, type and length against float64, in every hard regime and with
-every pattern of resets: values, states, all gradients."""
+"""Values, states and all gradients against float64: every version, implementation, dtype and
+length, in every hard regime and with every pattern of resets."""
 
 import itertools
 
@@ -11,9 +11,8 @@ from wkv.operators import VERSIONS
 
 
 def cases():
-    """All there are. Quick are, of each version, every implementation in float32 at the longest
-    length, and one token and a whole chunk of the one that trains; of version 7 every type of
-    that one."""
+    """All of them. The quick suite has every implementation of each version in float32 at the
+    longest length; of `chunked` also one token and a whole chunk, and for version 7 every dtype."""
     for name, form, dtype, length in itertools.product(
         VERSIONS, accuracy.FORMS, accuracy.DTYPES, accuracy.LENGTHS
     ):

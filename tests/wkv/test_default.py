@@ -1,4 +1,4 @@
-"""What `implementation=None` is: the fastest that was measured, for the program's own device."""
+"""`implementation=None` is the fastest form measured, for the device of the program."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def test_a_table_was_measured():
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_the_default_is_the_fastest_of_the_measured_table(path):
-    """Within noise: a fifth, or what a call takes besides."""
+    """Within noise: a fifth, or the overhead of a call."""
     slower = []
     for row in json.loads(path.read_text())["rows"]:
         medians = {name: spread["median"] for name, spread in row["seconds"].items()}
@@ -29,8 +29,8 @@ def test_the_default_is_the_fastest_of_the_measured_table(path):
 @pytest.mark.parametrize(
     ("name", "form"), [("4", "associative"), ("6", "chunked"), ("7", "chunked")]
 )
-def test_it_is_chosen_for_the_device_of_the_program(name, form):
-    """Compiled for an accelerator from here, it is another than on this CPU."""
+def test_the_choice_follows_the_device_of_the_program(name, form):
+    """Compiled for an accelerator on this CPU, the form is another than for this CPU."""
     version = VERSIONS[name]
     inputs, state = version.inputs("typical", SMALL), version.state(SMALL)
 

@@ -17,8 +17,10 @@ from tolerances import KERNEL_BFLOAT16, assert_close, relative_rms
 from wkv import accuracy
 from wkv.operators import DISTINCT, VERSIONS
 
-from benchmarks.hlo import bytes_moved
-from rwkv_jax.wkv import KERNELS, Wkv4State, cases, kernels, leak_test, wkv6, wkv7
+from rwkv_jax import testing as cases
+from rwkv_jax.planning.collectives import bytes_moved
+from rwkv_jax.testing import leak_test
+from rwkv_jax.wkv import KERNELS, Wkv4State, kernels, wkv6, wkv7
 
 slow = pytest.mark.slow
 SHAPE = cases.Shape(2, 37, 2, 16)

@@ -1,5 +1,5 @@
-"""What every implementation of every WKV operator does alike, beside its numbers (for those see
-`test_accuracy.py`): states, documents, padding, causality, types, messages."""
+"""The properties that all implementations of all WKV operators share: states, documents, padding,
+causality, dtypes, messages. Their accuracy is tested in `test_accuracy.py`."""
 
 import inspect
 from functools import partial
@@ -26,7 +26,9 @@ from wkv.operators import (
     quickly,
 )
 
-from rwkv_jax.wkv import IMPLEMENTATIONS, Wkv4State, cases, leak_test, wkv4, wkv6
+from rwkv_jax import testing
+from rwkv_jax.testing import leak_test
+from rwkv_jax.wkv import IMPLEMENTATIONS, Wkv4State, wkv4, wkv6
 
 
 @pytest.mark.parametrize(
@@ -40,12 +42,12 @@ from rwkv_jax.wkv import IMPLEMENTATIONS, Wkv4State, cases, leak_test, wkv4, wkv
 @pytest.mark.parametrize("size", [1, pytest.param(8, marks=pytest.mark.slow), 128])
 @quickly("7")
 def test_head_sizes(version, implementation, size):
-    """Others than those of `test_accuracy.py`, and an odd number of heads."""
-    shape = cases.Shape(1, 37, 3, size)
+    """Head sizes that `test_accuracy.py` lacks, and an odd number of heads."""
+    shape = testing.Shape(1, 37, 3, size)
     inputs, state, reset = (
         version.inputs("typical", shape),
         version.state(shape),
-        cases.reset_pattern("random", shape),
+        testing.reset_pattern("random", shape),
     )
     y, final, scale = version.expected(inputs, state, reset)
     dy, dfinal = cotangents(version, shape, final)
@@ -71,7 +73,7 @@ def test_no_state_and_no_reset_are_the_defaults(version, implementation):
 
 
 def halves(inputs, cut):
-    """Inputs of the first `cut` tokens, and of the others; what tokens share is in both."""
+    """The inputs of the first `cut` tokens, and of the others; inputs without time in both."""
     whole = {name: x for name, x in inputs.items() if not per_token(x)}
     first = {name: x[:, :cut] for name, x in inputs.items() if per_token(x)}
     second = {name: x[:, cut:] for name, x in inputs.items() if per_token(x)}
@@ -83,7 +85,7 @@ def halves(inputs, cut):
 @settings(max_examples=4)
 @given(cut=st.integers(1, SMALL.time - 1), seed=st.integers(0, 99))
 def test_cut_anywhere_and_carry_the_state(version, implementation, cut, seed):
-    """Two calls with the state between them are one call; a fresh state there is a reset."""
+    """Two calls that pass the state are one call; two with a fresh state are one with a reset."""
     inputs, run = version.inputs("typical", SMALL, seed), forward(version, implementation)
     whole, _, scale = version.expected(inputs, version.state(SMALL), None)
     reset = np.zeros((SMALL.batch, SMALL.time), bool)
@@ -107,7 +109,7 @@ def test_cut_anywhere_and_carry_the_state(version, implementation, cut, seed):
 @every_implementation
 @quickly("7")
 def test_states_pass_between_implementations(version, implementation):
-    """One implementation's state goes on in any other, and gradients come back through it."""
+    """Any implementation resumes from another's state, and gradients flow back through it."""
     inputs = version.inputs("typical", SMALL)
     y, final, scale = version.expected(inputs, None, None)
     dy, dfinal = cotangents(version, SMALL, final)
@@ -142,7 +144,7 @@ def test_states_pass_between_implementations(version, implementation):
 @every_implementation
 @every_version
 def test_documents_do_not_see_each_other(version, implementation):
-    """By a bit, neither in what they write nor in their gradients."""
+    """Bit-exactly, in outputs and in gradients."""
     inputs, state, shape = version.inputs("typical", LONG), version.state(LONG), LONG
     reset = np.zeros((shape.batch, shape.time), bool)
     reset[0, [40, 41, 133]] = reset[1, [0, 131]] = True
@@ -161,45 +163,15 @@ def test_documents_do_not_see_each_other(version, implementation):
     leak_test(everything, (tokens, dy), jnp.asarray(reset))
 
 
-def test_leak_test_finds_leaks():
-    """Of one document into the next one's output, and into a gradient before it; and a function
-    that it can say nothing of."""
-    x = jnp.arange(12.0).reshape(1, 12, 1)
-    reset = jnp.zeros((1, 12), bool).at[0, 5].set(True)
-    leak_test(lambda x, reset: {"same": x}, x, reset)
-    with pytest.raises(AssertionError, match=r"output\['sum'\] of row 0, token 5 .* document 0 of"):
-        leak_test(lambda x, reset: {"sum": jnp.cumsum(x, axis=1)}, x, reset)
-    with pytest.raises(AssertionError, match=r"token 0 changes with document 1 of row 0"):
-        leak_test(lambda x, reset: jnp.cumsum(x[:, ::-1], axis=1)[:, ::-1], x, reset)
-    with pytest.raises(AssertionError, match="sees nothing"):
-        leak_test(lambda x, reset: jnp.zeros_like(x), x, reset)
-    with pytest.raises(AssertionError, match="give inputs that differ"):
-        leak_test(lambda x, reset: x, jnp.ones_like(x), reset)
-    with pytest.raises(ValueError, match=r"output\[1\] \[2\] and reset \[1, 12\]: .*\[b, t"):
-        leak_test(lambda x, reset: (x, jnp.zeros(2)), x, reset)
-
-
-def test_leak_test_takes_each_row_apart():
-    """A document as long and as early in another row is another document; every row may start
-    one at its first token."""
-    x = jnp.arange(12.0).reshape(2, 6, 1)
-    reset = jnp.zeros((2, 6), bool).at[:, jnp.array([0, 3])].set(True)
-    leak_test(lambda x, reset: 2 * x, x, reset)
-    with pytest.raises(AssertionError, match=r"of row 1, token 0 changes with document 1 of row 0"):
-        leak_test(lambda x, reset: x - x.mean(0, keepdims=True), x, reset)
-    with pytest.raises(AssertionError, match=r"no output changes with document 1 of row 1"):
-        leak_test(lambda x, reset: x.at[1].set(0.0), x, reset)
-
-
 @every_implementation
 @every_version
 def test_padding_leaves_the_state_alone(version, implementation):
-    """As if the padding were not there; what is in it, were it not a number, changes nothing by a
-    bit and has no gradient."""
+    """As if the padding were not there: its values, even NaN, change nothing bit-exactly and have
+    no gradient."""
     inputs, state, lengths = version.inputs("typical", SMALL), version.state(SMALL), (37, 101)
     real = np.arange(SMALL.time)[None] < np.array(lengths)[:, None]
-    reset = cases.reset_pattern("random", SMALL)
-    reset[0, 60] = True  # in the padding: it starts nothing
+    reset = testing.reset_pattern("random", SMALL)
+    reset[0, 60] = True  # in the padding: no document starts
     operator = partial(version.operator, implementation=implementation)
     given = Wkv4State(*state) if version.name == "4" else state
 
@@ -239,7 +211,7 @@ def test_padding_leaves_the_state_alone(version, implementation):
 @every_implementation
 @every_version
 def test_causality_by_gradient(version, implementation):
-    """A token's output has a gradient at all earlier tokens of its document, at no later one."""
+    """A token's output depends on all earlier tokens of its document, and on no later one."""
     inputs, state, at = version.inputs("typical", LONG), version.state(LONG), 141
     reset = np.zeros((LONG.batch, LONG.time), bool)
     reset[1, 115] = True
@@ -255,8 +227,8 @@ def test_causality_by_gradient(version, implementation):
     for name, x in grads.items():
         if name in inputs and per_token(x):
             later = np.abs(np.asarray(x)[:, at + 1 :]).max()
-            # Chunks share cumulative decays: there the gradient is a difference, of which
-            # rounding may remain.
+            # Tokens of a chunk share cumulative decays: the gradient is a difference, and leaves
+            # a rounding error.
             rounding = 1e-5 * np.abs(x).max() if name == "log_w" and implementation != "scan" else 0
             assert later <= rounding, f"{name} of a later token"
 
@@ -279,7 +251,7 @@ def test_steps_equal_the_sequence(version):
 @every_implementation
 @every_version
 def test_vmap_is_a_loop(version, implementation):
-    """The operators are functions like any other: a mapped axis in front is a loop."""
+    """A mapped leading axis equals a loop over it."""
     draws = [version.inputs("typical", SMALL, seed) for seed in range(2)]
     stacked = jax.tree.map(lambda *x: np.stack(x), *draws)
     mapped, _ = jax.jit(jax.vmap(lambda x: version.call(x, None, None, implementation)))(stacked)
@@ -291,9 +263,9 @@ def test_vmap_is_a_loop(version, implementation):
 @quickly("7")
 def test_chunked_backward_keeps_less_than_scan(version):
     """The gradient of `scan` keeps a state per token; that of `chunked` at most one per chunk."""
-    shape = cases.Shape(1, 512, 2, 64)
+    shape = testing.Shape(1, 512, 2, 64)
     inputs, state = version.inputs("typical", shape), version.state(shape)
-    reset = cases.reset_pattern("none", shape)
+    reset = testing.reset_pattern("none", shape)
     _, final, scale = version.expected(inputs, state, reset)
     dy, dfinal = cotangents(version, shape, final)
 
@@ -315,7 +287,7 @@ def test_errors_name_the_mistake(version):
     with pytest.raises(ValueError, match=r"'flash'.*scan, chunked, associative"):
         version.call(inputs, None, None, "flash")
 
-    # The package's own checks, without the annotations' that only tests switch on.
+    # The package's own checks, without those of its annotations, which only tests enable.
     operator = inspect.unwrap(version.operator)
     for name in inputs:
         wrong = inputs | {name: jnp.repeat(inputs[name], 2, axis=-1)}
@@ -326,7 +298,7 @@ def test_errors_name_the_mistake(version):
     with pytest.raises(ValueError, match="reset"):
         operator(**inputs, reset=jnp.zeros((SMALL.batch, 3), bool))
     state = jax.tree.map(
-        jnp.asarray, version.state(cases.Shape(SMALL.batch + 1, 1, SMALL.heads, SMALL.size))
+        jnp.asarray, version.state(testing.Shape(SMALL.batch + 1, 1, SMALL.heads, SMALL.size))
     )
     with pytest.raises(ValueError, match="state"):
         operator(**inputs, state=Wkv4State(*state) if version.name == "4" else state)
@@ -348,13 +320,13 @@ def test_errors_name_the_mistake(version):
 
 @quickly("7")
 def test_one_float64_makes_all_float64(version):
-    """Whichever input it is: nothing is rounded on the way in."""
+    """Whichever input it is: no other is rounded to float32."""
     with jax.enable_x64(True):
         inputs = jax.tree.map(jnp.asarray, version.inputs("typical", SMALL))
         wide = jax.tree.map(lambda x: x.astype(jnp.float64), inputs)
         y, _ = version.operator(**wide)
         for name in inputs:
-            if name != "v":  # y has its type
+            if name != "v":  # which decides the dtype of y
                 mixed, _ = version.operator(**wide | {name: inputs[name]})
                 assert np.abs(mixed - y).max() < 1e-13, name
 
@@ -362,8 +334,8 @@ def test_one_float64_makes_all_float64(version):
 @pytest.mark.slow
 def test_version_4_forgets_at_once():
     """log w = -inf: only the bonus and the token before count; padding has no decay at all."""
-    shape = cases.Shape(2, 70, 1, 8)
-    inputs = jax.tree.map(jnp.asarray, cases.wkv4_inputs("typical", shape))
+    shape = testing.Shape(2, 70, 1, 8)
+    inputs = jax.tree.map(jnp.asarray, testing.wkv4_inputs("typical", shape))
     inputs["log_w"] = jnp.full_like(inputs["log_w"], -jnp.inf)
     lengths = jnp.array([70, 5])
     for implementation in IMPLEMENTATIONS:
@@ -383,7 +355,7 @@ def test_documents_start_from_the_initial_state(name, implementation):
     inputs = version.inputs("typical", SMALL)
     initial = rng.normal(size=(SMALL.heads, SMALL.size, SMALL.size)).astype(np.float32)
     start = np.broadcast_to(initial, (SMALL.batch, *initial.shape))
-    reset = jnp.asarray(cases.reset_pattern("random", SMALL, seed=2))
+    reset = jnp.asarray(testing.reset_pattern("random", SMALL, seed=2))
     dy, dstate = rng.normal(size=SMALL.heads_shape), rng.normal(size=start.shape)
     dy, dstate = jnp.asarray(dy, jnp.float32), jnp.asarray(dstate, jnp.float32)
     y, final = oracles.wkv6(**inputs, state=start, reset=reset, initial=initial)
@@ -409,10 +381,10 @@ def test_documents_start_from_the_initial_state(name, implementation):
 
 @pytest.mark.parametrize("size", [8, 64])
 def test_version_6_default_starts_documents_from_the_learnt_state(size):
-    """In both ways that it has: small heads go token by token."""
-    shape = cases.Shape(2, 40, 2, size)
-    inputs, reset = cases.wkv6_inputs("typical", shape), cases.reset_pattern("random", shape)
-    initial = cases.matrix_state(shape)[0]
+    """Both of its forms: small heads go token by token."""
+    shape = testing.Shape(2, 40, 2, size)
+    inputs, reset = testing.wkv6_inputs("typical", shape), testing.reset_pattern("random", shape)
+    initial = testing.matrix_state(shape)[0]
     start = np.broadcast_to(initial, (shape.batch, *initial.shape))
     y, state = oracles.wkv6(**inputs, state=start, reset=reset, initial=initial)
     actual_y, actual = jax.jit(wkv6)(**inputs, reset=reset, initial=initial)

@@ -1,4 +1,4 @@
-"""Time over the devices of a mesh axis: the same values and gradients, and what it costs."""
+"""Time sharded over a mesh axis: the same values and gradients, and the bytes that it moves."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tolerances import assert_close
 from wkv.operators import VERSIONS, every_implementation, every_version, per_token, quickly
 
-from benchmarks.hlo import bytes_moved
-from rwkv_jax.wkv import Wkv4State, cases, wkv7
+from rwkv_jax import testing
+from rwkv_jax.planning.collectives import bytes_moved
+from rwkv_jax.wkv import Wkv4State, wkv7
 
-SHAPE = cases.Shape(2, 144, 2, 8)
+SHAPE = testing.Shape(2, 144, 2, 8)
 
 
 def mesh(devices, kind=AxisType.Auto):
@@ -42,7 +43,7 @@ def everything(version, **options):
 def arguments(version, lengths=None):
     inputs, state = version.inputs("typical", SHAPE), version.state(SHAPE)
     reset = np.zeros((SHAPE.batch, SHAPE.time), bool)
-    reset[1, [50, 51, 72]] = True  # the last at the border of two devices; row 0 is one document
+    reset[1, [50, 51, 72]] = True  # the last at the boundary of two devices; row 0 is one document
     rng = np.random.default_rng(1)
     y = (SHAPE.batch, SHAPE.time, SHAPE.width) if version.name == "4" else SHAPE.heads_shape
     after = state[:2] if version.name == "4" else state
@@ -60,7 +61,7 @@ def compare(version, devices, lengths=None, kind=AxisType.Auto, implementation=N
     whole = everything(version, implementation=implementation)(*x)
     with jax.set_mesh(mesh(devices, kind)):
         split = everything(version, implementation=implementation, mesh_axis="sequence")(*x)
-    if lengths is not None:  # y of padding has no meaning
+    if lengths is not None:  # y of padding is undefined
         real = (np.arange(SHAPE.time)[None] < np.array(lengths)[:, None]).astype(np.float32)
         whole, split = (
             ((y * real.reshape(*real.shape, *(1,) * (y.ndim - 2)), *rest), grads)
@@ -80,7 +81,7 @@ def test_as_on_one_device(version, devices):
 @pytest.mark.slow
 @every_implementation
 @every_version
-def test_every_implementation_does_a_part(version, implementation):
+def test_every_implementation_runs_on_a_shard(version, implementation):
     compare(version, 4, implementation=implementation)
 
 
@@ -118,9 +119,9 @@ MESHES = {
 )
 @quickly("7")
 def test_rows_and_heads_over_devices(version, axes, kind):
-    """Nothing moves but states, and what all share is summed once; alike without a `jit`."""
-    shape = cases.Shape(4, 48, 4, 8)
-    inputs, reset = version.inputs("typical", shape), cases.reset_pattern("random", shape)
+    """Only states move, and gradients of shared inputs are summed once; also without `jit`."""
+    shape = testing.Shape(4, 48, 4, 8)
+    inputs, reset = version.inputs("typical", shape), testing.reset_pattern("random", shape)
     axis = "sequence" if "sequence" in axes else None
 
     def loss(inputs, reset, mesh_axis=None):
@@ -157,10 +158,10 @@ def test_rows_and_heads_over_devices(version, axes, kind):
 
 @quickly("7")
 def test_explicit_axes_of_any_input_count(version):
-    """One array alone is sharded, whichever: the others follow it."""
-    shape = cases.Shape(4, 20, 4, 8)
+    """If only one array is sharded, the others follow it."""
+    shape = testing.Shape(4, 20, 4, 8)
     inputs = jax.tree.map(jnp.asarray, version.inputs("typical", shape))
-    reset = jnp.asarray(cases.reset_pattern("random", shape))
+    reset = jnp.asarray(testing.reset_pattern("random", shape))
     y, _ = version.operator(**inputs, reset=reset)
     devices = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(devices):
@@ -170,9 +171,9 @@ def test_explicit_axes_of_any_input_count(version):
             assert_close(version.operator(**given)[0], y, "float32", name=name)
 
 
-def test_parts_along_other_axes_are_refused():
-    """By a sentence, where JAX would speak of a scan's carry."""
-    inputs = cases.wkv7_inputs("typical", cases.Shape(2, 48, 2, 8))
+def test_unsupported_shardings_raise():
+    """With a sentence, where JAX would complain about a scan's carry."""
+    inputs = testing.wkv7_inputs("typical", testing.Shape(2, 48, 2, 8))
     devices = mesh(4, AxisType.Explicit)
 
     def given(spec):
@@ -182,7 +183,7 @@ def test_parts_along_other_axes_are_refused():
     with jax.set_mesh(devices):
         with pytest.raises(ValueError, match=r"time is sharded over 'sequence'; .*mesh_axis='seq"):
             wkv7(**given([None, "sequence"]))
-        with pytest.raises(ValueError, match="heads are sharded inside over 'sequence'"):
+        with pytest.raises(ValueError, match="the channels of a head are sharded over 'sequence'"):
             wkv7(**given([None, None, None, "sequence"]))
 
 
@@ -200,7 +201,7 @@ def test_documents_start_from_the_initial_state_on_every_device():
 
 
 def test_inside_a_shard_map_of_the_caller():
-    """The operator is given a device's part, and says so by the axis alone."""
+    """The operator gets one device's shard, and only `mesh_axis` says so."""
     inputs = jax.tree.map(jnp.asarray, VERSIONS["7"].inputs("typical", SHAPE))
     y, after = jax.jit(wkv7)(**inputs)
     time = PartitionSpec(None, "sequence")
@@ -218,10 +219,10 @@ def test_inside_a_shard_map_of_the_caller():
 
 @quickly("7")
 def test_bytes_moved_do_not_grow_with_length(version):
-    """Forward and backward: the parts' maps alone, whose size is that of states."""
+    """Forward and backward move only the devices' maps, which are as large as states."""
     moved = {}
     for length in (64, 256):
-        shape = cases.Shape(1, length, 2, 8)
+        shape = testing.Shape(1, length, 2, 8)
         devices = mesh(4)
         with jax.set_mesh(devices):
             inputs = {
@@ -246,12 +247,12 @@ def test_bytes_moved_do_not_grow_with_length(version):
 
 @every_version
 def test_errors_name_the_axis_and_the_length(version):
-    inputs = jax.tree.map(jnp.asarray, version.inputs("typical", cases.Shape(1, 30, 2, 8)))
+    inputs = jax.tree.map(jnp.asarray, version.inputs("typical", testing.Shape(1, 30, 2, 8)))
     with pytest.raises(ValueError, match=r"no mesh axis 'sequence'; there is none; .*set_mesh"):
         version.operator(**inputs, mesh_axis="sequence")
     with jax.set_mesh(mesh(4)):
         with pytest.raises(ValueError, match=r"no mesh axis 'time'; there is sequence"):
             version.operator(**inputs, mesh_axis="time")
-        told = r"30 tokens do not divide over the 4 devices .* nearest .* 28 and 32"
-        with pytest.raises(ValueError, match=told):
+        message = r"30 tokens do not divide over the 4 devices .* nearest .* 28 and 32"
+        with pytest.raises(ValueError, match=message):
             version.operator(**inputs, mesh_axis="sequence")

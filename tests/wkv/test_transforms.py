@@ -1,4 +1,4 @@
-"""The operators under JAX's transformations: each works, or says which implementation does."""
+"""The operators under JAX's transformations: each works or names the implementations that do."""
 
 import jax
 import jax.numpy as jnp
@@ -7,25 +7,26 @@ import pytest
 from tolerances import relative_rms
 from wkv.operators import every_implementation, every_version, quickly
 
-from rwkv_jax.wkv import IMPLEMENTATIONS, Wkv4State, cases
+from rwkv_jax import testing
+from rwkv_jax.wkv import IMPLEMENTATIONS, Wkv4State
 
 slow = pytest.mark.slow
 chunked_and_slowly_others = pytest.mark.parametrize(
     "implementation",
     ["chunked", *(pytest.param(x, marks=slow) for x in IMPLEMENTATIONS if x != "chunked")],
 )
-"""The others are differentiated by JAX, or by the code of `chunked`."""
+"""The others are differentiated by JAX itself, or by the code of `chunked`."""
 
-TINY = cases.Shape(1, 37, 2, 4)
+TINY = testing.Shape(1, 37, 2, 4)
 FORWARD_MODE = {"4": ("scan",), "6": ("scan", "associative"), "7": ("scan", "associative")}
 
 
 def problem(version, implementation):
-    """A scalar function of everything that an operator takes, in float64, and where to stand."""
+    """A scalar function of all of an operator's inputs, in float64, and a point."""
     inputs, state = version.inputs("typical", TINY), version.state(TINY)
     inputs, state = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (inputs, state))
     state = Wkv4State(*state) if version.name == "4" else state
-    reset = jnp.asarray(cases.reset_pattern("random", TINY, seed=3))
+    reset = jnp.asarray(testing.reset_pattern("random", TINY, seed=3))
 
     def loss(x):
         y, after = version.operator(**x[0], state=x[1], reset=reset, implementation=implementation)
@@ -47,7 +48,7 @@ def inner(x, y):
 
 @every_implementation
 @every_version
-def test_forward_mode_is_the_gradient_or_names_who_has_it(version, implementation):
+def test_forward_mode_works_or_names_who_supports_it(version, implementation):
     with jax.enable_x64(True):
         loss, x = problem(version, implementation)
         v = directions(x)
@@ -56,19 +57,19 @@ def test_forward_mode_is_the_gradient_or_names_who_has_it(version, implementatio
             assert np.isclose(along, inner(jax.jit(jax.grad(loss))(x), v), rtol=1e-9)
             return
         forms = " or ".join(f"'{name}'" for name in FORWARD_MODE[version.name])
-        told = rf"wkv{version.name}: forward-mode .* needs implementation={forms}"
+        message = rf"wkv{version.name}: forward-mode .* needs implementation={forms}"
         for call in (jax.jvp, jax.jit(jax.jvp, static_argnums=0)):
-            with pytest.raises(TypeError, match=told):
+            with pytest.raises(TypeError, match=message):
                 call(loss, (x,), (v,))
-        with pytest.raises(TypeError, match=told):
+        with pytest.raises(TypeError, match=message):
             jax.linearize(loss, x)[1](v)
 
 
 @chunked_and_slowly_others
 @quickly("7")
 def test_gradients_of_gradients(version, implementation):
-    """Reverse over reverse, and forward over reverse where the form knows forward mode, against
-    differences of gradients."""
+    """Reverse over reverse, and forward over reverse where supported, against finite differences of
+    gradients."""
     with jax.enable_x64(True):
         loss, x = problem(version, implementation)
         v = directions(x)
@@ -107,7 +108,8 @@ def test_checkpoint_and_scan(version, implementation):
 @quickly("6")
 @pytest.mark.parametrize("mapped", ["one input", pytest.param("state", marks=slow)])
 def test_vmap_over_one_of_all(version, implementation, mapped):
-    """What is not mapped is not copied by the caller: parameters with one sequence, states."""
+    """Other inputs need no copies: parameters shared by sequences, or one sequence with several
+    states."""
     with jax.enable_x64(True):
         loss, (inputs, state) = problem(version, implementation)
         if mapped == "state":
