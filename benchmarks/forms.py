@@ -1,9 +1,10 @@
-"""Every form of every operator by length, heads and head size: what `implementation=None` chooses.
+"""Time of every form by length, heads and head size: the basis of `implementation=None`.
 
     python -m benchmarks.forms [--version 4 6 7] [--tokens 8 64 512] [--rounds 5]
 
-On the default device of this process, float32; forms take turns. `default` is what is chosen
-(`rwkv_jax/wkv/default.py`); tests/wkv/test_default.py holds it against the table written here.
+On the default device of this process, float32; forms take turns. `default` is
+`implementation=None` (`rwkv_jax/wkv/default.py`); tests/wkv/test_default.py checks it against the
+table written here.
 """
 
 import argparse
@@ -23,7 +24,7 @@ SHAPES = ((1, 12, 64), (4, 8, 64), (1, 16, 32), (1, 8, 128))
 """Batch, heads, head size; version 4 has as many channels as all heads together."""
 KINDS = {"forward": False, "forward + backward": True}
 CALLS, SECONDS = 3, 0.05
-"""A turn is at least so many calls, and takes at least so long; it counts the fastest."""
+"""A turn has at least this many calls and takes at least this long; its fastest call counts."""
 
 
 def parse() -> argparse.Namespace:
@@ -33,7 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--version", nargs="*", choices=OPERATORS, default=[*OPERATORS])
     parser.add_argument("--tokens", nargs="*", type=int, default=[8, 64, 512])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--gib", type=float, default=4, help="more is not run (default: 4)")
+    parser.add_argument("--gib", type=float, default=4, help="larger programs are not run (default: 4)")
     return parser.parse_args()
 
 

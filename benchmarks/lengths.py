@@ -1,10 +1,10 @@
-"""Time and memory of the operators' gradient by length: linear in T, and a state a chunk.
+"""Time and memory of the operators' gradient by length: linear in T, one state a chunk.
 
     python -m benchmarks.lengths [--version 4 6 7] [--tokens 1024 2048 ... 65536]
 
-B=1, H=12, N=64 (version 4: 768 channels), float32, forward and backward, by default and by
-`lax.scan`, as long as that takes less than `--gib`. Memory is what XLA allocates besides arguments
-and results. Writes docs/lengths.png.
+B=1, H=12, N=64 (version 4: 768 channels), float32, forward and backward, for the default form and
+for `lax.scan`, as long as that takes less than `--gib`. Memory is what XLA allocates besides
+arguments and results. Writes docs/lengths.png.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--version", nargs="*", choices=OPERATORS, default=[*OPERATORS])
     parser.add_argument("--tokens", nargs="*", type=int, default=[1024 * 2**i for i in range(7)])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--gib", type=float, default=6, help="more is not run (default: 6)")
+    parser.add_argument("--gib", type=float, default=6, help="larger programs are not run (default: 6)")
     return parser.parse_args()
 
 

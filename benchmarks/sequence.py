@@ -1,11 +1,11 @@
-"""Time over devices: what moves between them, and a gradient step over 65,536 tokens.
+"""Time sharded across devices: the bytes they exchange, and a gradient step over 65,536 tokens.
 
     python -m benchmarks.sequence [--devices 8] [--tokens 4096 16384 65536]
 
 On virtual devices of this CPU, which share its cores: bytes and memory are those of real devices,
-times say that it runs. First the operators' gradient (B=1, H=12, N=64; version 4: 768 channels):
-what a device receives and allocates, by length. Then a whole step of version 7 (2 layers, 128
-wide), whose loss and gradient are held against those of one device.
+times are not. First the operators' gradient (B=1, H=12, N=64; version 4: 768 channels): what a
+device receives and allocates, by length. Then a whole step of version 7 (2 layers, 128 wide), whose
+loss and gradient are compared with those of one device.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def operator(version: str, tokens: int, mesh: jax.sharding.Mesh) -> dict:
 
 
 def step(tokens: int, mesh: jax.sharding.Mesh) -> dict:
-    """A gradient of the whole model over devices and on one."""
+    """A gradient of the whole model, across devices and on one."""
     cfg = ModelConfig(version="7", layers=2, width=128, vocab_size=512)
     params = init_params(cfg, jax.random.key(0))
     # Fresh projections are zero: nothing would flow through them.

@@ -1,12 +1,12 @@
-"""The WKV operators next to the JAX packages on PyPI that have them: time and memory.
+"""The WKV operators beside those of JAX packages on PyPI: time and memory.
 
     python -m benchmarks.wkv [--version 4 6 7] [--tokens 256 1024 4096] [--peer-python PATH]
 
 B=2, H=8, N=64 (version 4: 512 channels), float32, on the CPU. `forward` is output and final state;
-`forward + backward` also the gradients of all inputs, for random cotangents of both. `rwkv_jax` is
-what `implementation=None` takes; the rows below it are those that can be asked for by name. Memory
-is what XLA allocates for the compiled program besides its arguments and results. `apart` is how far
-results are from ours, relative to their size, over a sample of all of them.
+`forward + backward` adds the gradients of all inputs, for random cotangents of both. `rwkv_jax` is
+`implementation=None`; the rows below it are the implementations by name. Memory is what XLA
+allocates for the compiled program besides its arguments and results. `apart` is the relative
+difference of the results from ours, over a sample of all of them.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def measure(workers: dict, version: str, tokens: int, gradients: bool, rounds: int) -> dict:
-    """What every contestant takes for one program; ratios are to ours, of the same round."""
+    """Time and memory of every package for one program; ratios are to ours, of the same round."""
     what = "forward and backward" if gradients else "forward"
     console.print(f"[dim]version {version}, {tokens} tokens, {what}[/]")
     with TemporaryDirectory() as folder:

@@ -1,8 +1,7 @@
-"""The other end of `harness.Worker`: answers JSON requests, one a line, until input ends.
+"""The process behind `harness.Worker`: answers JSON requests, one a line, until its input ends.
 
-A worker imports nothing but the standard library before `serve`, so that a peer's missing package
-is a message and not a traceback. Everything else a library prints goes to stderr: stdout is the
-channel.
+A worker imports only the standard library before `serve`, so that a peer's missing package is a
+message and not a traceback. Whatever a library prints goes to stderr: stdout is the channel.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ Handler = Callable[[dict], dict]
 
 
 def serve(start: Callable[[dict], tuple[Handler, dict]]) -> None:
-    """Call `start(options)` (the first line), report what it says, then answer each request."""
+    """Calls `start(options)` with the first line, sends what it reports, then answers requests."""
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
@@ -38,7 +37,7 @@ def serve(start: Callable[[dict], tuple[Handler, dict]]) -> None:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of the installed ones among `packages`, and of Python."""
+    """The versions of Python and of those `packages` that are installed."""
     found = {"python": platform.python_version()}
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):

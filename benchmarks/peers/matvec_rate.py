@@ -1,7 +1,7 @@
 """Worker: float32 matrix-vector GB/s, by "numpy", "jax" or "torch".
 
-Of one product over `bytes` of weights or, with `shapes` (jax), of products with matrices of these
-shapes, each waiting for the one before it, in one program.
+The rate is that of one product over `bytes` of weights or, with `shapes` (jax), of a chain of
+dependent products with matrices of these shapes, in one program.
 """
 
 import time

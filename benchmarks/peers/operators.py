@@ -1,8 +1,8 @@
 """Worker: one package's WKV operators on the CPU, forward and with gradients, for `benchmarks.wkv`.
 
 Every package computes the same from the same float32 arrays: output and final state, and with
-gradients also those of every input, for given cotangents of both. Where a function takes something
-else than ours does (another layout, another sign or scale of the decay), the conversion is inside
+gradients also those of every input, for given cotangents of both. Where a function takes other
+inputs than ours (another layout, another sign or scale of the decay), the conversion is inside
 the program that is timed, because the gradient passes through it.
 """
 
@@ -14,10 +14,10 @@ from functools import partial
 from benchmarks.worker import serve, versions
 
 CALLS, SECONDS, LONGEST = 3, 0.1, 2.0
-"""A turn is at least so many calls, and goes on for so long, but not past the longest; its time is
-the calls' median."""
+"""A turn has at least `CALLS` calls and takes at least `SECONDS`, unless that exceeds `LONGEST`
+seconds; its time is the median of the calls."""
 SAMPLES = 32
-"""Numbers of every result that are reported, for comparison."""
+"""How many numbers of each result are reported, for comparison."""
 
 
 def start(options: dict):

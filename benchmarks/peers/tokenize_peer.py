@@ -29,7 +29,7 @@ def start(options: dict):
 
 
 def batches(texts: list[str]):
-    """Of a few MB, as no one holds the ids of all."""
+    """Batches of about 4 MB, so that nobody has to hold the ids of all texts at once."""
     group, size = [], 0
     for text in texts:
         group.append(text)

@@ -213,19 +213,15 @@ def _on_shard(
     valid = _valid(lengths, x.v.shape[1], mesh_axis)
     if valid is not None and reset is not None:
         reset = reset & valid
-
-    def mask(z: Array) -> Array:
-        """Zeros in the padding, even if it holds NaN: no decay, nothing written, nothing
-        removed."""
-        if valid is None:
-            return z
-        return jnp.where(valid.reshape(*valid.shape, *(1,) * (z.ndim - 2)), z, jnp.zeros_like(z))
-
     tokens = {name: getattr(x, name) for name, dims in operator.axes.items() if "t" in dims}
     if x.log_w.ndim == 2:  # version 5
         tokens["log_w"] = jnp.broadcast_to(x.log_w[None, None], x.k.shape)
+    if valid is not None:
+        # Zeros: no decay, nothing written, nothing removed, even if the padding holds NaN.
+        rows = valid.reshape(*valid.shape, *(1,) * (x.k.ndim - 2))
+        tokens = {name: jnp.where(rows, z, jnp.zeros_like(z)) for name, z in tokens.items()}
     dtype = compute_dtype(x, state)
-    x = x._replace(**{name: mask(z) for name, z in tokens.items()})
+    x = x._replace(**tokens)
     state = jax.tree.map(lambda z: z.astype(dtype), state)
     if operator is WKV4:  # whose decay no zeros in the padding can stop
         x = x._replace(mask=valid)

@@ -29,9 +29,10 @@ def wkv6(
     x: Inputs, state: Float[Array, "b h v k"], reset: Bool[Array, "b t"] | None
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """The form by an associative scan over chunks of 16 tokens; differentiated by JAX."""
-    t, heads, state = x.k.shape[1], x.heads, transpose(state)
+    t = x.k.shape[1]
     size = chunk_size(CHUNK, t)
     chunks = Tokens(*(split_chunks(array, size) for array in x.tokens))
+    heads, state = x.heads, transpose(state)
     docs = documents(document_ids(reset, size), state.dtype)
     maps = lax.associative_scan(compose, jax.checkpoint(summarise)(chunks, heads, docs))
     after = act(state[None], maps)
