@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from rwkv_jax.typing import Array, Bool, Callable, Float, Int, PyTree
+from rwkv_jax.typing import Array, Callable, Float, Int, PyTree
+from rwkv_jax.wkv.form import Starts
 
 dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 transpose = jnp.matrix_transpose
@@ -59,7 +60,7 @@ class DocumentIds(NamedTuple):
     tokens: Int[Array, "chunks b C"]
 
 
-def document_ids(reset: Bool[Array, "b t"] | None, size: int) -> DocumentIds | None:
+def document_ids(reset: Starts, size: int) -> DocumentIds | None:
     """Documents numbered by their starts; None without `reset`. Padding starts no document."""
     if reset is None:
         return None
@@ -121,7 +122,7 @@ def scan_chunks(
     chunk: Callable[[Tokens, DocumentIds | None, Array], tuple[Array, Array]],
     x: Tokens,
     state: Float[Array, "b h *matrix"],
-    reset: Bool[Array, "b t"] | None,
+    reset: Starts,
     size: int,
 ) -> tuple[tuple[Array, Array], Array]:
     """(`y`, the state after), and the states that enter the chunks of `size` tokens.
@@ -144,7 +145,7 @@ def scan_chunks_back(
     chunk: Callable[..., tuple[Tokens, PyTree, Array]],
     x: Tokens,
     shared: PyTree,
-    reset: Bool[Array, "b t"] | None,
+    reset: Starts,
     entering: Float[Array, "chunks b h *matrix"],
     cotangents: tuple[Array, Array],
     size: int,
@@ -172,7 +173,7 @@ def scan_chunks_back(
 
 
 def _in_chunks(
-    x: Tokens, reset: Bool[Array, "b t"] | None, size: int
+    x: Tokens, reset: Starts, size: int
 ) -> tuple[Tokens, Callable[[Array], Tokens], tuple[Array, DocumentIds | None]]:
     """`x` padded to whole chunks, a function that returns chunk `i` of it, and what a scan over the
     chunks iterates over: their indices and document ids."""

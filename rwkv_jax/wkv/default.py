@@ -26,10 +26,10 @@ from typing import Any
 
 from jax import lax
 
-from rwkv_jax.typing import Array, Bool, Callable, Float
+from rwkv_jax.typing import Array, Callable, Float
 from rwkv_jax.wkv import pallas
 from rwkv_jax.wkv.chunks import transpose
-from rwkv_jax.wkv.form import Form
+from rwkv_jax.wkv.form import Form, Output, Starts, State
 from rwkv_jax.wkv.gradient import outputs_of, with_gradient
 from rwkv_jax.wkv.v4 import associative as v4_associative
 from rwkv_jax.wkv.v4 import chunked as v4_chunked
@@ -84,9 +84,7 @@ _small6 = with_gradient(
 )
 
 
-def wkv6(
-    x: v6.Inputs, state: Float[Array, "b h v k"], reset: Bool[Array, "b t"] | None
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+def wkv6(x: v6.Inputs, state: State, reset: Starts) -> tuple[Output, State]:
     """By chunks; small heads token by token where no gradient is taken."""
     if x.r.shape[-1] > SMALL_HEAD:
         return v6_chunked.wkv6(x, state, reset)

@@ -5,7 +5,14 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from rwkv_jax.typing import Array, Bool
+from rwkv_jax.typing import Array, Bool, Float
+
+Starts = Bool[Array, "b t"] | None
+"""Where documents start."""
+Output = Float[Array, "b t h v"]
+"""`y` of versions 5 to 7."""
+State = Float[Array, "b h v k"]
+"""The state of versions 5 to 7; that of version 4 is `Wkv4State`."""
 
 
 @runtime_checkable
@@ -13,13 +20,10 @@ class Form(Protocol):
     """One implementation of one operator: `y` and the state after the last token.
 
     `x` is the version's `Inputs`, with every array of full rank and zeros in the padding. The state
-    is a `Wkv4State` of [b, c] for version 4, else [b, h, v, k]; it is float32, or float64 if any
-    input is.
+    is float32, or float64 if any input is.
     """
 
-    def __call__(
-        self, x: Any, state: Any, reset: Bool[Array, "b t"] | None, /
-    ) -> tuple[Array, Any]: ...
+    def __call__(self, x: Any, state: Any, reset: Starts, /) -> tuple[Array, Any]: ...
 
 
 def compute_dtype(*inputs: Any) -> Any:
@@ -31,7 +35,7 @@ def compute_dtype(*inputs: Any) -> Any:
 def in_compute_dtype(form: Form) -> Form:
     """`form` with all inputs cast to `compute_dtype`, and `y` cast back to the dtype of `v`."""
 
-    def run(x: Any, state: Any, reset: Bool[Array, "b t"] | None, /) -> tuple[Array, Any]:
+    def run(x: Any, state: Any, reset: Starts, /) -> tuple[Array, Any]:
         dtype = compute_dtype(x, state)
 
         def cast(z: Array) -> Array:

@@ -4,6 +4,7 @@ Arguments are checked, a mesh gives each device its shards, padding is masked, t
 and inputs are cast to the precision it computes in.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,21 +34,23 @@ class Operator(NamedTuple):
 
     name: str
     axes: dict[str, str]
-    """The inputs' axes, one letter each (`rwkv_jax.typing`)."""
-    state: str
-    """The state's axes."""
-    forms: dict[str, Form]
+    """The axes of inputs, state and masks, one letter each (`rwkv_jax.typing`)."""
+    forms: Mapping[str, Form]
     on_part: Callable[..., tuple[Array, Any]]
     """(form, mesh axis, x, state, reset): one device's tokens, where time is sharded."""
 
 
-_AXES4 = {"log_w": "c", "k": "btc", "v": "btc", "u": "c"}
-_AXES6 = dict.fromkeys(("r", "log_w", "k", "v"), "bthn") | {"u": "hn", "initial": "hnn"}
-_AXES7 = dict.fromkeys(Inputs7._fields, "bthn")
+_MASKS = {"reset": "bt", "lengths": "b"}
+_AXES4 = _MASKS | {"log_w": "c", "k": "btc", "v": "btc", "u": "c", "state": "bc"}
+_AXES7 = (
+    _MASKS | dict.fromkeys(("r", "log_w", "k", "a", "b"), "bthk") | {"v": "bthv", "state": "bhvk"}
+)
+_AXES6 = _AXES7 | {"u": "hk", "initial": "hvk"}
 
-WKV4 = Operator("wkv4", _AXES4, "bc", v4.FORMS, sequence.wkv4)
-WKV6 = Operator("wkv6", _AXES6, "bhnn", v6.FORMS, sequence.wkv6)
-WKV7 = Operator("wkv7", _AXES7, "bhnn", v7.FORMS, sequence.wkv7)
+WKV4 = Operator("wkv4", _AXES4, v4.FORMS, sequence.wkv4)
+WKV5 = Operator("wkv6", _AXES6 | {"log_w": "hk"}, v6.FORMS, sequence.wkv6)
+WKV6 = Operator("wkv6", _AXES6, v6.FORMS, sequence.wkv6)
+WKV7 = Operator("wkv7", _AXES7, v7.FORMS, sequence.wkv7)
 
 
 def wkv4(
@@ -72,14 +75,9 @@ def wkv4(
     Raises `ValueError` for an unknown implementation, shapes that do not match, and a mesh axis
     that does not exist or does not divide the length.
     """
-    _check_shapes("wkv4", k.ndim == 3 and k.shape == v.shape, k=k, v=v)
-    _check_shapes("wkv4", log_w.shape == u.shape == k.shape[2:], log_w=log_w, u=u, k=k)
-    x, shape = Inputs4(log_w, k, v, u), (k.shape[0], k.shape[2])
-    if state is None:
-        state = Wkv4State.empty(shape, compute_dtype(x))
-    for z in state:
-        _check_shapes("wkv4", z.shape == shape, state=z, k=k)
-    return _apply(WKV4, x, Wkv4State(*state), reset, lengths, mesh_axis, implementation)
+    x = Inputs4(log_w, k, v, u)
+    state = None if state is None else Wkv4State(*state)
+    return _apply(WKV4, x, state, reset, lengths, mesh_axis, implementation)
 
 
 def wkv6(
@@ -106,21 +104,10 @@ def wkv6(
     Raises `ValueError` for an unknown implementation, shapes that do not match, and a mesh axis
     that does not exist or does not divide the length.
     """
-    same = r.ndim == 4 and r.shape == k.shape and log_w.shape in (r.shape, r.shape[2:])
-    _check_shapes("wkv6", same, r=r, log_w=log_w, k=k)
-    _check_shapes("wkv6", v.ndim == 4 and v.shape[:3] == r.shape[:3], r=r, v=v)
-    _check_shapes("wkv6", u.shape == r.shape[2:], u=u, r=r)
-    x = Inputs6(r, log_w, k, v, u)
-    dtype = compute_dtype(x, state, initial)
-    shape = (r.shape[0], r.shape[2], v.shape[3], r.shape[3])
+    x, operator = Inputs6(r, log_w, k, v, u, initial), WKV5 if log_w.ndim == 2 else WKV6
     if initial is not None:
-        _check_shapes("wkv6", initial.shape == shape[1:], initial=initial, r=r, v=v)
-        x = x._replace(initial=initial.astype(dtype))
-    if state is None:
-        state = jnp.zeros(shape, dtype)
-        state = state if x.initial is None else state + x.initial[None]
-    _check_shapes("wkv6", state.shape == shape, state=state, r=r, v=v)
-    return _apply(WKV6, x, state, reset, lengths, mesh_axis, implementation)
+        x = x._replace(initial=initial.astype(compute_dtype(x, state)))
+    return _apply(operator, x, state, reset, lengths, mesh_axis, implementation)
 
 
 def wkv7(
@@ -147,14 +134,7 @@ def wkv7(
     Raises `ValueError` for an unknown implementation, shapes that do not match, and a mesh axis
     that does not exist or does not divide the length.
     """
-    same = r.ndim == 4 and r.shape == log_w.shape == k.shape == a.shape == b.shape
-    _check_shapes("wkv7", same, r=r, log_w=log_w, k=k, a=a, b=b)
-    _check_shapes("wkv7", v.ndim == 4 and v.shape[:3] == r.shape[:3], r=r, v=v)
     x = Inputs7(r, log_w, k, v, a, b)
-    shape = (r.shape[0], r.shape[2], v.shape[3], r.shape[3])
-    if state is None:
-        state = jnp.zeros(shape, compute_dtype(x))
-    _check_shapes("wkv7", state.shape == shape, state=state, r=r, v=v)
     return _apply(WKV7, x, state, reset, lengths, mesh_axis, implementation)
 
 
@@ -172,17 +152,18 @@ def _apply(
     Shardings are read off the arrays' types, where mesh axes are explicit. All arrays follow `v`,
     and where it is replicated, the first array that is sharded.
     """
-    _check_inputs(operator.name, x, reset, lengths)
+    sizes = _check_shapes(operator, x, state=state, reset=reset, lengths=lengths)
+    _check_types(operator.name, x, reset)
     if implementation not in (None, *IMPLEMENTATIONS, *KERNELS):
         known = ", ".join(IMPLEMENTATIONS + KERNELS)
         raise ValueError(f"implementation {implementation!r}: one of {known}, or None")
+    if state is None:
+        state = _fresh(operator, x, sizes)
     run = partial(_on_shard, operator, mesh_axis, implementation)
     args = (x, state, reset, lengths)
-    arrays = {name: z for name, z in x._asdict().items() if z is not None}
-    # Version 5's log_w has no leading axes.
-    inputs = type(x)(**{name: operator.axes[name][-z.ndim :] for name, z in arrays.items()})
-    letters = (inputs, operator.state, "bt", "b")
-    axes = axes_of((inputs.v, letters), (x.v, args))
+    letters = type(x)._make(map(operator.axes.get, x._fields))
+    all_letters = (letters, *map(operator.axes.get, ("state", "reset", "lengths")))
+    axes = axes_of((letters.v, all_letters), (x.v, args))
     if mesh_axis and not is_manual(mesh_axis):
         check_axis(operator.name, mesh_axis, x.v.shape[1])
         axes["t"] = mesh_axis
@@ -190,13 +171,12 @@ def _apply(
         raise ValueError(
             f"{operator.name}: time is sharded over {axes['t']!r}; pass mesh_axis={axes['t']!r}"
         )
-    if "n" in axes:
+    if inside := axes.get("k") or axes.get("v"):
         raise ValueError(
-            f"{operator.name}: the channels of a head are sharded over {axes['n']!r}; shard whole"
-            " heads"
+            f"{operator.name}: heads are sharded inside, over {inside!r}; shard whole heads"
         )
     if axes or (is_explicit() and pallas.needs_shard_map(implementation)):
-        run = mapped(run, letters, (inputs.v, operator.state), axes)
+        run = mapped(run, all_letters, (letters.v, operator.axes["state"]), axes)
     return run(*args)
 
 
@@ -210,19 +190,19 @@ def _on_shard(
     lengths: Array | None,
 ) -> tuple[Array, Any]:
     """The operator on one device: masks padding, chooses the form and runs it."""
+    tokens = {name: getattr(x, name) for name in x._fields if "t" in operator.axes.get(name, "")}
+    if operator is WKV5:
+        tokens["log_w"] = jnp.broadcast_to(x.log_w[None, None], x.k.shape)
     valid = _valid(lengths, x.v.shape[1], mesh_axis)
     if valid is not None and reset is not None:
         reset = reset & valid
-    tokens = {name: getattr(x, name) for name, dims in operator.axes.items() if "t" in dims}
-    if x.log_w.ndim == 2:  # version 5
-        tokens["log_w"] = jnp.broadcast_to(x.log_w[None, None], x.k.shape)
     if valid is not None:
         # Zeros: no decay, nothing written, nothing removed, even if the padding holds NaN.
         rows = valid.reshape(*valid.shape, *(1,) * (x.k.ndim - 2))
         tokens = {name: jnp.where(rows, z, jnp.zeros_like(z)) for name, z in tokens.items()}
     dtype = compute_dtype(x, state)
-    x = x._replace(**tokens)
     state = jax.tree.map(lambda z: z.astype(dtype), state)
+    x = x._replace(**tokens)
     if operator is WKV4:  # whose decay no zeros in the padding can stop
         x = x._replace(mask=valid)
 
@@ -251,13 +231,25 @@ def _valid(lengths: Array | None, time: int, mesh_axis: str | None) -> Bool[Arra
     return first + jnp.arange(time)[None] < lengths[:, None]
 
 
-def _check_shapes(operator: str, match: bool, **arrays: Any) -> None:
-    if not match:
-        shapes = ", ".join(f"{name} {list(z.shape)}" for name, z in arrays.items())
-        raise ValueError(f"{operator}: shapes do not match: {shapes}")
+def _check_shapes(operator: Operator, x: Any, **others: Any) -> dict[str, int]:
+    """The size of each axis."""
+    sizes: dict[str, int] = {}
+    arrays = [
+        (name, operator.axes[name], z)
+        for name, tree in (x._asdict() | others).items()
+        for z in jax.tree.leaves(tree)
+    ]
+    for _, dims, z in arrays:
+        pairs = zip(dims, z.shape, strict=False)
+        if z.ndim != len(dims) or any(sizes.setdefault(letter, n) != n for letter, n in pairs):
+            shapes = ", ".join(f"{name} {list(z.shape)}" for name, _, z in arrays)
+            raise ValueError(f"{operator.name}: shapes do not match: {shapes}")
+    if sizes["t"] == 0:
+        raise ValueError(f"{operator.name}: no tokens, in inputs of shape {list(x.k.shape)}")
+    return sizes
 
 
-def _check_inputs(operator: str, x: Any, reset: Array | None, lengths: Array | None) -> None:
+def _check_types(operator: str, x: Any, reset: Array | None) -> None:
     for z in jax.tree.leaves(x):
         if not jnp.issubdtype(z.dtype, jnp.floating):
             raise ValueError(f"{operator}: inputs are floating-point numbers, not {z.dtype}")
@@ -266,12 +258,15 @@ def _check_inputs(operator: str, x: Any, reset: Array | None, lengths: Array | N
                 f"{operator}: inside jax.shard_map, pass it check_vma=False; JAX cannot track"
                 " values that vary across devices through a hand-written gradient"
             )
-    rows = x.k.shape[:2]
-    if rows[1] == 0:
-        raise ValueError(f"{operator}: no tokens, in inputs of shape {list(x.k.shape)}")
-    if reset is not None:
-        if reset.dtype != jnp.bool_:
-            raise ValueError(f"{operator}: reset is bool, not {reset.dtype}")
-        _check_shapes(operator, reset.shape == rows, reset=reset, k=x.k)
-    if lengths is not None:
-        _check_shapes(operator, lengths.shape == rows[:1], lengths=lengths, k=x.k)
+    if reset is not None and reset.dtype != jnp.bool_:
+        raise ValueError(f"{operator}: reset is bool, not {reset.dtype}")
+
+
+def _fresh(operator: Operator, x: Any, sizes: dict[str, int]) -> Any:
+    """The state of rows that start a document."""
+    shape, dtype = tuple(sizes[letter] for letter in operator.axes["state"]), compute_dtype(x)
+    if operator is WKV4:
+        return Wkv4State.empty(shape, dtype)
+    state = jnp.zeros(shape, dtype)
+    initial = getattr(x, "initial", None)
+    return state if initial is None else state + initial[None]

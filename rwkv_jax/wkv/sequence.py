@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rwkv_jax.typing import Array, Bool, Callable, Float
-from rwkv_jax.wkv.form import Form
+from rwkv_jax.typing import Array, Callable, Float
+from rwkv_jax.wkv.form import Form, Output, Starts, State
 from rwkv_jax.wkv.v4 import associative as v4
 from rwkv_jax.wkv.v4.recurrence import Inputs as Inputs4
 from rwkv_jax.wkv.v4.recurrence import Wkv4State
@@ -36,7 +36,7 @@ from rwkv_jax.wkv.v7.recurrence import Inputs as Inputs7
 
 
 def wkv4(
-    form: Form, axis: str, x: Inputs4, state: Wkv4State, reset: Bool[Array, "b t"] | None
+    form: Form, axis: str, x: Inputs4, state: Wkv4State, reset: Starts
 ) -> tuple[Float[Array, "b t c"], Wkv4State]:
     """`y` of this device's tokens, and the state after the last device's."""
     shape, dtype = state.num.shape, state.num.dtype
@@ -54,13 +54,7 @@ def wkv4(
     return y, last
 
 
-def wkv6(
-    form: Form,
-    axis: str,
-    x: Inputs6,
-    state: Float[Array, "b h v k"],
-    reset: Bool[Array, "b t"] | None,
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+def wkv6(form: Form, axis: str, x: Inputs6, state: State, reset: Starts) -> tuple[Output, State]:
     """`y` of this device's tokens, and the state after the last device's."""
     y, added = form(x, jnp.zeros_like(state), reset)
     upto = jnp.cumsum(x.log_w.astype(state.dtype), axis=1)
@@ -75,13 +69,7 @@ def wkv6(
     return _add(y, _read(entering, x.r.astype(state.dtype) * since_first)), last
 
 
-def wkv7(
-    form: Form,
-    axis: str,
-    x: Inputs7,
-    state: Float[Array, "b h v k"],
-    reset: Bool[Array, "b t"] | None,
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+def wkv7(form: Form, axis: str, x: Inputs7, state: State, reset: Starts) -> tuple[Output, State]:
     """`y` of this device's tokens, and the state after the last device's."""
     rows, n = state.shape[-2:]
     identity = jnp.broadcast_to(jnp.eye(n, dtype=state.dtype), (*state.shape[:-2], n, n))
@@ -124,11 +112,11 @@ def _where(condition: Array, x: Any, y: Any) -> Any:
     return jax.tree.map(partial(jnp.where, condition), x, y)
 
 
-def _add(y: Float[Array, "b t h v"], more: Float[Array, "b t h v"]) -> Float[Array, "b t h v"]:
+def _add(y: Output, more: Output) -> Output:
     """Their sum, in the type of `y`, which a kernel has already rounded."""
     return (y.astype(more.dtype) + more).astype(y.dtype)
 
 
-def _read(state: Float[Array, "b h v k"], key: Float[Array, "b t h k"]) -> Float[Array, "b t h v"]:
+def _read(state: State, key: Float[Array, "b t h k"]) -> Output:
     """`state @ key` of every token."""
     return jnp.einsum("bhvk,bthk->bthv", state, key, precision=lax.Precision.HIGHEST)

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rwkv_jax.typing import Array, Bool, Float, Shaped
+from rwkv_jax.typing import Array, Float, Shaped
 from rwkv_jax.wkv.chunks import chunk_size
+from rwkv_jax.wkv.form import Starts
 from rwkv_jax.wkv.gradient import outputs_of, with_gradient
 from rwkv_jax.wkv.v4.recurrence import LOG_ZERO, Inputs, Wkv4State, blend
 from rwkv_jax.wkv.v4.sweeps import (
@@ -96,7 +97,7 @@ def join(
 
 
 def forward(
-    x: Inputs, state: Wkv4State, reset: Bool[Array, "b t"] | None
+    x: Inputs, state: Wkv4State, reset: Starts
 ) -> tuple[tuple[Array, Wkv4State], Wkv4State]:
     """(`y`, the state after), and the states that enter the chunks, as in `chunked.py`."""
     t = x.k.shape[1]

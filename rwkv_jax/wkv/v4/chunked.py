@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rwkv_jax.typing import Array, Bool, Float, Shaped
+from rwkv_jax.typing import Array, Float, Shaped
 from rwkv_jax.wkv.chunks import chunk_size
+from rwkv_jax.wkv.form import Starts
 from rwkv_jax.wkv.gradient import with_gradient
 from rwkv_jax.wkv.v4.recurrence import Inputs, Wkv4State, in_place
 from rwkv_jax.wkv.v4.sweeps import (
@@ -40,7 +41,7 @@ def merge_chunks(x: Float[Array, "chunks C b c"], t: int) -> Float[Array, "b t c
 
 
 def forward(
-    x: Inputs, state: Wkv4State, reset: Bool[Array, "b t"] | None, size: int = CHUNK
+    x: Inputs, state: Wkv4State, reset: Starts, size: int = CHUNK
 ) -> tuple[tuple[Array, Wkv4State], Wkv4State]:
     """(`y`, the state after), and the states that enter the chunks of `size` tokens."""
     t = x.k.shape[1]

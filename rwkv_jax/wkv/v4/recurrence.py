@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rwkv_jax.typing import Array, Bool, Float
+from rwkv_jax.wkv.form import Starts
 from rwkv_jax.wkv.loops import loop_tokens, scan_tokens
 
 LOG_ZERO = -1e38
@@ -94,16 +95,12 @@ def token(
     return after, y
 
 
-def scan(
-    x: Inputs, state: Wkv4State, reset: Bool[Array, "b t"] | None
-) -> tuple[Float[Array, "b t c"], Wkv4State]:
+def scan(x: Inputs, state: Wkv4State, reset: Starts) -> tuple[Float[Array, "b t c"], Wkv4State]:
     """The form by `lax.scan`. Its gradient keeps every state: O(t) of them."""
     return scan_tokens(partial(token, x.log_w, x.u), (x.k, x.v, reset, x.mask), state)
 
 
-def in_place(
-    x: Inputs, state: Wkv4State, reset: Bool[Array, "b t"] | None
-) -> tuple[Float[Array, "b t c"], Wkv4State]:
+def in_place(x: Inputs, state: Wkv4State, reset: Starts) -> tuple[Float[Array, "b t c"], Wkv4State]:
     """The form for a CPU where no gradient is taken; not for differentiation."""
     body = partial(token, x.log_w, x.u)
     return loop_tokens(body, (x.k, x.v, reset, x.mask), state, jnp.zeros_like(x.v))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rwkv_jax.typing import Array, Bool, Float
+from rwkv_jax.typing import Array
 from rwkv_jax.wkv.chunks import (
     Documents,
     chunk_size,
@@ -19,15 +19,14 @@ from rwkv_jax.wkv.chunks import (
     split_chunks,
     transpose,
 )
+from rwkv_jax.wkv.form import Output, Starts, State
 from rwkv_jax.wkv.v6 import algebra
 from rwkv_jax.wkv.v6.recurrence import Heads, Inputs, Tokens
 
 CHUNK = 16
 
 
-def wkv6(
-    x: Inputs, state: Float[Array, "b h v k"], reset: Bool[Array, "b t"] | None
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+def wkv6(x: Inputs, state: State, reset: Starts) -> tuple[Output, State]:
     """The form by an associative scan over chunks of 16 tokens; differentiated by JAX."""
     t = x.k.shape[1]
     size = chunk_size(CHUNK, t)

@@ -5,7 +5,7 @@ The backward pass recomputes each chunk from its inputs and the state that enter
 state a chunk is kept, not one a token. The algebra is in `algebra.py`.
 """
 
-from rwkv_jax.typing import Array, Bool, Float
+from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv.chunks import (
     DocumentIds,
     documents,
@@ -13,6 +13,7 @@ from rwkv_jax.wkv.chunks import (
     scan_chunks_back,
     transpose,
 )
+from rwkv_jax.wkv.form import Output, Starts, State
 from rwkv_jax.wkv.gradient import outputs_of, with_gradient
 from rwkv_jax.wkv.v6 import algebra
 from rwkv_jax.wkv.v6.recurrence import Heads, Inputs, Tokens
@@ -24,7 +25,7 @@ def forward(
     x: Tokens,
     heads: Heads,
     state: Float[Array, "b h k v"],
-    reset: Bool[Array, "b t"] | None,
+    reset: Starts,
     size: int = CHUNK,
 ) -> tuple[tuple[Array, Array], Array]:
     """(`y`, the state after), and the states that enter the chunks of `size` tokens; all states
@@ -59,9 +60,7 @@ def backward(
 _by_chunks = with_gradient("wkv6", outputs_of(forward), forward, backward)
 
 
-def wkv6(
-    x: Inputs, state: Float[Array, "b h v k"], reset: Bool[Array, "b t"] | None
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+def wkv6(x: Inputs, state: State, reset: Starts) -> tuple[Output, State]:
     """The form by chunks of 32 tokens."""
     y, after = _by_chunks(x.tokens, x.heads, transpose(state), reset)
     return y, transpose(after)

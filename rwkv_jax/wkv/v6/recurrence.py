@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from rwkv_jax.typing import Array, Bool, Float
 from rwkv_jax.wkv.chunks import transpose
+from rwkv_jax.wkv.form import Output, Starts, State
 from rwkv_jax.wkv.loops import loop_tokens, read_state, scan_tokens
 
 
@@ -75,16 +76,12 @@ def token(
     return state, y
 
 
-def scan(
-    x: Inputs, state: Float[Array, "b h v k"], reset: Bool[Array, "b t"] | None
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+def scan(x: Inputs, state: State, reset: Starts) -> tuple[Output, State]:
     """The form by `lax.scan`. Its gradient keeps every state: O(t) of them."""
     return scan_tokens(partial(token, x.u, x.initial), (x.tokens, reset), state)
 
 
-def in_place(
-    x: Inputs, state: Float[Array, "b h v k"], reset: Bool[Array, "b t"] | None
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+def in_place(x: Inputs, state: State, reset: Starts) -> tuple[Output, State]:
     """The form for small heads on a CPU where no gradient is taken; not for differentiation."""
     body = partial(token, x.u, x.initial)
     return loop_tokens(body, (x.tokens, reset), state, jnp.zeros_like(x.v))

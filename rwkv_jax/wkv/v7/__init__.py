@@ -1,10 +1,5 @@
 """RWKV-7's WKV, one file per form; `rwkv_jax.wkv.wkv7` is the operator."""
 
-from rwkv_jax.wkv.form import Form
 from rwkv_jax.wkv.v7 import associative, chunked, recurrence
 
-FORMS: dict[str, Form] = {
-    "scan": recurrence.scan,
-    "chunked": chunked.wkv7,
-    "associative": associative.wkv7,
-}
+FORMS = {"scan": recurrence.scan, "chunked": chunked.wkv7, "associative": associative.wkv7}

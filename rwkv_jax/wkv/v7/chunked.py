@@ -5,8 +5,9 @@ The backward pass recomputes each chunk from its inputs and the state that enter
 state a chunk is kept, not one a token. The algebra is in `algebra.py`.
 """
 
-from rwkv_jax.typing import Array, Bool, Float
+from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv.chunks import DocumentIds, scan_chunks, scan_chunks_back
+from rwkv_jax.wkv.form import Starts
 from rwkv_jax.wkv.gradient import outputs_of, with_gradient
 from rwkv_jax.wkv.v7 import algebra
 from rwkv_jax.wkv.v7.recurrence import Inputs
@@ -17,7 +18,7 @@ CHUNK = 32
 def forward(
     x: Inputs,
     state: Float[Array, "b h v k"],
-    reset: Bool[Array, "b t"] | None,
+    reset: Starts,
     size: int = CHUNK,
 ) -> tuple[tuple[Array, Array], Array]:
     """(`y`, the state after), and the states that enter the chunks of `size` tokens."""

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from rwkv_jax.typing import Array, Bool, Float
+from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv.chunks import dot, transpose
+from rwkv_jax.wkv.form import Output, Starts, State
 from rwkv_jax.wkv.loops import get_token, read_state, scan_tokens
 
 
@@ -41,9 +42,7 @@ def step(
     return read_state(state, r), state
 
 
-def scan(
-    x: Inputs, state: Float[Array, "b h v k"], reset: Bool[Array, "b t"] | None
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+def scan(x: Inputs, state: State, reset: Starts) -> tuple[Output, State]:
     """The form by `lax.scan`. Its gradient keeps every state: O(t) of them."""
 
     def token(state: Array, inputs: tuple) -> tuple[Array, Array]:
@@ -56,9 +55,7 @@ def scan(
     return scan_tokens(token, (x, reset), state)
 
 
-def in_place(
-    x: Inputs, state: Float[Array, "b h v k"], reset: Bool[Array, "b t"] | None
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+def in_place(x: Inputs, state: State, reset: Starts) -> tuple[Output, State]:
     """The form for a CPU where no gradient is taken; not for differentiation, as `loop_tokens`.
 
     `step` reads the state twice a token: for the removal before the update and for y after it. Here
