@@ -197,14 +197,11 @@ def wkv7_inputs(regime: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarra
             log_w = np.full(size, LOG_W_MIN)
         case "repeated key":
             log_w, alpha, kk = nearly_one, np.ones(size), np.broadcast_to(same, size)
-            k = kk / np.linalg.norm(kk, axis=-1, keepdims=True)
         case "near-same key":
             log_w, alpha, kk = nearly_one, np.full(size, 0.99), same + 0.05 * kk
-            k = kk / np.linalg.norm(kk, axis=-1, keepdims=True)
         case "alternating sign":
             log_w, alpha = nearly_one, np.full(size, 0.99)
             kk = (same + 0.05 * kk) * (1 - 2 * (time % 2))
-            k = kk / np.linalg.norm(kk, axis=-1, keepdims=True)
         case "toggling decay":
             four = rng.normal(size=(shape.batch, 4, *size[2:]))
             log_w = np.where(time % 2 == 0, nearly_one, LOG_W_MIN)
@@ -215,19 +212,19 @@ def wkv7_inputs(regime: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarra
             log_w, alpha = nearly_one, np.zeros(size)
 
     kk = kk / np.linalg.norm(kk, axis=-1, keepdims=True)
-    arrays = {
-        "r": r,
-        "log_w": np.broadcast_to(log_w, size),
-        "k": k,
-        "v": v,
-        "a": -kk,
-        "b": kk * alpha,
-    }
-    arrays = {name: np.array(x, np.float32) for name, x in arrays.items()}
+    if regime in ("repeated key", "near-same key", "alternating sign"):
+        k = kk
+    log_w = np.broadcast_to(log_w, size)
+    return _finish(regime, r=r, log_w=log_w, k=k, v=v, a=-kk, b=kk * alpha)
+
+
+def _finish(regime: str, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+    """Float32 copies of arrays [b, t, h, n]; all zeros for the first head of "silent head"."""
+    copies = {name: np.array(x, np.float32) for name, x in arrays.items()}
     if regime == "silent head":
-        for x in arrays.values():
+        for x in copies.values():
             x[:, :, 0] = 0.0
-    return arrays
+    return copies
 
 
 def wkv6_inputs(regime: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarray]:
@@ -257,12 +254,8 @@ def wkv6_inputs(regime: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarra
             log_w, k = np.full(size, -3e-4), np.repeat(k[:, :1], shape.time, axis=1)
             if regime == "alternating sign":
                 k = k * (1 - 2 * (np.arange(shape.time)[:, None, None] % 2))
-    arrays = {"r": r, "log_w": log_w, "k": k, "v": v}
-    arrays = {name: np.array(x, np.float32) for name, x in arrays.items()}
-    if regime == "silent head":
-        for x in arrays.values():
-            x[:, :, 0] = 0.0
-    return arrays | {"u": rng.normal(size=size[2:]).astype(np.float32)}
+    tokens = _finish(regime, r=r, log_w=log_w, k=k, v=v)
+    return tokens | {"u": rng.normal(size=size[2:]).astype(np.float32)}
 
 
 def wkv5_inputs(regime: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarray]:
