@@ -34,7 +34,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--version", nargs="*", choices=OPERATORS, default=[*OPERATORS])
     parser.add_argument("--tokens", nargs="*", type=int, default=[8, 64, 512])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--gib", type=float, default=4, help="larger programs are not run (default: 4)")
+    parser.add_argument(
+        "--gib", type=float, default=4, help="larger programs are not run (default: 4)"
+    )
     return parser.parse_args()
 
 

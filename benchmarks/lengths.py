@@ -31,7 +31,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--version", nargs="*", choices=OPERATORS, default=[*OPERATORS])
     parser.add_argument("--tokens", nargs="*", type=int, default=[1024 * 2**i for i in range(7)])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--gib", type=float, default=6, help="larger programs are not run (default: 6)")
+    parser.add_argument(
+        "--gib", type=float, default=6, help="larger programs are not run (default: 6)"
+    )
     return parser.parse_args()
 
 

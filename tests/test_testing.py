@@ -38,9 +38,9 @@ def test_leak_test_tells_rows_apart():
 
 
 def test_the_former_names_say_where_they_went():
-    with pytest.raises(AttributeError, match=r"wkv\.leak_test is now rwkv_jax\.testing\.leak_test"):
+    with pytest.raises(AttributeError, match=r"leak_test.*it is now rwkv_jax\.testing\.leak_test"):
         _ = rwkv_jax.wkv.leak_test
-    with pytest.raises(AttributeError, match=r"wkv\.cases is now rwkv_jax\.testing"):
+    with pytest.raises(AttributeError, match=r"cases.*it is now rwkv_jax\.testing"):
         _ = rwkv_jax.wkv.cases
     with pytest.raises(AttributeError, match="nonsense"):
         _ = rwkv_jax.wkv.nonsense

@@ -49,6 +49,7 @@ Sources: arXiv:2305.13048 (version 4), arXiv:2404.05892 (versions 5 and 6), arXi
 (version 7), RWKV-LM `cuda/`.
 """
 
+from rwkv_jax.renamed import renamed
 from rwkv_jax.wkv.operator import IMPLEMENTATIONS, KERNELS, wkv4, wkv6, wkv7
 from rwkv_jax.wkv.v4.recurrence import Wkv4State
 from rwkv_jax.wkv.v4.recurrence import step as wkv4_step
@@ -67,9 +68,6 @@ __all__ = [
     "wkv7_step",
 ]
 
-
-def __getattr__(name: str) -> None:
-    if name in ("leak_test", "cases"):
-        home = "rwkv_jax.testing" if name == "cases" else "rwkv_jax.testing.leak_test"
-        raise AttributeError(f"rwkv_jax.wkv.{name} is now {home}")
-    raise AttributeError(f"module 'rwkv_jax.wkv' has no attribute {name!r}")
+__getattr__ = renamed(
+    "rwkv_jax.wkv", {"leak_test": "rwkv_jax.testing.leak_test", "cases": "rwkv_jax.testing"}
+)

@@ -190,21 +190,20 @@ def _on_shard(
     lengths: Array | None,
 ) -> tuple[Array, Any]:
     """The operator on one device: masks padding, chooses the form and runs it."""
-    tokens = {name: getattr(x, name) for name in x._fields if "t" in operator.axes.get(name, "")}
     if operator is WKV5:
-        tokens["log_w"] = jnp.broadcast_to(x.log_w[None, None], x.k.shape)
+        operator, x = WKV6, x._replace(log_w=jnp.broadcast_to(x.log_w[None, None], x.k.shape))
     valid = _valid(lengths, x.v.shape[1], mesh_axis)
     if valid is not None and reset is not None:
         reset = reset & valid
     if valid is not None:
         # Zeros: no decay, nothing written, nothing removed, even if the padding holds NaN.
         rows = valid.reshape(*valid.shape, *(1,) * (x.k.ndim - 2))
-        tokens = {name: jnp.where(rows, z, jnp.zeros_like(z)) for name, z in tokens.items()}
-    dtype = compute_dtype(x, state)
-    state = jax.tree.map(lambda z: z.astype(dtype), state)
-    x = x._replace(**tokens)
+        tokens = {name: z for name, z in x._asdict().items() if "t" in operator.axes.get(name, "")}
+        x = x._replace(**{n: jnp.where(rows, z, jnp.zeros_like(z)) for n, z in tokens.items()})
     if operator is WKV4:  # whose decay no zeros in the padding can stop
         x = x._replace(mask=valid)
+    dtype = compute_dtype(x, state)
+    state = jax.tree.map(lambda z: z.astype(dtype), state)
 
     form, is_kernel = _choose(operator, implementation, x, state)
     run = form if mesh_axis is None else partial(operator.on_part, form, mesh_axis)
