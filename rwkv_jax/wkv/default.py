@@ -24,11 +24,10 @@ of this process: to get kernels in a program compiled ahead of time, set its mes
 
 from typing import Any
 
-from jax import lax
-
-from rwkv_jax.typing import Array, Callable, Float
+from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv import pallas
 from rwkv_jax.wkv.chunks import transpose
+from rwkv_jax.wkv.device import by_platform
 from rwkv_jax.wkv.form import Form, Output, Starts, State
 from rwkv_jax.wkv.gradient import outputs_of, with_gradient
 from rwkv_jax.wkv.v4 import associative as v4_associative
@@ -54,16 +53,11 @@ def choose(operator: str, x: Any, state: Any) -> tuple[Form, bool]:
     return scan if single else form, False
 
 
-def by_platform(cpu: Callable, default: Callable) -> Callable:
-    """`cpu` in programs for a CPU, `default` in all others."""
-    return lambda *args: lax.platform_dependent(*args, cpu=cpu, default=default)
-
-
 wkv4 = with_gradient(
     "wkv4",
-    by_platform(v4.in_place, outputs_of(v4_associative.forward)),
-    by_platform(v4_chunked.forward, v4_associative.forward),
-    by_platform(v4_chunked.backward, v4_associative.backward),
+    by_platform(cpu=v4.in_place, default=outputs_of(v4_associative.forward)),
+    by_platform(cpu=v4_chunked.forward, default=v4_associative.forward),
+    by_platform(cpu=v4_chunked.backward, default=v4_associative.backward),
     keeps_outputs=True,
 )
 
@@ -78,7 +72,7 @@ def _in_place6(
 
 _small6 = with_gradient(
     "wkv6",
-    by_platform(_in_place6, outputs_of(v6_chunked.forward)),
+    by_platform(cpu=_in_place6, default=outputs_of(v6_chunked.forward)),
     v6_chunked.forward,
     v6_chunked.backward,
 )
@@ -94,7 +88,7 @@ def wkv6(x: v6.Inputs, state: State, reset: Starts) -> tuple[Output, State]:
 
 wkv7 = with_gradient(
     "wkv7",
-    by_platform(v7.in_place, outputs_of(v7_chunked.forward)),
+    by_platform(cpu=v7.in_place, default=outputs_of(v7_chunked.forward)),
     v7_chunked.forward,
     v7_chunked.backward,
 )

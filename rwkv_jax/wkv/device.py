@@ -3,6 +3,15 @@
 from functools import lru_cache
 
 import jax
+from jax import lax
+
+from rwkv_jax.typing import Callable
+
+
+def by_platform(**forms: Callable) -> Callable:
+    """The function of the platform that a program is compiled for ("cpu", "cuda", "tpu"), or
+    `default`."""
+    return lambda *args: lax.platform_dependent(*args, **forms)
 
 
 def device_kind() -> str:

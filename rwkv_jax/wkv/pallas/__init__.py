@@ -1,40 +1,109 @@
-"""The kernels, as forms of the operators."""
+"""The recurrences as Pallas kernels, for NVIDIA GPUs from Ampere on and for TPUs from v4 on.
 
+docs/kernels.md says what they are made of.
+"""
+
+import logging
+from functools import lru_cache
 from typing import Any
 
-from rwkv_jax.wkv import kernels
+import jax
+import jax.numpy as jnp
+
+from rwkv_jax.wkv.device import accelerator, device_kind, too_old
 from rwkv_jax.wkv.form import Form
-from rwkv_jax.wkv.v4 import kernel as v4
-from rwkv_jax.wkv.v4 import pallas_gpu as v4_gpu
-from rwkv_jax.wkv.v4 import pallas_tpu as v4_tpu
-from rwkv_jax.wkv.v6 import kernel as v6
-from rwkv_jax.wkv.v6 import pallas_gpu as v6_gpu
-from rwkv_jax.wkv.v6 import pallas_tpu as v6_tpu
-from rwkv_jax.wkv.v7 import kernel as v7
-from rwkv_jax.wkv.v7 import pallas_gpu as v7_gpu
-from rwkv_jax.wkv.v7 import pallas_tpu as v7_tpu
+from rwkv_jax.wkv.pallas import mosaic, triton, v4, v6, v7
+from rwkv_jax.wkv.pallas.kernel import Kernel
+from rwkv_jax.wkv.pallas.partition import auto_axes
 
-_KERNELS = {
-    "wkv4": (v4_gpu.KERNEL, v4_tpu.KERNEL),
-    "wkv6": (v6_gpu.KERNEL, v6_tpu.KERNEL),
-    "wkv7": (v7_gpu.KERNEL, v7_tpu.KERNEL),
+log = logging.getLogger("rwkv_jax")
+
+KERNELS = {
+    ("wkv4", "cuda"): Kernel(v4.TILE, v4.GPU, size=v4.SIZE),
+    ("wkv4", "tpu"): Kernel(v4.TILE, v4.TPU, size=v4.SIZE),
+    # With chunks of 32, registers spill by the kilobyte (`python -m benchmarks.kernels`).
+    ("wkv6", "cuda"): Kernel(v6.TILE, triton.DRIVER, size=16),
+    ("wkv6", "tpu"): Kernel(v6.TILE, mosaic.DRIVER, size=32),
+    ("wkv7", "cuda"): Kernel(v7.TILE, triton.DRIVER, size=16),
+    ("wkv7", "tpu"): Kernel(v7.TILE, mosaic.DRIVER, size=32),
 }
-_OPERATORS = {"wkv4": v4.operator, "wkv6": v6.operator, "wkv7": v7.operator}
+"""By operator, and platform in XLA's words."""
+
+_FORMS = {"wkv4": v4.form, "wkv6": v6.form, "wkv7": v7.form}
 
 
+@lru_cache
 def form(operator: str, platform: str, *, named: bool) -> Form:
-    """The kernel for this platform; calling it raises `ValueError` for inputs or a device that it
-    does not support."""
-    kernel = next(x for x in _KERNELS[operator] if x.platform == platform)
-    return _OPERATORS[operator](kernel, named)
+    """(x, state, reset) -> (y, state) by the kernel of "wkv4", "wkv6" or "wkv7" for "cuda" or
+    "tpu", for inputs of any float dtype; y is in v's.
+
+    In programs for a CPU the kernel is interpreted if it was asked for by name; if it was not,
+    XLA's form runs. Raises `ValueError` with the reason if the inputs are not supported, or if a
+    named kernel is for another device than the program's.
+    """
+    kernel = KERNELS[operator, platform]
+    run = _FORMS[operator](kernel, named)
+
+    def checked(x: Any, state: Any, reset: Any) -> Any:
+        device = accelerator()
+        if named and device not in (None, platform):
+            reason = f"{device}: this one is for {platform}"
+        else:
+            reason = unsupported_reason(kernel, x, state)
+        if reason is not None:
+            raise ValueError(
+                f"{operator}: no kernel for {reason}; implementation='chunked' takes any"
+            )
+        return run(x, state, reset)
+
+    return checked
 
 
 def select(operator: str, x: Any, state: Any) -> Form | None:
-    """The kernel for the program's device and these inputs, if there is one."""
-    given = (state,) if operator == "wkv4" else (x, state)
-    refusal = v4.refusal if operator == "wkv4" else kernels.refusal
-    kernel = kernels.chosen(operator, _KERNELS[operator], refusal, *given)
-    return None if kernel is None else _OPERATORS[operator](kernel, named=False)
+    """The `form` by the kernel for the program's device and these inputs. None if there is none;
+    if there is one for other inputs, the log says why in one line."""
+    platform = accelerator()
+    if platform is None or (operator, platform) not in KERNELS:
+        return None
+    kernel = KERNELS[operator, platform]
+    reason = unsupported_reason(kernel, x, state) or _no_mesh(platform)
+    if reason is None:
+        return form(operator, platform, named=False)
+    warn_once(f"{operator}: no kernel for {reason}; XLA's form runs instead")
+    return None
 
 
-needs_shard_map = kernels.mapped
+def needs_shard_map(implementation: str | None) -> bool:
+    """Whether the axes of a mesh have to be mapped around this implementation, even those that
+    shard nothing: XLA for TPUs does not partition kernels."""
+    return implementation == "pallas_tpu" or (implementation is None and accelerator() == "tpu")
+
+
+def unsupported_reason(kernel: Kernel, x: Any, state: Any) -> str | None:
+    """Why the kernel cannot run here, or not on these inputs."""
+    platform, mesh = kernel.driver.platform, jax.sharding.get_abstract_mesh()
+    if platform == "tpu" and (axes := auto_axes(mesh)):
+        return (
+            f"automatic mesh axes ({', '.join(axes)}) on TPUs, where XLA cannot partition it; make"
+            " them explicit, or map them by jax.shard_map"
+        )
+    if platform == "tpu" and device_kind() in ("TPU v2", "TPU v3"):
+        return device_kind()
+    if platform == "cuda" and (reason := too_old()):
+        return reason
+    if any(z.dtype == jnp.float64 for z in jax.tree.leaves(state)):  # as any input makes it
+        return "float64"
+    return kernel.driver.unsupported(x)
+
+
+def _no_mesh(platform: str | None) -> str | None:
+    """On several TPUs with no mesh set, XLA may have to partition the program."""
+    if platform != "tpu" or not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1:
+        return None
+    return "several TPUs without a mesh; set one of explicit axes (jax.set_mesh)"
+
+
+@lru_cache
+def warn_once(message: str) -> None:
+    """A line in the log, once in a process."""
+    log.warning(message)

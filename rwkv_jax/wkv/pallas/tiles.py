@@ -1,15 +1,15 @@
-"""What the kernels' algebra is written in: 2-D tiles, and the few operations that every Pallas
+"""The vocabulary of the kernels' algebra: 2-D tiles, and the few operations that every Pallas
 backend lowers (products, iota, where, exp, sums along an axis).
 
 A tile has a row for each token of a chunk, and a lane for each channel. Where one head's channels
-do not fill the lanes of a register, several heads share a tile: their lanes lie side by side, their
-tokens one below the other,
+do not fill the lanes of a register, several heads share a tile. Their channels lie side by side,
+their tokens one below the other,
 
     [x1  0]     rows: tokens of head 1, tokens of head 2
     [ 0 x2]     lanes: channels of head 1, channels of head 2
 
-and a state is block diagonal. Then the algebra of one head is that of all: rows of two heads have
-nothing to do with each other, as rows of two documents.
+and a state is block diagonal. The algebra is then that of one head: rows of two heads are as
+independent as rows of two documents.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from rwkv_jax.typing import Array, Float
 
 
 class Precision(NamedTuple):
-    """How a product is computed: the type that its operands are cast to, if any, and XLA's name."""
+    """How a product is computed: the dtype that operands are cast to, if any, and XLA's name."""
 
     dtype: str | None
     algorithm: lax.Precision | lax.DotAlgorithmPreset
@@ -31,12 +31,13 @@ class Products(NamedTuple):
     """Products of tiles. All are summed in float32."""
 
     data: Precision
-    """Of tokens, scores and states."""
+    """For tokens, scores and states."""
     exact: Precision
-    """Of what may not be rounded: sums of log decays, and the inverse of a triangle."""
+    """For sums of log decays and the inverse of a triangle, which must not be rounded."""
     parts: int = 0
-    """Into how many bfloat16 terms sums cut what they sum, for units that multiply nothing else
-    (ones need not be cut: half the passes of a float32 product). 0: not at all."""
+    """The number of bfloat16 terms that `sums` splits its operand into, on units that multiply
+    nothing else: ones are exact in bfloat16, so this is half the passes of a float32 product. 0: no
+    split."""
 
     def nn(self, x: Array, y: Array) -> Array:
         """x y"""
@@ -50,19 +51,19 @@ class Products(NamedTuple):
         """x^T y"""
         return _dot(x, y, 0, 0, self.data)
 
-    def tn_exactly(self, x: Array, y: Array) -> Array:
-        """x^T y, as exact as float32."""
-        return _dot(x, y, 0, 0, self.exact)
-
-    def exactly(self, x: Array, y: Array) -> Array:
+    def exact_nn(self, x: Array, y: Array) -> Array:
         """x y, as exact as float32."""
         return _dot(x, y, 1, 0, self.exact)
 
-    def sums(self, which: Array, x: Array) -> Array:
-        """Sums of the rows j of x for which `which` [i, j] holds, as exact as float32."""
+    def exact_tn(self, x: Array, y: Array) -> Array:
+        """x^T y, as exact as float32."""
+        return _dot(x, y, 0, 0, self.exact)
+
+    def exact_sums(self, which: Array, x: Array) -> Array:
+        """Sums over the rows j of x for which `which` [i, j] holds, as exact as float32."""
         ones = jnp.where(which, 1.0, 0.0)
         if not self.parts:
-            return self.exactly(ones, x)
+            return self.exact_nn(ones, x)
         total, term = None, Precision("bfloat16", lax.Precision.DEFAULT)
         for _ in range(self.parts):
             rounded = x.astype(jnp.bfloat16).astype(jnp.float32)
@@ -71,8 +72,8 @@ class Products(NamedTuple):
         assert total is not None
         return total
 
-    def total(self, which: Array, x: Array) -> Array:
-        """The same sums of data."""
+    def sums(self, which: Array, x: Array) -> Array:
+        """The same sums in the precision of data."""
         return self.nn(jnp.where(which, 1.0, 0.0), x)
 
 
@@ -89,23 +90,23 @@ def _dot(x: Array, y: Array, x_axis: int, y_axis: int, precision: Precision) -> 
 
 
 class Starts(NamedTuple):
-    """What documents that start in the chunk have to do with the state: factors, 1 or 0."""
+    """Factors, 1 or 0, for documents that start in the chunk."""
 
-    sees_state: Array  # [R, 1]: rows of the document that the state belongs to
+    sees_state: Array  # [R, 1]: rows of the document that the entering state belongs to
     reaches_end: Array  # [R, 1]: rows of the document that the chunk ends in
     carries_on: Array  # [1, 1]: no document starts in the chunk
 
 
 class Rows(NamedTuple):
-    """What the rows [R] of a tile have to do with each other and with the state."""
+    """Which head, token and document the R rows of a tile belong to."""
 
     size: int  # C tokens
     heads: int  # R / C
     token: Array  # [R, R]: the row's token
     other: Array  # [R, R]: the column's token
-    same_head: Array | None  # [R, R]: of one head; None: all are
-    same: Array | None  # [R, R]: of one head and one document; None: all are
-    starts: Starts | None  # None where no document starts
+    same_head: Array | None  # [R, R]: row and column are of one head; None if there is only one
+    same: Array | None  # [R, R]: of one head and one document; None if there is only one of each
+    starts: Starts | None  # None if no document starts
 
     @property
     def before(self) -> Array:
@@ -114,7 +115,7 @@ class Rows(NamedTuple):
 
     @property
     def upto(self) -> Array:
-        """[R, R]: it comes before it, or is it."""
+        """[R, R]: the column's token comes before the row's, or is the same."""
         return self.within(self.token >= self.other)
 
     def within(self, which: Array) -> Array:
@@ -122,7 +123,7 @@ class Rows(NamedTuple):
         return which if self.same is None else which & self.same
 
     def at(self, token: int) -> Array:
-        """[R, 1]: the rows of that token."""
+        """[R, 1]: the rows of one token."""
         return self.tokens == token
 
     @property
@@ -132,9 +133,9 @@ class Rows(NamedTuple):
         return row if self.heads == 1 else row % self.size
 
 
-def rows(size: int, heads: int, ids: Float[Array, "1 R"] | None) -> Rows:
-    """Of chunks of `size` tokens and so many heads a tile; `ids` count the documents that start in
-    the chunk, up to each token."""
+def rows(size: int, heads: int, counts: Float[Array, "1 R"] | None) -> Rows:
+    """The rows of a chunk of `size` tokens of `heads` heads. `counts` are how many documents have
+    started in the chunk, up to and including each row's token."""
     count = size * heads
     row = lax.broadcasted_iota(jnp.int32, (count, count), 0)
     column = lax.broadcasted_iota(jnp.int32, (count, count), 1)
@@ -144,11 +145,11 @@ def rows(size: int, heads: int, ids: Float[Array, "1 R"] | None) -> Rows:
         token, other = row % size, column % size
     else:
         token, other = row, column
-    if ids is None:
+    if counts is None:
         return Rows(size, heads, token, other, same_head, same_head, None)
-    last = jnp.max(ids, axis=1, keepdims=True)
-    mine = jnp.sum(jnp.where(row == column, ids, 0.0), axis=1, keepdims=True)
-    together = mine == ids
+    last = jnp.max(counts, axis=1, keepdims=True)
+    mine = jnp.sum(jnp.where(row == column, counts, 0.0), axis=1, keepdims=True)
+    together = mine == counts
     starts = Starts(
         sees_state=jnp.where(mine == 0, 1.0, 0.0),
         reaches_end=jnp.where(mine == last, 1.0, 0.0),
@@ -158,16 +159,16 @@ def rows(size: int, heads: int, ids: Float[Array, "1 R"] | None) -> Rows:
     return Rows(size, heads, token, other, same_head, same, starts)
 
 
-def stacked(x: Float[Array, "C W"], heads: int) -> Float[Array, "R W"]:
-    """The heads that lie side by side, one below the other."""
+def split_heads(x: Float[Array, "C W"], heads: int) -> Float[Array, "R W"]:
+    """Heads that lie side by side, one below the other."""
     if heads == 1:
         return x
     lane = lax.broadcasted_iota(jnp.int32, x.shape, 1) // (x.shape[1] // heads)
     return jnp.concatenate([jnp.where(lane == head, x, 0.0) for head in range(heads)], 0)
 
 
-def side_by_side(x: Float[Array, "R W"], heads: int) -> Float[Array, "C W"]:
-    """The inverse of `stacked`, whatever rows have in other heads' lanes."""
+def merge_heads(x: Float[Array, "R W"], heads: int) -> Float[Array, "C W"]:
+    """The inverse of `split_heads`; it ignores a row's values in other heads' lanes."""
     if heads == 1:
         return x
     size = x.shape[0] // heads
@@ -178,11 +179,9 @@ def side_by_side(x: Float[Array, "R W"], heads: int) -> Float[Array, "C W"]:
     return out
 
 
-def over_rows(x: Float[Array, "R W"]) -> Float[Array, "1 W"]:
-    """The sum over rows."""
+def sum_rows(x: Float[Array, "R W"]) -> Float[Array, "1 W"]:
     return jnp.sum(x, axis=0, keepdims=True)
 
 
-def over_lanes(x: Float[Array, "R W"]) -> Float[Array, "R 1"]:
-    """The sum over lanes."""
+def sum_lanes(x: Float[Array, "R W"]) -> Float[Array, "R 1"]:
     return jnp.sum(x, axis=1, keepdims=True)

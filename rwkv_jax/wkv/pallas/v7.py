@@ -1,20 +1,24 @@
-"""The algebra of one chunk of RWKV-7's WKV on tiles, for the kernels: that of `chunk.py`, whose
-letters these are, without a concatenation. `rwkv_jax/wkv/tiles.py` says what a tile is.
+"""RWKV-7's kernels: the algebra of one chunk on tiles (`tiles.py`), and the form around it.
+
+The algebra and its letters are those of `v7/algebra.py`, without concatenations.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from rwkv_jax.typing import Array, Float
-from rwkv_jax.wkv.tiles import Products, Rows, over_rows
+from rwkv_jax.typing import Array, Bool, Float
+from rwkv_jax.wkv.form import in_compute_dtype
+from rwkv_jax.wkv.pallas import heads, one_token
+from rwkv_jax.wkv.pallas.kernel import Kernel, Tile, passes, recurrence
+from rwkv_jax.wkv.pallas.tiles import Products, Rows, sum_rows
+from rwkv_jax.wkv.v7 import chunked
 from rwkv_jax.wkv.v7.recurrence import Inputs
-
-OPERATOR = "wkv7"
 
 
 class Scores(NamedTuple):
-    """What a chunk's rows have to do with each other, whatever the state."""
+    """The state-free part of a chunk."""
 
     scale_a: Array  # [R, W]
     scale_r: Array  # [R, W]
@@ -23,7 +27,7 @@ class Scores(NamedTuple):
     r: Array
     b: Array
     k: Array
-    ab: Array  # A, masked [R, R]: what rows of a have to do with columns of b
+    ab: Array  # A, masked [R, R]: scores of rows of a and columns of b
     ak: Array
     rb: Array
     rk: Array
@@ -33,7 +37,7 @@ class Scores(NamedTuple):
 
 
 def unit_inverse(lower: Float[Array, "R R"], rows: Rows, p: Products) -> Float[Array, "R R"]:
-    """(I - lower)^-1 by exact block doubling (`chunk.unit_inverse`)."""
+    """(I - lower)^-1 by exact block doubling (`algebra.unit_inverse`)."""
     row, column = rows.token, rows.other
     one = jnp.where(rows.within(row == column), 1.0, 0.0)
     inverse, block = one, 1
@@ -43,24 +47,23 @@ def unit_inverse(lower: Float[Array, "R R"], rows: Rows, p: Products) -> Float[A
         if block == 1:
             inverse = inverse + link
         else:
-            inverse = inverse + p.exactly(p.exactly(inverse, link), inverse)
+            inverse = inverse + p.exact_nn(p.exact_nn(inverse, link), inverse)
         block *= 2
     return inverse
 
 
 def relate(x: Inputs, rows: Rows, p: Products) -> Scores:
-    """The state-free part of a chunk."""
-    g = p.sums(rows.upto, x.log_w)
+    g = p.exact_sums(rows.upto, x.log_w)
     if rows.starts is None:
-        total = over_rows(x.log_w)
+        total = sum_rows(x.log_w)
         m = total / 2
         enter, leave = jnp.exp(m), jnp.exp(total - m)
     else:
-        # Of each document's own tokens, so that none depends on another, not even by rounding.
-        m = p.sums(rows.within(rows.token >= 0), x.log_w) / 2
+        # Sums of each document's own tokens, so that no document's rounding depends on another.
+        m = p.exact_sums(rows.within(rows.token >= 0), x.log_w) / 2
         first, last = rows.at(0), rows.at(rows.size - 1)
-        enter = jnp.exp(over_rows(jnp.where(first, m, 0.0)))
-        leave = jnp.exp(over_rows(jnp.where(last, g - m, 0.0)))
+        enter = jnp.exp(sum_rows(jnp.where(first, m, 0.0)))
+        leave = jnp.exp(sum_rows(jnp.where(last, g - m, 0.0)))
     scale_a, scale_r, scale_bk = jnp.exp(g - x.log_w - m), jnp.exp(g - m), jnp.exp(m - g)
     a, r, b, k = x.a * scale_a, x.r * scale_r, x.b * scale_bk, x.k * scale_bk
     ab = jnp.where(rows.before, p.nt(a, b), 0.0)
@@ -72,11 +75,11 @@ def relate(x: Inputs, rows: Rows, p: Products) -> Scores:
 
 
 def removed(x: Inputs, s: Scores, sm: Array, rows: Rows, p: Products) -> Array:
-    """U [R, v]: what the columns b carry."""
+    """U [R, v], the removed vectors."""
     reading = p.nt(s.a, sm)
     if rows.starts is not None:
         reading = reading * rows.starts.sees_state
-    return p.exactly(s.inverse, reading + p.nn(s.ak, x.v))
+    return p.exact_nn(s.inverse, reading + p.nn(s.ak, x.v))
 
 
 def forward(
@@ -107,7 +110,7 @@ def backward(
     rows: Rows,
     p: Products,
 ) -> tuple[Inputs, tuple, Float[Array, "v k"]]:
-    """Gradients of the chunk's inputs and of the state that entered it (`chunk.backward`)."""
+    """Gradients of the chunk's inputs and of the state that entered it (`algebra.backward`)."""
     s = relate(x, rows, p)
     sm = state * s.enter
     u = removed(x, s, sm, rows, p)
@@ -117,7 +120,7 @@ def backward(
         end_b, end_k = end_b * rows.starts.reaches_end, end_k * rows.starts.reaches_end
         dkept = dend * rows.starts.carries_on
     z = p.nt(end_b, dend) + p.tn(s.rb, dy)
-    z = p.tn_exactly(s.inverse, z)
+    z = p.exact_tn(s.inverse, z)
     dv = p.nt(end_k, dend) + p.tn(s.rk, dy) + p.tn(s.ak, z)
     dab = jnp.where(rows.before, p.nt(z, u), 0.0)
     dak = jnp.where(rows.before, p.nt(z, x.v), 0.0)
@@ -137,14 +140,14 @@ def backward(
     flow_a = da * s.a
     flow = dr * s.r - db * s.b - dk * s.k
     at_end = s.b * db_end + s.k * dk_end
-    kept = over_rows(sm * dkept)
-    # At or after t counts; rows of a have token t's exponent before its decay.
+    kept = sum_rows(sm * dkept)
+    # Flows at or after t count; rows of a have token t's exponent before its decay.
     after = rows.within(rows.token < rows.other)
-    dlog_w = p.total(after, flow_a + flow) + flow
+    dlog_w = p.sums(after, flow_a + flow) + flow
     if rows.starts is None:
-        dlog_w = dlog_w + over_rows(at_end) + kept
+        dlog_w = dlog_w + sum_rows(at_end) + kept
     else:
-        flow_end = over_rows(at_end) + kept
+        flow_end = sum_rows(at_end) + kept
         dlog_w = dlog_w + flow_end * rows.starts.reaches_end
     gradients = Inputs(
         r=dr * s.scale_r,
@@ -155,3 +158,37 @@ def backward(
         b=db * s.scale_bk,
     )
     return gradients, (), dsm * s.enter
+
+
+TILE = Tile("wkv7", forward, backward, heads.segment_counts)
+
+
+def form(kernel: Kernel, named: bool):
+    """The form by the kernel; in programs for a CPU it is interpreted if it was `named`."""
+    platform = kernel.driver.platform
+    xla = heads.xla_passes(kernel, _xla_forward, _xla_backward)
+    by_chunks = recurrence(kernel, named, partial(passes, kernel), xla, _reference)
+    by_token = one_token.recurrence(one_token.WKV7, platform, named)
+
+    def wkv7(
+        x: Inputs, state: Float[Array, "b h v k"], reset: Bool[Array, "b t"] | None
+    ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+        if one_token.applies(x):
+            return one_token.run(by_token, x, (), state, reset)
+        return heads.run(by_chunks, kernel.size, x, (), state, reset)
+
+    return wkv7
+
+
+def _xla_forward(x: Inputs, shared: tuple, state: Array, reset: Array | None, size: int):
+    return chunked.forward(x, state, reset, size)
+
+
+def _xla_backward(args: tuple, entering: Array, cotangents: tuple, size: int):
+    x, _, state, reset = args
+    dx, dstate, _ = chunked.backward((x, state, reset), entering, cotangents, size)
+    return dx, (), dstate
+
+
+def _reference(x: Inputs, shared: tuple, state: Array, reset: Array | None):
+    return in_compute_dtype(chunked.wkv7)(x, state, reset)

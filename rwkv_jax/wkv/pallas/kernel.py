@@ -1,0 +1,231 @@
+"""A recurrence's kernel as a JAX function: its forward and backward passes, its gradient, and XLA's
+form in programs for other platforms."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rwkv_jax.typing import Array, Callable, PyTree
+from rwkv_jax.wkv.device import by_platform
+from rwkv_jax.wkv.gradient import with_gradient
+from rwkv_jax.wkv.pallas.partition import partitioned
+
+
+class Forward(NamedTuple):
+    """The inputs of a forward pass: arrays, the letters of their dimensions, or refs."""
+
+    x: Any  # what each token has of its own, a named tuple
+    shared: Any  # what all tokens of a row share
+    state: Any
+    starts: Any  # which document each token belongs to; None if none starts
+
+
+class Outputs(NamedTuple):
+    """The outputs of a forward pass."""
+
+    y: Any
+    after: Any  # the state after the last token
+    entering: Any  # the states that enter the chunks; None if no gradient is taken
+
+
+class Backward(NamedTuple):
+    """The inputs of a backward pass."""
+
+    x: Any
+    shared: Any
+    entering: Any
+    dy: Any
+    dstate: Any
+    starts: Any
+
+
+class Gradients(NamedTuple):
+    """The outputs of a backward pass; of `shared`, one gradient a row."""
+
+    x: Any
+    shared: Any
+    state: Any
+
+
+def pass_letters(
+    *, tokens: str, shared: str, state: str, entering: str, starts: str
+) -> dict[str, tuple[PyTree, PyTree]]:
+    """The letters of the inputs and outputs of both passes: b rows, h heads (or channels, where
+    they do not mix), c chunks, t tokens, s tokens of a chunk, n, v, k channels of a head, m those
+    of all heads."""
+    return {
+        "forward": (
+            Forward(tokens, shared, state, starts),
+            Outputs(tokens, state, entering),
+        ),
+        "backward": (
+            Backward(tokens, shared, entering, tokens, state, starts),
+            Gradients(tokens, shared, state),
+        ),
+    }
+
+
+class Tile(NamedTuple):
+    """An operator's algebra of one chunk, on the arrays that its driver loads."""
+
+    operator: str
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    starts: Callable[[Any, int], Array | None]
+    """`Forward.starts`, from the masks that the recurrence is given and the chunk size."""
+
+
+class Driver(NamedTuple):
+    """How kernels run on one platform."""
+
+    platform: str
+    """XLA's name: "cuda" or "tpu"."""
+    letters: dict[str, tuple[PyTree, PyTree]]
+    run: Callable[..., Any]
+    """(kernel, "forward" or "backward", inputs, shapes of the outputs, interpret) -> outputs."""
+    multiple: Callable[[int, int], int]
+    """(heads, channels of a head) -> `run` takes a multiple of so many heads."""
+    pack: Callable[[Any, Any], Any]
+    """States [chunks, b, h, v, k], in the layout and dtype of `Outputs.entering` for inputs x."""
+    unpack: Callable[[Any, Any], Any]
+    """The inverse of `pack`, in float32."""
+    unsupported: Callable[[Any], str | None]
+    """Why there is no kernel for inputs x, if there is none."""
+
+
+class Passes(NamedTuple):
+    """A recurrence with its gradient; `args` are (x, shared, state, masks)."""
+
+    primal: Callable[..., Any]  # *args -> (y, state)
+    forward: Callable[..., Any]  # *args -> (y, state), residuals
+    backward: Callable[..., Any]  # args, residuals, cotangents -> gradients of args
+
+
+class Kernel(NamedTuple):
+    """An operator's recurrence on one platform."""
+
+    tile: Tile
+    driver: Driver
+    size: int
+    """Tokens a chunk."""
+
+
+def passes(kernel: Kernel, interpret: bool) -> Passes:
+    return Passes(
+        partial(_forward, kernel, interpret, False),
+        partial(_forward, kernel, interpret, True),
+        partial(_backward, kernel, interpret),
+    )
+
+
+def _forward(
+    kernel: Kernel, interpret: bool, keep: bool, x: Any, shared: Any, state: Any, masks: Any
+) -> Any:
+    inputs = Forward(x, _by_row(shared, x), state, kernel.tile.starts(masks, kernel.size))
+
+    def run(inputs: Forward) -> Outputs:
+        after = jax.tree.map(_float32, inputs.state)
+        outputs = Outputs(_same(inputs.x.v), after, _entering(kernel, inputs) if keep else None)
+        return kernel.driver.run(kernel, "forward", inputs, outputs, interpret)
+
+    out = _partitioned(kernel, "forward", run, inputs, Outputs(x.v, state, state if keep else None))
+    return ((out.y, out.after), out.entering) if keep else (out.y, out.after)
+
+
+def _backward(kernel: Kernel, interpret: bool, args: Any, entering: Any, cotangents: Any) -> Any:
+    x, shared, state, masks = args
+    starts = kernel.tile.starts(masks, kernel.size)
+    dy, dstate = cotangents
+    inputs = Backward(x, _by_row(shared, x), entering, dy, dstate, starts)
+
+    def run(inputs: Backward) -> Gradients:
+        dx = jax.tree.map(_same, inputs.x)
+        outputs = Gradients(dx, *jax.tree.map(_float32, (inputs.shared, inputs.dstate)))
+        return kernel.driver.run(kernel, "backward", inputs, outputs, interpret)
+
+    out = _partitioned(kernel, "backward", run, inputs, Gradients(x, shared, state))
+    dshared = jax.tree.map(lambda z, u: jnp.sum(z, 0).astype(u.dtype), out.shared, shared)
+    return out.x, dshared, out.state, None
+
+
+def _partitioned(kernel: Kernel, name: str, run: Callable, inputs: Any, outputs: Any) -> Any:
+    driver, n = kernel.driver, inputs.x.v.shape[-1]
+    letters, out_letters = driver.letters[name]
+    return partitioned(
+        run,
+        inputs,
+        letters,
+        jax.tree.broadcast(out_letters, outputs),
+        lambda h: driver.multiple(h, n),
+        platform=driver.platform,
+    )
+
+
+def _by_row(shared: Any, x: Any) -> Any:
+    return jax.tree.map(lambda u: jnp.broadcast_to(u, (x.v.shape[0], *u.shape)), shared)
+
+
+def _same(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _float32(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, jnp.float32)
+
+
+def _entering(kernel: Kernel, inputs: Forward) -> Any:
+    chunks = inputs.x.v.shape[1] // kernel.size
+    states = jax.tree.map(
+        lambda z: jax.ShapeDtypeStruct((chunks, *z.shape), jnp.float32), inputs.state
+    )
+    return jax.eval_shape(kernel.driver.pack, states, inputs.x)
+
+
+def recurrence(
+    kernel: Kernel,
+    named: bool,
+    passes: Callable[[bool], Passes],
+    xla: Passes,
+    reference: Callable[..., Any],
+) -> Callable[..., Any]:
+    """(x, shared, state, masks) -> (y, state) with its gradient: `kernel(interpret)` compiled for
+    `platform`. In programs for a CPU it is interpreted if it was `named`, which is slow; if not,
+    `xla` runs in those for all other platforms.
+
+    First gradients are those of the passes. Second ones are those of `reference`, the same function
+    in XLA: what differentiates a gradient meets both passes. Masks have no gradient.
+    """
+    forms = {kernel.driver.platform: passes(False)}
+    forms |= {"cpu": passes(True)} if named else {"default": xla}
+    primal, forward, backward = (
+        by_platform(**dict(zip(forms, run, strict=True)))
+        for run in zip(*forms.values(), strict=True)
+    )
+
+    @jax.custom_vjp
+    def forward_again(*args):
+        return forward(*args)
+
+    def backward_of_forward(args, cotangents):
+        *x, masks = args
+        return *jax.vjp(lambda *x: reference(*x, masks), *x)[1](cotangents[0]), None
+
+    forward_again.defvjp(lambda *args: (forward(*args), args), backward_of_forward)
+
+    @jax.custom_vjp
+    def backward_again(args, residuals, cotangents):
+        return backward(args, residuals, cotangents)
+
+    def backward_of_backward(saved, cotangents):
+        (*x, masks), residuals, dy = saved
+
+        def gradient(x, dy):
+            return jax.vjp(lambda *x: reference(*x, masks), *x)[1](dy)
+
+        x, dy = jax.vjp(gradient, tuple(x), dy)[1](cotangents[:-1])
+        return (*x, None), jax.tree.map(jnp.zeros_like, residuals), dy
+
+    backward_again.defvjp(lambda *all: (backward(*all), all), backward_of_backward)
+    return with_gradient(kernel.tile.operator, primal, forward_again, backward_again)
