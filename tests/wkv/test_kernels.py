@@ -1,5 +1,5 @@
-"""The kernels, interpreted on this CPU and lowered for the accelerators that they are for: what the
-other implementations are held to, and what is a kernel's own."""
+"""The kernels, interpreted on this CPU and lowered for their accelerators: the tests of every
+implementation, and those that only kernels need."""
 
 import logging
 import subprocess
@@ -20,18 +20,18 @@ from wkv.operators import DISTINCT, VERSIONS
 from rwkv_jax import testing as cases
 from rwkv_jax.planning.collectives import bytes_moved
 from rwkv_jax.testing import leak_test
-from rwkv_jax.wkv import KERNELS, Wkv4State, kernels, wkv6, wkv7
+from rwkv_jax.wkv import KERNELS, Wkv4State, pallas, wkv6, wkv7
 
 slow = pytest.mark.slow
 SHAPE = cases.Shape(2, 37, 2, 16)
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 QUICK = (("6", "pallas_gpu"), ("7", "pallas_tpu"))
-"""A pair of each version and each backend; version 4's kernels are long programs without a loop,
-which take long to compile for a CPU."""
+"""Together they cover both matrix versions and both backends. Version 4's kernels are slow to
+compile for a CPU: long programs without a loop."""
 
 
 def pairs(*quick):
-    """Every version with every kernel; the others than these are slow."""
+    """Every version with every kernel; all but `quick` are marked slow."""
     every = [
         pytest.param(
             VERSIONS[version],
@@ -46,9 +46,9 @@ def pairs(*quick):
 
 
 one_of_each = pairs(*QUICK)
-"""Where versions and backends have a test in common, one pair of each stands for all in CI."""
+"""For tests of the kernels themselves: one pair of each version and backend is quick."""
 one_of_all = pairs(QUICK[-1])
-"""Where the test is of what is around kernels, one stands for all."""
+"""For tests of what surrounds a kernel: one pair is quick."""
 DEVICES = {
     "pallas_tpu": ("tpu", AbstractDevice("TPU v5 lite", 1, "tpu"), "tpu_custom_call"),
     "pallas_gpu": (
@@ -60,18 +60,18 @@ DEVICES = {
 
 
 def on(name):
-    """As where that kernel's accelerator is."""
+    """A context in which programs are traced for that kernel's accelerator."""
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=DEVICES[name][1])
     return jax.sharding.use_abstract_mesh(mesh)
 
 
-def kind(name):
-    """Of mesh axes: XLA parts a kernel over automatic ones for GPUs, but not for TPUs."""
+def axis_type(name):
+    """Of a mesh: XLA partitions kernels over automatic axes on GPUs, but not on TPUs."""
     return AxisType.Explicit if name == "pallas_tpu" else AxisType.Auto
 
 
 def problem(version, shape=SHAPE, dtype="float32"):
-    """Inputs in that type, a state, and where documents start."""
+    """Inputs in `dtype`, a state, and where documents start."""
     inputs = {
         name: jnp.asarray(x, "float32" if name in ("log_w", "u") else dtype)
         for name, x in version.inputs("typical", shape).items()
@@ -86,18 +86,18 @@ def call(version, name, reset, inputs, state, **options):
 
 
 def compiler(version):
-    """Version 4's kernels are a chunk's tokens one after the other, without a loop."""
+    """Version 4's kernels, a chunk's tokens without a loop, compile too slowly with fusion."""
     return unfused if version.name == "4" else jax.jit
 
 
 def accuracy_cases():
-    """The longest with the kernels' own precisions; the others are slow."""
+    """All cases; of the quick ones, the longest length with one dtype each."""
     for version in VERSIONS:
         for name in KERNELS:
             for dtype in ("float32", "bfloat16"):
                 for length in accuracy.LENGTHS:
-                    stands = dict(zip(QUICK, ("float32", "bfloat16"), strict=True))
-                    quick = length == "3 C + 5" and stands.get((version, name)) == dtype
+                    dtypes = dict(zip(QUICK, ("float32", "bfloat16"), strict=True))
+                    quick = length == "3 C + 5" and dtypes.get((version, name)) == dtype
                     yield pytest.param(
                         *(version, name, dtype, length),
                         id=f"wkv{version}-{name}-{dtype}-{length}".replace(" ", ""),
@@ -121,8 +121,8 @@ def test_against_float64(version, name, dtype, length):
 
 
 @one_of_each
-def test_heads_and_values_of_other_numbers(version, name):
-    """Three heads where two share a tile; values twice as wide as keys; a row of one token."""
+def test_odd_numbers_of_heads_and_wide_values(version, name):
+    """Three heads where two share a tile; values twice as wide as keys; one row."""
     shape = cases.Shape(1, 21, 3, 64)
     inputs, _, reset = problem(version, shape)
     if version.name != "4":
@@ -157,7 +157,7 @@ def test_documents_from_a_learnt_state(name):
 @every_kernel
 @pytest.mark.parametrize("version", ["6", "7"])
 def test_one_token(version, name):
-    """A kernel of its own: equal to `scan`, with its gradient; a document may start there."""
+    """It has a kernel of its own, equal to `scan` with its gradient; it may start a document."""
     version = VERSIONS[version]
     inputs, state, _ = problem(version, cases.Shape(3, 1, 4, 16))
     reset = jnp.array([[False], [True], [False]])
@@ -187,7 +187,7 @@ def test_documents_do_not_see_each_other(version, name):
 
 @one_of_all
 def test_vmap_adds_rows(version, name):
-    """Over inputs, states and what all tokens share, each alone as in a loop; and its gradient."""
+    """The gradient under vmap is the gradient of each row alone; unmapped arguments broadcast."""
     inputs, state, reset = problem(version)
     double = partial(jax.tree.map, lambda x: jnp.stack([x, x * 0.7]))
 
@@ -206,7 +206,7 @@ def test_vmap_adds_rows(version, name):
 
 @one_of_all
 def test_gradients_of_gradients(version, name):
-    """Are those of `chunked`: a kernel's own gradient is XLA's work."""
+    """They are those of `chunked`: XLA differentiates a kernel's gradient."""
     inputs, state, reset = problem(version, cases.Shape(1, 20, 1, 16))
 
     def second(name):
@@ -223,10 +223,10 @@ def test_gradients_of_gradients(version, name):
 
 
 @one_of_each
-def test_devices_that_share_rows_and_heads_move_nothing(version, name):
-    """Under a mesh; each device has its own kernel, for heads that do not fill its tiles."""
+def test_sharded_rows_and_heads_move_nothing(version, name):
+    """Each device of a mesh runs its own kernel, here with heads that do not fill its tiles."""
     inputs, state, reset = problem(version, cases.Shape(2, 37, 6, 64))
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(kind(name),) * 2)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(axis_type(name),) * 2)
 
     def spec(x):
         return {4: ("data", None, "tensor"), 3: ("data", None, "tensor")}.get(x.ndim, ("tensor",))
@@ -242,17 +242,17 @@ def test_devices_that_share_rows_and_heads_move_nothing(version, name):
         return y, pull_back(y)
 
     with jax.set_mesh(mesh):
-        spread = compiler(version)(run).lower(given, states).compile()
-    # Of what all rows share, the gradient is summed over them: one vector.
+        sharded = compiler(version)(run).lower(given, states).compile()
+    # The gradient of inputs that all rows share is summed over rows: one vector.
     shared = sum(4 * x.size for x in inputs.values() if x.ndim <= 2)
-    assert sum(bytes_moved(spread.as_text()).values()) <= shared
+    assert sum(bytes_moved(sharded.as_text()).values()) <= shared
     alone = compiler(version)(run)(inputs, state)
-    jax.tree.map(lambda a, b: assert_close(a, b, "float32"), spread(given, states), alone)
+    jax.tree.map(lambda a, b: assert_close(a, b, "float32"), sharded(given, states), alone)
 
 
 @one_of_all
-def test_time_over_devices(version, name):
-    """Parts of kernels are parts of the sequence."""
+def test_sharded_time(version, name):
+    """Each device runs the kernel on its part of the sequence."""
     shape = cases.Shape(1, 64, 2, 16)
     inputs, state, _ = problem(version, shape)
     reset = jnp.zeros((1, 64), bool).at[0, 19].set(True)
@@ -264,8 +264,8 @@ def test_time_over_devices(version, name):
 
     alone = compiler(version)(run)(inputs, state)
     with jax.set_mesh(jax.make_mesh((4,), ("sequence",), axis_types=(AxisType.Auto,))):
-        spread = compiler(version)(partial(run, mesh_axis="sequence"))(inputs, state)
-    jax.tree.map(lambda a, b: assert_close(a, b, "float32"), spread, alone)
+        sharded = compiler(version)(partial(run, mesh_axis="sequence"))(inputs, state)
+    jax.tree.map(lambda a, b: assert_close(a, b, "float32"), sharded, alone)
 
 
 def lowered(name, run, *given):
@@ -279,7 +279,7 @@ def lowered(name, run, *given):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("version", DISTINCT, ids=lambda version: f"wkv{version.name}")
 def test_the_default_on_an_accelerator_is_its_kernel(version, name, dtype):
-    """Lowered for the device: one kernel forward, one backward, and no loop of XLA's."""
+    """Lowered for the device: one kernel forward and one backward."""
     inputs, state, reset = problem(version, cases.Shape(2, 64, 4, 64), dtype)
 
     def both(inputs, state):
@@ -293,8 +293,8 @@ def test_the_default_on_an_accelerator_is_its_kernel(version, name, dtype):
 
 
 @every_kernel
-def test_where_there_is_no_kernel_xla_runs_and_the_log_says_why(name, caplog):
-    kernels.say_once.cache_clear()
+def test_unsupported_inputs_fall_back_to_xla_with_one_warning(name, caplog):
+    pallas.warn_once.cache_clear()
     odd = cases.wkv7_inputs("typical", cases.Shape(1, 64, 2, 40))
     with caplog.at_level(logging.WARNING, "rwkv_jax"):
         assert lowered(name, lambda x: wkv7(**x), odd) == 0
@@ -312,7 +312,7 @@ def test_where_there_is_no_kernel_xla_runs_and_the_log_says_why(name, caplog):
 
 
 @every_kernel
-def test_a_name_is_that_kernel_or_an_error_that_says_why_not(name):
+def test_a_named_kernel_raises_for_unsupported_inputs(name):
     odd = jax.tree.map(jnp.asarray, cases.wkv7_inputs("typical", cases.Shape(1, 8, 1, 40)))
     with pytest.raises(ValueError, match=r"wkv7: no kernel for heads of 40 channels .*'chunked'"):
         wkv7(**odd, implementation=name)
@@ -323,8 +323,8 @@ def test_a_name_is_that_kernel_or_an_error_that_says_why_not(name):
 
 
 @every_kernel
-def test_any_float64_is_no_error(name):
-    """It makes all of it float64, for which XLA runs."""
+def test_float64_falls_back_to_xla(name):
+    """One float64 input makes the computation float64, for which there is no kernel."""
     inputs, state, _ = problem(VERSIONS["6"], cases.Shape(1, 64, 2, 64))
     with jax.enable_x64(True):
         for wide in ("k", "u", "state"):
@@ -334,7 +334,7 @@ def test_any_float64_is_no_error(name):
 
 
 @every_kernel
-def test_a_name_of_another_device_is_told(name):
+def test_a_kernel_named_for_another_device_raises(name):
     inputs, *_ = problem(VERSIONS["7"])
     (other,) = set(KERNELS) - {name}
     with on(other), pytest.raises(ValueError, match=rf"this one is for {DEVICES[name][0]}"):
@@ -343,9 +343,9 @@ def test_a_name_of_another_device_is_told(name):
 
 @one_of_all
 @pytest.mark.slow
-def test_time_over_devices_that_share_rows_and_heads(version, name):
-    """Time over an axis that is mapped, the rest over automatic ones: values and gradients are as
-    alone, and a device moves what it would if there were no more rows and heads than its own."""
+def test_sharded_time_rows_and_heads(version, name):
+    """Values and gradients are those of one device, and a device moves as much as it would if its
+    rows and heads were all there are."""
 
     def run(inputs, state):
         def y(*x):
@@ -354,11 +354,11 @@ def test_time_over_devices_that_share_rows_and_heads(version, name):
         out, pull_back = jax.vjp(y, inputs, state)
         return out, pull_back(out)
 
-    def spread(sizes, shape):
+    def sharded(sizes, shape):
         inputs, state, _ = problem(version, shape)
         shared = {k for k, x in inputs.items() if x.ndim <= 2}
         names = ("sequence", "data", "tensor")
-        mesh = jax.make_mesh(sizes, names, axis_types=(kind(name),) * 3)
+        mesh = jax.make_mesh(sizes, names, axis_types=(axis_type(name),) * 3)
         with jax.set_mesh(mesh):
             put = {
                 k: jax.device_put(x, PartitionSpec("tensor"))
@@ -371,24 +371,24 @@ def test_time_over_devices_that_share_rows_and_heads(version, name):
             )
             compiled = compiler(version)(run).lower(put, states).compile()
             moved = bytes_moved(compiled.as_text())
-            # Gradients of what all rows share are summed over them besides, at each place where it
-            # is used: version 4 runs its kernel twice and has the decay of a part.
+            # Gradients of shared inputs are also summed over rows, once for each use: version 4
+            # runs its kernel twice, and computes the decay over a device's tokens.
             uses = {"log_w": 3, "u": 2} if version.name == "4" else dict.fromkeys(shared, 1)
             more = sum(uses[k] * 4 * inputs[k].size // sizes[2] for k in shared) * (sizes[1] > 1)
             return compiled(put, states), sum(moved.values()) - more
 
     whole = cases.Shape(4, 64, 6, 64)
-    results, moved = spread((2, 2, 2), whole)
-    alone, _ = spread((1, 1, 1), whole)
+    results, moved = sharded((2, 2, 2), whole)
+    alone, _ = sharded((1, 1, 1), whole)
     jax.tree.map(lambda a, b: assert_close(a, b, "float32"), results, alone)
-    _, own = spread((2, 1, 1), cases.Shape(2, 64, 3, 64))
+    _, own = sharded((2, 1, 1), cases.Shape(2, 64, 3, 64))
     assert moved <= own
 
 
-def test_over_automatic_axes_tpus_get_xla(caplog):
-    """XLA for TPUs parts no kernel: it would not compile. Explicit axes have it, and those that
-    part nothing too."""
-    kernels.say_once.cache_clear()
+def test_automatic_axes_on_tpus_fall_back_to_xla(caplog):
+    """XLA for TPUs cannot partition a kernel: it would not compile. Over explicit axes the kernel
+    runs, even if they shard nothing."""
+    pallas.warn_once.cache_clear()
     x = jax.tree.map(jnp.asarray, cases.wkv7_inputs("typical", cases.Shape(4, 64, 6, 64)))
 
     def traced(kind, spec):
@@ -425,7 +425,7 @@ def test_heads_of_128_in_float32_need_a_large_gpu(card, takes):
 
 
 def test_rows_and_heads_that_do_not_divide():
-    """JAX pads parts of unequal size; so is a device's last part here."""
+    """JAX pads the last shard; so does the kernel's sharding."""
     inputs, state, _ = problem(VERSIONS["6"], cases.Shape(2, 20, 6, 16))
     mesh = jax.make_mesh((4,), ("tensor",), axis_types=(AxisType.Auto,))
     with jax.set_mesh(mesh):
@@ -435,13 +435,13 @@ def test_rows_and_heads_that_do_not_divide():
             r = wide.reshape(2, 20, 6, 16)
             return wkv6(**inputs | {"r": r}, state=state, implementation="pallas_gpu")
 
-        spread = jax.jit(run)(wide, inputs, state)
+        sharded = jax.jit(run)(wide, inputs, state)
     alone = jax.jit(run)(inputs["r"].reshape(2, 20, 96), inputs, state)
-    jax.tree.map(lambda a, b: assert_close(a, b, "float32"), spread, alone)
+    jax.tree.map(lambda a, b: assert_close(a, b, "float32"), sharded, alone)
 
 
 def test_float16_states_do_not_overflow():
-    """They are kept in float32: what fits a float32 state is not lost for the gradient."""
+    """States of float16 inputs are kept for the gradient in float32, which holds larger values."""
     shape = cases.Shape(1, 33, 1, 16)
     inputs, state, _ = problem(VERSIONS["6"], shape)
     k = jnp.full_like(inputs["k"], 100)

@@ -39,9 +39,9 @@ from rwkv_jax.wkv.v4.recurrence import LOG_ZERO, Inputs, Wkv4State
 from rwkv_jax.wkv.v4.sweeps import (
     SweptBack,
     Tokens,
-    arriving,
-    of_state,
-    pair,
+    gradient_of_state,
+    gradient_of_sums,
+    inner,
     step,
     step_again,
     step_back,
@@ -102,7 +102,7 @@ def backward(
     for x, d in zip(tokens, dy, strict=True):
         state, reading = step_again(log_w, u, state, (x, d))
         readings.append(reading)
-    carry, out = (after, pair(state, after.grad)), []
+    carry, out = (after, inner(state, after.grad)), []
     for x, reading in zip(reversed(tokens), reversed(readings), strict=True):
         carry, gradients = step_back(log_w, carry, (x, x.v - reading.gap, reading))
         out.append(gradients)
@@ -303,7 +303,7 @@ def form(kernel: Kernel, named: bool):
 
 
 def _passes(kernel: Kernel, interpret: bool) -> Passes:
-    """The kernel's passes, whose states are sums (`arriving`)."""
+    """The kernel's passes, whose states are sums (`gradient_of_sums`)."""
     primal, run_forward, run_backward = passes(kernel, interpret)
 
     def forward(*args: Any) -> Any:
@@ -313,8 +313,8 @@ def _passes(kernel: Kernel, interpret: bool) -> Passes:
     def backward(args: Any, residuals: Any, cotangents: Any) -> Any:
         entering, last = residuals
         dy, dlast = cotangents
-        dx, dshared, grad, _ = run_backward(args, entering, (dy, arriving(dlast, last)))
-        return dx, dshared, of_state(grad, args[2]), None
+        dx, dshared, grad, _ = run_backward(args, entering, (dy, gradient_of_sums(dlast, last)))
+        return dx, dshared, gradient_of_state(grad, args[2]), None
 
     return Passes(primal, forward, backward)
 

@@ -21,12 +21,12 @@ from rwkv_jax.wkv.v4.sweeps import (
     SweptBack,
     Tokens,
     advance,
-    arriving,
-    cut,
+    gradient_of_state,
+    gradient_of_sums,
     meet,
-    of_state,
     readings,
     retreat,
+    split_chunks,
     sweep,
     sweep_back,
     tokens,
@@ -45,7 +45,7 @@ def chunks_first(x: Array) -> Array:
 
 
 def merge_chunks(x: Float[Array, "C b chunks c"], t: int) -> Float[Array, "b t c"]:
-    """The inverse of `cut` and `side_by_side`, for `t` tokens."""
+    """The inverse of `split_chunks` and `side_by_side`, for `t` tokens."""
     size, b, chunks, c = x.shape
     return x.transpose(1, 2, 0, 3).reshape(b, chunks * size, c)[:, :t]
 
@@ -125,7 +125,7 @@ def backward(
     t = x.k.shape[1]
     size = chunk_size(CHUNK, t)
     chunks = jax.tree.map(side_by_side, tokens(x.k, x.v, reset, x.mask, size))
-    y, dy = (side_by_side(cut(z, size)) for z in (y, dy))
+    y, dy = (side_by_side(split_chunks(z, size)) for z in (y, dy))
     reading = readings(x.log_w, x.u, chunks, dy, entering)
 
     def step(grad: Wkv4State, inputs: tuple) -> tuple[Wkv4State, None]:
@@ -135,14 +135,14 @@ def backward(
     empty = Wkv4State.empty(chunks.k.shape[1:], x.k.dtype)
     added, _ = lax.scan(step, empty, (chunks, y, reading), reverse=True)
     decay = total_decay(x.log_w, chunks)
-    leaving, first = join(decay, added, arriving(dlast, last), reverse=True)
+    leaving, first = join(decay, added, gradient_of_sums(dlast, last), reverse=True)
     ends = jax.tree.map(lambda e, s: jnp.concatenate([e[:, 1:], s[:, None]], 1), entering, last)
 
     after = SweptBack(leaving, jnp.zeros_like(empty.num), jnp.zeros_like(empty.num))
     before, gradients = sweep_back(x.log_w, chunks, y, reading, ends, after)
     dk, dv = map(partial(merge_chunks, t=t), gradients)
     dx = Inputs(jnp.sum(before.log_w, (0, 1)), dk, dv, jnp.sum(before.u, (0, 1)))
-    return dx, of_state(first, state), None
+    return dx, gradient_of_state(first, state), None
 
 
 wkv4 = with_gradient("wkv4", outputs_of(forward), forward, backward, keeps_outputs=True)

@@ -18,10 +18,10 @@ from rwkv_jax.wkv.v4.recurrence import Inputs, Wkv4State, in_place
 from rwkv_jax.wkv.v4.sweeps import (
     SweptBack,
     Tokens,
-    arriving,
-    cut,
-    of_state,
+    gradient_of_state,
+    gradient_of_sums,
     readings,
+    split_chunks,
     sweep,
     sweep_back,
     tokens,
@@ -35,7 +35,7 @@ def chunks_first(x: Shaped[Array, "b chunks C c"]) -> Shaped[Array, "chunks C b 
 
 
 def merge_chunks(x: Float[Array, "chunks C b c"], t: int) -> Float[Array, "b t c"]:
-    """The inverse of `cut` and `chunks_first`, for `t` tokens."""
+    """The inverse of `split_chunks` and `chunks_first`, for `t` tokens."""
     chunks, size, b, c = x.shape
     return x.transpose(2, 0, 1, 3).reshape(b, chunks * size, c)[:, :t]
 
@@ -67,7 +67,7 @@ def backward(
     t = x.k.shape[1]
     size = chunk_size(CHUNK, t)
     chunks = jax.tree.map(chunks_first, tokens(x.k, x.v, reset, x.mask, size))
-    y, dy = (chunks_first(cut(z, size)) for z in (y, dy))
+    y, dy = (chunks_first(split_chunks(z, size)) for z in (y, dy))
 
     def chunk(carry: tuple[SweptBack, Wkv4State], inputs: tuple) -> tuple[tuple, tuple]:
         after, end = carry
@@ -77,11 +77,11 @@ def backward(
         return (before, entering), gradients
 
     zeros = jnp.zeros_like(last.num)
-    carry = (SweptBack(arriving(dlast, last), zeros, zeros), last)
+    carry = (SweptBack(gradient_of_sums(dlast, last), zeros, zeros), last)
     (before, _), gradients = lax.scan(chunk, carry, (chunks, y, dy, entering), reverse=True)
     dk, dv = map(partial(merge_chunks, t=t), gradients)
     dx = Inputs(jnp.sum(before.log_w, 0), dk, dv, jnp.sum(before.u, 0))
-    return dx, of_state(before.grad, state), None
+    return dx, gradient_of_state(before.grad, state), None
 
 
 wkv4 = with_gradient("wkv4", in_place, forward, backward, keeps_outputs=True)

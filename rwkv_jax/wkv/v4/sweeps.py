@@ -1,8 +1,9 @@
-"""RWKV-4's WKV token by token over any lanes, forward and backward: what its forms are made of.
+"""RWKV-4's WKV token by token, forward and backward: the parts of its chunked forms.
 
-The forward sweep is the definition. The backward pass keeps no state but those that enter chunks,
-and sweeps a chunk forward once more for the denominators, then back. With q_t = dy_t /
-denominator_t and G_t the gradient of the (numerator, denominator) that token t meets,
+A sweep is over the tokens of one chunk, for any number of chunks at once. The forward sweep is the
+definition. For the backward pass only the states that enter chunks are kept; it sweeps a chunk
+forward again for the denominators, then back. With q_t = dy_t / denominator_t, and G_t the gradient
+of (numerator, denominator) before token t,
 
     G_t  = (q_t, -q_t y_t) + w G_{t+1}              the same recurrence, run backwards
     dk_t = e^{k_t} <(v_t, 1), G_{t+1}> + e^{u+k_t} q_t (v_t - y_t)
@@ -10,9 +11,10 @@ denominator_t and G_t the gradient of the (numerator, denominator) that token t 
     du   = sum_t e^{u+k_t} q_t (v_t - y_t)
     d log w = sum_t f_t,   f_t = w <S_t, G_{t+1}>
 
-where f_t, what flows through step t, needs no state: <S_t, G_t> = f_t - e^{u+k_t} q_t (v_t - y_t),
+where f_t, the flow through the state at step t, needs no state: <S_t, G_t> = f_t - e^{u+k_t} q_t (v_t - y_t),
 because numerator - y * denominator is zero, and f_t = <S_{t+1}, G_{t+1}> - e^{k_t} <(v_t, 1),
-G_{t+1}>. One scalar is carried, restarted exactly at every chunk so that rounding does not pile up.
+G_{t+1}>. One scalar is carried. It is recomputed from the state at every chunk, so that rounding
+errors do not accumulate.
 """
 
 from functools import partial
@@ -25,13 +27,12 @@ from rwkv_jax.typing import Array, Bool, Float
 from rwkv_jax.wkv.v4.recurrence import LOG_ZERO, Wkv4State, absorb, blend, forget, read
 
 LARGEST_EXPONENT = 80.0
-"""Products that cannot exceed e^80 are cut there: a float32 overflow would make 0 * inf of a masked
-one."""
+"""Exponents of products that cannot exceed e^80 are clipped there: in float32 a masked product would
+overflow, to 0 * inf."""
 
 
 class Tokens(NamedTuple):
-    """Tokens in the order in which they are swept, over any lanes: k, v [C, *lanes, c]; the masks
-    [C, *lanes, 1] or None."""
+    """Tokens, in the order of the sweep: k, v [C, *lanes, c]; the masks [C, *lanes, 1] or None."""
 
     k: Array
     v: Array
@@ -39,7 +40,7 @@ class Tokens(NamedTuple):
     padding: Array | None
 
 
-def cut(x: Array, size: int, fill: float | bool = 0) -> Array:
+def split_chunks(x: Array, size: int, fill: float | bool = 0) -> Array:
     """[b, t, c] -> [b, chunks, size, c], the last chunk padded with `fill`."""
     b, t, c = x.shape
     x = jnp.pad(x, ((0, 0), (0, -t % size), (0, 0)), constant_values=fill)
@@ -53,26 +54,31 @@ def tokens(
     mask: Bool[Array, "b t"] | None,
     size: int,
 ) -> Tokens:
-    """Everything cut into chunks, [b, chunks, C, ...]; padding has the key of weight zero."""
+    """Tokens in chunks, [b, chunks, C, ...]. Keys of padding are log 0: their weight is zero."""
     b, t, _ = k.shape
-    starts = None if reset is None else cut(reset[:, :, None], size)
+    starts = None if reset is None else split_chunks(reset[:, :, None], size)
     if mask is None and t % size:
         mask = jnp.ones((b, t), bool)
     if mask is None:
-        return Tokens(cut(k, size), cut(v, size), starts, None)
+        return Tokens(split_chunks(k, size), split_chunks(v, size), starts, None)
     k = jnp.where(mask[:, :, None], k, LOG_ZERO)
-    return Tokens(cut(k, size, LOG_ZERO), cut(v, size), starts, cut(~mask[:, :, None], size, True))
+    return Tokens(
+        split_chunks(k, size, LOG_ZERO),
+        split_chunks(v, size),
+        starts,
+        split_chunks(~mask[:, :, None], size, True),
+    )
 
 
 def row(vector: Array, x: Float[Array, "*lanes c"]) -> Array:
-    """A vector [c] shaped to act on the last axis of `x`; what has the shape of `x` is left so."""
+    """A vector [c] with leading axes of 1, to broadcast against `x`."""
     if vector.ndim == x.ndim:
         return vector
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 def decay(log_w: Array, token: Tokens) -> Array:
-    """log w of one step: that of the channels, and zero where the token is padding."""
+    """log w of one step; zero where the token is padding."""
     log_w = row(log_w, token.k)
     if token.padding is None:
         return log_w
@@ -80,12 +86,12 @@ def decay(log_w: Array, token: Tokens) -> Array:
 
 
 def meet(state: Wkv4State, token: Tokens) -> Wkv4State:
-    """The state as the token finds it."""
+    """The state before the token: the empty one if it starts a document."""
     return state if token.starts is None else forget(state, token.starts)
 
 
 def advance(state: Wkv4State, token: Tokens, log_w: Array) -> Wkv4State:
-    """The state after one step; `state` as the token found it."""
+    """The state after the token; `state` is what `meet` returned."""
     return absorb(state, decay(log_w, token), token.k, token.v, jnp.ones_like(token.v))
 
 
@@ -102,19 +108,19 @@ def sweep(log_w: Array, u: Array, x: Tokens, entering: Wkv4State) -> tuple[Wkv4S
 
 
 class Readings(NamedTuple):
-    """What the backward sweeps need of each token's reading; exponents kept apart to avoid
-    overflow."""
+    """What the backward sweeps need of how each token read the state; exponents are separate, to
+    avoid overflow."""
 
     exponent: Array  # of the denominator
     q: Array  # dy / denominator, without e^-exponent
-    current: Array  # e^{u+k} q: what the token's own v gets from it
-    gap: Array  # v - y, not as a difference: where the bonus is strong, y rounds to v
+    current: Array  # e^{u+k} q: the part of dv that comes from the token's own y
+    gap: Array  # v - y, not by subtraction: with a strong bonus y rounds to v
 
 
 def step_again(
     log_w: Array, u: Array, state: Wkv4State, inputs: tuple[Tokens, Array]
 ) -> tuple[Wkv4State, Readings]:
-    """The state after a token, and what its reading was; `inputs` are the token and dy."""
+    """The state after a token, and its reading; `inputs` are the token and dy."""
     token, dy = inputs
     state = meet(state, token)
     top, old, new = blend(state.max_exp, row(u, token.k) + token.k)
@@ -125,7 +131,7 @@ def step_again(
 
 
 def readings(log_w: Array, u: Array, x: Tokens, dy: Array, entering: Wkv4State) -> Readings:
-    """The forward sweep again, for the denominators."""
+    """The readings, by a second forward sweep."""
     return lax.scan(partial(step_again, log_w, u), entering, (x, dy))[1]
 
 
@@ -136,26 +142,26 @@ def retreat(grad: Wkv4State, token: Tokens, y: Array, reading: Readings, log_w: 
 
 
 class SweptBack(NamedTuple):
-    """What `sweep_back` carries from token to token, from the last to the first."""
+    """What `sweep_back` carries from the last token to the first: gradients."""
 
-    grad: Wkv4State  # of the state that the token met
-    log_w: Array  # its gradient so far
-    u: Array  # its gradient so far
+    grad: Wkv4State  # of the state before the token
+    log_w: Array  # summed so far
+    u: Array  # summed so far
 
 
 def step_back(
     log_w: Array, carry: tuple[SweptBack, Array], inputs: tuple[Tokens, Array, Readings]
 ) -> tuple[tuple[SweptBack, Array], tuple[Array, Array]]:
-    """From after a token to before it: what is carried on, with the flow through the state, and
-    (dk, dv); `inputs` are the token, its y and its reading."""
+    """One token: the carry before it, from that after it, and (dk, dv). Carried are the gradients,
+    and the flow through the state; `inputs` are the token, its y and its reading."""
     (grad, dlog_w, du), flow = carry
     token, y, reading = inputs
     scale = jnp.exp(jnp.minimum(token.k + grad.max_exp, LARGEST_EXPONENT))
     stored = scale * (token.v * grad.num + grad.den)
     own = reading.current * reading.gap
-    through = erase(flow - stored, token.starts)
-    flow = erase(through - own, token.starts)
-    dlog_w = dlog_w + erase(through, token.padding)
+    through = zero_where(flow - stored, token.starts)
+    flow = zero_where(through - own, token.starts)
+    dlog_w = dlog_w + zero_where(through, token.padding)
     before = SweptBack(retreat(grad, token, y, reading, log_w), dlog_w, du + own)
     return (before, flow), (stored + own, scale * grad.num + reading.current)
 
@@ -163,32 +169,33 @@ def step_back(
 def sweep_back(
     log_w: Array, x: Tokens, y: Array, reading: Readings, end: Wkv4State, after: SweptBack
 ) -> tuple[SweptBack, tuple[Array, Array]]:
-    """Backwards over the tokens from the state `end` and its gradient: what is carried on, and
-    (dk, dv) [C, *lanes, c]."""
-    carry = (after, pair(end, after.grad))
+    """All tokens, backwards from the state `end` and its gradient in `after`: the carry before the
+    first token, and (dk, dv) [C, *lanes, c]."""
+    carry = (after, inner(end, after.grad))
     step = partial(step_back, log_w)
     (before, _), gradients = lax.scan(step, carry, (x, y, reading), reverse=True)
     return before, gradients
 
 
-def pair(state: Wkv4State, grad: Wkv4State) -> Array:
-    """<S, G>: how much of the loss flows through the state."""
+def inner(state: Wkv4State, grad: Wkv4State) -> Array:
+    """<S, G>, the flow through the state."""
     exponent = jnp.minimum(state.max_exp + grad.max_exp, LARGEST_EXPONENT)
     return (state.num * grad.num + state.den * grad.den) * jnp.exp(exponent)
 
 
-def erase(x: Array, where: Array | None) -> Array:
+def zero_where(x: Array, where: Array | None) -> Array:
     """`x` with zeros where the mask holds."""
     return x if where is None else jnp.where(where, jnp.zeros_like(x), x)
 
 
-def arriving(dlast: Wkv4State, last: Wkv4State) -> Wkv4State:
-    """The gradient of the final sums, from that of the final state: `max_exp` is a scale."""
+def gradient_of_sums(dlast: Wkv4State, last: Wkv4State) -> Wkv4State:
+    """The gradient of the sums (numerator, denominator) after the last token, from that of the state,
+    whose `max_exp` is only a scale."""
     return Wkv4State(dlast.num, dlast.den, -last.max_exp)
 
 
-def of_state(grad: Wkv4State, state: Wkv4State) -> Wkv4State:
-    """The inverse of `arriving`, for the state that the first token was given."""
+def gradient_of_state(grad: Wkv4State, state: Wkv4State) -> Wkv4State:
+    """The gradient of the initial state, from that of its sums."""
     scale = jnp.exp(jnp.minimum(state.max_exp + grad.max_exp, LARGEST_EXPONENT))
     num, den = grad.num * scale, grad.den * scale
     return Wkv4State(num, den, num * state.num + den * state.den)
