@@ -1,19 +1,19 @@
-"""Everything that a GPU is needed for, in one command of less than ten minutes.
+"""All measurements that need a GPU, in one command of less than ten minutes.
 
     python -m benchmarks.gpu_suite [--seconds 540] [--peer-python PATH]
 
-In this order, each part as long as time is left, and what was measured written after each:
+The parts run in this order while time is left, and results are written after each:
 
-1. what the device gives: bytes/s of a copy, FLOP/s of a bfloat16 product;
+1. the device's rates: bytes/s of a copy, FLOP/s of a bfloat16 matrix product;
 2. the operators in bfloat16, forward and with gradients, beside flash-linear-attention, ejkernel
-   and rwkv-ops where they are installed (benchmarks/requirements-gpu.txt), each in a process that
-   ends when its device or its time is lost;
-3. a training step of version 7 at 0.1B and 0.4B: tokens/s, and model FLOPs over the rate of 1;
+   and rwkv-ops where they are installed (benchmarks/requirements-gpu.txt), each in its own process,
+   which is killed if it fails or takes too long;
+3. training steps of version 7 at 0.1B and 0.4B: tokens/s, and model FLOP/s relative to part 1;
 4. decoding at batch 1, 32 and 256;
-5. errors of every implementation on this device against `lax.scan` in float64, gradients included.
+5. errors of every implementation on this device against `lax.scan` in float64, with gradients.
 
-Writes benchmarks/results/gpu_NAME.json and docs/gpu_NAME.png, NAME the device's. `--tiny` runs all
-of it on small shapes on any device, to see that it runs.
+Writes benchmarks/results/gpu_NAME.json and docs/gpu_NAME.png, where NAME is the device's. `--tiny`
+runs everything with small shapes on any device, as a smoke test.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import time
 from datetime import UTC, datetime
 from functools import partial
 
-# Contestants share the device's memory.
+# The packages compared share the device's memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
@@ -71,7 +71,7 @@ def main() -> None:
     if not args.tiny and jax.default_backend() != "gpu":
         parser.error(f"no GPU here, only {jax.devices()[0].device_kind}; --tiny runs on any device")
     suite = Suite(args.seconds, args.tiny)
-    suite.add("device_gives", device_gives, args.tiny)
+    suite.add("device_gives", device_rates, args.tiny)
     suite.add("operators", operators, suite, args.peer_python)
     suite.add("training", training, suite)
     suite.add("decoding", decoding, suite)
@@ -80,14 +80,14 @@ def main() -> None:
 
 
 class Suite:
-    """What was measured, on disk after each part, and how long there is."""
+    """The results, saved after each part, and the time left."""
 
     def __init__(self, seconds: float, tiny: bool):
         self.ends, self.tiny = time.monotonic() + seconds, tiny
         device = jax.devices()[0]
         name = "tiny" if tiny else re.sub(r"\W+", "_", device.device_kind).strip("_").lower()
         self.name = f"gpu_{name}"
-        self.found = {
+        self.results = {
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": {"kind": device.device_kind, "driver": driver(), **harness.device()},
             "versions": {"ours": versions("jax", "jaxlib", "numpy")},
@@ -99,66 +99,66 @@ class Suite:
 
     def add(self, part: str, run, *arguments) -> None:
         if self.left() < 20:
-            self.found["skipped"].append(part)
+            self.results["skipped"].append(part)
             console.print(f"[yellow]no time left for: {part}[/]")
             return
-        began = time.monotonic()
+        start = time.monotonic()
         console.print(f"[bold]{part}[/], {self.left():.0f} s left")
         try:
-            self.found[part] = run(*arguments)
-        except Exception as error:  # the parts after it are worth as much
-            self.found[part] = {"failed": f"{type(error).__name__}: {error}"[:500]}
-            console.print(f"[red]{part}: {self.found[part]['failed']}[/]")
-        console.print(f"[dim]{part} took {time.monotonic() - began:.0f} s[/]")
+            self.results[part] = run(*arguments)
+        except Exception as error:  # the other parts are still worth running
+            self.results[part] = {"failed": f"{type(error).__name__}: {error}"[:500]}
+            console.print(f"[red]{part}: {self.results[part]['failed']}[/]")
+        console.print(f"[dim]{part} took {time.monotonic() - start:.0f} s[/]")
         self.save()
 
     def save(self, **part: dict) -> None:
-        """What there is so far: a command that is stopped loses nothing that was measured."""
-        self.found |= part
+        """Write the results so far, so that an interrupted run loses nothing."""
+        self.results |= part
         if not self.tiny:
-            self.path.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+            self.path.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
 
     @property
     def path(self):
         return RESULTS / f"{self.name}.json"
 
     def show(self) -> None:
-        """The tables, short, last; and the picture."""
-        show_errors(self.found.get("errors", {}))
-        show_operators(self.found.get("operators", {}))
+        """Print the tables, and save the figure."""
+        show_errors(self.results.get("errors", {}))
+        show_operators(self.results.get("operators", {}))
         for part in ("training", "decoding"):
             rows = [
                 [name, *(f"{value:,.3g}" for value in cell.values())]
-                for name, cell in self.found.get(part, {}).items()
+                for name, cell in self.results.get(part, {}).items()
                 if isinstance(cell, dict)
             ]
             if rows:
-                cells = next(x for x in self.found[part].values() if isinstance(x, dict))
+                cells = next(x for x in self.results[part].values() if isinstance(x, dict))
                 harness.table(part, ["", *cells], rows)
-        gives = self.found.get("device_gives", {})
-        shown = (f"{x:,.3g} {name}" if isinstance(x, float) else x for name, x in gives.items())
-        device = self.found["device"]
+        rates = self.results.get("device_gives", {})
+        shown = (f"{x:,.3g} {name}" if isinstance(x, float) else x for name, x in rates.items())
+        device = self.results["device"]
         console.print(f"\n{device['kind']}, driver {device['driver']}: {', '.join(shown)}")
-        if self.found["skipped"]:
-            console.print(f"no time was left for: {', '.join(self.found['skipped'])}")
+        if self.results["skipped"]:
+            console.print(f"no time was left for: {', '.join(self.results['skipped'])}")
         if not self.tiny:
-            plot(self.found, self.name)
+            plot(self.results, self.name)
             console.print(f"written: {self.path.relative_to(ROOT)}, docs/{self.name}.png")
 
 
 def driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return "none"
-    return said.stdout.strip().splitlines()[0]
+    return run.stdout.strip().splitlines()[0]
 
 
 def errors(suite: Suite) -> dict:
-    """Relative RMS errors of y, the final state and all gradients, over some hard regimes."""
+    """Relative RMS errors of y, the final state and all gradients, in some hard regimes."""
     shape = cases.Shape(1, 37, 2, 16) if suite.tiny else cases.Shape(2, 165, 4, 64)
-    names = (None, *IMPLEMENTATIONS, *own_kernels())
+    names = (None, *IMPLEMENTATIONS, *device_kernels())
     found: dict = {}
     regimes = {
         "4": ("typical", "large keys and extreme decays"),
@@ -167,23 +167,23 @@ def errors(suite: Suite) -> dict:
     }
     for version in "7" if suite.tiny else "764":
         for dtype in ("bfloat16", "float32")[: 1 if suite.tiny else None]:
-            tried = regimes[version][: 1 if suite.tiny else None]
-            given = {regime: typed(version, regime, dtype, shape) for regime in tried}
-            exact = reference(version, given, shape)
+            chosen = regimes[version][: 1 if suite.tiny else None]
+            inputs = {regime: typed(version, regime, dtype, shape) for regime in chosen}
+            exact = reference(version, inputs, shape)
             for name in names:
                 if suite.left() < 25:
                     return found
                 key = f"{version}, {dtype}, {name or 'default'}"
                 try:
-                    found[key] = error(version, name, given, exact, shape)
+                    found[key] = error(version, name, inputs, exact, shape)
                 except Exception as failure:
                     found[key] = {"failed": " ".join(str(failure).split())[:200]}
                 suite.save(errors=found)
     return found
 
 
-def own_kernels() -> tuple[str, ...]:
-    """Those of this device; on a CPU both, interpreted."""
+def device_kernels() -> tuple[str, ...]:
+    """The kernels for this device; on a CPU both, interpreted."""
     platform = jax.default_backend()
     return {"gpu": KERNELS[:1], "tpu": KERNELS[1:]}.get(platform, KERNELS)
 
@@ -210,57 +210,57 @@ def program(version: str, name: str | None, shape: cases.Shape):
     return jax.jit(run)
 
 
-def reference(version: str, given: dict, shape: cases.Shape) -> dict:
+def reference(version: str, inputs: dict, shape: cases.Shape) -> dict:
     with jax.enable_x64(True):
         run = program(version, "scan", shape)
         return {
             regime: jax.device_get(run({k: np.asarray(z, np.float64) for k, z in x.items()}))
-            for regime, x in given.items()
+            for regime, x in inputs.items()
         }
 
 
-def error(version: str, name: str | None, given: dict, exact: dict, shape: cases.Shape) -> dict:
-    """The largest relative RMS over the regimes."""
+def error(version: str, name: str | None, inputs: dict, exact: dict, shape: cases.Shape) -> dict:
+    """The largest relative RMS errors over the regimes."""
 
-    def apart(a, b):
+    def relative_rms(a, b):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         return float(np.sqrt(np.mean((a - b) ** 2)) / max(np.sqrt(np.mean(b**2)), 1e-30))
 
     run, worst = program(version, name, shape), {"y": 0.0, "state": 0.0, "gradients": 0.0}
-    for regime, x in given.items():
+    for regime, x in inputs.items():
         y, state, gradients = jax.device_get(run(x))
         found = {
-            "y": apart(y, exact[regime][0]),
-            "state": apart(state, exact[regime][1]),
-            "gradients": max(apart(gradients[k], exact[regime][2][k]) for k in x),
+            "y": relative_rms(y, exact[regime][0]),
+            "state": relative_rms(state, exact[regime][1]),
+            "gradients": max(relative_rms(gradients[k], exact[regime][2][k]) for k in x),
         }
         worst = {what: max(value, found[what]) for what, value in worst.items()}
     return worst
 
 
-def device_gives(tiny: bool) -> dict:
-    """What a kernel of one read and one write, and a product of two matrices, reach here."""
+def device_rates(tiny: bool) -> dict:
+    """Bytes/s of a copy (one read, one write), FLOP/s of a product of two matrices."""
     count = 2**20 if tiny else 2**29
     x = jnp.ones(count, jnp.bfloat16)
-    copy = fastest(jax.jit(lambda x: -x), x)
+    copy = min_time(jax.jit(lambda x: -x), x)
     n = 256 if tiny else 8192
     a = jnp.ones((n, n), jnp.bfloat16)
-    product = fastest(jax.jit(lambda a: a @ a), a)
+    product = min_time(jax.jit(lambda a: a @ a), a)
     return {"GB/s": 2 * x.nbytes / copy / 1e9, "TFLOP/s in bfloat16": 2 * n**3 / product / 1e12}
 
 
-def fastest(run, *given) -> float:
-    jax.block_until_ready(run(*given))
+def min_time(run, *args) -> float:
+    jax.block_until_ready(run(*args))
     times = []
     for _ in range(10):
-        began = time.perf_counter()
-        jax.block_until_ready(run(*given))
-        times.append(time.perf_counter() - began)
+        start = time.perf_counter()
+        jax.block_until_ready(run(*args))
+        times.append(time.perf_counter() - start)
     return min(times)
 
 
 def operators(suite: Suite, peer_python: str) -> dict:
-    """Every contestant at each shape, forward and with gradients; in another order each round."""
+    """Every contestant at each shape, forward and with gradients."""
     shapes = [(1, 64, 2, 64)] if suite.tiny else SHAPES
     makers = {
         name: partial(
@@ -281,14 +281,14 @@ def operators(suite: Suite, peer_python: str) -> dict:
     for version in "7" if suite.tiny else "764":
         for shape in shapes:
             for gradients in (True, False):
-                # Training, decoding and what is shown need the rest.
+                # The rest is for training and decoding.
                 if suite.left() < 150 and not suite.tiny:
                     break
                 what = "forward + backward" if gradients else "forward"
                 request = {"version": version, "shape": shape, "gradients": gradients}
                 cells = {}
                 for name in [*workers]:
-                    cells[name] = asked(workers, name, {**request, "seconds": 2})
+                    cells[name] = ask(workers, name, {**request, "seconds": 2})
                 ours = cells.get("rwkv_jax", {}).get("samples")
                 for cell in cells.values():
                     if "seconds" not in cell:
@@ -296,7 +296,7 @@ def operators(suite: Suite, peer_python: str) -> dict:
                     cell["GB/s"] = (
                         traffic(version, shape, gradients) / cell["seconds"]["median"] / 1e9
                     )
-                    cell["apart"] = apart(cell.pop("samples"), ours)
+                    cell["apart"] = difference(cell.pop("samples"), ours)
                 found[f"version {version}, B T H N {shape}, {what}"] = cells
                 suite.save(operators=found)
     for worker in workers.values():
@@ -304,36 +304,36 @@ def operators(suite: Suite, peer_python: str) -> dict:
     return found
 
 
-LONGEST = 45
-"""Seconds that a contestant has for one row, compiling and tuning included."""
+TIMEOUT = 45
+"""Seconds a contestant may take for one row, compilation and tuning included."""
 
 
-def asked(workers: dict, name: str, request: dict) -> dict:
-    """A contestant's answer; one that dies or takes too long is out of the rest."""
+def ask(workers: dict, name: str, request: dict) -> dict:
+    """A contestant's answer. One that dies or takes too long is dropped."""
     worker = workers[name]
-    clock = threading.Timer(LONGEST, worker.process.kill)
+    clock = threading.Timer(TIMEOUT, worker.process.kill)
     clock.start()
     try:
         return worker.ask(request)
     except (RuntimeError, OSError, ValueError) as failure:
         del workers[name]
         console.print(f"[red]{name}, {request}: {failure}[/]")
-        return {"absent": f"ended, or took more than {LONGEST} s"}
+        return {"absent": f"ended, or took more than {TIMEOUT} s"}
     finally:
         clock.cancel()
 
 
 def traffic(version: str, shape: tuple[int, ...], gradients: bool) -> int:
-    """Bytes that must be moved: each input read and each result written once, bfloat16 but for the
-    decays; with gradients the inputs again, dy and a gradient of each."""
+    """The fewest bytes to move: each input read and each result written once, in bfloat16 except
+    the decays; with gradients also the inputs again, dy and each input's gradient."""
     b, t, h, n = shape
     tokens, decays = {"4": (2, 0), "6": (3, 1), "7": (5, 1)}[version]
     inputs = 2 * tokens + 4 * decays
     return b * t * h * n * (inputs + 2 if not gradients else inputs + 2 + inputs + 2 + inputs)
 
 
-def apart(theirs: list, ours: list | None) -> float | None:
-    """The largest relative difference of a sample of each result from ours."""
+def difference(theirs: list, ours: list | None) -> float | None:
+    """The largest relative RMS difference from ours, over samples of each result."""
     if ours is None:
         return None
     worst = 0.0
@@ -345,7 +345,7 @@ def apart(theirs: list, ours: list | None) -> float | None:
 
 
 def training(suite: Suite) -> dict:
-    """Tokens/s of whole steps, and the model's FLOPs (`rwkv_jax.training.flops`)."""
+    """Tokens/s of whole steps, and model FLOP/s (`rwkv_jax.training.flops`)."""
     from rwkv_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
     from rwkv_jax.data.loader import Batch
     from rwkv_jax.training.flops import model_flops
@@ -371,13 +371,13 @@ def training(suite: Suite) -> dict:
         parameters = sum(x.size for x in jax.tree.leaves(state.params)) - vocab * width
         times = []
         for _ in range(3 if suite.tiny else 12):
-            began = time.perf_counter()
+            start = time.perf_counter()
             state, metrics = step(state, batch)
             jax.block_until_ready((state, metrics))
-            times.append(time.perf_counter() - began)
+            times.append(time.perf_counter() - start)
         seconds = spread(times[2:])["median"]
         flops = rows * context * model_flops(model)
-        rate = suite.found.get("device_gives", {}).get("TFLOP/s in bfloat16", float("nan"))
+        rate = suite.results.get("device_gives", {}).get("TFLOP/s in bfloat16", float("nan"))
         found[name] = {
             "million parameters": (parameters + vocab * width) / 1e6,
             "tokens/s": rows * context / seconds,
@@ -390,7 +390,7 @@ def training(suite: Suite) -> dict:
 
 
 def decoding(suite: Suite) -> dict:
-    """Tokens/s of all rows together, drawn with top-p 0.85, and the share of the copy's bytes/s."""
+    """Tokens/s of all rows together, sampled with top-p 0.85, and bytes/s relative to a copy's."""
     from rwkv_jax import ModelConfig, init_params
     from rwkv_jax.sampling import Sampling
     from rwkv_jax.sampling.decode import decode, decoding_layout, prefill
@@ -410,12 +410,12 @@ def decoding(suite: Suite) -> dict:
         settings = Sampling(top_p=0.85).rows(rows)
         times = []
         for _ in range(5):
-            began = time.perf_counter()
+            start = time.perf_counter()
             _, held = decode(params, held, settings, allowed, count, cfg=cfg, end=-1)
             jax.block_until_ready(held)
-            times.append(time.perf_counter() - began)
+            times.append(time.perf_counter() - start)
         seconds = spread(times[1:])["median"] / count
-        rate = suite.found.get("device_gives", {}).get("GB/s", float("nan"))
+        rate = suite.results.get("device_gives", {}).get("GB/s", float("nan"))
         state = 2 * rows * sum(x.nbytes for x in jax.tree.leaves(held.state)) / rows
         found[f"batch {rows}"] = {
             "tokens/s": rows / seconds,
@@ -452,12 +452,12 @@ def show_operators(found: dict) -> None:
                 row.append(cell.get("absent", "")[:16])
         rows.append(row)
     if rows:
-        title = "Operators, bfloat16: ms, and times ours; forward, and with gradients (f+b)"
+        title = "Operators, bfloat16: ms, and relative to ours; forward, and with gradients (f+b)"
         harness.table(title, ["version: B x T x H x N", *CONTESTANTS], rows)
 
 
 def plot(found: dict, name: str) -> None:
-    """Times of all contestants, by shape: forward and backward of version 7."""
+    """Plot all contestants' times for version 7, forward and backward, by shape."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,11 +1,11 @@
-"""The kernels compiled ahead of time for accelerators that need not be there: do they, with what.
+"""Compile the kernels ahead of time, for accelerators that need not be present.
 
     python -m benchmarks.kernels [--target v5e H100 ...] [--quick]
 
-Of every kernel, forward and backward: registers, bytes spilled and shared memory (CUDA, as `ptxas`
-says), or VMEM (TPU, as XLA reserves). Compilers, not devices: nothing runs. Each target has a
-process of its own. Needs `pip install -e '.[aot]'` (libtpu; JAX's CUDA plugin), and for CUDA a
-`ptxas`, of a toolkit or of `pip install nvidia-cuda-nvcc nvidia-nvvm`.
+Prints for every kernel, forward and backward, its registers, spilled bytes and shared memory (CUDA,
+from `ptxas`), or the VMEM that XLA reserves (TPU). Nothing runs. Each target is compiled in its own
+process. Needs `pip install -e '.[aot]'` (libtpu; JAX's CUDA plugin), and for CUDA `ptxas`, from a
+toolkit or from `pip install nvidia-cuda-nvcc nvidia-nvvm`.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rwkv_jax.hardware import GPUS, configuration
@@ -42,18 +43,18 @@ def main() -> None:
     parser.add_argument("--here", choices=TARGETS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
-        for row in compiled(args.here, args.quick):
+        for row in compile_target(args.here, args.quick):
             print(json.dumps(row), flush=True)
         return
 
     from benchmarks import harness
 
-    rows = [row for target in args.target for row in in_a_process(target, args.quick)]
+    rows = [row for target in args.target for row in compile_in_subprocess(target, args.quick)]
     columns = ["target", "kernel", "inputs", "compiled in", "registers", "spilled", "on chip"]
     harness.table("Kernels, compiled ahead of time", columns, [cells(row) for row in rows])
     if args.target == TARGETS and not args.quick:
-        found = {"ours": harness_versions()}
-        harness.report("kernels", {"shape": SHAPE, "versions": found, "rows": rows})
+        versions = {"ours": compiler_versions()}
+        harness.report("kernels", {"shape": SHAPE, "versions": versions, "rows": rows})
     failed = [row for row in rows if "error" in row]
     for row in failed:
         harness.console.print(
@@ -62,7 +63,7 @@ def main() -> None:
     sys.exit(bool(failed))
 
 
-def harness_versions() -> dict:
+def compiler_versions() -> dict:
     from importlib.metadata import PackageNotFoundError, version
 
     from benchmarks.worker import versions
@@ -90,8 +91,9 @@ def cells(row: dict) -> list[str]:
     ]
 
 
-def in_a_process(target: str, quick: bool) -> list[dict]:
-    """The rows of a target: a compiler's abort ends no other, and flags are read at start."""
+def compile_in_subprocess(target: str, quick: bool) -> list[dict]:
+    """The rows of a target. In its own process, because compilers may abort, and read their flags
+    at start."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {
             **os.environ,
@@ -103,7 +105,7 @@ def in_a_process(target: str, quick: bool) -> list[dict]:
             "KERNELS_DUMP": folder,
         }
         if target in GPUS:
-            # Of what emitters write, PTX alone: the rest takes a minute a kernel.
+            # Dump PTX only: the other emitters' dumps take a minute a kernel.
             environment["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_dump_emitter_re=ptx"
         command = [sys.executable, "-m", "benchmarks.kernels", "--here", target]
         run = subprocess.run(
@@ -117,14 +119,12 @@ def in_a_process(target: str, quick: bool) -> list[dict]:
     return rows
 
 
-def compiled(target: str, quick: bool):
-    """A row for each kernel of each program: a version's gradient, by type, with resets or not."""
-    import jax
+def compile_target(target: str, quick: bool) -> Iterator[dict]:
+    """A row for each kernel of each program; a program is the gradient of an operator, for each
+    version and dtype, with and without resets."""
     import numpy as np
     from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-    from rwkv_jax.wkv import wkv4, wkv6, wkv7
+    from jax.sharding import Mesh
 
     if target in TPUS:
         options = {"chip_config_name": "megacore"} if target == "v4" else {}
@@ -136,59 +136,63 @@ def compiled(target: str, quick: bool):
             platform="cuda", target_config=configuration(*GPUS[target]), topology="1x1x1"
         )
     mesh = Mesh(np.array(topology.devices[:1]), ("x",))
-    sharding = NamedSharding(mesh, PartitionSpec())
+    for version in "467":
+        for dtype in ("bfloat16",) if quick else ("bfloat16", "float32"):
+            for resets in (True,) if quick else (False, True):
+                yield from compile_gradient(target, mesh, version, dtype, resets)
+    if target in TPUS:
+        yield from compile_on_meshes(target, topology.devices)
+
+
+def compile_gradient(target: str, mesh, version: str, dtype: str, resets: bool) -> Iterator[dict]:
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from rwkv_jax import wkv
+
+    operator = getattr(wkv, f"wkv{version}")
     platform, name = ("tpu", "pallas_tpu") if target in TPUS else ("cuda", "pallas_gpu")
 
     def array(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     b, t, h, n = SHAPE.values()
-    letters = {"4": "kv", "6": "rkv", "7": "rkvab"}
-    operators = {"4": wkv4, "6": wkv6, "7": wkv7}
-    for version, operator in operators.items():
-        for dtype in ("bfloat16",) if quick else ("bfloat16", "float32"):
-            for resets in (True,) if quick else (False, True):
-                shape = (b, t, h * n) if version == "4" else (b, t, h, n)
-                x = {letter: array(shape, dtype) for letter in letters[version]}
-                x["log_w"] = array(shape[2:] if version == "4" else shape, "float32")
-                if version != "7":
-                    x["u"] = array(shape[2:], "float32")
-                reset = array((b, t), "bool") if resets else None
+    shape = (b, t, h * n) if version == "4" else (b, t, h, n)
+    letters = {"4": "kv", "6": "rkv", "7": "rkvab"}[version]
+    x = {letter: array(shape, dtype) for letter in letters}
+    x["log_w"] = array(shape[2:] if version == "4" else shape, "float32")
+    if version != "7":
+        x["u"] = array(shape[2:], "float32")
+    reset = array((b, t), "bool") if resets else None
 
-                def both(x, dy, reset, operator=operator):
-                    def run(x):
-                        return operator(**x, reset=reset, implementation=name)[0]
+    def gradient(x, dy, reset):
+        y, pull_back = jax.vjp(lambda x: operator(**x, reset=reset, implementation=name)[0], x)
+        return y, pull_back(dy)
 
-                    y, pull_back = jax.vjp(run, x)
-                    return y, pull_back(dy)
-
-                inputs = f"{dtype}{', resets' if resets else ''}"
-                head = {"target": target, "inputs": inputs}
-                began = time.time()
-                try:
-                    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                        lowered = jax.jit(both).trace(x, x["v"], reset)
-                        program = lowered.lower(lowering_platforms=(platform,)).compile()
-                except Exception as error:
-                    message = " ".join(str(error).split())[:300]
-                    yield {**head, "kernel": f"wkv{version}", "error": message}
-                    continue
-                seconds = {"seconds": time.time() - began}
-                found = vmem(program) if target in TPUS else ptx(began)
-                wanted = {f"wkv{version}_forward", f"wkv{version}_backward"}
-                if set(found) != wanted:
-                    message = f"kernels in the program: {sorted(found)}, not {sorted(wanted)}"
-                    yield {**head, "kernel": f"wkv{version}", "error": message}
-                    continue
-                for kernel, numbers in found.items():
-                    yield {**head, "kernel": kernel, **seconds, **numbers}
-    if target in TPUS:
-        yield from over_chips(target, topology.devices)
+    row = {"target": target, "inputs": f"{dtype}{', resets' if resets else ''}"}
+    start = time.time()
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            traced = jax.jit(gradient).trace(x, x["v"], reset)
+            program = traced.lower(lowering_platforms=(platform,)).compile()
+    except Exception as error:
+        yield {**row, "kernel": f"wkv{version}", "error": " ".join(str(error).split())[:300]}
+        return
+    seconds = time.time() - start
+    found = vmem(program) if target in TPUS else registers(start)
+    expected = {f"wkv{version}_forward", f"wkv{version}_backward"}
+    if set(found) != expected:
+        message = f"kernels in the program: {sorted(found)}, not {sorted(expected)}"
+        yield {**row, "kernel": f"wkv{version}", "error": message}
+        return
+    for kernel, numbers in found.items():
+        yield {**row, "kernel": kernel, "seconds": seconds, **numbers}
 
 
-def over_chips(target: str, devices):
-    """A row for each kind of mesh of four chips: rows and heads over explicit axes have kernels of
-    their own; over automatic ones, which XLA cannot part kernels for, its own form compiles."""
+def compile_on_meshes(target: str, devices) -> Iterator[dict]:
+    """A row for each axis type of a mesh of four chips. Over explicit axes each chip has a kernel
+    for its rows and heads. XLA cannot partition a kernel over automatic ones: its own form compiles
+    there."""
     import jax
     import numpy as np
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -196,37 +200,37 @@ def over_chips(target: str, devices):
     from rwkv_jax.wkv import wkv7
 
     b, t, h, n = 4, SHAPE["tokens"], 6, SHAPE["size"]
-    for kind, count in ((AxisType.Explicit, 2), (AxisType.Auto, 0)):
+    for kind, expected in ((AxisType.Explicit, 2), (AxisType.Auto, 0)):
         chips = np.resize(np.array(devices), (2, 2))
         mesh = Mesh(chips, ("data", "tensor"), axis_types=(kind,) * 2)
-        parted = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
+        sharding = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
         x = {
-            name: jax.ShapeDtypeStruct((b, t, h, n), dtype, sharding=parted)
+            name: jax.ShapeDtypeStruct((b, t, h, n), dtype, sharding=sharding)
             for name, dtype in [("log_w", "float32"), *((letter, "bfloat16") for letter in "rkvab")]
         }
 
-        def both(x):
+        def gradient(x):
             y, pull_back = jax.vjp(lambda x: wkv7(**x)[0], x)
             return y, pull_back(y)
 
         row = {"target": target, "kernel": "wkv7", "inputs": f"4 chips, {kind.name.lower()} axes"}
-        began = time.time()
+        start = time.time()
         try:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                traced = jax.jit(both).trace(x)
+                traced = jax.jit(gradient).trace(x)
                 program = traced.lower(lowering_platforms=("tpu",)).compile()
         except Exception as error:
             yield {**row, "error": " ".join(str(error).split())[:300]}
             continue
-        found = program.as_text().count('custom_call_target="tpu_custom_call"')
-        if found == count:
-            yield {**row, "seconds": time.time() - began}
+        count = program.as_text().count('custom_call_target="tpu_custom_call"')
+        if count == expected:
+            yield {**row, "seconds": time.time() - start}
         else:
-            yield {**row, "error": f"{found} kernels in the program, not {count}"}
+            yield {**row, "error": f"{count} kernels in the program, not {expected}"}
 
 
 def vmem(program) -> dict[str, dict]:
-    """VMEM that each kernel of a TPU program reserves."""
+    """The VMEM that each kernel of a TPU program reserves."""
     found = {}
     for line in program.as_text().splitlines():
         if 'custom_call_target="tpu_custom_call"' not in line:
@@ -238,8 +242,9 @@ def vmem(program) -> dict[str, dict]:
     return found
 
 
-def ptx(since: float) -> dict[str, dict]:
-    """What `ptxas` and XLA say of each kernel that was written to the dump since then."""
+def registers(since: float) -> dict[str, dict]:
+    """Registers, spilled bytes and shared memory of each kernel dumped since then, from `ptxas` and
+    XLA."""
     assembler = find_ptxas()
     found = {}
     for path in glob.glob(os.environ["KERNELS_DUMP"] + "/*.ptx"):
@@ -249,10 +254,10 @@ def ptx(since: float) -> dict[str, dict]:
         if os.path.getmtime(path) < since or not target or not entry:
             continue
         command = [assembler, "-v", f"-arch={target[1]}", path, "-o", os.devnull]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         found[entry[1]] = {
-            "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
-            "spilled_bytes": int(re.findall(r"(\d+) bytes spill stores", said)[0]),
+            "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
+            "spilled_bytes": int(re.findall(r"(\d+) bytes spill stores", report)[0]),
         }
     for path in glob.glob(os.environ["KERNELS_DUMP"] + "/*thunk_sequence.txt"):
         for line in Path(path).read_text().splitlines():
@@ -263,7 +268,7 @@ def ptx(since: float) -> dict[str, dict]:
 
 
 def find_ptxas() -> str:
-    """The assembler of the NVIDIA package, of the path, or of a toolkit in its usual place."""
+    """`ptxas` of the NVIDIA package, on the path, or of a toolkit in its usual place."""
     packaged = [f"{folder}/nvidia/cu13/bin/ptxas" for folder in sys.path]
     for path in [*packaged, shutil.which("ptxas"), "/usr/local/cuda/bin/ptxas"]:
         if path and Path(path).exists():

@@ -35,8 +35,10 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
+    """The outputs of a step."""
+
     y: Any
-    after: Any
+    after: Any  # the state after the token
 
 
 LETTERS = Inputs("bhv", "bhk", "bhvk")

@@ -11,10 +11,10 @@ of (numerator, denominator) before token t,
     du   = sum_t e^{u+k_t} q_t (v_t - y_t)
     d log w = sum_t f_t,   f_t = w <S_t, G_{t+1}>
 
-where f_t, the flow through the state at step t, needs no state: <S_t, G_t> = f_t - e^{u+k_t} q_t (v_t - y_t),
-because numerator - y * denominator is zero, and f_t = <S_{t+1}, G_{t+1}> - e^{k_t} <(v_t, 1),
-G_{t+1}>. One scalar is carried. It is recomputed from the state at every chunk, so that rounding
-errors do not accumulate.
+where f_t, the flow through the state at step t, needs no state: <S_t, G_t> = f_t - e^{u+k_t} q_t
+(v_t - y_t), because numerator - y * denominator is zero, and f_t = <S_{t+1}, G_{t+1}> - e^{k_t}
+<(v_t, 1), G_{t+1}>. One scalar is carried. It is recomputed from the state at every chunk, so that
+rounding errors do not accumulate.
 """
 
 from functools import partial
@@ -27,8 +27,8 @@ from rwkv_jax.typing import Array, Bool, Float
 from rwkv_jax.wkv.v4.recurrence import LOG_ZERO, Wkv4State, absorb, blend, forget, read
 
 LARGEST_EXPONENT = 80.0
-"""Exponents of products that cannot exceed e^80 are clipped there: in float32 a masked product would
-overflow, to 0 * inf."""
+"""Exponents of products that cannot exceed e^80 are clipped there: in float32 a masked product
+would overflow, to 0 * inf."""
 
 
 class Tokens(NamedTuple):
@@ -189,8 +189,8 @@ def zero_where(x: Array, where: Array | None) -> Array:
 
 
 def gradient_of_sums(dlast: Wkv4State, last: Wkv4State) -> Wkv4State:
-    """The gradient of the sums (numerator, denominator) after the last token, from that of the state,
-    whose `max_exp` is only a scale."""
+    """The gradient of (numerator, denominator) after the last token, from that of the state, whose
+    `max_exp` is only a scale."""
     return Wkv4State(dlast.num, dlast.den, -last.max_exp)
 
 
