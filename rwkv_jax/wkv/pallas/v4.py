@@ -147,7 +147,7 @@ def _forward_gpu(inputs: Forward, out: Outputs) -> None:
         tokens = [_token_gpu(inputs, i * SIZE + j) for j in range(SIZE)]
         ys, state = forward(log_w, u, tokens, state)
         for j, y in enumerate(ys):
-            write(out.y, y, i * SIZE + j)
+            out.y[i * SIZE + j] = y.astype(out.y.dtype)
         return state
 
     write(out.after, lax.fori_loop(0, out.y.shape[0] // SIZE, chunk, read(inputs.state)))
@@ -162,8 +162,9 @@ def _backward_gpu(inputs: Backward, out: Gradients) -> None:
         tokens = [_token_gpu(inputs, i * SIZE + j) for j in range(SIZE)]
         dy = [inputs.dy[i * SIZE + j].astype(jnp.float32) for j in range(SIZE)]
         gradients, before = backward(log_w, u, tokens, dy, read(inputs.entering, i), after)
-        for j, gradient in enumerate(gradients):
-            write(out.x, gradient, i * SIZE + j)
+        for j, (dk, dv) in enumerate(gradients):
+            out.x.k[i * SIZE + j] = dk.astype(out.x.k.dtype)
+            out.x.v[i * SIZE + j] = dv.astype(out.x.v.dtype)
         return before
 
     zero = jnp.zeros_like(log_w)
