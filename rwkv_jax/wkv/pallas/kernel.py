@@ -68,13 +68,13 @@ def pass_letters(
 
 
 class Tile(NamedTuple):
-    """An operator's algebra of one chunk, on the arrays that its driver loads."""
+    """An operator's algebra of one chunk, as its drivers call it."""
 
     operator: str
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     starts: Callable[[Any, int], Array | None]
-    """`Forward.starts`, from the masks that the recurrence is given and the chunk size."""
+    """(masks, tokens a chunk) -> `Forward.starts`."""
 
 
 class Driver(NamedTuple):
@@ -88,7 +88,7 @@ class Driver(NamedTuple):
     multiple: Callable[[int, int], int]
     """(heads, channels of a head) -> `run` takes a multiple of so many heads."""
     pack: Callable[[Any, Any], Any]
-    """States [chunks, b, h, v, k], in the layout and dtype of `Outputs.entering` for inputs x."""
+    """(states that enter the chunks [chunks, *state], x) -> `Outputs.entering`."""
     unpack: Callable[[Any, Any], Any]
     """The inverse of `pack`, in float32."""
     unsupported: Callable[[Any], str | None]
@@ -96,7 +96,8 @@ class Driver(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """A recurrence with its gradient; `args` are (x, shared, state, masks)."""
+    """A recurrence and its gradient; `args` are (x, shared, state, masks), where masks have no
+    gradient."""
 
     primal: Callable[..., Any]  # *args -> (y, state)
     forward: Callable[..., Any]  # *args -> (y, state), residuals
@@ -113,6 +114,7 @@ class Kernel(NamedTuple):
 
 
 def passes(kernel: Kernel, interpret: bool) -> Passes:
+    """The kernel on arrays of any number of rows and heads, for whole chunks."""
     return Passes(
         partial(_forward, kernel, interpret, False),
         partial(_forward, kernel, interpret, True),
@@ -190,12 +192,12 @@ def recurrence(
     xla: Passes,
     reference: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """(x, shared, state, masks) -> (y, state) with its gradient: `kernel(interpret)` compiled for
-    `platform`. In programs for a CPU it is interpreted if it was `named`, which is slow; if not,
-    `xla` runs in those for all other platforms.
+    """(x, shared, state, masks) -> (y, state) with its gradient, by the kernel's `passes(interpret)`.
 
-    First gradients are those of the passes. Second ones are those of `reference`, the same function
-    in XLA: what differentiates a gradient meets both passes. Masks have no gradient.
+    They are compiled in programs for the kernel's platform. If the kernel was `named`, they are
+    interpreted in programs for a CPU, which is slow; if not, `xla` runs in those for all other
+    platforms. First derivatives are those of the passes, second ones those of `reference`, the same
+    function in XLA. Masks have no gradient.
     """
     forms = {kernel.driver.platform: passes(False)}
     forms |= {"cpu": passes(True)} if named else {"default": xla}

@@ -44,8 +44,8 @@ def unsupported(x: Any) -> str | None:
         return reason
     kind = device_kind()
     small = "NVIDIA" in kind and not any(name in kind for name in LARGE)
-    if x.v.shape[-1] == 128 and x.v.dtype == jnp.float32 and small:
-        return f"float32 heads of 128 channels on {kind}; bfloat16 ones have one"
+    if x.r.shape[-1] == 128 and x.v.dtype == jnp.float32 and small:
+        return f"float32 heads of 128 channels on {kind} (bfloat16 ones are supported)"
     return None
 
 
@@ -58,7 +58,7 @@ def products(dtype: Any, interpret: bool) -> Products:
 
 
 def run(kernel: Kernel, name: str, inputs: Any, outputs: Any, interpret: bool) -> Any:
-    """A pass; see `Driver.run`."""
+    """A pass (`Driver.run`)."""
     body = {"forward": _forward, "backward": _backward}[name]
     p = products(inputs.x.v.dtype, interpret)
     letters, out_letters = LETTERS[name]
