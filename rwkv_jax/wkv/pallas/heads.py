@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rwkv_jax.typing import Array, Bool, Callable, Float
+from rwkv_jax.typing import Array, Callable, Float
+from rwkv_jax.wkv.form import Output, Starts, State
 from rwkv_jax.wkv.gradient import outputs_of
 from rwkv_jax.wkv.pallas.kernel import Kernel, Passes
 
@@ -29,9 +30,7 @@ def kept_dtype(x: Any) -> Any:
     return jnp.bfloat16 if x.v.dtype == jnp.bfloat16 else jnp.float32
 
 
-def segment_counts(
-    reset: Bool[Array, "b t"] | None, size: int
-) -> Float[Array, "b chunks C"] | None:
+def segment_counts(reset: Starts, size: int) -> Float[Array, "b chunks C"] | None:
     """How many documents have started in the chunk, up to and including each token."""
     if reset is None:
         return None
@@ -43,9 +42,9 @@ def run(
     size: int,
     x: Any,
     shared: tuple[Array, ...],
-    state: Float[Array, "b h v k"],
-    reset: Bool[Array, "b t"] | None,
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+    state: State,
+    reset: Starts,
+) -> tuple[Output, State]:
     """A recurrence of whole chunks and square states, for any length and for values that are a
     multiple of the keys in size."""
     t, n = x.r.shape[1], x.r.shape[3]

@@ -192,7 +192,7 @@ def recurrence(
     xla: Passes,
     reference: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """(x, shared, state, masks) -> (y, state) with its gradient, by the kernel's `passes(interpret)`.
+    """(x, shared, state, masks) -> (y, state) with its gradient, by `passes(interpret)`.
 
     They are compiled in programs for the kernel's platform. If the kernel was `named`, they are
     interpreted in programs for a CPU, which is slow; if not, `xla` runs in those for all other

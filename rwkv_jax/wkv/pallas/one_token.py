@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rwkv_jax.typing import Array, Bool, Callable, Float
+from rwkv_jax.typing import Array, Callable, Float
 from rwkv_jax.wkv.device import by_platform
+from rwkv_jax.wkv.form import Output, Starts, State
 from rwkv_jax.wkv.gradient import with_gradient
 from rwkv_jax.wkv.pallas import mosaic, triton
 from rwkv_jax.wkv.pallas.launch import Axis, launch
@@ -175,10 +176,10 @@ def run(
     recurrence: Callable[..., tuple[Array, Array]],
     x: Any,
     shared: tuple[Array, ...],
-    state: Float[Array, "b h v k"],
-    reset: Bool[Array, "b 1"] | None,
+    state: State,
+    reset: Starts,
     initial: Float[Array, "h v k"] | None = None,
-) -> tuple[Float[Array, "b 1 h v"], Float[Array, "b h v k"]]:
+) -> tuple[Output, State]:
     """A version's inputs of one token [b, 1, h, n], which may start a document."""
     if reset is not None:
         fresh = jnp.zeros_like(state) if initial is None else initial[None]

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from rwkv_jax.typing import Array, Bool, Float, Int
-from rwkv_jax.wkv.form import in_compute_dtype
+from rwkv_jax.wkv.form import Form, Starts, in_compute_dtype
 from rwkv_jax.wkv.pallas import mosaic, triton
 from rwkv_jax.wkv.pallas.kernel import (
     Backward,
@@ -57,7 +57,7 @@ LETTERS = pass_letters(tokens="bth", shared="bh", state="bh", entering="cbh", st
 
 
 def flags(
-    masks: tuple[Bool[Array, "b t"] | None, Bool[Array, "b t"] | None], size: int = SIZE
+    masks: tuple[Starts, Bool[Array, "b t"] | None], size: int = SIZE
 ) -> Int[Array, "b t"] | None:
     """Where documents start and where tokens are valid, as flags of tokens."""
     reset, valid = masks
@@ -281,13 +281,11 @@ TPU = Driver(
 )
 
 
-def form(kernel: Kernel, named: bool):
+def form(kernel: Kernel, named: bool) -> Form:
     """The form by the kernel; in programs for a CPU it is interpreted if it was `named`."""
     by_chunks = recurrence(kernel, named, partial(_passes, kernel), _XLA, _reference)
 
-    def wkv4(
-        x: Inputs, state: Wkv4State, reset: Bool[Array, "b t"] | None
-    ) -> tuple[Float[Array, "b t c"], Wkv4State]:
+    def wkv4(x: Inputs, state: Wkv4State, reset: Starts) -> tuple[Float[Array, "b t c"], Wkv4State]:
         k, v, valid, t = x.k, x.v, x.mask, x.k.shape[1]
         more = -t % SIZE
         if more:

@@ -14,7 +14,7 @@ from jax import lax
 
 from rwkv_jax.typing import Array, Bool, Float
 from rwkv_jax.wkv.chunks import transpose
-from rwkv_jax.wkv.form import in_compute_dtype
+from rwkv_jax.wkv.form import Form, Output, Starts, State, in_compute_dtype
 from rwkv_jax.wkv.pallas import heads, one_token
 from rwkv_jax.wkv.pallas.kernel import Kernel, Tile, passes, recurrence
 from rwkv_jax.wkv.pallas.tiles import Products, Rows, sum_lanes, sum_rows
@@ -125,16 +125,14 @@ def backward(
 TILE = Tile("wkv6", forward, backward, heads.segment_counts)
 
 
-def form(kernel: Kernel, named: bool):
+def form(kernel: Kernel, named: bool) -> Form:
     """The form by the kernel; in programs for a CPU it is interpreted if it was `named`."""
     platform = kernel.driver.platform
     xla = heads.xla_passes(kernel, _xla_forward, _xla_backward)
     by_chunks = recurrence(kernel, named, partial(passes, kernel), xla, _reference)
     by_token = one_token.recurrence(one_token.WKV6, platform, named)
 
-    def wkv6(
-        x: Inputs, state: Float[Array, "b h v k"], reset: Bool[Array, "b t"] | None
-    ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+    def wkv6(x: Inputs, state: State, reset: Starts) -> tuple[Output, State]:
         if one_token.applies(x):
             return one_token.run(by_token, x.tokens, (x.u,), state, reset, x.initial)
         y, after = heads.run(by_chunks, kernel.size, x.tokens, (x.u,), state, reset)
@@ -148,7 +146,7 @@ def form(kernel: Kernel, named: bool):
 
 def from_initial(
     x: Tokens, reset: Bool[Array, "b t"], initial: Float[Array, "h v k"]
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+) -> tuple[Output, State]:
     """What documents that start here add to y, and to the state after, by starting from `initial`
     instead of zero: the recurrence is linear in the state.
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from rwkv_jax.typing import Array, Bool, Float
-from rwkv_jax.wkv.form import in_compute_dtype
+from rwkv_jax.typing import Array, Float
+from rwkv_jax.wkv.form import Form, Output, Starts, State, in_compute_dtype
 from rwkv_jax.wkv.pallas import heads, one_token
 from rwkv_jax.wkv.pallas.kernel import Kernel, Tile, passes, recurrence
 from rwkv_jax.wkv.pallas.tiles import Products, Rows, sum_rows
@@ -163,16 +163,14 @@ def backward(
 TILE = Tile("wkv7", forward, backward, heads.segment_counts)
 
 
-def form(kernel: Kernel, named: bool):
+def form(kernel: Kernel, named: bool) -> Form:
     """The form by the kernel; in programs for a CPU it is interpreted if it was `named`."""
     platform = kernel.driver.platform
     xla = heads.xla_passes(kernel, _xla_forward, _xla_backward)
     by_chunks = recurrence(kernel, named, partial(passes, kernel), xla, _reference)
     by_token = one_token.recurrence(one_token.WKV7, platform, named)
 
-    def wkv7(
-        x: Inputs, state: Float[Array, "b h v k"], reset: Bool[Array, "b t"] | None
-    ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
+    def wkv7(x: Inputs, state: State, reset: Starts) -> tuple[Output, State]:
         if one_token.applies(x):
             return one_token.run(by_token, x, (), state, reset)
         return heads.run(by_chunks, kernel.size, x, (), state, reset)
