@@ -43,38 +43,30 @@ def launch(
     of the grid names are whole in every block. `memory` maps letters to the memory space of those
     blocks; `options` are those of `pl.pallas_call`.
     """
-    sizes = dict(
-        size
-        for x, dims in zip(
-            jax.tree.leaves(inputs[0]),
-            jax.tree.leaves(jax.tree.broadcast(*inputs[::-1])),
-            strict=True,
-        )
-        for size in zip(dims, x.shape, strict=True)
-    )
+    letters = jax.tree.broadcast(inputs[1], inputs[0])
+    sizes: dict[str, int] = {}  # of dimensions, by letter
+    for dims, x in zip(jax.tree.leaves(letters), jax.tree.leaves(inputs[0]), strict=True):
+        sizes |= zip(dims, x.shape, strict=True)
     programs = tuple(
         next(sizes[dim] // (block or 1) for dim, block in axis.blocks.items() if dim in sizes)
         for axis in grid
     )
 
     def spec(dims: str, x: Any) -> pl.BlockSpec:
-        axes = [
-            next((i for i, axis in enumerate(grid) if dim in axis.blocks), None) for dim in dims
-        ]
+        def axis_of(dim: str) -> int | None:
+            return next((i for i, axis in enumerate(grid) if dim in axis.blocks), None)
 
         def index(*program: Any) -> tuple:
-            return tuple(
-                0
-                if i is None
-                else programs[i] - 1 - program[i]
-                if grid[i].backwards
-                else program[i]
-                for i in axes
-            )
+            def along(i: int | None) -> Any:
+                if i is None:
+                    return 0
+                return programs[i] - 1 - program[i] if grid[i].backwards else program[i]
+
+            return tuple(along(axis_of(dim)) for dim in dims)
 
         block = tuple(
-            size if i is None else grid[i].blocks[dim]
-            for i, dim, size in zip(axes, dims, x.shape, strict=True)
+            size if (i := axis_of(dim)) is None else grid[i].blocks[dim]
+            for dim, size in zip(dims, x.shape, strict=True)
         )
         return pl.BlockSpec(block, index, memory_space=(memory or {}).get(dims))
 

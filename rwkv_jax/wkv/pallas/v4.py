@@ -34,6 +34,7 @@ from rwkv_jax.wkv.pallas.kernel import (
     recurrence,
 )
 from rwkv_jax.wkv.pallas.launch import Axis, launch, map_letters
+from rwkv_jax.wkv.pallas.mosaic import LANES
 from rwkv_jax.wkv.v4 import chunked
 from rwkv_jax.wkv.v4.recurrence import LOG_ZERO, Inputs, Wkv4State
 from rwkv_jax.wkv.v4.sweeps import (
@@ -187,7 +188,7 @@ _FOLDED = {"bth": "btrl", "bh": "brl", "cbh": "cbrl", "bt": "bc1s"}
 def _fold(dims: str, x: Array) -> Array:
     if dims == "bt":
         return x.reshape(x.shape[0], -1, 1, SIZE)
-    return x.reshape(*x.shape[:-1], -1, mosaic.LANES)
+    return x.reshape(*x.shape[:-1], -1, LANES)
 
 
 def _run_tpu(kernel: Kernel, name: str, inputs: Any, outputs: Any, interpret: bool) -> Any:
@@ -196,7 +197,7 @@ def _run_tpu(kernel: Kernel, name: str, inputs: Any, outputs: Any, interpret: bo
 
     letters, out_letters = LETTERS[name]
     fold = partial(map_letters, _fold)
-    rows = inputs.x.v.shape[2] // mosaic.LANES
+    rows = inputs.x.v.shape[2] // LANES
     rows = rows if rows % SUBLANES else SUBLANES  # one full register, or all
     carried = {"forward": 3, "backward": 5}[name]
     out = launch(
@@ -213,7 +214,7 @@ def _run_tpu(kernel: Kernel, name: str, inputs: Any, outputs: Any, interpret: bo
             jax.tree.map(_FOLDED.get, out_letters),
         ),
         {"bc1s": tpu.SMEM},
-        **mosaic.options(3, [(rows, mosaic.LANES)] * carried, interpret),
+        **mosaic.options(3, [(rows, LANES)] * carried, interpret),
     )
     return jax.tree.map(lambda x, like: x.reshape(like.shape), out, outputs)
 
@@ -267,18 +268,12 @@ def _token_tpu(inputs: Forward | Backward, j: int) -> Tokens:
     return token(k, v[j], flag)
 
 
-def _unsupported(x: Any) -> None:
-    return None
-
-
-def _as_it_is(entering: Wkv4State, x: Any) -> Wkv4State:
+def _identity(entering: Wkv4State, x: Any) -> Wkv4State:
     return entering
 
 
-GPU = Driver("cuda", LETTERS, _run_gpu, lambda h, n: 32, _as_it_is, _as_it_is, _unsupported)
-TPU = Driver(
-    "tpu", LETTERS, _run_tpu, lambda h, n: mosaic.LANES, _as_it_is, _as_it_is, _unsupported
-)
+GPU = Driver("cuda", LETTERS, _run_gpu, lambda h, n: 32, _identity, _identity, lambda x: None)
+TPU = Driver("tpu", LETTERS, _run_tpu, lambda h, n: LANES, _identity, _identity, lambda x: None)
 
 
 def form(kernel: Kernel, named: bool) -> Form:
