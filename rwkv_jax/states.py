@@ -1,12 +1,13 @@
-"""States as values: everything a model remembers of what it has read, of constant size.
+"""Recurrent states as values: all that a model remembers of its input, in constant size.
 
-    take, join            rows of a batch
-    interpolate, compare  between two states
+    take, join            select and concatenate rows of a batch
+    interpolate, compare  two states
     save, load            a safetensors file; tuned states (`.pth` with `time_state`) load too
     to_pypi, from_pypi    the lists of tensors of PyPI `rwkv`
 
-A state is a pytree of float32 arrays that names its version (`rwkv_jax.models.State`); all of it
-is here to be kept, copied and gone on from, and `jax.tree.map` works on it as on any tree.
+A state is a pytree of float32 arrays that names its version (`rwkv_jax.models.State`). It can be
+copied, saved and resumed from any number of times, and `jax.tree.map` works on it. Functions here
+take states in either layout (stacked or unstacked) and return stacked ones.
 
 >>> import jax.numpy as jnp
 >>> from rwkv_jax import ModelConfig, forward, init_params, init_state, states
@@ -38,24 +39,24 @@ from rwkv_jax.wkv import Wkv4State
 FORMAT, SUFFIX = "rwkv_jax state 1", ".safetensors"
 
 
-def stacked(state: State) -> State:
-    """The state with its layers on a leading axis, whichever way it had them."""
+def as_stacked(state: State) -> State:
+    """The state in stacked layout, layers on a leading axis."""
     return stack(state) if isinstance(state.blocks, tuple) else state
 
 
-def rows(state: State) -> int:
-    """How many texts the state is of."""
-    return jax.tree.leaves(stacked(state).blocks)[0].shape[1]
+def batch_size(state: State) -> int:
+    """Number of rows, one text each."""
+    return jax.tree.leaves(as_stacked(state).blocks)[0].shape[1]
 
 
 def take(state: State, index: int | Sequence[int] | slice | np.ndarray | Array) -> State:
-    """Some rows of a batch, in the order asked for, negative ones from the end; the result is a
-    batch too, also of one row.
+    """The selected rows of a batch, in the order given; negative indices count from the end, and a
+    single index gives a batch of one.
 
-    Raises `IndexError` for a row that is not there, `ValueError` if none is left.
+    Raises `IndexError` for a row out of range, `ValueError` if no row is selected.
     """
-    state = stacked(state)
-    chosen = np.arange(rows(state))
+    state = as_stacked(state)
+    chosen = np.arange(batch_size(state))
     if isinstance(index, slice):
         chosen = chosen[index]
     else:
@@ -66,37 +67,35 @@ def take(state: State, index: int | Sequence[int] | slice | np.ndarray | Array) 
             index = np.array([_row(state, row) for row in index])
         chosen = chosen[index] if index.size else index
     if not chosen.size:
-        raise ValueError("no row is asked for: a state is of at least one")
+        raise ValueError("no row is selected: a state has at least one")
     return jax.tree.map(lambda x: x[:, chosen], state)
 
 
 def _row(state: State, row: Any) -> int:
-    """Counted from the first. Raises `IndexError`: JAX would take the nearest that is there."""
-    count, row = rows(state), operator.index(row)
+    """Non-negative index of a row. Raises `IndexError`, where JAX would clamp the index."""
+    count, row = batch_size(state), operator.index(row)
     if not -count <= row < count:
         raise IndexError(f"row {row}: the state has {count}, the last of them {count - 1}")
     return row % count
 
 
 def join(parts: Sequence[State]) -> State:
-    """One batch of the rows of several. Raises `ValueError` for none, or for states of different
-    models."""
+    """Concatenates states along the batch.
+
+    Raises `ValueError` for no states, or for states of different models.
+    """
     if not parts:
         raise ValueError("no states to join: give at least one")
-    parts = [stacked(part) for part in parts]
-    _check_alike(*parts)
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *parts)
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *_of_one_model(parts))
 
 
 def interpolate(first: State, second: State, weight: float | Float[Array, ""]) -> State:
-    """`(1 - weight) * first + weight * second`, of what the states stand for: version 4 keeps its
-    sums as mantissa and exponent, and it is the sums that are mixed.
+    """`(1 - weight) * first + weight * second`.
 
-    Raises `ValueError` for states of different models or numbers of rows.
+    Version 4 stores its sums as mantissa and exponent; the sums themselves are interpolated. Raises
+    `ValueError` for states of different models or batch sizes.
     """
-    first, second = stacked(first), stacked(second)
-    _check_alike(first, second)
-    _check_as_many(first, second)
+    first, second = _of_one_model([first, second], same_batch=True)
 
     def mix(x: Any, y: Any) -> Any:
         if not isinstance(x, Wkv4State):
@@ -109,28 +108,26 @@ def interpolate(first: State, second: State, weight: float | Float[Array, ""]) -
 
 
 class Difference(NamedTuple):
-    """How far two states are apart in one part of one layer."""
+    """Distance between two states in one array of one layer."""
 
     layer: int
     part: str
+    """Name of the array: `att_x`, `wkv` (version 4: `wkv.num`, `wkv.den`) or `ffn_x`."""
     relative: float
-    """RMS of the difference, over the RMS of the first."""
+    """RMS of the difference, divided by the RMS of the first state's array."""
 
 
 def compare(first: State, second: State) -> list[Difference]:
-    """Layer by layer and part by part; version 4's sums in common exponents.
+    """Differences of two states by layer and array; version 4's sums are compared with a common
+    exponent.
 
-    Raises `ValueError` for states of different models or numbers of rows.
+    Raises `ValueError` for states of different models or batch sizes.
     """
-    first, second = stacked(first), stacked(second)
-    _check_alike(first, second)
-    _check_as_many(first, second)
-    parts = [_parts(state.blocks) for state in _with_one_scale(first, second)]
+    first, second = _of_one_model([first, second], same_batch=True)
+    ours, theirs = (_named_arrays(x.blocks) for x in _with_one_scale(first, second))
     found = []
-    for name, x in parts[0].items():
-        if name == "wkv.max_exp":
-            continue
-        x, y = np.asarray(x, np.float64), np.asarray(parts[1][name], np.float64)
+    for name in ours.keys() - {"wkv.max_exp"}:
+        x, y = (np.asarray(arrays[name], np.float64) for arrays in (ours, theirs))
         for layer in range(len(x)):
             size = np.sqrt(np.mean(x[layer] ** 2))
             error = np.sqrt(np.mean((y[layer] - x[layer]) ** 2))
@@ -139,7 +136,7 @@ def compare(first: State, second: State) -> list[Difference]:
 
 
 def _with_one_scale(first: State, second: State) -> list[State]:
-    """Version 4's sums with the larger exponent of the two; other versions as they are."""
+    """Version 4's sums rescaled to the larger of the two exponents; other versions unchanged."""
     if first.version != "4":
         return [first, second]
     top = jnp.maximum(first.blocks.wkv.max_exp, second.blocks.wkv.max_exp)
@@ -151,33 +148,35 @@ def _with_one_scale(first: State, second: State) -> list[State]:
     return scaled
 
 
-def _check_alike(*parts: State) -> None:
-    def shape(state: State) -> tuple:
-        leaves = [x.shape for x in jax.tree.leaves(state)]
-        return state.version, [(size[0], *size[2:]) for size in leaves]
+def _of_one_model(states: Sequence[State], same_batch: bool = False) -> list[State]:
+    """The states, stacked. Raises `ValueError` if their models (or batch sizes) differ."""
+    states = [as_stacked(state) for state in states]
 
-    for part in parts[1:]:
-        if shape(part) != shape(parts[0]):
+    def signature(state: State) -> tuple:
+        shapes = [x.shape for x in jax.tree.leaves(state)]
+        return state.version, [(layers, *shape) for layers, _, *shape in shapes]
+
+    for state in states[1:]:
+        if signature(state) != signature(states[0]):
             raise ValueError(
-                f"a state of version {part.version} and one of version {parts[0].version}, or of"
-                " other sizes: only states of one model go together"
+                f"a state of version {state.version} and one of version {states[0].version}, or of"
+                " different sizes: give states of one model"
             )
-
-
-def _check_as_many(first: State, second: State) -> None:
-    if rows(first) != rows(second):
-        raise ValueError(f"states of {rows(first)} and {rows(second)} rows: take as many of each")
+    sizes = [batch_size(state) for state in states]
+    if same_batch and len(set(sizes)) > 1:
+        raise ValueError(f"states of {sizes[0]} and {sizes[1]} rows: give as many rows of each")
+    return states
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a file of states holds."""
+    """Contents of a state file."""
 
     state: State
     logits: Float[Array, "b V"] | None = None
-    """Of the next token; None if the file doesn't have them: then at least a token must be read."""
+    """Logits of the next token; None if the file has none, as in that of a tuned state."""
     notes: Mapping[str, str] = field(default_factory=dict)
-    """Whatever was saved beside it."""
+    """The caller's metadata."""
 
 
 def save(
@@ -187,80 +186,79 @@ def save(
     logits: Float[Array, "b V"] | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a state as safetensors; `logits` of the next token and `notes` go with it.
+    """Writes a state as safetensors, with the logits of the next token and the caller's metadata.
 
-    What was there before is replaced when all is written. Raises `WeightsError`; and `ValueError`
-    for logits of other rows than the state's, or notes that are not text.
+    An existing file is replaced atomically. Raises `WeightsError` if it cannot be written, and
+    `ValueError` for logits of another batch size or notes that are not text.
     """
-    check_place(Path(path))
-    state = stacked(state)
-    tensors = {f"state.{name}": np.asarray(x) for name, x in _parts(state.blocks).items()}
+    check_save_path(Path(path))
+    state = as_stacked(state)
+    tensors = {f"state.{name}": np.asarray(x) for name, x in _named_arrays(state.blocks).items()}
     if logits is not None:
         tensors["logits"] = np.asarray(logits)
-        if logits.ndim != 2 or len(logits) != rows(state):
+        if logits.ndim != 2 or len(logits) != batch_size(state):
             raise ValueError(
-                f"logits of shape {list(logits.shape)}, and the state is of {rows(state)} rows:"
+                f"logits of shape {list(logits.shape)}, but the state has {batch_size(state)} rows:"
                 " give those of the next token, [b, V]"
             )
     for name, text in (notes or {}).items():
         if not isinstance(name, str) or not isinstance(text, str):
-            raise ValueError(f"the note {name!r} is {text!r}: notes and their names are text")
+            raise ValueError(f"the note {name!r} is {text!r}: names and values must be text")
     notes = {f"note.{name}": text for name, text in (notes or {}).items()}
     metadata = {"format": FORMAT, "version": state.version, **notes}
     write_safetensors(Path(path).expanduser(), tensors, metadata)
 
 
-def check_place(path: Path) -> None:
+def check_save_path(path: Path) -> None:
     """Raises `WeightsError` unless a state can be saved under this name."""
     if path.suffix != SUFFIX:
-        raise WeightsError(f"{path}: a state is kept in a file named *{SUFFIX}; name it so")
+        raise WeightsError(f"{path}: the name of a state file must end in {SUFFIX}")
     check_writable(path)
 
 
 def load(path: Path | str, cfg: ModelConfig) -> Saved:
-    """The state in a file that `save` wrote, or, from a `.pth`, the tuned one of versions 6 and 7:
-    `blocks.N.att.time_state`, [h, v, k], with fresh token shifts.
+    """Reads a file written by `save`, or the tuned state in a `.pth` (versions 6 and 7):
+    `blocks.N.att.time_state`, [h, v, k], with token shifts of zero.
 
-    Raises `WeightsError`, one line, for a file that is neither, or a state of another model than
-    `cfg`'s.
+    Raises `WeightsError`, one line, for any other file or a state of another model than `cfg`'s.
     """
     path = Path(path).expanduser()
     ours = path.suffix == SUFFIX
     saved = _saved(path, cfg) if ours else Saved(_tuned(path, read_pth(path), cfg))
     try:
-        check_state(saved.state, cfg, rows(saved.state))
+        check_state(saved.state, cfg, batch_size(saved.state))
     except (ValueError, IndexError) as error:
-        raise WeightsError(f"{path}: {error}; take one that this model wrote") from error
+        raise WeightsError(f"{path}: {error}; use a state of this model") from error
     return saved
 
 
 def _saved(path: Path, cfg: ModelConfig) -> Saved:
     tensors, metadata = read_safetensors(path), read_metadata(path)
     if metadata.get("format") != FORMAT:
-        told = shown(metadata.get("format") or "nothing")
-        raise WeightsError(f"{path}: no state of a model (format: {told}); weights are not states")
+        found = shown(metadata.get("format") or "none")
+        raise WeightsError(
+            f"{path}: not a state file (format: {found}); a file of weights is not a state"
+        )
     version = metadata.get("version", "")
     if version != cfg.version:
         raise WeightsError(
-            f"{path}: a state of version {shown(version)}, and the model is of {cfg.version};"
-            " take one that this model wrote"
+            f"{path}: a state of version {shown(version)}, but the model is version {cfg.version};"
+            " use a state of this model"
         )
-    parts = {name: x for name, x in tensors.items() if name != "logits"}
-    fresh = jax.eval_shape(lambda: _fresh(cfg, 1))
-    names = {f"state.{name}" for name in _parts(fresh.blocks)}
-    if parts.keys() != names:
-        odd = sorted(names ^ parts.keys())[0]
-        raise WeightsError(f"{path}: {shown(odd)} is missing or has no place; save it again")
-    blocks = jax.tree.unflatten(
-        jax.tree.structure(fresh.blocks),
-        [jnp.asarray(parts[f"state.{name}"], jnp.float32) for name in _parts(fresh.blocks)],
-    )
-    logits = jnp.asarray(tensors["logits"]) if "logits" in tensors else None
-    batch = jax.tree.leaves(blocks)[0].shape[1]
+    logits = jnp.asarray(tensors.pop("logits")) if "logits" in tensors else None
+    fresh = jax.eval_shape(lambda: _fresh(cfg, 1)).blocks
+    names = [f"state.{name}" for name in _named_arrays(fresh)]
+    if odd := sorted(tensors.keys() ^ set(names)):
+        raise WeightsError(
+            f"{path}: {shown(odd[0])} is missing or unexpected; save the state again"
+        )
+    arrays = [jnp.asarray(tensors[name], jnp.float32) for name in names]
+    blocks = jax.tree.unflatten(jax.tree.structure(fresh), arrays)
+    batch = arrays[0].shape[1]
     if logits is not None and logits.shape != (batch, cfg.vocab_size):
         raise WeightsError(
-            f"{path}: logits of shape {list(logits.shape)}, and the state is of {batch:,} rows and"
-            f" the model of {cfg.vocab_size:,} tokens; take one that this model wrote"
+            f"{path}: logits of shape {list(logits.shape)}, but the state has {batch:,} rows and"
+            f" the model {cfg.vocab_size:,} tokens; use a state of this model"
         )
     notes = {k.removeprefix("note."): x for k, x in metadata.items() if k.startswith("note.")}
     return Saved(State(blocks, version), logits, notes)
@@ -268,44 +266,43 @@ def _saved(path: Path, cfg: ModelConfig) -> Saved:
 
 def _tuned(path: Path, tensors: Mapping[str, np.ndarray], cfg: ModelConfig) -> State:
     names = [f"blocks.{layer}.att.time_state" for layer in range(cfg.layers)]
-    if set(tensors) != set(names):
-        odd = sorted(set(tensors) ^ set(names))[0]
+    if odd := sorted(set(tensors) ^ set(names)):
         raise WeightsError(
-            f"{path}: {shown(odd)} is missing or has no place in a tuned state of {cfg.layers}"
-            " layers; take the one that was tuned for this model"
+            f"{path}: {shown(odd[0])} is missing or unexpected in a tuned state of {cfg.layers}"
+            " layers; use the one tuned for this model"
         )
     fresh, shape = _fresh(cfg, 1), (cfg.heads, cfg.head_size, cfg.head_size)
     if cfg.version == "4" or any(tensors[name].shape != shape for name in names):
         raise WeightsError(
-            f"{path}: {names[0]} is {list(tensors[names[0]].shape)}, and heads of this model have"
-            f" {list(shape)}; take the one that was tuned for this model"
+            f"{path}: {names[0]} is {list(tensors[names[0]].shape)}, but heads of this model are"
+            f" {list(shape)}; use the one tuned for this model"
         )
     wkv = np.stack([np.asarray(tensors[name], np.float32) for name in names])[:, None]
     return replace(fresh, blocks=replace(fresh.blocks, wkv=jnp.asarray(wkv)))
 
 
 def _fresh(cfg: ModelConfig, batch: int) -> State:
-    """Zeros, also of a state-tuned model."""
+    """Zeros, also for a state-tuned model."""
     return init_state(replace(cfg, state_tuned=False), batch)
 
 
-def _parts(blocks: BlockState) -> dict[str, Any]:
-    """The leaves by name, in the order of the tree."""
+def _named_arrays(blocks: BlockState) -> dict[str, Any]:
+    """The leaves by name, in tree order."""
     leaves = jax.tree_util.tree_leaves_with_path(blocks)
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
 
 
 def to_pypi(state: State, row: int = 0) -> list[np.ndarray]:
-    """One row as the list that PyPI `rwkv` 0.8.32 takes (`torch.from_numpy` each).
+    """One row as the list of arrays that PyPI `rwkv` 0.8.32 takes (`torch.from_numpy` each).
 
-    Per layer: version 4 has the time mix's last token, numerator, denominator, exponent, the
-    channel mix's last token; later versions the time mix's, the matrices and the channel mix's. The
-    matrices are [h, k, v] for versions 5 and 6, [h, v, k] for 7.
+    Per layer: the time mix's last token; the WKV state; the channel mix's last token. The WKV state
+    is numerator, denominator and exponent in version 4, one array [h, k, v] in versions 5 and 6,
+    [h, v, k] in version 7.
 
-    Raises `IndexError` for a row that is not there.
+    Raises `IndexError` for a row out of range.
     """
     out, row = [], _row(state, row)
-    blocks = jax.tree.map(lambda x: np.array(x[:, row]), stacked(state).blocks)
+    blocks = jax.tree.map(lambda x: np.array(x[:, row]), as_stacked(state).blocks)
     for layer in range(len(blocks.att_x)):
         wkv = jax.tree.map(lambda x, layer=layer: x[layer], blocks.wkv)
         if state.version[0] in "56":
@@ -316,14 +313,14 @@ def to_pypi(state: State, row: int = 0) -> list[np.ndarray]:
 
 
 def from_pypi(tensors: Sequence[Any], cfg: ModelConfig) -> State:
-    """The state, of one row, in a list of PyPI `rwkv` (arrays, or tensors on the CPU).
+    """The one-row state in a list of PyPI `rwkv` (arrays, or CPU tensors).
 
-    Raises `ValueError` if the list is not one of `cfg`'s model.
+    Raises `ValueError` if the list does not fit `cfg`'s model.
     """
     each = 5 if cfg.version == "4" else 3
     if len(tensors) != each * cfg.layers:
         raise ValueError(
-            f"a list of {len(tensors)}: version {cfg.version} has {each} tensors for each of"
+            f"a list of {len(tensors)}: version {cfg.version} needs {each} tensors for each of"
             f" {cfg.layers} layers"
         )
     given = (x.float() if hasattr(x, "float") else x for x in tensors)  # numpy has no bfloat16

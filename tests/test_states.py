@@ -1,4 +1,4 @@
-"""States as values: rows, mixtures, differences, files, and PyPI rwkv's lists."""
+"""States as values: rows, interpolation, differences, files, and PyPI rwkv's lists."""
 
 import functools
 import inspect
@@ -45,14 +45,14 @@ def farthest(first, second):
 
 @versions("4", "7")
 def test_pypi_lists_in_and_out(version):
-    """The state after the golden text is theirs, theirs goes on here, and ours comes back."""
+    """Our state equals theirs after the golden text, theirs resumes here, ours makes a round trip."""
     _, cfg, tokens, logits, theirs = golden(version)
     _, state = run(version)(tokens)
     mine = states.to_pypi(state)
     assert [x.shape for x in mine] == [x.shape for x in theirs]
     assert farthest(states.from_pypi(theirs, cfg), state) < 1e-5
     assert farthest(states.from_pypi(mine, cfg), state) == 0
-    if version != "4":  # whose sums have another exponent there
+    if version != "4":  # its sums have another exponent there
         for x, y in zip(mine, theirs, strict=True):
             assert_close(x, y, "float32")
     half = states.from_pypi(states.to_pypi(run(version)(tokens[:, :20])[1]), cfg)
@@ -64,29 +64,29 @@ def test_pypi_lists_in_and_out(version):
 
 @versions("7")
 def test_rows_are_taken_and_joined(version):
-    """Row by row and joined again is the batch; a row goes on as it did beside others."""
+    """Rows taken apart and joined are the batch; a row alone continues as it does in the batch."""
     tokens = golden(version)[2]
     batch = jnp.concatenate([jnp.roll(tokens, shift, 1) for shift in (0, 3, 9)])
     _, state = run(version)(batch)
-    assert states.rows(state) == 3
+    assert states.batch_size(state) == 3
     apart = [states.take(state, [row]) for row in range(3)]
     assert farthest(states.join(apart), state) == 0
     turned = states.take(states.join(apart[::-1]), slice(None, None, -1))
     assert farthest(turned, state) == 0
-    # In the layout of decoding too.
+    # Unstacked states too.
     assert farthest(states.take(models.unstack(state), np.array([1])), apart[1]) == 0
     together, _ = run(version)(batch[:, :7], state)
     alone, _ = run(version)(batch[1:2, :7], apart[1])
     np.testing.assert_allclose(alone[0], together[1], rtol=0, atol=GOLDEN_LOGITS)
 
 
-def test_rows_that_are_not_there():
-    """JAX would take the nearest."""
+def test_rows_out_of_range():
+    """They raise; JAX would clamp the index."""
     state = models.init_state(golden("7")[1], 2)
     state = jax.tree.map(lambda x: x + jnp.arange(2.0).reshape(1, 2, *[1] * (x.ndim - 2)), state)
     for rows in (1, [-1], np.array([False, True]), jnp.array([1]), slice(1, None)):
         assert farthest(states.take(state, rows), states.take(state, [1])) == 0
-        assert states.rows(states.take(state, rows)) == 1
+        assert states.batch_size(states.take(state, rows)) == 1
         assert np.all(states.take(state, rows).blocks.att_x == 1)
     for rows in (2, [0, 5], [-3], np.array([True])):
         with pytest.raises(IndexError, match=r"row (2|5|-3): the state has 2|mask of shape \[1\]"):
@@ -94,17 +94,17 @@ def test_rows_that_are_not_there():
     with pytest.raises(IndexError, match="row 7: the state has 2"):
         states.to_pypi(state, 7)
     for rows in ([], slice(2, None), np.array([False, False])):
-        with pytest.raises(ValueError, match="no row is asked for"):
+        with pytest.raises(ValueError, match="no row is selected"):
             states.take(state, rows)
     with pytest.raises(ValueError, match="no states to join"):
         states.join([])
-    with pytest.raises(ValueError, match="2 and 1 rows: take as many of each"):
+    with pytest.raises(ValueError, match="2 and 1 rows: give as many rows of each"):
         states.interpolate(state, states.take(state, 0), 0.5)
 
 
 @versions("7")
-def test_mixtures(version):
-    """At the ends they are the states; between, linear in what the state stands for."""
+def test_interpolation(version):
+    """The two states at weights 0 and 1; linear in the sums in between."""
     tokens = golden(version)[2]
     _, first = run(version)(tokens[:, :15])
     _, second = run(version)(tokens[:, 15:])
@@ -133,13 +133,13 @@ def test_a_difference_is_where_it_was_made():
     assert set(apart.values()) == {0.0} and len(apart) == 8
 
 
-def test_only_states_of_one_model_go_together():
+def test_states_of_different_models_are_refused():
     _, seven = run("7")(golden("7")[2])
     _, six = run("6")(golden("6")[2])
     for function in (states.compare, lambda x, y: states.interpolate(x, y, 0.5)):
         with pytest.raises(ValueError, match="version 6 and one of version 7"):
             function(seven, six)
-    with pytest.raises(ValueError, match="only states of one model"):
+    with pytest.raises(ValueError, match="give states of one model"):
         states.join([seven, six])
     with pytest.raises(ValueError, match="1 and 2 rows"):
         states.compare(seven, states.join([seven, seven]))
@@ -161,40 +161,39 @@ def test_saved_and_loaded(version, tmp_path):
     assert states.load(path, cfg).logits is None
 
 
-def test_what_cannot_be_saved_is_refused_first(tmp_path, monkeypatch):
+def test_invalid_saves_are_refused_before_anything_is_written(tmp_path, monkeypatch):
     _, cfg, *_ = golden("7")
     state, path = models.init_state(cfg, 2), tmp_path / "state.safetensors"
     vocab = cfg.vocab_size
     for logits in (jnp.zeros((1, vocab)), jnp.zeros((3, vocab))):
-        with pytest.raises(ValueError, match=r"logits of shape .* the state is of 2 rows"):
+        with pytest.raises(ValueError, match=r"logits of shape .* the state has 2 rows"):
             states.save(path, state, logits=logits)
     with pytest.raises(ValueError, match=r"the note 'n' is 3: "):
-        inspect.unwrap(states.save)(
-            path, state, notes={"n": 3}
-        )  # as without the tests' type checks
+        # Unwrapped, as the tests' type checks would raise first.
+        inspect.unwrap(states.save)(path, state, notes={"n": 3})
     assert not path.exists()
     tensors = {
         f"state.{name}": np.zeros((cfg.layers, 2, *x.shape[2:]), np.float32)
-        for name, x in states._parts(state.blocks).items()
+        for name, x in states._named_arrays(state.blocks).items()
     }
     metadata = {"format": states.FORMAT, "version": "7"}
     write_safetensors(path, tensors | {"logits": np.zeros((1, vocab), np.float32)}, metadata)
-    with pytest.raises(UserError, match=rf"\[1, {vocab}\], and the state is of 2 rows"):
+    with pytest.raises(UserError, match=rf"\[1, {vocab}\], but the state has 2 rows"):
         states.load(path, cfg)
     (tmp_path / "d.safetensors").mkdir()
     with pytest.raises(UserError, match="is a folder; name a file"):
-        states.check_place(tmp_path / "d.safetensors")
+        states.check_save_path(tmp_path / "d.safetensors")
     with pytest.raises(UserError, match="there is no folder"):
-        states.check_place(tmp_path / "none" / "s.safetensors")
+        states.check_save_path(tmp_path / "none" / "s.safetensors")
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(UserError, match=r"cannot be written \(no permission"):
-        states.check_place(tmp_path / "s.safetensors")
+        states.check_save_path(tmp_path / "s.safetensors")
 
 
 @pytest.mark.parametrize("version", ["6", "7"])
 def test_tuned_states(version, tmp_path):
-    """The matrices [h, v, k] of every layer, in the trainer's names; read on from, they are what a
-    state-tuned model starts from."""
+    """The matrices [h, v, k] of every layer, under the trainer's names; from them a model computes
+    what the state-tuned model does."""
     tensors = checkpoint("6" if version == "6" else "7", layers=2, ranks=(6, 5, 4, 7), tuned=True)
     params, cfg = from_official(tensors)
     rng = np.random.default_rng(0)
@@ -221,15 +220,15 @@ def test_files_of_other_models_are_refused(tmp_path):
     path = tmp_path / "state.safetensors"
     states.save(path, state)
     for other, message in {
-        "6": "a state of version 7, and the model is of 6",
-        "7a": "a state of version 7, and the model is of 7a",
+        "6": "a state of version 7, but the model is version 6",
+        "7a": "a state of version 7, but the model is version 7a",
     }.items():
         with pytest.raises(UserError, match=message):
             states.load(path, golden(other)[1])
     with pytest.raises(UserError, match="does not fit"):
         states.load(path, replace(cfg, layers=2))
     write_safetensors(path, {"emb.weight": np.zeros((2, 2), np.float32)})
-    with pytest.raises(UserError, match="no state of a model"):
+    with pytest.raises(UserError, match="not a state file"):
         states.load(path, cfg)
     half = {"blocks.0.att.time_state": np.zeros((2, 64, 64), np.float32)}
     write_pth(tmp_path / "half.pth", half)
@@ -237,5 +236,5 @@ def test_files_of_other_models_are_refused(tmp_path):
         states.load(tmp_path / "half.pth", cfg)
     small = {f"blocks.{i}.att.time_state": np.zeros((2, 8, 8), np.float32) for i in range(3)}
     write_pth(tmp_path / "small.pth", small)
-    with pytest.raises(UserError, match=r"is \[2, 8, 8\], and heads of this model"):
+    with pytest.raises(UserError, match=r"is \[2, 8, 8\], but heads of this model"):
         states.load(tmp_path / "small.pth", cfg)

@@ -64,7 +64,7 @@ def chat(
     Raises `UserError` for what cannot be, before anything is read.
     """
     if save is not None:
-        states.check_place(save)
+        states.check_save_path(save)
     if seed is not None:
         check_seed(seed)
     if max_tokens is not None:
@@ -91,7 +91,7 @@ def chat(
 def save(path: Path, conversation: Conversation) -> None:
     """Writes a conversation as a state with notes (`rwkv_jax.states`), the name ending in
     `.safetensors`. Raises `UserError`."""
-    states.check_place(path)
+    states.check_save_path(path)
     state, logits = conversation.state, conversation.logits
     states.save(path, state, logits=logits, notes=conversation.notes())
 

@@ -73,9 +73,9 @@ def _sample(args: argparse.Namespace) -> None:
     if args.save_state and len(prompts) > 1:
         raise UserError(f"--save-state keeps one text: give it one prompt, not {len(prompts)}")
     if args.save_state:
-        from rwkv_jax.states import check_place
+        from rwkv_jax.states import check_save_path
 
-        check_place(Path(args.save_state))
+        check_save_path(Path(args.save_state))
     _any_text()
     writer = _load(args)
     start = _start(args.state, _saved(args.state, writer), writer) if args.state else None
@@ -156,8 +156,10 @@ def _start(path: str, saved, writer):
     from rwkv_jax import states
     from rwkv_jax.sampling import Start
 
-    if states.rows(saved.state) != 1:
-        raise UserError(f"{path}: {states.rows(saved.state)} rows; take one with rwkv_jax.states")
+    if states.batch_size(saved.state) != 1:
+        raise UserError(
+            f"{path}: {states.batch_size(saved.state)} rows; take one with rwkv_jax.states"
+        )
     try:
         writer.check_wrote(saved.notes.get("tokenizer"))
     except UserError as error:

@@ -200,7 +200,7 @@ def test_from_a_start_also_after_reset_and_load(talk, scripted, tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"save": Path("it")}, "it: a state is kept in a file named"),
+        ({"save": Path("it")}, "it: the name of a state file must end in"),
         ({"save": Path("no/it.safetensors")}, "there is no folder no"),
         ({"seed": -1}, "seed -1"),
         ({"max_tokens": -1}, "tokens -1"),

@@ -220,7 +220,7 @@ def test_chat_is_kept_and_gone_on_with(run, tmp_path, capsys, monkeypatch):
         (["--chat", "--template", "llama"], "--template llama: one of g1, world, raven"),
         (["--chat", "--think", "hard"], "think hard: one of off, fast, on"),
         (["--chat", "--top-p", "2"], "top_p 2.0: between 0 and 1"),
-        (["--chat", "--save-state", "x.pth"], "kept in a file named"),
+        (["--chat", "--save-state", "x.pth"], "the name of a state file must end in"),
     ],
 )
 def test_chats_that_cannot_be(run, arguments, message, capsys):
