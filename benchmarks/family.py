@@ -20,8 +20,8 @@ from benchmarks.worker import versions
 from rwkv_jax import params
 from rwkv_jax.checkpoint.store import load_run, read_config
 from rwkv_jax.models import VERSIONS, specs
-from rwkv_jax.sampling import Sampling, Writer
-from rwkv_jax.sampling.decode import BLOCK, extend, prefill
+from rwkv_jax.sampling import Generator, Sampling
+from rwkv_jax.sampling.decode import BLOCK
 from rwkv_jax.training.metrics import read_metrics
 from rwkv_jax.training.plot import smooth
 
@@ -88,18 +88,17 @@ def train(version: str, steps: int, folder: Path) -> None:
 
 def check_prefill(folder: Path) -> None:
     """Raises SystemExit unless the text does not depend on how the prompt was read."""
-    writer = Writer(*load_run(folder))
-    params, cfg, eod = writer.params, writer.cfg, writer.tokenizer.eod
-    prompt = writer.tokenizer.encode(PROMPT)
-    settings = Sampling(temperature=0, presence=0, frequency=0).rows(1)
+    generator = Generator(*load_run(folder))
+    prompt = generator.tokenizer.encode(PROMPT)
+    greedy = Sampling(temperature=0, presence_penalty=0, frequency_penalty=0).batched(1)
     texts = set()
     for cuts in ([], [7, 8, 30], range(1, len(prompt))):
         pieces = [prompt[a:b] for a, b in pairwise([0, *cuts, len(prompt)])]
-        rows = prefill(params, pieces[:1], [0], cfg=cfg, end=eod)
+        decoding = generator.prefill(pieces[:1], [0])
         for piece in pieces[1:]:
-            rows = extend(params, rows, piece, cfg=cfg)
-        written, _ = writer.write(rows, settings, BLOCK)
-        texts.add(writer.tokenizer.decode_bytes(written[0]))
+            decoding = generator.extend(decoding, piece)
+        written, _ = generator.decode(decoding, greedy, BLOCK)
+        texts.add(generator.tokenizer.decode_bytes(written[0]))
     if len(texts) != 1:
         raise SystemExit(f"{folder}: the text depends on how the prompt is read: {texts}")
 

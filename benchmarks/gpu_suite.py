@@ -407,7 +407,7 @@ def decoding(suite: Suite) -> dict:
         if suite.left() < 30 and not suite.tiny:
             break
         held = prefill(params, [[1, 2, 3]] * rows, list(range(rows)), cfg=cfg, end=-1)
-        settings = Sampling(top_p=0.85).rows(rows)
+        settings = Sampling(top_p=0.85).batched(rows)
         times = []
         for _ in range(5):
             start = time.perf_counter()

@@ -17,7 +17,6 @@ take states in either layout (stacked or unstacked) and return stacked ones.
 (1, 2, 1, 64, 64)
 """
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,27 +55,13 @@ def take(state: State, index: int | Sequence[int] | slice | np.ndarray | Array) 
     Raises `IndexError` for a row out of range, `ValueError` if no row is selected.
     """
     state = as_stacked(state)
-    chosen = np.arange(batch_size(state))
-    if isinstance(index, slice):
-        chosen = chosen[index]
-    else:
-        index = np.atleast_1d(np.asarray(index))
-        if index.dtype == bool and index.shape != chosen.shape:
-            raise IndexError(f"a mask of shape {list(index.shape)}: the state has {len(chosen)}")
-        if index.size and index.dtype != bool:
-            index = np.array([_row(state, row) for row in index])
-        chosen = chosen[index] if index.size else index
-    if not chosen.size:
+    if not isinstance(index, slice):
+        index = np.asarray(index).reshape(-1)
+        index = index if index.size else slice(0)  # an empty list has the type of floats
+    rows = np.arange(batch_size(state))[index]  # JAX would clamp an index out of range
+    if not rows.size:
         raise ValueError("no row is selected: a state has at least one")
-    return jax.tree.map(lambda x: x[:, chosen], state)
-
-
-def _row(state: State, row: Any) -> int:
-    """Non-negative index of a row. Raises `IndexError`, where JAX would clamp the index."""
-    count, row = batch_size(state), operator.index(row)
-    if not -count <= row < count:
-        raise IndexError(f"row {row}: the state has {count}, the last of them {count - 1}")
-    return row % count
+    return jax.tree.map(lambda x: x[:, rows], state)
 
 
 def join(parts: Sequence[State]) -> State:
@@ -301,8 +286,8 @@ def to_pypi(state: State, row: int = 0) -> list[np.ndarray]:
 
     Raises `IndexError` for a row out of range.
     """
-    out, row = [], _row(state, row)
-    blocks = jax.tree.map(lambda x: np.array(x[:, row]), as_stacked(state).blocks)
+    out = []
+    blocks = jax.tree.map(lambda x: np.array(x[:, 0]), take(state, row).blocks)
     for layer in range(len(blocks.att_x)):
         wkv = jax.tree.map(lambda x, layer=layer: x[layer], blocks.wkv)
         if state.version[0] in "56":

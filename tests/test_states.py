@@ -45,7 +45,7 @@ def farthest(first, second):
 
 @versions("4", "7")
 def test_pypi_lists_in_and_out(version):
-    """Our state equals theirs after the golden text, theirs resumes here, ours makes a round trip."""
+    """Our state equals theirs after the golden text, theirs resumes here, ours survives both ways."""
     _, cfg, tokens, logits, theirs = golden(version)
     _, state = run(version)(tokens)
     mine = states.to_pypi(state)
@@ -89,9 +89,11 @@ def test_rows_out_of_range():
         assert states.batch_size(states.take(state, rows)) == 1
         assert np.all(states.take(state, rows).blocks.att_x == 1)
     for rows in (2, [0, 5], [-3], np.array([True])):
-        with pytest.raises(IndexError, match=r"row (2|5|-3): the state has 2|mask of shape \[1\]"):
+        with pytest.raises(
+            IndexError, match=r"index (2|5|-3) is out of bounds .* size 2|boolean index"
+        ):
             states.take(state, rows)
-    with pytest.raises(IndexError, match="row 7: the state has 2"):
+    with pytest.raises(IndexError, match=r"index 7 is out of bounds .* size 2"):
         states.to_pypi(state, 7)
     for rows in ([], slice(2, None), np.array([False, False])):
         with pytest.raises(ValueError, match="no row is selected"):

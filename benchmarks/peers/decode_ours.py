@@ -31,7 +31,9 @@ def start(options: dict):
     logits = numpy.asarray(rows.logits)[0, ::4096].tolist()
 
     def write(rows, count: int, sampling: Sampling):
-        written, rows = decode(params, rows, sampling.rows(1), vocabulary, count, cfg=cfg, end=end)
+        written, rows = decode(
+            params, rows, sampling.batched(1), vocabulary, count, cfg=cfg, end=end
+        )
         return jax.block_until_ready(written), rows
 
     def handle(request: dict) -> dict:

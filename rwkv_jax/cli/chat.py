@@ -4,137 +4,123 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rwkv_jax import states
-from rwkv_jax.cli.terminal import Meter, changed, listed, note, show, take_turns, to_number
+from rwkv_jax.cli.terminal import changed, listed, note, play_turn, show, take_turns, to_number
 from rwkv_jax.data.conversations import Template
-from rwkv_jax.errors import UserError, held_interrupts, interruptible
-from rwkv_jax.sampling import Sampling, Start, Writer
-from rwkv_jax.sampling.chat import THINK, ChatPiece, Conversation
-from rwkv_jax.sampling.session import Finish, check_seed, check_tokens
+from rwkv_jax.errors import UserError
+from rwkv_jax.sampling import Generator, Prefix
+from rwkv_jax.sampling.chat import DEFAULTS, THINK, ChatChunk, Conversation
 
 HELP = f"""\
-What you type is said to the model, which replies. A line that ends with a backslash goes on in the
-next one. A line that begins with a colon and a small letter is one of these commands:
+The model replies to what you type. A line that ends with a backslash continues on the next one. A
+line that begins with a colon and a small letter is one of these commands:
 
-  :retry               another reply to what you said last
+  :retry               another reply to your last message
   :undo                drops the last exchange
-  :reset               begins a new conversation
-  :system TEXT         begins one with this system prompt; :system alone, with none
+  :reset               starts a new conversation
+  :system TEXT         starts one with this system prompt; :system alone, with none
   :think WAY           {", ".join(THINK)}
   :thoughts show       or hide: whether thoughts are shown, which never go to stdout
   :set                 shows the settings
   :set NAME VALUE      changes one: temperature, top_p, top_k, presence, frequency, decay, tokens
-  :seed N              the next reply is drawn with it, each one after with one more
-  :save FILE           keeps the conversation in FILE.safetensors
-  :load FILE           goes on with another
+  :seed N              the seed of the next reply; each later reply adds 1
+  :save FILE           saves the conversation in FILE.safetensors
+  :load FILE           resumes another one
   :help   :quit
 
-Ctrl-C stops the reply, Ctrl-D leaves.
+Ctrl-C stops the reply, Ctrl-D exits.
 """
 
-REASONS: dict[Finish, str] = {"length": "cut off", "end": "end of document"}
-"""Of the ends of a reply, those worth a word."""
+REASONS = {"length": "cut off", "end": "end of document"}
+"""Ends of a reply that are worth a note."""
 
 
 def chat(
-    writer: Writer,
+    generator: Generator,
     *,
-    seed: int | None = None,
-    sampling: Sampling | None = None,
-    max_tokens: int | None = None,
     template: Template | None = None,
     system: str | None = None,
-    think: str | None = None,
-    thoughts: bool = True,
-    start: Start | None = None,
+    settings: Mapping[str, Any] | None = None,
+    prefix: Prefix | None = None,
     resume: Path | None = None,
     save: Path | None = None,
 ) -> None:
     """A dialogue on stdin and stdout, until the input ends or `:quit`.
 
-    `resume` is a file to go on from, and `save` one to keep the conversation in at the end. What is
-    None is as in the file, or else: a random seed, `CHAT_SAMPLING`, `CHAT_TOKENS`, the template
-    that is likeliest for the model, no system prompt and no thinking. `start` is where a new
-    conversation begins.
+    `resume` is the file of a conversation to resume, `save` the one to save it in at the end;
+    a new conversation starts at `prefix`. `settings` are those of `ReplySettings` to set. The
+    others are as in `resume`; without it, they are the defaults, the model's likeliest template, no
+    system prompt and a random seed.
 
-    Raises `UserError` for what cannot be, before anything is read.
+    Raises `UserError` for invalid arguments before any input is read.
     """
     if save is not None:
         states.check_save_path(save)
-    if seed is not None:
-        check_seed(seed)
-    if max_tokens is not None:
-        check_tokens(max_tokens)
     if resume is None:
-        drawn = secrets.randbelow(2**31)
-        talk = Conversation(writer, template, system=system or "", seed=drawn, start=start)
+        drawn = replace(DEFAULTS, seed=secrets.randbelow(2**31))
+        talk = Conversation(generator, template, system=system or "", settings=drawn, prefix=prefix)
     elif template is not None or system is not None:
         raise UserError(f"{resume} has a template and a system prompt: give no others")
     else:
-        talk = load(resume, writer, start)
-    given = {"seed": seed, "sampling": sampling, "max_tokens": max_tokens, "think": think}
-    for name, value in given.items():
-        if value is not None:
-            setattr(talk, name, value)
-    dialogue = Dialogue(talk, thoughts, start)
+        talk = load(resume, generator, prefix)
+    talk.configure(**settings or {})
+    dialogue = ChatDialogue(talk, prefix)
     try:
         dialogue.run()
     finally:
         if save is not None:
-            dialogue.keep(save)
+            dialogue.save(save)
 
 
 def save(path: Path, conversation: Conversation) -> None:
-    """Writes a conversation as a state with notes (`rwkv_jax.states`), the name ending in
+    """Writes a conversation as a state with notes (`rwkv_jax.states`); the name ends in
     `.safetensors`. Raises `UserError`."""
     states.check_save_path(path)
     state, logits = conversation.state, conversation.logits
     states.save(path, state, logits=logits, notes=conversation.notes())
 
 
-def load(path: Path, writer: Writer, start: Start | None = None) -> Conversation:
-    """The conversation that `save` wrote; `start` is where it begins when reset.
+def load(path: Path, generator: Generator, prefix: Prefix | None = None) -> Conversation:
+    """The conversation that `save` wrote; `prefix` is where it starts when reset.
 
-    Raises `UserError`, one line, if there is none in the file, or another model's.
+    Raises `UserError`, one line, if the file has none, or one of another model.
     """
-    saved = states.load(path, writer.cfg)
+    saved = states.load(path, generator.cfg)
     try:
-        return Conversation.resumed(writer, saved.state, saved.logits, saved.notes, start)
+        return Conversation.resumed(generator, saved.state, saved.logits, saved.notes, prefix)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
 @dataclass
-class Dialogue:
-    """A conversation typed in a terminal.
-
-    Answers go to stdout; thoughts, and everything about the conversation, to stderr.
-    """
+class ChatDialogue:
+    """A conversation typed in a terminal. Answers go to stdout, thoughts and all else to stderr."""
 
     conversation: Conversation
+    prefix: Prefix | None = None
+    """Where a loaded conversation starts when reset."""
     thoughts: bool = True
-    """Whether they are shown."""
-    start: Start | None = None
-    """Where a loaded conversation begins when it is reset."""
+    """Whether thoughts are shown."""
 
     def run(self) -> None:
         """Until the input ends or `:quit`."""
         take_turns(self._obey, lambda: f"{self.conversation.template.user}: ")
 
-    def keep(self, path: Path) -> None:
-        """Saves the conversation, if there is any."""
+    def save(self, path: Path) -> None:
+        """Saves the conversation, if there is one."""
         if self.conversation.exchanges:
             save(path, self.conversation)
             note(f"saved in {path}")
         else:
-            note(f"nothing was said, and {path} is not written")
+            note(f"nothing was said: {path} is not written")
 
     def _obey(self, line: str) -> bool:
-        """Whether to go on after a line."""
+        """Whether to continue after a line."""
         talk = self.conversation
         typed = re.fullmatch(r":([a-z]+)\s*(.*?)\s*", line, re.DOTALL)
         match typed.groups() if typed else ("", line):
@@ -157,29 +143,30 @@ class Dialogue:
                 talk.reset(text)
                 note(f"a new conversation, with{'' if text else 'out'} a system prompt")
             case "think", way:
-                talk.think = way or talk.think
-                note(f"think {talk.think}")
+                talk.configure(think=way or talk.settings.think)
+                note(f"think {talk.settings.think}")
             case "thoughts", "show" | "hide" as way:
                 self.thoughts = way == "show"
             case "set", "":
-                settings = listed(talk.sampling, talk.max_tokens)
-                note(f"{settings}, think {talk.think}, seed {talk.seed}")
+                now = talk.settings
+                settings = listed(now.sampling, now.max_tokens)
+                note(f"{settings}, think {now.think}, seed {now.seed}")
             case "set", pair if len(words := pair.split()) == 2:
-                talk.sampling, talk.max_tokens = changed(talk.sampling, talk.max_tokens, *words)
+                now = talk.settings
+                sampling, max_tokens = changed(now.sampling, now.max_tokens, *words)
+                talk.configure(sampling=sampling, max_tokens=max_tokens)
             case "seed", number if number:
-                seed = to_number(number, int)
-                check_seed(seed)
-                talk.seed = seed
+                talk.configure(seed=to_number(number, int))
             case "save", name if name:
                 save(path := _file(name), talk)
                 note(f"saved in {path}")
             case "load", name if name:
-                self.conversation = load(_file(name), talk.writer, self.start)
+                self.conversation = load(_file(name), talk.generator, self.prefix)
                 note(self._length())
             case _:
                 raise UserError(
                     f"{line}: no such command; :help lists them, and a space before the colon"
-                    " makes it something to say"
+                    " makes it a message"
                 )
         return True
 
@@ -187,50 +174,48 @@ class Dialogue:
         count = self.conversation.exchanges
         return f"{count} exchange{'s' * (count != 1)} so far"
 
-    def _write(self, pieces: Iterator[ChatPiece]) -> None:
-        meter, aside, reason = Meter(), _Aside(self.thoughts), None
+    def _write(self, chunks: Iterator[ChatChunk]) -> None:
+        aside = _Aside(self.thoughts)
+
+        def show_chunk(chunk: ChatChunk) -> None:
+            aside.show(chunk.thought)
+            if chunk.text:
+                aside.end()
+                show(chunk.text)
+
         if sys.stdin.isatty() and sys.stdout.isatty():
             print(end=f"{self.conversation.template.bot}: ", file=sys.stderr, flush=True)
         try:
-            with interruptible(), held_interrupts() as check:
-                for piece in meter.count(pieces):
-                    aside.show(piece.thought)
-                    if piece.text:
-                        aside.end()
-                        show(piece.text)
-                    reason = REASONS.get(piece.finish)
-                    check()
-        except KeyboardInterrupt:
-            reason = "stopped"
+            summary, _ = play_turn(chunks, show_chunk, REASONS)
         finally:
             aside.end()
         show("\n")
-        note(", ".join(filter(None, [meter.summary(), reason])))
+        note(summary)
 
 
 def _file(name: str) -> Path:
-    """What `:save` and `:load` mean: the suffix may be left out."""
+    """The file that `:save` and `:load` mean; the suffix may be omitted."""
     return Path(name if name.endswith(states.SUFFIX) else name + states.SUFFIX)
 
 
 class _Aside:
-    """Shows a thought on stderr, dimmed on a terminal; or only that there is one."""
+    """Shows a thought on stderr, dimmed on a terminal; or just that there is one."""
 
     def __init__(self, shown: bool):
         self._shown = shown
         self._dimmed = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-        self._begun = False
+        self._started = False
 
     def show(self, text: str) -> None:
-        if text and not self._begun:
-            self._begun = True
+        if text and not self._started:
+            self._started = True
             self._print("\x1b[2m" if self._dimmed else "", "[thinking]\n")
         self._print(text)
 
     def end(self) -> None:
-        if self._begun:
-            self._begun = False
+        if self._started:
+            self._started = False
             self._print("\x1b[22m\n" if self._dimmed else "\n")
 
-    def _print(self, text: str, instead: str = "") -> None:
-        print(end=text if self._shown else instead, file=sys.stderr, flush=True)
+    def _print(self, text: str, hidden: str = "") -> None:
+        print(end=text if self._shown else hidden, file=sys.stderr, flush=True)

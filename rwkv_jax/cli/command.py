@@ -41,6 +41,18 @@ def command(prog: str, arguments: str, about: str) -> Parser:
     )
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument MODEL."""
+    files = ".pth, .safetensors, Hugging Face folder, or folder of a run"
+    parser.add_argument("model", metavar="MODEL", help=files)
+
+
+def add_tokenizer(add: Callable[..., object]) -> None:
+    """Adds the option --tokenizer of a model; `add` is a parser's or a group's `add_argument`."""
+    what = "world, bytes or a tokenizer.json (default: the model's own)"
+    add("--tokenizer", default="", metavar="NAME", help=what)
+
+
 def width() -> int | None:
     """Of rich's consoles: None is the terminal's own; where there is none, no width cuts a line."""
     return None if sys.stdout.isatty() else 1000

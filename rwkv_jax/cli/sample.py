@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import io
 import os
 import secrets
@@ -10,30 +9,30 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from rwkv_jax.cli.command import command, run, spoken
+from rwkv_jax.cli.command import add_model, add_tokenizer, command, run, spoken
 from rwkv_jax.errors import UserError
 
 ABOUT = """
-Write on from a prompt with a model: official weights, a Hugging Face folder, or a run of train.py.
+Continue a prompt with a model: official weights, a Hugging Face folder, or a run of train.py.
 
   {prog} RWKV-x070-World-0.1B-v2.8.pth "The Eiffel tower is in"
       version, sizes and tokenizer are read from the file
   {prog} runs/demo "def main("
-      what a run of train.py has learnt to write after `def main(`
+      what a run of train.py has learned to write after `def main(`
   {prog} runs/demo "def main(" "class " --tokens 400 --temperature 0.8
-      several prompts, each by itself, written at once
+      several independent prompts, decoded as one batch
   {prog} runs/demo "import " --stop $'\\n\\n' --seed 7
       up to an empty line; the same seed gives the same text
   {prog} runs/demo --prompt-file story.txt > continued.txt
       a long prompt (`-` is stdin); only text goes to stdout, all else to stderr
   {prog} MODEL --prompt-file book.txt --save-state book.safetensors
   {prog} MODEL --state book.safetensors "In short,"
-      all that was read is kept in a file of constant size; every prompt goes on from it
+      everything read is saved in a file of constant size; each prompt resumes from it
   {prog} runs/demo --interactive
       one text, written in turns with the model
   {prog} rwkv7-g1-1.5b.pth --chat --think on --save-state talk.safetensors
   {prog} rwkv7-g1-1.5b.pth --chat --state talk.safetensors
-      a conversation, kept in a file when you leave, and gone on with: nothing is read twice
+      a conversation, saved on exit and resumed later; nothing is read twice
 """
 
 
@@ -44,23 +43,29 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax sample") -> int:
 
 
 def _sample(args: argparse.Namespace) -> None:
-    # Here, so that --help and a mistyped option answer at once.
-    from rwkv_jax.cli.terminal import Dialogue, Meter, print_texts
-    from rwkv_jax.sampling import Sampling, Session, generate_with
-    from rwkv_jax.sampling.session import check_seed, check_tokens
+    # Imported here, so that --help and a mistyped option answer at once.
+    from rwkv_jax.sampling.settings import FLAGS
 
-    names = ("temperature", "top_p", "top_k", "presence", "frequency", "decay")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     if args.chat:
         _chat(args, given)
-        return
+    else:
+        _write(args, given)
+
+
+def _write(args: argparse.Namespace, given: dict[str, float]) -> None:
+    from rwkv_jax import states
+    from rwkv_jax.cli.terminal import TextDialogue, note, print_texts
+    from rwkv_jax.sampling import Sampling, Session, generate_with
+    from rwkv_jax.sampling.settings import check_max_tokens, check_seed
+
     if args.system is not None or args.think or args.template:
-        raise UserError("--system, --think and --template are of a chat: add --chat")
-    sampling = Sampling(**given)
+        raise UserError("--system, --think and --template are options of a chat: add --chat")
+    sampling = Sampling().with_flags(given)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     tokens = 200 if args.tokens is None else args.tokens
     check_seed(seed)
-    check_tokens(tokens)
+    check_max_tokens(tokens)
     if "" in args.stop:
         raise UserError("--stop is empty; give the text to stop before, or leave it out")
     prompts, stop = [_text(x) for x in args.prompt], [_text(x) for x in args.stop]
@@ -68,200 +73,125 @@ def _sample(args: argparse.Namespace) -> None:
         raise UserError("--interactive reads what you type: --prompt-file cannot be stdin as well")
     if args.prompt_file:
         prompts.append(_read(args.prompt_file))
-    if args.interactive and len(prompts) > 1:
-        raise UserError(f"--interactive is one text: give it one prompt, not {len(prompts)}")
-    if args.save_state and len(prompts) > 1:
-        raise UserError(f"--save-state keeps one text: give it one prompt, not {len(prompts)}")
+    for option, one_text in ("--interactive", args.interactive), ("--save-state", args.save_state):
+        if one_text and len(prompts) > 1:
+            raise UserError(f"{option} is for one text: give one prompt, not {len(prompts)}")
     if args.save_state:
-        from rwkv_jax.states import check_save_path
-
-        check_save_path(Path(args.save_state))
-    _any_text()
-    writer = _load(args)
-    start = _start(args.state, _saved(args.state, writer), writer) if args.state else None
-    if args.interactive or args.save_state:
-        session = Session(writer, seed, start)
-        try:
-            if args.interactive:
-                _edit_lines()
-                Dialogue(session, sampling, tokens, stop).run(prompts[0] if prompts else None)
-            else:
-                _one_text(session, prompts[0] if prompts else "", sampling, tokens, args.echo, stop)
-        finally:  # what was read and written before Ctrl-C is kept too
-            if args.save_state:
-                _save(session, args.save_state)
+        states.check_save_path(Path(args.save_state))
+    _allow_any_text()
+    generator = _load(args)
+    saved = states.load(args.state, generator.cfg) if args.state else None
+    prefix = _prefix(args.state, saved, generator) if saved else None
+    limits = {"max_tokens": tokens, "sampling": sampling, "stop": stop}
+    if not args.interactive and not args.save_state:
+        prompts = prompts or [""]
+        chunks = generate_with(generator, prompts, seed=seed, prefix=prefix, **limits)
+        note(f"{print_texts(chunks, prompts, echo=args.echo)}, seed {seed}")
         return
-    prompts, meter = prompts or [""], Meter()
-    pieces = generate_with(
-        writer, prompts, max_tokens=tokens, sampling=sampling, seed=seed, stop=stop, start=start
-    )
-    print_texts(meter.count(pieces), prompts, echo=args.echo)
-    print(f"[{meter.summary()}, seed {seed}]", file=sys.stderr)
+    session = Session(generator, seed, prefix)
+    try:
+        if args.interactive:
+            _edit_lines()
+            TextDialogue(session, sampling, tokens, stop).run(prompts[0] if prompts else None)
+        else:
+            session.feed(prompts[0] if prompts else "")
+            summary = print_texts(session.stream(**limits), prompts or [""], echo=args.echo)
+            note(f"{summary}, seed {seed}")
+    finally:  # also after Ctrl-C
+        if args.save_state:
+            notes = {"tokenizer": generator.tokenizer.identity()}
+            logits = session.logits if session.started else None
+            states.save(args.save_state, session.state, logits=logits, notes=notes)
+            note(f"state saved in {args.save_state}")
 
 
 def _chat(args: argparse.Namespace, given: dict[str, float]) -> None:
+    from rwkv_jax import states
     from rwkv_jax.cli.chat import chat
     from rwkv_jax.data.conversations import TEMPLATES
     from rwkv_jax.sampling.chat import CHAT_SAMPLING
 
     if args.prompt or args.prompt_file or args.stop or args.interactive or not args.echo:
         raise UserError(
-            "--chat is what you type and the template's stops: leave PROMPT, --prompt-file, --stop,"
-            " --interactive and --no-echo out"
+            "--chat takes its text from the terminal and its stops from the template: leave out"
+            " PROMPT, --prompt-file, --stop, --interactive and --no-echo"
         )
     if args.template and args.template not in TEMPLATES:
         raise UserError(f"--template {args.template}: one of {', '.join(TEMPLATES)}")
-    _any_text()
-    writer = _load(args)
+    sampling = CHAT_SAMPLING.with_flags(given) if given else None
+    settings = {
+        "seed": args.seed,
+        "sampling": sampling,
+        "max_tokens": args.tokens,
+        "think": args.think,
+    }
+    _allow_any_text()
+    generator = _load(args)
     _edit_lines()
-    saved = _saved(args.state, writer) if args.state else None
-    begun = saved is not None and "chat" in saved.notes
+    saved = states.load(args.state, generator.cfg) if args.state else None
+    resume = saved is not None and "chat" in saved.notes
     chat(
-        writer,
-        seed=args.seed,
-        sampling=dataclasses.replace(CHAT_SAMPLING, **given) if given else None,
-        max_tokens=args.tokens,
+        generator,
         template=TEMPLATES[args.template] if args.template else None,
         system=None if args.system is None else _text(args.system),
-        think=args.think,
-        start=_start(args.state, saved, writer) if saved and not begun else None,
-        resume=Path(args.state) if begun else None,
+        settings={name: value for name, value in settings.items() if value is not None},
+        prefix=_prefix(args.state, saved, generator) if saved and not resume else None,
+        resume=Path(args.state) if resume else None,
         save=Path(args.save_state) if args.save_state else None,
     )
 
 
-def _any_text() -> None:
-    """Lets any terminal show any text."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-
-
-def _one_text(session, prompt: str, sampling, tokens: int, echo: bool, stop: list[str]) -> None:
-    from rwkv_jax.cli.terminal import Meter, print_texts
-
-    meter = Meter()
-    session.feed(prompt)
-    pieces = session.stream(max_tokens=tokens, sampling=sampling, stop=stop)
-    print_texts(meter.count(pieces), [prompt], echo=echo)
-    print(f"[{meter.summary()}, seed {session.seed}]", file=sys.stderr)
-
-
-def _saved(path: str, writer):
+def _prefix(path: str, saved, generator):
     from rwkv_jax import states
+    from rwkv_jax.sampling import Prefix
 
-    return states.load(path, writer.cfg)
-
-
-def _start(path: str, saved, writer):
-    from rwkv_jax import states
-    from rwkv_jax.sampling import Start
-
-    if states.batch_size(saved.state) != 1:
-        raise UserError(
-            f"{path}: {states.batch_size(saved.state)} rows; take one with rwkv_jax.states"
-        )
+    if (rows := states.batch_size(saved.state)) != 1:
+        raise UserError(f"{path}: {rows} rows; select one with rwkv_jax.states.take")
     try:
-        writer.check_wrote(saved.notes.get("tokenizer"))
+        generator.check_tokenizer(saved.notes.get("tokenizer"))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return Start(saved.state, writer.cfg, saved.logits)
-
-
-def _save(session, path: str) -> None:
-    from rwkv_jax import states
-
-    notes = {"tokenizer": session.writer.tokenizer.identity()}
-    logits = session.logits if session.begun else None
-    states.save(path, session.state, logits=logits, notes=notes)
-    print(f"[state saved in {path}]", file=sys.stderr)
+    return Prefix(saved.state, generator.cfg, saved.logits)
 
 
 def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
     parser = command(prog, "MODEL [PROMPT]... [options]", ABOUT)
-    parser.add_argument(
-        "model", metavar="MODEL", help=".pth, .safetensors, Hugging Face folder, or folder of a run"
-    )
-    parser.add_argument(
-        "prompt",
-        metavar="PROMPT",
-        nargs="*",
-        default=[],  # without it argparse calls PROMPT required
-        help="without one, a new document is written",
-    )
+    add_model(parser)
+    what = "without one, a new document is written"
+    # Without a default, argparse would call PROMPT required.
+    parser.add_argument("prompt", metavar="PROMPT", nargs="*", default=[], help=what)
 
-    text = parser.add_argument_group("what is written")
-    add = text.add_argument
-    add("--prompt-file", metavar="FILE", help="a further prompt, UTF-8; - is stdin")
+    add = parser.add_argument_group("text").add_argument
+    add("--prompt-file", metavar="FILE", help="one more prompt, UTF-8; - is stdin")
     add("-i", "--interactive", action="store_true", help="take turns in one text (:help there)")
-    add("--tokens", type=int, metavar="N", help="the most for each prompt (200), or reply (2000)")
-    add(
-        "--stop",
-        metavar="TEXT",
-        action="append",
-        default=[],
-        help="stop before this text; may be given several times",
-    )
-    add("--no-echo", dest="echo", action="store_false", help="leave the prompt out")
+    add("--tokens", type=int, metavar="N", help="at most, per prompt (200) or reply (2000)")
+    what = "stop before this text; may be repeated"
+    add("--stop", metavar="TEXT", action="append", default=[], help=what)
+    add("--no-echo", dest="echo", action="store_false", help="do not print the prompt")
 
-    model = parser.add_argument_group("the model and its state")
-    add = model.add_argument
-    add(
-        "--tokenizer",
-        default="",
-        metavar="NAME",
-        help="world, bytes or a tokenizer.json (default: what belongs to the model)",
-    )
-    add("--state", metavar="FILE", help="start from this state: a saved one, or a tuned one (.pth)")
-    add("--save-state", metavar="FILE", help="keep the state after the text, as .safetensors")
+    add = parser.add_argument_group("model and state").add_argument
+    add_tokenizer(add)
+    add("--state", metavar="FILE", help="start from a saved state, or a tuned one (.pth)")
+    add("--save-state", metavar="FILE", help="save the state after the text, as .safetensors")
 
-    chat = parser.add_argument_group("chat")
-    add = chat.add_argument
-    add("--chat", action="store_true", help="take turns with a model that was trained to (:help)")
-    add("--system", metavar="TEXT", help="what the conversation begins with")
+    add = parser.add_argument_group("chat").add_argument
+    add("--chat", action="store_true", help="chat with a model trained for it (:help there)")
+    add("--system", metavar="TEXT", help="system prompt")
     add("--think", metavar="WAY", help="off, fast, on, a bit, some or a lot (off)")
     add("--template", metavar="NAME", help="g1, world or raven (the model's likeliest)")
 
     draw = parser.add_argument_group(
-        "how tokens are drawn", "In a chat: top-p 0.3, presence and frequency 0.5."
+        "sampling", "In a chat: top-p 0.3, presence and frequency 0.5."
     )
-    add = draw.add_argument
-    add("--seed", type=int, metavar="N", help="of the first prompt, N+1 of the next (random)")
-    add(
-        "--temperature",
-        type=float,
-        metavar="X",
-        help="lower is more predictable; 0 always takes the likeliest token (1.0)",
-    )
-    add(
-        "--top-p",
-        type=float,
-        metavar="X",
-        help="only the likeliest tokens that together have this probability (0.85)",
-    )
-    add(
-        "--top-k",
-        type=int,
-        metavar="N",
-        help="only so many of the likeliest; 0 is no limit (0)",
-    )
-    add(
-        "--presence",
-        type=float,
-        metavar="X",
-        help="taken from the logit of each token written before (0.2)",
-    )
-    add(
-        "--frequency",
-        type=float,
-        metavar="X",
-        help="the same, for each time it was written (0.2)",
-    )
-    add(
-        "--decay",
-        type=float,
-        metavar="X",
-        help="how much of those times is left a token later (0.996)",
-    )
+    number = partial(draw.add_argument, type=float, metavar="X")
+    count = partial(draw.add_argument, type=int, metavar="N")
+    count("--seed", help="of the first prompt; each further one adds 1 (random)")
+    number("--temperature", help="lower is more predictable; 0 takes the likeliest token (1.0)")
+    number("--top-p", help="draw from the likeliest tokens with this total probability (0.85)")
+    count("--top-k", help="draw from at most N tokens; 0 is no limit (0)")
+    number("--presence", help="subtracted from the logit of each token already written (0.2)")
+    number("--frequency", help="subtracted once more for each time it was written (0.2)")
+    number("--decay", help="factor on those counts, per token (0.996)")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -269,10 +199,10 @@ def _load(args: argparse.Namespace):
     from rwkv_jax.checkpoint.weights import load_with_tokenizer
     from rwkv_jax.compiled import keep_compiled_programs
     from rwkv_jax.config import DataConfig
-    from rwkv_jax.sampling import Writer
+    from rwkv_jax.sampling import Generator
 
     keep_compiled_programs(DataConfig().cache_root)
-    return Writer(*load_with_tokenizer(args.model, args.tokenizer))
+    return Generator(*load_with_tokenizer(args.model, args.tokenizer))
 
 
 def _read(name: str) -> str:
@@ -290,6 +220,12 @@ def _read(name: str) -> str:
 def _text(argument: str) -> str:
     """An argument as text: the shell may pass bytes that are not UTF-8."""
     return os.fsencode(argument).decode(errors="replace")
+
+
+def _allow_any_text() -> None:
+    """Replaces characters that stdout cannot encode."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _edit_lines() -> None:

@@ -1,75 +1,73 @@
-"""Sampling in a terminal: several texts in order, their speed, and a dialogue with one text."""
+"""Sampling in a terminal: texts in order, their speed, and a dialogue about one text."""
 
 import contextlib
-import dataclasses
 import io
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from rwkv_jax.errors import UserError, held_interrupts, interruptible
-from rwkv_jax.sampling.session import Finish, Piece, Sampling, Session, check_tokens
+from rwkv_jax.sampling import Sampling, Session, TextChunk
+from rwkv_jax.sampling.settings import FLAGS, check_max_tokens
+from rwkv_jax.sampling.stream import Finish
 
 HELP = """\
-What you type is appended to the text, and the model writes on. An empty line just goes on.
-A line that ends with a backslash goes on in the next one, so \\ and Enter type a new line.
+What you type is appended to the text, and the model continues it. An empty line adds nothing.
+A line that ends with a backslash continues on the next one, so \\ and Enter type a line break.
 
   :set                 shows the settings
   :set NAME VALUE      changes one: temperature, top_p, top_k, presence, frequency, decay, tokens
-  :seed N              starts the random numbers again; the text stays
-  :reset               forgets the text
+  :seed N              restarts the random numbers; the text stays
+  :reset               clears the text
   :help   :quit
 
-Ctrl-C stops the writing, Ctrl-D leaves.
+Ctrl-C stops the model, Ctrl-D exits.
 """
 
-Number = TypeVar("Number", int, float)
-AnyPiece = TypeVar("AnyPiece", bound=Piece)
+REASONS = {"stop": "stop string", "end": "end of document"}
+"""Ends of a text that are worth a note."""
 
-REASONS: dict[Finish, str] = {"stop": "stop string", "end": "end of document"}
+Number = TypeVar("Number", int, float)
+Chunk = TypeVar("Chunk", bound=TextChunk)
 
 
 class Meter:
-    """Counts tokens, and their rate after the first piece, which waited for the compiler."""
+    """Counts tokens, and their rate after the first chunk, which waited for the compiler."""
 
     def __init__(self):
-        self._tokens, self._later = 0, 0
-        self._first: float | None = None
-        self._last = 0.0
+        self._tokens: list[int] = []
+        self._times: list[float] = []
+        self.finish: Finish = ""
+        """Of the last chunk."""
 
-    def count(self, pieces: Iterable[AnyPiece]) -> Iterator[AnyPiece]:
-        """The pieces, counted as they pass."""
-        for piece in pieces:
-            self._last = time.perf_counter()
-            self._tokens += piece.tokens
-            if self._first is None:
-                self._first = self._last
-            else:
-                self._later += piece.tokens
-            yield piece
+    def play(self, chunks: Iterable[Chunk], show: Callable[[Chunk], None]) -> None:
+        """Shows chunks as they come. Ctrl-C raises KeyboardInterrupt between two of them."""
+        with interruptible(), held_interrupts() as check:
+            for chunk in chunks:
+                self._times.append(time.perf_counter())
+                self._tokens.append(chunk.tokens)
+                self.finish = chunk.finish
+                show(chunk)
+                check()
 
     def summary(self) -> str:
-        """`200 tokens, 35.1 tokens/s`; without a rate if there is nothing to tell it from."""
-        tokens = f"{self._tokens} token{'s' * (self._tokens != 1)}"
-        seconds = self._last - (self._first or 0.0)
-        return f"{tokens}, {self._later / seconds:.1f} tokens/s" if self._later else tokens
+        """`200 tokens, 35.1 tokens/s`; without a rate if there was only one chunk."""
+        total, later = sum(self._tokens), sum(self._tokens[1:])
+        tokens = f"{total} token{'s' * (total != 1)}"
+        if not later:
+            return tokens
+        return f"{tokens}, {later / (self._times[-1] - self._times[0]):.1f} tokens/s"
 
 
-def print_texts(pieces: Iterable[Piece], prompts: Sequence[str], *, echo: bool = True) -> None:
-    """Prints each prompt (unless `echo` is false) and its text to stdout, as they come.
+def print_texts(chunks: Iterable[TextChunk], prompts: Sequence[str], *, echo: bool = True) -> str:
+    """Prints each prompt (unless `echo` is false) and its text to stdout as they come; returns
+    `Meter.summary`.
 
-    Of several prompts, the first is shown while it is written, the others wait their turn; each has
-    a heading. Ctrl-C stops it between two pieces.
+    Of several prompts, the first is shown while it is written and the others wait their turn; each
+    has a heading.
     """
-    with held_interrupts() as check:
-        _print_texts(pieces, prompts, echo, check)
-
-
-def _print_texts(
-    pieces: Iterable[Piece], prompts: Sequence[str], echo: bool, check: Callable[[], None]
-) -> None:
     waiting = [[] for _ in prompts]
     done = [False] * len(prompts)
     current = -1
@@ -83,26 +81,29 @@ def _print_texts(
         if done[current]:
             show("\n")
 
-    show_next()
-    for piece in pieces:
-        check()
-        done[piece.index] = bool(piece.finish)
-        if piece.index != current:
-            waiting[piece.index].append(piece.text)
-            continue
-        show(piece.text)
-        if piece.finish:
+    def show_chunk(chunk: TextChunk) -> None:
+        done[chunk.index] = bool(chunk.finish)
+        if chunk.index != current:
+            waiting[chunk.index].append(chunk.text)
+            return
+        show(chunk.text)
+        if chunk.finish:
             show("\n")
             while done[current] and current + 1 < len(prompts):
                 show_next()
 
+    show_next()
+    meter = Meter()
+    meter.play(chunks, show_chunk)
+    return meter.summary()
+
 
 @dataclass
-class Dialogue:
-    """A text that a person and the model write in turns.
+class TextDialogue:
+    """A text that a user and the model write in turns.
 
-    Generated text goes to stdout, everything about it to stderr. What cannot be done is said in one
-    line, and the dialogue goes on.
+    The model's text goes to stdout, everything else to stderr. A mistake is reported in one line,
+    and the dialogue continues.
     """
 
     session: Session
@@ -111,11 +112,11 @@ class Dialogue:
     stop: Sequence[str] = ()
 
     def run(self, opening: str | None = None) -> None:
-        """Until the input ends or `:quit`; `opening`, if given, is taken as typed first."""
+        """Until the input ends or `:quit`; `opening`, if given, is the first line."""
         take_turns(self._obey, lambda: "> ", opening)
 
     def _obey(self, line: str) -> bool:
-        """Whether to go on after a line."""
+        """Whether to continue after a line."""
         command, *words = line.split() if line.startswith(":") else ("",)
         match command, words:
             case "", _:
@@ -139,32 +140,45 @@ class Dialogue:
         return True
 
     def _write(self, text: str) -> None:
-        meter, finish, last = Meter(), "", "\n"
-        try:
-            with interruptible(), held_interrupts() as check:
-                self.session.feed(text)
-                pieces = self.session.stream(
-                    max_tokens=self.max_tokens, sampling=self.sampling, stop=self.stop
-                )
-                for piece in meter.count(pieces):
-                    show(piece.text)
-                    finish, last = piece.finish, (piece.text or last)[-1]
-                    check()
-        except KeyboardInterrupt:
-            show("\n")
-            note(f"stopped after {meter.summary()}")
-            return
-        show("" if last == "\n" else "\n")
-        note(", ".join(filter(None, [meter.summary(), REASONS.get(finish)])))
+        last = "\n"
+
+        def chunks() -> Iterator[TextChunk]:
+            self.session.feed(text)
+            yield from self.session.stream(
+                max_tokens=self.max_tokens, sampling=self.sampling, stop=self.stop
+            )
+
+        def show_chunk(chunk: TextChunk) -> None:
+            nonlocal last
+            show(chunk.text)
+            last = (chunk.text or last)[-1]
+
+        summary, stopped = play_turn(chunks(), show_chunk, REASONS)
+        show("\n" if stopped or last != "\n" else "")
+        note(summary)
+
+
+def play_turn(
+    chunks: Iterable[Chunk], show: Callable[[Chunk], None], reasons: Mapping[str, str]
+) -> tuple[str, bool]:
+    """Shows the model's turn until it ends or Ctrl-C; returns a note about it, and whether it was
+    Ctrl-C. `reasons` names the ends that are worth a note."""
+    meter, stopped = Meter(), False
+    try:
+        meter.play(chunks, show)
+    except KeyboardInterrupt:
+        stopped = True
+    reason = "stopped" if stopped else reasons.get(meter.finish)
+    return ", ".join(filter(None, [meter.summary(), reason])), stopped
 
 
 def take_turns(
     obey: Callable[[str], bool], prompt: Callable[[], str], opening: str | None = None
 ) -> None:
-    """Passes what is typed to `obey`, until it says not to go on or the input ends; `opening`, if
-    given, is passed first. Neither an error of the user's nor Ctrl-C ends it."""
+    """Passes each line typed to `obey`, until it returns False or the input ends; `opening`, if
+    given, is the first. A `UserError` is reported, and neither it nor Ctrl-C ends the dialogue."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        with contextlib.suppress(io.UnsupportedOperation):  # too late, it was read from
+        with contextlib.suppress(io.UnsupportedOperation):  # already read from
             sys.stdin.reconfigure(errors="replace")  # any bytes may be typed
     note("Type :help for the commands.")
     line = opening
@@ -182,52 +196,49 @@ def take_turns(
 
 
 def listed(sampling: Sampling, max_tokens: int) -> str:
-    """The settings, in the names that `changed` knows."""
-    settings = {**dataclasses.asdict(sampling), "tokens": max_tokens}
+    """The settings under the names that `changed` takes."""
+    settings = {**sampling.flags(), "tokens": max_tokens}
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def changed(sampling: Sampling, max_tokens: int, name: str, value: str) -> tuple[Sampling, int]:
-    """The settings, one of them changed. Raises `UserError` for a name or value that cannot be."""
-    names = [field.name for field in dataclasses.fields(Sampling)]
-    if name == "tokens":
-        max_tokens = to_number(value, int)
-        check_tokens(max_tokens)
-    elif name in names:
-        number = to_number(value, int) if name == "top_k" else to_number(value, float)
-        sampling = dataclasses.replace(sampling, **{name: number})
-    else:
-        raise UserError(f"{name}: no such setting; one of {', '.join(names)}, tokens")
-    return sampling, max_tokens
+    """The settings with one of them replaced. Raises `UserError` for an unknown name or a bad
+    value."""
+    if name != "tokens" and name not in FLAGS:
+        raise UserError(f"{name}: no such setting; one of {', '.join(FLAGS)}, tokens")
+    number = to_number(value, int if name in ("top_k", "tokens") else float)
+    if name != "tokens":
+        return sampling.with_flags({name: number}), max_tokens
+    check_max_tokens(int(number))
+    return sampling, int(number)
 
 
 def to_number(text: str, kind: type[Number]) -> Number:
-    """What was typed as a number. Raises `UserError`."""
+    """`text` as an `int` or `float`. Raises `UserError`."""
     try:
         return kind(text)
     except ValueError:
-        raise UserError(
-            f"{text}: {'an integer' if kind is int else 'a number'} is needed"
-        ) from None
+        needed = "an integer" if kind is int else "a number"
+        raise UserError(f"{text}: {needed} is needed") from None
 
 
 def show(text: str) -> None:
-    """Prints text to stdout, at once."""
+    """Prints text to stdout at once."""
     if text:
         print(text, end="", flush=True)
 
 
 def note(text: str) -> None:
-    """Prints something about the text to stderr."""
+    """Prints a remark to stderr."""
     print(f"[{text}]", file=sys.stderr, flush=True)
 
 
 def _read_lines(prompt: str) -> str | None:
-    """What is typed next, continued after each backslash at the end of a line; None at the end."""
+    """The next input, continued after each backslash at the end of a line; None at the end."""
     lines: list[str] = []
     while True:
         asked = ("... " if lines else prompt) if sys.stdin.isatty() else ""
-        if not sys.stdout.isatty():  # it is for the text alone
+        if not sys.stdout.isatty():  # stdout is for the text alone
             print(end=asked, file=sys.stderr, flush=True)
             asked = ""
         try:

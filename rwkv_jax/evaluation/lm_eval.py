@@ -34,7 +34,7 @@ from rwkv_jax.evaluation.bits import finite, token_costs
 from rwkv_jax.evaluation.continuations import Prompt, score, split
 from rwkv_jax.evaluation.text import WINDOW
 from rwkv_jax.models import Model
-from rwkv_jax.sampling import Sampling, Start, Writer, generate_with
+from rwkv_jax.sampling import Generator, Prefix, Sampling, generate_with
 from rwkv_jax.sampling.decode import decoding_dtype, decoding_layout
 from rwkv_jax.typing import Array
 
@@ -144,35 +144,35 @@ class RWKV(LM):
                 for first in range(0, len(indices), self.batch):
                     which = indices[first : first + self.batch]
                     contexts = [requests[index].args[0] for index in which]
-                    pieces = self._write(contexts, json.loads(settings), which[0])
-                    for piece in pieces:
-                        texts[which[piece.index]] += piece.text
+                    chunks = self._write(contexts, json.loads(settings), which[0])
+                    for chunk in chunks:
+                        texts[which[chunk.index]] += chunk.text
                     done += len(which)
                     report(done, len(requests))
         return texts
 
     def _write(self, contexts: list[str], settings: dict[str, Any], seed: int) -> Any:
-        writer, start = self._writer
+        generator, prefix = self._generator
         stop = settings.pop("until", None) or []
         lengths = [settings.pop(name) for name in LENGTHS if name in settings]
         return generate_with(
-            writer,
+            generator,
             contexts,
             max_tokens=int(lengths[0]) if lengths else TOKENS,
             sampling=_sampling(settings),
             seed=seed,
             stop=[stop] if isinstance(stop, str) else stop,
-            start=start,
+            prefix=prefix,
         )
 
     @cached_property
-    def _writer(self) -> tuple[Writer, Start]:
+    def _generator(self) -> tuple[Generator, Prefix]:
         """Made when the first text is asked for, as it holds the parameters once more; and the
         beginning of a document."""
         params = decoding_layout(self.params, self.cfg, self.dtype)
-        writer = Writer(params, self.cfg, self.tokenizer)
-        rows = writer.start([""], [0])
-        return writer, Start(rows.state, self.cfg, rows.logits)
+        generator = Generator(params, self.cfg, self.tokenizer)
+        document = generator.prefill([[]], [0])
+        return generator, Prefix(document.state, self.cfg, document.logits)
 
 
 def _sampling(settings: dict[str, Any]) -> Sampling:

@@ -1,6 +1,6 @@
-"""Chat: the turns of a conversation, which lives in the recurrent state. Nothing is read twice.
+"""Chat: conversations kept in the recurrent state, so that no turn is read twice.
 
-A conversation is one text, as a `Template` writes it:
+A conversation is one text in the format of a `Template`:
 
     System: SYSTEM
 
@@ -21,39 +21,26 @@ import json
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.conversations import END, TEMPLATES, Template, clean
-from rwkv_jax.data.tokenizers import StreamDecoder, Tokenizer
+from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.errors import UserError
-from rwkv_jax.models import State, stack
-from rwkv_jax.sampling.decode import Rows, extend, prefill, reseed
-from rwkv_jax.sampling.session import (
-    MAX_SEED,
-    Finish,
-    Pace,
-    Piece,
-    Reader,
-    Sampling,
-    Start,
-    Writer,
-    check_seed,
-    check_tokens,
-    read_block,
-)
+from rwkv_jax.models import State
+from rwkv_jax.sampling.decode import DecodeState, Prefix, reseed
+from rwkv_jax.sampling.generator import Generator
+from rwkv_jax.sampling.settings import MAX_SEED, Sampling, check_max_tokens, check_seed
+from rwkv_jax.sampling.stream import Finish, Stream, TextChunk
 from rwkv_jax.typing import Array, Float
 
-CHAT_SAMPLING = Sampling(temperature=1.0, top_p=0.3, presence=0.5, frequency=0.5, decay=0.996)
-"""The official chat demo's. Its penalties, too, count anew in each reply."""
-
-CHAT_TOKENS = 2000
-"""The most tokens of a reply: thoughts are long."""
+CHAT_SAMPLING = Sampling(top_p=0.3, presence_penalty=0.5, frequency_penalty=0.5)
+"""The official chat demo's settings. Its penalties, too, start from zero in each reply."""
 
 KEPT = 16
-"""How many exchanges can be undone: for each, a state is kept, 2.4 MB of a 0.1B model of version 7
-and 21 MB of a 2.9B one, and the logits after it."""
+"""Number of exchanges that can be undone. Each keeps a state, 2.4 MB for a 0.1B model of version 7
+and 21 MB for a 2.9B one, and the logits after it."""
 
 THINK = {
     "off": ("", ""),
@@ -63,26 +50,25 @@ THINK = {
     "some": (" (think)", " <think"),
     "a lot": (" (think a lot)", " <think"),
 }
-"""Ways to think of the G1 models: what follows the question, and what the reply begins with.
+"""Thinking modes of the G1 models: suffix of the question, start of the reply.
 
-`fast` is a thought already over; the last three set its length (newer G1 models)."""
+`fast` is an empty thought; the last three set the length of the thought (newer G1 models)."""
 
 OPEN, CLOSE = "<think>", "</think>"
-
 
 # The 20B vocabulary splits empty lines, [187, 187], except at the end of a text.
 _NEWLINE, _TWO_NEWLINES = [187], [535]
 
 
 def template_for(cfg: ModelConfig, tokenizer: Tokenizer) -> Template:
-    """The likeliest template of a model: its weights don't tell what it was trained on."""
+    """A guess of a model's template, as its weights do not say what it was trained on."""
     if tokenizer.encode(END) == _TWO_NEWLINES:
         return TEMPLATES["raven"]
     return TEMPLATES["g1" if cfg.version.startswith("7") else "world"]
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a part of a conversation, as they would be in the whole of it."""
+    """The tokens of a part of a conversation, equal to those within the whole conversation."""
     ids = tokenizer.encode(text)
     if ids[-1:] == _TWO_NEWLINES and text.endswith(END) and tokenizer.encode("\n") == _NEWLINE:
         return ids[:-1] + 2 * _NEWLINE
@@ -90,8 +76,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def parts(text: str) -> tuple[str, str]:
-    """The thought and the answer in the beginning of a reply, as far as nothing that may follow can
-    change them.
+    """Thought and answer in an unfinished reply, as far as later text cannot change them.
 
     >>> parts(" <think>\\nWell</thi"), parts(" <think>\\nWell</think>\\nYes. ")
     (('Well', ''), ('Well', 'Yes.'))
@@ -103,13 +88,13 @@ def parts(text: str) -> tuple[str, str]:
         return "", text.rstrip()
     thought, closed, answer = text.removeprefix(OPEN).partition(CLOSE)
     if not closed:
-        begun = next(n for n in range(len(CLOSE) - 1, -1, -1) if thought.endswith(CLOSE[:n]))
-        thought = thought[: len(thought) - begun]
+        partial = next(n for n in range(len(CLOSE) - 1, -1, -1) if thought.endswith(CLOSE[:n]))
+        thought = thought[: len(thought) - partial]
     return thought.strip(), answer.strip()
 
 
 def _closing(text: str) -> str:
-    """What completes a thought that was cut off."""
+    """The text that closes an unfinished thought; empty if there is none."""
     for end in ("", ">", f"\n{CLOSE}", f">\n{CLOSE}"):
         if re.match(rf"\s*{OPEN}.*{CLOSE}", text + end, re.DOTALL):
             return end
@@ -117,18 +102,40 @@ def _closing(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class ChatPiece(Piece):
-    """Some new text of a reply; the last piece says why it is the last."""
+class ReplySettings:
+    """How replies are written. Raises `UserError` for a value out of range."""
+
+    think: str = "off"
+    """A thinking mode, one of `THINK`."""
+    sampling: Sampling = CHAT_SAMPLING
+    max_tokens: int = 2000
+    """Of one reply, with its thought."""
+    seed: int = 0
+    """Of the next reply; each reply increments it."""
+
+    def __post_init__(self):
+        if self.think not in THINK:
+            raise UserError(f"think {self.think}: one of {', '.join(THINK)}")
+        check_max_tokens(self.max_tokens)
+        check_seed(self.seed)
+
+
+DEFAULTS = ReplySettings()
+
+
+@dataclass(frozen=True)
+class ChatChunk(TextChunk):
+    """New text of a reply. The last chunk has a `finish`."""
 
     thought: str = ""
     """New text of the thought before the answer."""
 
 
 @dataclass(frozen=True)
-class _Point:
+class _Position:
     """A conversation between two exchanges."""
 
-    start: Start | None
+    prefix: Prefix | None
     tokens: int = 0
     exchanges: int = 0
 
@@ -137,11 +144,11 @@ class _Point:
 class _Question:
     text: str
     think: str
-    before: _Point
+    before: _Position
     ids: list[int]
-    """All that was read for it."""
-    rows: Rows[Array] | None
-    """The model, having read it; of the last question only."""
+    """All tokens read for it."""
+    decoding: DecodeState[Array] | None
+    """The state after reading it; kept for the last question only."""
 
 
 @dataclass
@@ -149,33 +156,30 @@ class _Reply:
     """A reply while it is written."""
 
     question: _Question
-    rows: Rows[Array]
-    """After all tokens drawn, which may go beyond the reply's end."""
-    base: Rows[Array]
-    """After the first `base_tokens`, whose text, `base_length` characters, will stand."""
+    ids: list[int]
+    """All tokens drawn, which may run past the end of the reply."""
+    base: DecodeState[Array]
+    """The state after the first `base_tokens`, whose text (`base_length` characters) is final."""
     base_tokens: int = 0
     base_length: int = 0
-    ids: list[int] = field(default_factory=list)
     text: str = ""
     shown: tuple[int, int] = (0, 0)
-    """How many characters of the thought and of the answer were handed out."""
+    """Number of characters of the thought and of the answer that were yielded."""
 
     @property
     def beginning(self) -> str:
-        """What the template has the reply begin with."""
+        """The start of the reply that the thinking mode sets."""
         return THINK[self.question.think][1]
 
-    def grow(self, text: str, drawn: list[int], rows: Rows[Array], tokenizer: Tokenizer) -> None:
-        """Takes in more tokens, and the text that they make certain."""
-        self.text += text
-        self.ids += [token for token in drawn if token != tokenizer.eod]
-        self.rows = rows
-        tokens, length = self.fitting(self.text.rstrip(), tokenizer)
-        if tokens == len(self.ids) and tokenizer.eod not in drawn:
-            self.base, self.base_tokens, self.base_length = rows, tokens, length
+    def grow(self, chunk: TextChunk, decoding: DecodeState[Array], tokenizer: Tokenizer) -> None:
+        """Adds a chunk; `decoding` is the state after the last of `ids`."""
+        self.text += chunk.text
+        tokens, length = self.spelling(self.text.rstrip(), tokenizer)
+        if tokens == len(self.ids) and chunk.finish != "end":
+            self.base, self.base_tokens, self.base_length = decoding, tokens, length
 
-    def fitting(self, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
-        """How many tokens, at most, write a beginning of `text`, and its length."""
+    def spelling(self, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
+        """The largest number of tokens whose text is a prefix of `text`, and its length."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         length = self.base_length
         found = self.base_tokens, length
@@ -188,70 +192,65 @@ class _Reply:
                 found = count, length
         return found
 
-    def news(self, text: str, tokens: int, finish: Finish = "") -> ChatPiece:
-        """What of `text`, the reply so far, was not handed out yet."""
+    def next_chunk(self, text: str, tokens: int, finish: Finish) -> ChatChunk:
+        """The part of `text`, the reply so far, that was not yielded yet."""
         thought, answer = parts(text)
         thinking, answering = self.shown
         self.shown = len(thought), len(answer)
-        return ChatPiece(0, answer[answering:], tokens, finish, thought[thinking:])
+        return ChatChunk(0, answer[answering:], tokens, finish, thought[thinking:])
 
 
 class Conversation:
-    """Turns of a person and a model; made from a `Writer`, gone on with by `say`.
+    """A conversation between a user and a model; `say` takes a turn.
 
-    However a reply ends, by itself, at `max_tokens`, by `break` or by Ctrl-C, it stands as far as
-    it was handed out, a thought that was cut off is closed, and `"\\n\\n"` follows, once: where the
-    model wrote more than that, or less, the state is one from before, which then reads what is
-    missing: at most some tokens of the last calls to the device are read again for that.
+    A reply ends by itself, at `max_tokens`, by `break` or by Ctrl-C. The conversation then contains
+    it as far as it was yielded, an unfinished thought closed, and one `"\\n\\n"` after it. If the
+    model wrote more or less than that, the conversation returns to an earlier state and reads the
+    missing tokens: at most some tokens of the last calls to the device are read again.
 
-    `think`, `sampling`, `max_tokens` and `seed` may be set at any time and hold from the next reply
-    on. Each reply is drawn with a seed of its own, the last one's plus 1. With `start`, all begins
-    there instead of at nothing.
+    `settings` can be changed at any time (`configure`) and apply from the next reply on. With
+    `prefix`, conversations start there instead of from a fresh state.
 
-    Raises `UserError` for a way to think, a system prompt or a start that cannot be, and while a
-    reply is iterated, if the model predicts NaN.
+    Raises `UserError` for settings or a system prompt that the template does not support, and
+    during iteration over a reply, if the model predicts NaN.
 
-    >>> chat = Conversation(writer, system="Answer in French.")  # doctest: +SKIP
-    >>> for piece in chat.say("Hello!"):  # doctest: +SKIP
-    ...     print(piece.text, end="")
+    >>> chat = Conversation(generator, system="Answer in French.")  # doctest: +SKIP
+    >>> for chunk in chat.say("Hello!"):  # doctest: +SKIP
+    ...     print(chunk.text, end="")
     """
 
     def __init__(
         self,
-        writer: Writer,
+        generator: Generator,
         template: Template | None = None,
         *,
         system: str = "",
-        think: str = "off",
-        sampling: Sampling = CHAT_SAMPLING,
-        max_tokens: int = CHAT_TOKENS,
-        seed: int = 0,
-        start: Start | None = None,
+        settings: ReplySettings = DEFAULTS,
+        prefix: Prefix | None = None,
     ):
-        self.writer = writer
-        self.template = template or template_for(writer.cfg, writer.tokenizer)
-        self.think = think
-        self.sampling = sampling
-        self.max_tokens = max_tokens
-        self.seed = seed
-        self._start = start
+        self.generator = generator
+        self.template = template or template_for(generator.cfg, generator.tokenizer)
+        self.settings = settings
+        self._prefix = prefix
         self.reset(system)
 
     @property
-    def think(self) -> str:
-        """The way to think, one of `THINK`."""
-        return self._think
+    def settings(self) -> ReplySettings:
+        """How the next reply is written."""
+        return self._settings
 
-    @think.setter
-    def think(self, way: str) -> None:
-        if way not in THINK:
-            raise UserError(f"think {way}: one of {', '.join(THINK)}")
-        if way != "off" and not self.template.paragraphs:
+    @settings.setter
+    def settings(self, settings: ReplySettings) -> None:
+        if settings.think != "off" and not self.template.paragraphs:
             raise UserError(
-                f"think {way}: this template ends a reply at an empty line, and thoughts have some;"
-                " take the template g1, of the models that think"
+                f"think {settings.think}: this template ends a reply at an empty line, and thoughts"
+                " contain some; use the template g1, of the models that think"
             )
-        self._think = way
+        self._settings = settings
+
+    def configure(self, **changes: Any) -> None:
+        """Changes some of the settings."""
+        self.settings = replace(self.settings, **changes)
 
     @property
     def system(self) -> str:
@@ -259,83 +258,79 @@ class Conversation:
         return self._system
 
     def reset(self, system: str | None = None) -> None:
-        """Forgets what was said, and begins anew, with another system prompt if given."""
+        """Starts a new conversation, with another system prompt if given."""
         system = self._system if system is None else clean(system)
         if system and not self.template.system:
             raise UserError(f"system prompt {system[:20]!r}: this template has none; leave it out")
         self._system = system
-        self._point = _Point(self._start)
+        self._position = _Position(self._prefix)
         self._tokens: list[int] = []
         self._questions: deque[_Question] = deque(maxlen=KEPT)
         self._reply: _Reply | None = None
 
-    def say(self, text: str) -> Iterator[ChatPiece]:
-        """The reply to `text`, piece by piece."""
+    def say(self, text: str) -> Iterator[ChatChunk]:
+        """The reply to `text`, chunk by chunk."""
         text = clean(text)
         if not text:
             raise UserError("there is nothing to reply to: say something")
-        self._check()
         return self._say(text)
 
-    def retry(self) -> Iterator[ChatPiece]:
+    def retry(self) -> Iterator[ChatChunk]:
         """Another reply, drawn with the next seed, in place of the last one."""
-        self._check()
         self._settle()
         question = self._last()
-        if question.rows is None or question.think != self.think:
+        if question.decoding is None or question.think != self.settings.think:
             return self._say(question.text, question.before)
         return self._answer(question)
 
     def undo(self) -> None:
-        """Forgets the last exchange."""
+        """Drops the last exchange."""
         self._settle()
-        self._point = self._last().before
-        del self._tokens[self._point.tokens :]
+        self._position = self._last().before
+        del self._tokens[self._position.tokens :]
         self._questions.pop()
 
     @property
     def exchanges(self) -> int:
-        """How many questions were asked."""
+        """Number of questions asked."""
         self._settle()
-        return self._point.exchanges
+        return self._position.exchanges
 
     @property
     def tokens(self) -> list[int]:
-        """All that the model has read and written: reading these, it comes to the same state."""
+        """All tokens that the model has read and written: reading these gives the same state."""
         self._settle()
         return list(self._tokens)
 
     @property
     def transcript(self) -> str:
-        """The text of the tokens."""
-        return self.writer.tokenizer.decode_bytes(self.tokens).decode(errors="replace")
+        """The text of `tokens`."""
+        return self.generator.tokenizer.decode_bytes(self.tokens).decode(errors="replace")
 
     @property
     def state(self) -> State:
-        """After the last exchange, layers stacked: a value, to keep or to save."""
-        return stack(self._begun().state)
+        """The state after the last exchange, stacked."""
+        return self._after_exchange().state
 
     @property
     def logits(self) -> Float[Array, "1 V"]:
-        """Of the next token after the last exchange."""
-        logits = self._begun().logits
+        """Logits of the next token after the last exchange."""
+        logits = self._after_exchange().logits
         assert logits is not None, "known after every exchange"
         return logits
 
     def notes(self) -> dict[str, str]:
-        """What `resumed` has to know, to be saved beside the state and the logits."""
+        """The metadata that `resumed` needs, to be saved with the state and the logits."""
         settings = {
             "template": asdict(self.template),
             "system": self.system,
-            "think": self.think,
-            "sampling": asdict(self.sampling),
-            "max_tokens": self.max_tokens,
-            "seed": self.seed,
+            **asdict(self.settings),
+            "sampling": self.settings.sampling.flags(),
             "exchanges": self.exchanges,
             "tokens": self.tokens,
         }
         return {
-            "tokenizer": self.writer.tokenizer.identity(),
+            "tokenizer": self.generator.tokenizer.identity(),
             "transcript": self.transcript,
             "chat": json.dumps(settings),
         }
@@ -343,119 +338,105 @@ class Conversation:
     @classmethod
     def resumed(
         cls,
-        writer: Writer,
+        generator: Generator,
         state: State,
         logits: Float[Array, "1 V"] | None,
         notes: Mapping[str, str],
-        start: Start | None = None,
+        prefix: Prefix | None = None,
     ) -> "Conversation":
         """The conversation with this state, these logits and `notes`, as if it had never stopped,
-        except that exchanges before now can no longer be undone.
+        except that its exchanges so far cannot be undone.
 
-        `start` is where `reset` begins. Raises `UserError` unless they are of a conversation.
+        `prefix` is where `reset` starts. Raises `UserError` unless they belong to a conversation.
         """
-        writer.check_wrote(notes.get("tokenizer"))
+        generator.check_tokenizer(notes.get("tokenizer"))
         try:
-            said: dict[str, Any] = json.loads(notes["chat"])
-            tokens, exchanges = list(said.pop("tokens")), int(said.pop("exchanges"))
-            said["template"] = Template(**said["template"])
-            said["sampling"] = Sampling(**said["sampling"])
-            new = cls(writer, start=start, **said)
-            new._check()
-            if logits is None or not all(0 <= x < writer.tokenizer.vocab_size for x in tokens):
+            saved: dict[str, Any] = json.loads(notes["chat"])
+            tokens, exchanges = list(saved.pop("tokens")), int(saved.pop("exchanges"))
+            template, system = Template(**saved.pop("template")), saved.pop("system")
+            saved["sampling"] = Sampling().with_flags(saved["sampling"])
+            settings = ReplySettings(**saved)
+            new = cls(generator, template, system=system, settings=settings, prefix=prefix)
+            if logits is None or not all(0 <= x < generator.tokenizer.vocab_size for x in tokens):
                 raise ValueError
         except UserError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(
-                "no conversation goes with this state, or a damaged one; it can still be a state"
-                " to start from"
+                "the file of this state has no conversation, or a damaged one; it may still be a"
+                " state to start from"
             ) from None
         new._tokens = tokens
-        new._point = _Point(Start(state, writer.cfg, logits), len(tokens), exchanges)
+        end = Prefix(state, generator.cfg, logits)
+        new._position = _Position(end, len(tokens), exchanges)
         return new
-
-    def _check(self) -> None:
-        check_seed(self.seed)
-        check_tokens(self.max_tokens)
 
     def _last(self) -> _Question:
         if not self._questions:
             raise UserError(f"no exchange to go back to; the last {KEPT} of this session are kept")
         return self._questions[-1]
 
-    def _begun(self) -> Start:
+    def _after_exchange(self) -> Prefix:
         self._settle()
-        if not self._point.exchanges or self._point.start is None:
+        if not self._position.exchanges or self._position.prefix is None:
             raise UserError("nothing was said yet: say something first")
-        return self._point.start
+        return self._position.prefix
 
-    def _say(self, text: str, before: _Point | None = None) -> Iterator[ChatPiece]:
+    def _say(self, text: str, before: _Position | None = None) -> Iterator[ChatChunk]:
         self._settle()
-        yield from self._answer(self._read(text, before or self._point))
+        yield from self._answer(self._read(text, before or self._position))
 
-    def _read(self, text: str, before: _Point) -> _Question:
-        writer, template = self.writer, self.template
-        after, beginning = THINK[self.think]
-        begin = "" if before.exchanges else self._opening()
-        turn = f"{begin}{template.user}: {text}{after}{END}{template.bot}:{beginning}"
-        ids = encode(writer.tokenizer, turn)
-        rows = prefill(
-            writer.params,
-            [ids],
-            [self.seed],
-            cfg=writer.cfg,
-            end=writer.tokenizer.eod,
-            start=before.start.state if before.start else None,
-        )
-        return _Question(text, self.think, before, ids, rows)
+    def _read(self, text: str, before: _Position) -> _Question:
+        generator, template, settings = self.generator, self.template, self.settings
+        suffix, beginning = THINK[settings.think]
+        opening = "" if before.exchanges else self._opening()
+        turn = f"{opening}{template.user}: {text}{suffix}{END}{template.bot}:{beginning}"
+        ids = encode(generator.tokenizer, turn)
+        decoding = generator.prefill([ids], [settings.seed], before.prefix)
+        return _Question(text, settings.think, before, ids, decoding)
 
     def _opening(self) -> str:
         if self.system:
             return f"{self.template.system}: {self.system}{END}"
-        return "" if self._start else self.template.opening
+        return "" if self._prefix else self.template.opening
 
-    def _answer(self, question: _Question) -> Iterator[ChatPiece]:
-        assert question.rows is not None, "callers have had it read"
+    def _answer(self, question: _Question) -> Iterator[ChatChunk]:
+        assert question.decoding is not None, "callers pass a question that was read"
         self._settle()
-        tokenizer = self.writer.tokenizer
-        rows = reseed(question.rows, [self.seed])
-        self._reply = reply = _Reply(question, rows, rows)
-        self.seed = (self.seed + 1) % (MAX_SEED + 1)
-        reader = Reader(StreamDecoder(tokenizer), tokenizer.eod, self.template.stops)
-        settings, pace = self.sampling.rows(1), Pace()
-        left, tokens = self.max_tokens, 0
-        while left and not reader.finish:
-            if tokens:
-                yield reply.news(reply.beginning + reply.text, tokens)
-                if self._reply is not reply:
-                    return  # something else was done meanwhile
-            block, rows = self.writer.write(reply.rows, settings, pace.next(left))
-            piece = read_block(0, reader, block[0])
-            tokens = piece.tokens
-            left -= tokens
-            reply.grow(piece.text, block[0, :tokens].tolist(), rows, tokenizer)
-        yield reply.news(self._settle(), tokens, reader.finish or "length")
+        generator, settings = self.generator, self.settings
+        decoding = reseed(question.decoding, [settings.seed])
+        stream = Stream(
+            generator, decoding, settings.sampling, settings.max_tokens, self.template.stops
+        )
+        self._reply = reply = _Reply(question, stream.readers[0].ids, decoding)
+        self.configure(seed=(settings.seed + 1) % (MAX_SEED + 1))
+        for chunk in stream:
+            if chunk.finish != "length":  # its text may be the start of a stop string
+                reply.grow(chunk, stream.decoding, generator.tokenizer)
+            text = self._settle() if chunk.finish else reply.beginning + reply.text
+            yield reply.next_chunk(text, chunk.tokens, chunk.finish)
+            if self._reply is not reply:
+                return  # the reply was ended while the caller had control
 
     def _settle(self) -> str:
-        """Ends the reply being written, if one is; returns all of it."""
+        """Ends the reply being written, if there is one; returns all of its text."""
         reply = self._reply
         if reply is None:
             return ""
-        writer, question, before = self.writer, reply.question, reply.question.before
+        generator, question, before = self.generator, reply.question, reply.question.before
         text = reply.text.rstrip()
         text += _closing(reply.beginning + text) + END
-        tokens, length = reply.fitting(text, writer.tokenizer)
-        missing = encode(writer.tokenizer, text[length:])
+        tokens, length = reply.spelling(text, generator.tokenizer)
+        missing = encode(generator.tokenizer, text[length:])
         unread = reply.ids[reply.base_tokens : tokens] + missing
-        rows = extend(writer.params, reply.base, unread, cfg=writer.cfg)
-        start = Start(rows.state, writer.cfg, rows.logits)
+        decoding = generator.extend(reply.base, unread)
+        end = Prefix(decoding.state, generator.cfg, decoding.logits)
         self._tokens[before.tokens :] = question.ids + reply.ids[:tokens] + missing
-        self._point = _Point(start, len(self._tokens), before.exchanges + 1)
+        self._position = _Position(end, len(self._tokens), before.exchanges + 1)
         if self._questions:
             last = self._questions.pop()
-            if last.before is not before:  # it is, where this is another reply to the same
-                self._questions.append(replace(last, rows=None))
+            if last.before is not before:  # else this is another reply to the same question
+                self._questions.append(replace(last, decoding=None))
         self._questions.append(question)
         self._reply = None
         return reply.beginning + text

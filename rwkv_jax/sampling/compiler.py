@@ -1,4 +1,4 @@
-"""How decoding is compiled: in one place, as the options depend on the version of jaxlib."""
+"""Compiler options of decoding, which depend on the version of jaxlib."""
 
 from functools import cache, wraps
 from typing import Any
@@ -8,13 +8,13 @@ import jax
 from rwkv_jax.typing import Callable
 
 SINGLE_TOKEN = {"xla_cpu_experimental_ynn_fusion_type": ""}
-"""CPU: no YNNPACK fusions. jaxlib 0.10 makes them of every reduction, and on the few numbers of one
-token they cost 13 of 37 ms at the 0.1B shape."""
+"""CPU: no YNNPACK fusions. jaxlib 0.10 applies them to every reduction, and for a single token they
+cost 13 of 37 ms at the 0.1B shape."""
 
 
 @cache
 def _options() -> dict[str, str]:
-    """`SINGLE_TOKEN`; nothing on other devices, and with a jaxlib that does not know it."""
+    """`SINGLE_TOKEN` on CPU if jaxlib knows it, else no options."""
     if jax.default_backend() != "cpu":
         return {}
     try:
@@ -25,9 +25,9 @@ def _options() -> dict[str, str]:
 
 
 def jit_for_decoding(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`jax.jit` with `cfg` static, and the options that single tokens want.
+    """`jax.jit` with `cfg` static and the options for single tokens.
 
-    They are looked up at the first call: importing a module must not start a backend.
+    They are determined at the first call, as importing a module must not start a backend.
     """
 
     @cache

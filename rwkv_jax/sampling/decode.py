@@ -1,8 +1,8 @@
-"""Reading a prompt and writing on from it, on the device.
+"""Prefill and the decode loop, on the device.
 
-`prefill` runs prompts through the model in chunks; `decode` is one jitted loop that samples a
-token, feeds it and goes on, so that nothing but tokens travels to the host. Everything a text
-depends on is in `Rows`, a value: keep one and decode from it again, and the same tokens come.
+`prefill` runs prompts through the model in chunks. `decode` is one jitted loop that samples a token
+and feeds it back, so that only tokens travel to the host. A `DecodeState` holds everything a
+continuation depends on: decoding from the same value again gives the same tokens.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,10 @@ from flax import struct
 from jax import lax
 from jaxtyping import Key
 
+from rwkv_jax import models
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models import Model, State, backbone, forward, head, init_state, specs, unstack
+from rwkv_jax.errors import UserError
+from rwkv_jax.models import Model, State, backbone, check_state, forward, head, stack, unstack
 from rwkv_jax.nn import Transposed
 from rwkv_jax.params import ParamSpec, is_spec
 from rwkv_jax.sampling.compiler import jit_for_decoding
@@ -34,34 +36,55 @@ from rwkv_jax.sampling.transforms import (
 from rwkv_jax.typing import Array, Bool, Float, Int, Leaf
 
 CHUNKS = (256, 16, 1)
-"""Lengths that are compiled: a prompt is cut into these, longest first, as there is no padding."""
+"""Lengths that are compiled: a prompt is cut into these, longest first, without padding."""
 
 BLOCK = 64
-"""The most tokens a call of `decode` writes."""
+"""The most tokens per call of `decode`."""
 
 NO_TOKEN = -1
-"""Stands in `decode`'s output after the end of a row."""
+"""In `decode`'s output, after the end of a row."""
 
 NOT_FINITE = -2
-"""Stands in `decode`'s output, as the last of a row, where the model predicts NaN or infinity: no
-token can be drawn then."""
+"""In `decode`'s output, at the end of a row: the logits have NaN or infinity, and no token can be
+drawn."""
 
 
 @struct.dataclass
-class Rows(Generic[Leaf]):
-    """A batch of texts being written: one row each, independent of its neighbours."""
+class DecodeState(Generic[Leaf]):
+    """A batch of texts being written: one row each, independent of the others."""
 
     state: State
-    """After the last token read or written; `blocks` is a tuple of layers."""
+    """After the last token read or written, unstacked."""
     logits: Leaf
     """[b, V], of the next token, before penalties."""
     counts: Counts[Leaf]
-    key: Leaf
-    """[b], from the row's seed. The draw of a token is keyed by this and `written`."""
-    written: Leaf
-    """[b], tokens drawn so far."""
-    ended: Leaf
-    """[b], whether the row is complete: no more is written in it."""
+    keys: Leaf
+    """[b], from the rows' seeds. The draw of a token is keyed by this and `drawn`."""
+    drawn: Leaf
+    """[b], number of tokens drawn so far."""
+    done: Leaf
+    """[b], whether the row is complete: no more tokens are drawn in it."""
+
+
+class Prefix:
+    """A point to start texts from: the state of one row and, if known, the logits of its next
+    token.
+
+    Raises `UserError` unless the state is one row of `cfg`'s model.
+    """
+
+    def __init__(self, state: State, cfg: ModelConfig, logits: Float[Array, "1 V"] | None = None):
+        try:
+            check_state(state, cfg, 1)
+        except ValueError as error:
+            raise UserError(f"{error}; give one row of a state of this model") from None
+        self.unstacked = state if isinstance(state.blocks, tuple) else unstack(state)
+        self.logits = logits
+
+    @property
+    def state(self) -> State:
+        """The state, stacked."""
+        return stack(self.unstacked)
 
 
 def decoding_dtype() -> Any:
@@ -70,11 +93,11 @@ def decoding_dtype() -> Any:
 
 
 def decoding_layout(params: Model[Array], cfg: ModelConfig, dtype: Any = None) -> Model[Array]:
-    """The parameters as decoding wants them: layers unstacked, matrices stored in `dtype` and, on
-    CPU, the large ones transposed. Unstacked already, they come back as they are.
+    """The parameters for decoding: layers unstacked, matrices stored in `dtype` and, on CPU, the
+    large ones transposed. Unstacked parameters are returned unchanged.
 
-    None is `decoding_dtype()`. Logits are those of the parameters given, computed in `dtype`: a
-    matrix is cast once instead of at each use. All else stays float32.
+    `dtype` None is `decoding_dtype()`. Logits equal those of `params` computed in `dtype`: matrices
+    are cast once instead of at each use. Everything else stays float32.
     """
     dtype = decoding_dtype() if dtype is None else dtype
     return params if isinstance(params.blocks, tuple) else _lay_out(params, cfg, dtype)
@@ -88,7 +111,7 @@ def _lay_out(params: Model[Array], cfg: ModelConfig, dtype: Any) -> Model[Array]
         turned = spec.layout == "linear" and jax.default_backend() == "cpu"
         return Transposed(value.swapaxes(-1, -2)) if turned else value
 
-    return unstack(jax.tree.map(store, specs(cfg), params, is_leaf=is_spec))
+    return unstack(jax.tree.map(store, models.specs(cfg), params, is_leaf=is_spec))
 
 
 def prefill(
@@ -98,69 +121,78 @@ def prefill(
     *,
     cfg: ModelConfig,
     end: int,
-    start: State | None = None,
-    start_logits: Float[Array, "1 V"] | None = None,
-) -> Rows[Array]:
-    """Rows that have read their prompts; `params` in `decoding_layout`.
+    prefix: Prefix | None = None,
+) -> DecodeState[Array]:
+    """Reads the prompts; `params` in `decoding_layout`.
 
-    Each prompt is read by itself, so rows may differ in length and none depends on its neighbours.
-    An empty one starts a document: it reads `end`, the token between documents, from a fresh state,
-    as every document does in training. `start` is a state of one row to read every prompt from; an
-    empty prompt then reads nothing, and `start_logits` say what may come next.
+    Each prompt is read by itself, after `prefix` if given, so prompts may differ in length and no
+    row depends on another. An empty prompt reads `end`, the token between documents, as every
+    document starts in training; after a prefix with logits it reads nothing.
     """
-    fresh = _fresh_state(params, cfg, 1) if start is None else start
-    logits, states = [], []
-    for prompt in prompts:
-        if start_logits is not None and not prompt:
-            row_logits, state = start_logits, fresh
-        else:
-            row_logits, state = _read(params, prompt or [end], fresh, cfg)
-        logits.append(row_logits)
-        states.append(state)
-    return _side_by_side(logits, states, _keys(seeds))
+    start = _fresh_state(params, cfg, 1) if prefix is None else prefix.unstacked
+    known = None if prefix is None else prefix.logits
+    rows = [
+        (known, start)
+        if known is not None and not prompt
+        else _read(params, prompt or [end], start, cfg)
+        for prompt in prompts
+    ]
+    return _as_batch(rows, _keys(seeds))
 
 
 @partial(jax.jit, static_argnums=(1, 2))
 def _fresh_state(params: Model[Array], cfg: ModelConfig, batch: int) -> State:
-    return unstack(init_state(cfg, batch, params))
+    return unstack(models.init_state(cfg, batch, params))
 
 
 @jax.jit
-def _side_by_side(
-    logits: list[Float[Array, "1 V"]], states: list[State], keys: Key[Array, " b"]
-) -> Rows[Array]:
-    batch, vocab_size = len(logits), logits[0].shape[1]
-    return Rows(
-        state=jax.tree.map(lambda *rows: jnp.concatenate(rows), *states),
-        logits=jnp.concatenate(logits),
-        counts=no_counts(batch, vocab_size),
-        key=keys,
-        written=jnp.zeros(batch, jnp.int32),
-        ended=jnp.zeros(batch, bool),
+def _as_batch(
+    rows: list[tuple[Float[Array, "1 V"], State]], keys: Key[Array, " b"]
+) -> DecodeState[Array]:
+    logits, state = jax.tree.map(lambda *xs: jnp.concatenate(xs), *rows)
+    return DecodeState(
+        state=state,
+        logits=logits,
+        counts=no_counts(*logits.shape),
+        keys=keys,
+        drawn=jnp.zeros(len(rows), jnp.int32),
+        done=jnp.zeros(len(rows), bool),
     )
 
 
 def extend(
-    params: Model[Array], rows: Rows[Array], tokens: Sequence[int], *, cfg: ModelConfig
-) -> Rows[Array]:
-    """A single row that has read at least one more token, and goes on even if it had ended."""
-    logits, state = _read(params, tokens, rows.state, cfg)
-    return replace(rows, logits=logits, state=state, ended=jnp.zeros_like(rows.ended))
+    params: Model[Array], decoding: DecodeState[Array], tokens: Sequence[int], *, cfg: ModelConfig
+) -> DecodeState[Array]:
+    """A single row after reading at least one more token; it is no longer done."""
+    logits, state = _read(params, tokens, decoding.state, cfg)
+    return replace(decoding, logits=logits, state=state, done=jnp.zeros_like(decoding.done))
 
 
-def forget(
-    params: Model[Array], rows: Rows[Array], *, cfg: ModelConfig, start: State | None = None
-) -> Rows[Array]:
-    """A row that has read and written nothing, or what `start` is after, but doesn't draw the same
-    numbers once more."""
-    batch, vocab_size = rows.logits.shape
-    state = _fresh_state(params, cfg, batch) if start is None else start
-    return replace(rows, state=state, counts=no_counts(batch, vocab_size))
+def restart(
+    params: Model[Array],
+    decoding: DecodeState[Array],
+    *,
+    cfg: ModelConfig,
+    prefix: Prefix | None = None,
+) -> DecodeState[Array]:
+    """A fresh state, or that of `prefix`, and no penalties; the random numbers continue.
+
+    Unless `prefix` has logits, those of `decoding` remain, and a token has to be read next.
+    """
+    state = _fresh_state(params, cfg, len(decoding.done)) if prefix is None else prefix.unstacked
+    logits = decoding.logits if prefix is None or prefix.logits is None else prefix.logits
+    return replace(
+        decoding,
+        state=state,
+        logits=logits,
+        counts=no_counts(*logits.shape),
+        done=jnp.zeros_like(decoding.done),
+    )
 
 
-def reseed(rows: Rows[Array], seeds: Sequence[int]) -> Rows[Array]:
-    """Rows whose next token is the first that their new seed draws."""
-    return replace(rows, key=_keys(seeds), written=jnp.zeros_like(rows.written))
+def reseed(decoding: DecodeState[Array], seeds: Sequence[int]) -> DecodeState[Array]:
+    """The same rows with other random numbers, from their first on."""
+    return replace(decoding, keys=_keys(seeds), drawn=jnp.zeros_like(decoding.drawn))
 
 
 def _keys(seeds: Sequence[int]) -> Key[Array, " b"]:
@@ -184,7 +216,7 @@ def _read(
 def _chunk(
     params: Model[Array], tokens: Int[Array, "b t"], state: State, *, cfg: ModelConfig
 ) -> tuple[Float[Array, "b V"], State]:
-    """Logits after the last token only: a whole prompt's would be the largest array around."""
+    """Logits after the last token only: those of a whole prompt would be the largest array."""
     hidden, state = backbone(params, tokens, state, cfg=cfg, dtype=params.head.dtype)
     return head(params, hidden[:, -1]), state
 
@@ -192,57 +224,56 @@ def _chunk(
 @jit_for_decoding
 def decode(
     params: Model[Array],
-    rows: Rows[Array],
+    decoding: DecodeState[Array],
     settings: Settings[Array],
     vocabulary: Vocabulary[Array],
-    tokens: int | Int[Array, ""],
+    steps: int | Int[Array, ""],
     *,
     cfg: ModelConfig,
     end: int | Int[Array, ""],
-) -> tuple[Int[Array, "b BLOCK"], Rows[Array]]:
-    """Writes up to `tokens` (at most `BLOCK`) tokens in every row: these, and the rows after them.
+) -> tuple[Int[Array, "b BLOCK"], DecodeState[Array]]:
+    """Draws up to `steps` (at most `BLOCK`) tokens in every row: the tokens, and the state after.
 
-    A row ends with the token `end`, which is its last, or with `NOT_FINITE` where the model's
-    logits are no numbers to draw from; after it come `NO_TOKEN`s. The loop stops
-    early when all rows have ended, so a single row's state is that after its last token (a row that
-    ended beside others still being written has a state of no use). `tokens` and `end` are traced:
-    one program for all of them.
+    A row is done with the token `end`, its last, or with `NOT_FINITE` where its logits are not
+    finite; `NO_TOKEN`s follow. The loop stops early when all rows are done, so a single row's state
+    is the one after its last token (that of a row done before others is undefined). `steps` and
+    `end` are traced: one program serves all values.
     """
 
-    def unfinished(carry: tuple[Array, Array, Rows[Array]]) -> Array:
-        step, _, rows = carry
-        return (step < tokens) & ~jnp.all(rows.ended)
+    def unfinished(carry: tuple[Array, Array, DecodeState[Array]]) -> Array:
+        step, _, now = carry
+        return (step < steps) & ~jnp.all(now.done)
 
-    def step(carry: tuple[Array, Array, Rows[Array]]) -> tuple[Array, Array, Rows[Array]]:
-        index, written, rows = carry
+    def step(
+        carry: tuple[Array, Array, DecodeState[Array]],
+    ) -> tuple[Array, Array, DecodeState[Array]]:
+        index, tokens, now = carry
         with jax.named_scope("sample"):
-            token, finite = _next_token(rows, settings, vocabulary)
-        output = jnp.where(rows.ended, NO_TOKEN, jnp.where(finite, token, NOT_FINITE))
-        counts = count_tokens(rows.counts, token, settings, vocabulary)
-        logits, state = forward(
-            params, token[:, None], rows.state, cfg=cfg, dtype=params.head.dtype
-        )
-        rows = Rows(
+            token, finite = _next_token(now, settings, vocabulary)
+        output = jnp.where(now.done, NO_TOKEN, jnp.where(finite, token, NOT_FINITE))
+        counts = count_tokens(now.counts, token, settings, vocabulary)
+        logits, state = forward(params, token[:, None], now.state, cfg=cfg, dtype=params.head.dtype)
+        after = DecodeState(
             state=state,
             logits=logits[:, 0],
             counts=counts,
-            key=rows.key,
-            written=rows.written + 1,
-            ended=rows.ended | (token == end) | ~finite,
+            keys=now.keys,
+            drawn=now.drawn + 1,
+            done=now.done | (token == end) | ~finite,
         )
-        return index + 1, lax.dynamic_update_index_in_dim(written, output, index, 1), rows
+        return index + 1, lax.dynamic_update_index_in_dim(tokens, output, index, 1), after
 
-    written = jnp.full((rows.ended.shape[0], BLOCK), NO_TOKEN, jnp.int32)
-    _, written, rows = lax.while_loop(unfinished, step, (jnp.int32(0), written, rows))
-    return written, rows
+    tokens = jnp.full((decoding.done.shape[0], BLOCK), NO_TOKEN, jnp.int32)
+    _, tokens, decoding = lax.while_loop(unfinished, step, (jnp.int32(0), tokens, decoding))
+    return tokens, decoding
 
 
 def _next_token(
-    rows: Rows[Array], settings: Settings[Array], vocabulary: Vocabulary[Array]
+    decoding: DecodeState[Array], settings: Settings[Array], vocabulary: Vocabulary[Array]
 ) -> tuple[Int[Array, " b"], Bool[Array, " b"]]:
     """A token for each row, and whether it could be drawn."""
-    logits = apply_penalties(rows.logits, rows.counts, settings)
+    logits = apply_penalties(decoding.logits, decoding.counts, settings)
     logits = jnp.where(vocabulary.allowed[None], logits, -jnp.inf)
-    keys = jax.vmap(jax.random.fold_in)(rows.key, rows.written)
-    # The largest is NaN if any is, and drawing needs it in any case.
+    keys = jax.vmap(jax.random.fold_in)(decoding.keys, decoding.drawn)
+    # The maximum is NaN if any logit is, and drawing needs it in any case.
     return sample(logits, keys, settings), jnp.isfinite(jnp.max(logits, axis=-1))

@@ -1,14 +1,17 @@
 """From logits to the next token, by the official conventions (PyPI `rwkv`, `PIPELINE`).
 
-1. Penalties: logit[n] -= presence * [n was generated] + frequency * occurrence[n].
+1. Penalties: logit[n] -= presence_penalty * [n was generated] + frequency_penalty * occurrence[n].
 2. p = softmax(logits), at temperature 1.
-3. Top-p: with p sorted downwards, the cutoff is the first value at which the running sum reaches
-   `top_p`; everything below it goes, ties with it stay. Top-k: the same with a running count, so
-   the cutoff is the k-th largest value (official code drops arbitrary ones of its ties).
-4. The draw is from p^(1/temperature) over what is left, renormalised. Temperature 0 is the arg-max.
-5. occurrence *= decay, then occurrence[token] += 1 (0 for digits and blanks, see `Vocabulary`).
+3. Top-p: with p in descending order, the cutoff is the first value at which the running sum reaches
+   `top_p`; smaller values are dropped, ties are kept. Top-k: the same with a running count, so the
+   cutoff is the k-th largest value (official code drops arbitrary ones of its ties).
+4. The draw is from p^(1/temperature) over the kept tokens, renormalised. Temperature 0 is the
+   arg-max.
+5. occurrence *= penalty_decay, then occurrence[token] += 1 (0 for digits and blanks, see
+   `Vocabulary`).
 
-Every setting is an array of one value per row: rows of a batch may differ, no setting recompiles.
+Every setting is an array with one value per row: rows of a batch may differ, and no setting causes
+a recompilation.
 """
 
 import math
@@ -23,7 +26,7 @@ from jaxtyping import Key
 from rwkv_jax.typing import Array, Float, Int, Leaf
 
 FEW = 128
-"""How many of the largest probabilities are looked at first."""
+"""Number of the largest probabilities that are tried first."""
 
 ONE_BITS = 0x3F800000
 """The bit pattern of the float32 1.0."""
@@ -31,26 +34,23 @@ ONE_BITS = 0x3F800000
 
 @struct.dataclass
 class Settings(Generic[Leaf]):
-    """How each row of a batch is sampled: [b] each, float32 but `top_k` int32, where 0 is no limit.
-
-    `session.Sampling` is the same for people, with its limits checked.
-    """
+    """`Sampling` as arrays, [b] each: float32, but `top_k` int32 (0 is no limit)."""
 
     temperature: Leaf
     top_p: Leaf
     top_k: Leaf
-    presence: Leaf
-    frequency: Leaf
-    decay: Leaf
+    presence_penalty: Leaf
+    frequency_penalty: Leaf
+    penalty_decay: Leaf
 
 
 @struct.dataclass
 class Vocabulary(Generic[Leaf]):
-    """What sampling knows about the tokens, [V] each.
+    """Properties of the tokens, [V] each.
 
-    `allowed`: the tokenizer has it; a model may have more rows than its tokenizer has tokens.
-    `increment`: what one occurrence adds to the count, 1, or 0 for tokens whose text is a substring
-    of " \\t0123456789" (numbers and tables repeat by nature; they still count as present).
+    `allowed`: the tokenizer has this token (a model may have more rows than its tokenizer has
+    tokens). `increment`: what one occurrence adds to the count, 1, or 0 for tokens whose text is a
+    substring of " \\t0123456789": numbers and tables repeat by nature. They still count as present.
     """
 
     allowed: Leaf
@@ -59,14 +59,14 @@ class Vocabulary(Generic[Leaf]):
 
 @struct.dataclass
 class Counts(Generic[Leaf]):
-    """What was generated so far, [b, V] each: decayed occurrences, and whether there were any."""
+    """Tokens generated so far, [b, V] each: decayed occurrences, and whether there were any."""
 
     occurrence: Leaf
     seen: Leaf
 
 
 def no_counts(batch: int, vocab_size: int) -> Counts[Array]:
-    """Nothing generated yet."""
+    """Counts before the first token."""
     shape = (batch, vocab_size)
     return Counts(occurrence=jnp.zeros(shape), seen=jnp.zeros(shape, bool))
 
@@ -74,9 +74,9 @@ def no_counts(batch: int, vocab_size: int) -> Counts[Array]:
 def apply_penalties(
     logits: Float[Array, "b V"], counts: Counts[Array], settings: Settings[Array]
 ) -> Float[Array, "b V"]:
-    """Logits less the presence and frequency penalties of their tokens."""
-    presence = settings.presence[:, None] * counts.seen.astype(jnp.float32)
-    return logits - presence - settings.frequency[:, None] * counts.occurrence
+    """Logits minus the presence and frequency penalties of their tokens."""
+    presence = settings.presence_penalty[:, None] * counts.seen.astype(jnp.float32)
+    return logits - presence - settings.frequency_penalty[:, None] * counts.occurrence
 
 
 def count_tokens(
@@ -85,9 +85,9 @@ def count_tokens(
     settings: Settings[Array],
     vocabulary: Vocabulary[Array],
 ) -> Counts[Array]:
-    """The counts after one more token a row: all decay, then the token's own is increased."""
+    """The counts after one more token per row: all decay, then the token's own is incremented."""
     rows = jnp.arange(tokens.shape[0])
-    occurrence = counts.occurrence * settings.decay[:, None]
+    occurrence = counts.occurrence * settings.penalty_decay[:, None]
     occurrence = occurrence.at[rows, tokens].add(vocabulary.increment[tokens])
     return Counts(occurrence=occurrence, seen=counts.seen.at[rows, tokens].set(True))
 
@@ -95,9 +95,9 @@ def count_tokens(
 def sample(
     logits: Float[Array, "b V"], keys: Key[Array, " b"], settings: Settings[Array]
 ) -> Int[Array, " b"]:
-    """One token a row, drawn with the row's own key.
+    """One token per row, drawn with the row's own key.
 
-    A row's draw depends on its logits, key and settings alone. Logits of -inf are never drawn.
+    A row's draw depends only on its logits, key and settings. Logits of -inf are never drawn.
     """
     logs = jnp.log(truncate(logits, settings))
     weights = jnp.exp(logs / jnp.maximum(settings.temperature, 1e-6)[:, None])
@@ -106,27 +106,27 @@ def sample(
 
 
 def truncate(logits: Float[Array, "b V"], settings: Settings[Array]) -> Float[Array, "b V"]:
-    """Probabilities relative to the largest, so in [0, 1], with those outside top-p and top-k 0."""
+    """Probabilities divided by the largest, so in [0, 1]; 0 outside top-p and top-k."""
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     return jnp.where(weights >= _cutoff(weights, settings)[:, None], weights, 0.0)
 
 
 def _cutoff(weights: Float[Array, "b V"], settings: Settings[Array]) -> Float[Array, " b"]:
-    """The smallest weight kept, or a number so close below it that none lies between.
+    """The smallest kept weight, or a number below it with no weight in between.
 
-    The largest few weights decide nearly always; only if they don't, all are searched. To sort all
-    65,536 of a World vocabulary takes a CPU core 12 ms, half of a 0.1B model's time for a token.
+    The few largest weights nearly always decide; only if they don't, all are searched. Sorting all
+    65,536 of a World vocabulary takes a CPU core 12 ms, half of a 0.1B model's time per token.
     """
     goal = settings.top_p * _total(_tiles(weights, 0.0))
-    # A sum may round to less than 1, and top_p = 1 keeps everything in any case.
+    # A sum may round to less than 1, but top_p = 1 has to keep everything.
     goal = jnp.where(settings.top_p >= 1, jnp.inf, goal)
     top_k = jnp.where(settings.top_k > 0, settings.top_k, jnp.iinfo(jnp.int32).max)
     largest = lax.top_k(weights, min(FEW, weights.shape[1]))[0]
     rank = jnp.arange(1, largest.shape[1] + 1)
     enough = (jnp.cumsum(largest, axis=1) >= goal[:, None]) | (rank[None] >= top_k[:, None])
     cutoff = jnp.max(jnp.where(enough, largest, 0.0), axis=1)
-    # The least of the few may have ties among the others. (Not `largest[:, -1]`: XLA makes a whole
-    # sort of a slice of a top-k.)
+    # The smallest of the few may have ties among the others. (Not `largest[:, -1]`: XLA turns a
+    # slice of a top-k into a full sort.)
     decided = jnp.all(cutoff > jnp.min(largest, axis=1))
     return lax.cond(decided, lambda: cutoff, lambda: _bisect(weights, goal, top_k))
 
@@ -134,11 +134,11 @@ def _cutoff(weights: Float[Array, "b V"], settings: Settings[Array]) -> Float[Ar
 def _bisect(
     weights: Float[Array, "b V"], goal: Float[Array, " b"], top_k: Int[Array, " b"]
 ) -> Float[Array, " b"]:
-    """`_cutoff` in 30 passes, whatever is kept.
+    """`_cutoff` in 30 passes, however many tokens are kept.
 
-    With mass(c) and count(c) those of all weights >= c, it is the largest c with mass(c) >= goal or
-    count(c) >= top_k, found by halving a bracket of bit patterns: those of positive floats are
-    ordered as the floats are.
+    With mass(c) and count(c) over all weights >= c, it is the largest c with mass(c) >= goal or
+    count(c) >= top_k, found by bisecting bit patterns: those of positive floats are ordered as the
+    floats are.
     """
     tiles = _tiles(weights, 0.0)
 
@@ -157,9 +157,10 @@ def _bisect(
 
 
 def _draw(key: Key[Array, ""], weights: Float[Array, " V"]) -> Int[Array, ""]:
-    """A token with probability proportional to its weight: its row of a square, then its column.
+    """A token with probability proportional to its weight.
 
-    Two draws among sqrt(V) need that many random numbers; V of them cost more than the softmax.
+    The vocabulary is laid out as a square; the row is drawn first, then the column. Two draws from
+    sqrt(V) need 2 sqrt(V) random numbers; V of them would cost more than the softmax.
     """
     row_key, column_key = jax.random.split(key)
     tiles = _tiles(weights[None], 0.0)
@@ -169,7 +170,7 @@ def _draw(key: Key[Array, ""], weights: Float[Array, " V"]) -> Int[Array, ""]:
 
 
 def _argmax(logits: Float[Array, "b V"]) -> Int[Array, " b"]:
-    """The first of the largest, as the least index with the maximum: XLA's own is slow on CPU."""
+    """The smallest index with the maximum; XLA's own arg-max is slow on CPU."""
     tiles = _tiles(logits, -jnp.inf)
     index = jnp.arange(tiles[0].size, dtype=jnp.int32).reshape(tiles.shape[1:])
     largest = tiles == jnp.max(logits, axis=-1)[:, None, None]
@@ -177,7 +178,7 @@ def _argmax(logits: Float[Array, "b V"]) -> Int[Array, " b"]:
 
 
 def _tiles(x: Float[Array, "b V"], fill: float) -> Float[Array, "b rows columns"]:
-    """Each row of a batch as a near-square."""
+    """Each row of a batch padded to a near-square."""
     columns = math.isqrt(max(x.shape[1] - 1, 0)) + 1
     rows = -(-x.shape[1] // columns)
     padding = ((0, 0), (0, rows * columns - x.shape[1]))

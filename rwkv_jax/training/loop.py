@@ -592,19 +592,19 @@ def _sample(run: _Run) -> None:
         weights = gather_to_host(weights)
     if not is_primary():
         return
-    pieces = sampling.generate(
+    drawn = sampling.Sampling(
+        sample.temperature, sample.top_p, presence_penalty=0.0, frequency_penalty=0.0
+    )
+    chunks = sampling.generate(
         weights,
         run.cfg.model,
         run.tokens.tokenizer,
         [sample.prompt],
         max_tokens=sample.tokens,
-        temperature=sample.temperature,
-        top_p=sample.top_p,
-        presence=0.0,
-        frequency=0.0,
+        sampling=drawn,
         seed=run.cfg.train.seed,
     )
     run.console.out(sample.prompt, end="", highlight=False)
-    for piece in pieces:
-        run.console.out(piece.text, end="", highlight=False)
+    for chunk in chunks:
+        run.console.out(chunk.text, end="", highlight=False)
     run.console.out("")

@@ -14,9 +14,8 @@ from rwkv_jax import states
 from rwkv_jax.cli import chat as command
 from rwkv_jax.data.conversations import TEMPLATES
 from rwkv_jax.errors import UserError
-from rwkv_jax.sampling import Sampling, Start
+from rwkv_jax.sampling import Prefix, Sampling
 from rwkv_jax.sampling.chat import CHAT_SAMPLING
-from rwkv_jax.sampling.decode import prefill
 from tests.sampling.conftest import config, weights
 from tests.sampling.test_chat import Pieces, Scripted, random_talk, said, telling
 
@@ -32,21 +31,24 @@ def scripted():
 def talk(scripted, monkeypatch, capsys):
     """Types lines to a model that gives these replies; returns what stdout and stderr show."""
 
-    def talking(lines, replies=(), **settings):
+    def talking(lines, replies=(), settings=None, **given):
         Typist(monkeypatch, *lines)
-        command.chat(telling(scripted, *replies), **{"seed": 0} | settings)
+        settings = {"seed": 0} if settings is None else settings
+        command.chat(telling(scripted, *replies), settings=settings, **given)
         return capsys.readouterr()
 
     return talking
 
 
-def transcript(path, writer):
-    return states.load(path, writer.cfg).notes["transcript"]
+def transcript(path, generator):
+    return states.load(path, generator.cfg).notes["transcript"]
 
 
 def test_replies_go_to_stdout_and_the_rest_to_stderr(talk):
     replies = [" Hi.\n\nYou?\n\nUser: x", " Good.\0", " And so on"]
-    out, err = talk(["hello", "", "fine\\", "really", "go on"], replies, max_tokens=30)
+    out, err = talk(
+        ["hello", "", "fine\\", "really", "go on"], replies, {"seed": 0, "max_tokens": 30}
+    )
     assert out == "Hi.\n\nYou?\nGood.\nAnd so onxxxxxxxxxxxxxxxxxxxx\n"
     assert re.fullmatch(
         r"\[Type :help.*\]\n\[15 tokens.*\]\n\[7 tokens.*, end of document\]\n"
@@ -58,17 +60,17 @@ def test_replies_go_to_stdout_and_the_rest_to_stderr(talk):
 def test_thoughts_never_go_to_stdout(talk):
     replies = [">\nWell, \n\nso</think>\nYes.\0", ">Hm</think>No.\0", ">Hm"]
     lines = ["a", ":thoughts hide", "b", ":set tokens 3", "c"]
-    out, err = talk(lines, replies, think="a bit")
+    out, err = talk(lines, replies, {"seed": 0, "think": "a bit"})
     assert out == "Yes.\nNo.\n\n"
     assert re.search(r"\]\nWell, \n\nso\n\[\d+ tokens", err)
     assert re.search(r"\]\n\[thinking\]\n\[\d+ tokens.*\]\n\[thinking\]\n\[3 tokens", err)
 
 
 def test_any_bytes_from_a_pipe(scripted, tmp_path, monkeypatch, capsys):
-    """One turn a line; what is no UTF-8 is read as U+FFFD."""
+    """One turn per line; invalid UTF-8 is read as U+FFFD."""
     path = tmp_path / "it.safetensors"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n\nlast"), "utf-8"))
-    command.chat(telling(scripted, " One\0", " Two\0"), seed=0, save=path)
+    command.chat(telling(scripted, " One\0", " Two\0"), settings={"seed": 0}, save=path)
     assert capsys.readouterr().out == "One\nTwo\n"
     assert transcript(path, scripted) == (
         "User: caf\ufffd\n\nAssistant: One\n\nUser: last\n\nAssistant: Two\n\n"
@@ -76,7 +78,7 @@ def test_any_bytes_from_a_pipe(scripted, tmp_path, monkeypatch, capsys):
 
 
 def test_commands(talk, scripted, tmp_path):
-    """Each does what its line in the help says, and tells it."""
+    """Each does what its line in the help says, and reports it."""
     out, err = talk(
         [
             *(":system Be  kind.", ":think a lot", "a", ":retry", "b", ":undo", ":seed 4"),
@@ -99,10 +101,10 @@ def test_commands(talk, scripted, tmp_path):
 
 
 def test_the_defaults_are_the_official_ones(talk):
-    _, err = talk([":set"], seed=7)
+    _, err = talk([":set"], settings={"seed": 7})
     assert "[temperature 1.0, top_p 0.3, top_k 0, presence 0.5, frequency 0.5, decay 0.996," in err
     assert "tokens 2000, think off, seed 7]" in err
-    seeds = {re.search(r"seed (\d+)", talk([":set"], seed=None).err)[1] for _ in range(3)}
+    seeds = {re.search(r"seed (\d+)", talk([":set"], settings={}).err)[1] for _ in range(3)}
     assert len(seeds) == 3
 
 
@@ -124,7 +126,7 @@ def test_the_defaults_are_the_official_ones(talk):
         (":thoughts maybe", "no such command"),
     ],
 )
-def test_the_dialogue_goes_on_after_a_mistake(talk, tmp_path, line, message):
+def test_the_dialogue_continues_after_a_mistake(talk, tmp_path, line, message):
     out, err = talk([line.replace("TMP", str(tmp_path)), " :-) ", ":-)"], [" a\0", " b\0"])
     mistake = err.splitlines()[1]
     assert message in mistake and mistake.startswith("[") and mistake.endswith("]")
@@ -132,16 +134,16 @@ def test_the_dialogue_goes_on_after_a_mistake(talk, tmp_path, line, message):
 
 
 def test_ctrl_c_stops_the_reply_and_not_the_dialogue(talk, scripted, monkeypatch, tmp_path):
-    """Held back until the next piece: all that is shown stands."""
-    write, shown = Scripted.write, []
+    """It is held back until the next chunk: the conversation has all that was shown."""
+    decode, shown = Scripted.decode, []
 
-    def interrupting(self, rows, *rest):
-        if rows.written[0] > 3 and not shown:
+    def interrupting(self, decoding, *rest):
+        if decoding.drawn[0] > 3 and not shown:
             shown.append(True)
             raise ValueError("a library's own error: KeyboardInterrupt")
-        return write(self, rows, *rest)
+        return decode(self, decoding, *rest)
 
-    monkeypatch.setattr(Scripted, "write", interrupting)
+    monkeypatch.setattr(Scripted, "decode", interrupting)
     out, err = talk(["a", "b"], [" One two three", " Yes\0"], save=tmp_path / "x.safetensors")
     first, second = out.splitlines()
     assert re.search(r"\[\d+ tokens.*, stopped\]", err)
@@ -152,9 +154,9 @@ def test_ctrl_c_stops_the_reply_and_not_the_dialogue(talk, scripted, monkeypatch
 
 
 def test_saved_and_loaded(scripted, tmp_path):
-    """To the last bit, half characters and settings too."""
+    """Bit-exactly, with half characters and settings."""
     talk = random_talk(telling(scripted, *"......", [196, 196, 1]), system="Be kind.", think="on")
-    talk.seed = 6
+    talk.configure(seed=6)
     said(talk.say("a\u00e9"))
     command.save(tmp_path / "it.safetensors", talk)
     loaded = command.load(tmp_path / "it.safetensors", scripted)
@@ -164,56 +166,50 @@ def test_saved_and_loaded(scripted, tmp_path):
 
 
 def test_resumed(talk, scripted, tmp_path):
-    """What is not given is as it was."""
+    """Settings that are not given are those of the file."""
     path = tmp_path / "it.safetensors"
     given = {"seed": 1, "think": "on", "max_tokens": 5, "sampling": Sampling(top_k=9)}
-    talk(["a"], ["", ">A</think>"], **given, system="Be kind.", save=path)
-    out, err = talk([":set", "b"], ["", "", ">B</think>"], seed=None, resume=path, save=path)
+    talk(["a"], ["", ">A</think>"], given, system="Be kind.", save=path)
+    out, err = talk([":set", "b"], ["", "", ">B</think>"], {}, resume=path, save=path)
     assert out == "\n" and "top_k 9," in err and "tokens 5, think on, seed 2]" in err
     assert transcript(path, scripted) == (
         "System: Be kind.\n\nUser: a\n\nAssistant: <think>A</t\n</think>\n\n"
         "User: b\n\nAssistant: <think>B</t\n</think>\n\n"
     )
     given = {"seed": 7, "think": "off", "max_tokens": 6, "sampling": CHAT_SAMPLING}
-    err = talk([":set"], resume=path, **given).err
+    err = talk([":set"], settings=given, resume=path).err
     assert "top_k 0," in err and "tokens 6, think off, seed 7]" in err
 
 
-def test_from_a_start_also_after_reset_and_load(talk, scripted, tmp_path):
-    rows = prefill(scripted.params, [[5, 6]], [0], cfg=scripted.cfg, end=0)
-    start = Start(rows.state, scripted.cfg)
+def test_from_a_prefix_also_after_reset_and_load(talk, scripted, tmp_path):
+    prefix = Prefix(scripted.prefill([[5, 6]], [0]).state, scripted.cfg)
     path = tmp_path / "it.safetensors"
-    talk(["a"], ["\0"], start=start, save=path)
+    talk(["a"], ["\0"], prefix=prefix, save=path)
     saved = states.load(path, scripted.cfg)
-    read = prefill(
-        scripted.params,
-        [[5, 6, *scripted.tokenizer.encode("User: a\n\nAssistant:\n\n")]],
-        [0],
-        cfg=scripted.cfg,
-        end=0,
-    )
+    turn = scripted.tokenizer.encode("User: a\n\nAssistant:\n\n")
+    read = scripted.prefill([[5, 6, *turn]], [0])
     np.testing.assert_allclose(saved.logits, read.logits, atol=1e-5)
-    talk([":reset", f":load {path}", ":reset", "a"], ["", "\0"], start=start, save=path)
+    talk([":reset", f":load {path}", ":reset", "a"], ["", "\0"], prefix=prefix, save=path)
     np.testing.assert_allclose(states.load(path, scripted.cfg).logits, saved.logits, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    "given, message",
     [
         ({"save": Path("it")}, "it: the name of a state file must end in"),
         ({"save": Path("no/it.safetensors")}, "there is no folder no"),
-        ({"seed": -1}, "seed -1"),
-        ({"max_tokens": -1}, "tokens -1"),
-        ({"think": "hard"}, "think hard"),
-        ({"think": "on", "template": TEMPLATES["world"]}, "think on"),
+        ({"settings": {"seed": -1}}, "seed -1"),
+        ({"settings": {"max_tokens": -1}}, "tokens -1"),
+        ({"settings": {"think": "hard"}}, "think hard"),
+        ({"settings": {"think": "on"}, "template": TEMPLATES["world"]}, "think on"),
         ({"resume": Path("it.safetensors"), "system": "x"}, "it.safetensors has a template and"),
         ({"resume": Path("it.safetensors"), "template": TEMPLATES["g1"]}, "has a template and"),
         ({"resume": Path("none.safetensors")}, "none.safetensors"),
     ],
 )
-def test_bad_input_before_anything_is_read(talk, settings, message):
+def test_bad_input_is_refused_before_anything_is_read(talk, given, message):
     with pytest.raises(UserError, match=message):
-        talk(["a"], ["\0"], **settings)
+        talk(["a"], ["\0"], **given)
 
 
 def test_a_file_without_a_conversation(scripted, tmp_path):
@@ -221,17 +217,18 @@ def test_a_file_without_a_conversation(scripted, tmp_path):
     said(talk.say("a"))
     path = tmp_path / "state.safetensors"
     states.save(path, talk.state, notes={"tokenizer": "bytes"})
-    with pytest.raises(UserError, match=f"^{path}: no conversation goes with this state"):
+    with pytest.raises(UserError, match=f"^{path}: the file of this state has no conversation"):
         command.load(path, scripted)
 
 
 CHILD = """
-import readline  # as the command does: it is what echoes lines typed ahead
+import readline  # as the command does: it echoes lines typed ahead
 from rwkv_jax.cli.chat import chat
 from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.sampling import Writer
+from rwkv_jax.sampling import Generator
 from tests.sampling.conftest import config, weights
-chat(Writer(weights("7"), config("7"), ByteTokenizer()), seed=3, max_tokens=10**9)
+settings = {"seed": 3, "max_tokens": 10**9}
+chat(Generator(weights("7"), config("7"), ByteTokenizer()), settings=settings)
 """
 
 

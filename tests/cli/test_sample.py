@@ -1,6 +1,7 @@
-"""The command: what it prints, how it stops, what it says when it can't; and the dialogue."""
+"""`sample`: output, stopping, error messages, and the dialogue about one text."""
 
 import dataclasses
+import functools
 import re
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from rwkv_jax.cli import terminal
 from rwkv_jax.config import Config, to_toml
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.models import init_state
-from rwkv_jax.sampling import Piece, Sampling, Session, Writer, generate, generate_with
+from rwkv_jax.sampling import Generator, Sampling, Session, TextChunk, generate_with
 from rwkv_jax.training.state import TrainState
 from tests.sampling.conftest import config, weights
 
@@ -50,12 +51,15 @@ def sample_py(*arguments):
     return sample.main([str(argument) for argument in arguments], "python sample.py")
 
 
+@functools.cache
+def generator():
+    return Generator(weights("7"), config("7"), ByteTokenizer())
+
+
 def written(prompt, seed):
-    """What the command should write, from the function that it calls."""
-    pieces = generate(
-        weights("7"), config("7"), ByteTokenizer(), [prompt], max_tokens=20, seed=seed
-    )
-    return "".join(piece.text for piece in pieces)
+    """The text that the command should write."""
+    chunks = generate_with(generator(), [prompt], max_tokens=20, seed=seed)
+    return "".join(chunk.text for chunk in chunks)
 
 
 def test_one_prompt(run, capsys):
@@ -100,13 +104,13 @@ def test_stop(run, capsys):
         (["RUN", "--temperature", "-1"], "temperature -1.0: 0"),
         (["RUN", "--top-k", "-1"], "top_k -1: 0"),
         (["RUN", "--decay", "2"], "decay 2.0: between"),
-        (["RUN", "--presence", "nan"], "presence nan: a finite number"),
+        (["RUN", "--presence", "nan"], "presence_penalty nan: a finite number"),
         (["RUN", "--tokens", "-1"], "tokens -1: 0 or more"),
         (["RUN", "--seed", "-1"], "seed -1: between"),
         (["RUN", "--seed", "x"], "argument --seed: invalid int value: 'x'; see --help"),
         (["RUN", "--no-such"], "unrecognized arguments: --no-such; see --help"),
         ([], "the following arguments are required: MODEL; see --help"),
-        (["RUN", "a", "b", "-i"], "--interactive is one text: give it one prompt, not 2"),
+        (["RUN", "a", "b", "-i"], "--interactive is for one text: give one prompt, not 2"),
         (["RUN", "-i", "--prompt-file", "-"], "--interactive reads what you type"),
         (["RUN", "--prompt-file", "TMP/none"], "--prompt-file .*none: No such file"),
         (["RUN", "--prompt-file", "TMP/latin"], "--prompt-file .*latin: byte 2 is not UTF-8"),
@@ -116,7 +120,7 @@ def test_stop(run, capsys):
         (["TMP/latin"], "latin: is neither a .pth nor a .safetensors file"),
         (["RUN", "--state", "TMP/none.pth"], "none.pth: cannot be read"),
         (["RUN", "--state", "TMP/latin"], "latin: is neither a .pth nor"),
-        (["RUN", "a", "b", "--save-state", "TMP/s"], "--save-state keeps one text: give it one"),
+        (["RUN", "a", "b", "--save-state", "TMP/s"], "--save-state is for one text: give one"),
         (
             ["RUN", "--tokenizer", "world"],
             r"--tokenizer world has 65,536 tokens, and the model \d+ embeddings",
@@ -160,7 +164,7 @@ def test_weight_files_write_what_the_run_writes(run, tmp_path, capsys, suffix):
     assert capsys.readouterr().out == "def" + written("def", 3) + "\n"
 
 
-def test_a_state_is_kept_and_gone_on_from(run, tmp_path, capsys):
+def test_a_state_is_saved_and_resumed(run, tmp_path, capsys):
     """A text in two halves is the text in one, drawn greedily; and any prompt may follow."""
     kept, greedy = tmp_path / "kept.safetensors", ["--temperature", "0", "--frequency", "0"]
     greedy += ["--presence", "0", "--no-echo"]
@@ -183,20 +187,20 @@ def test_a_state_of_another_tokenizer_or_without_logits(run, tmp_path, capsys):
     path = tmp_path / "s.safetensors"
     states.save(path, init_state(cfg, 1), notes={"tokenizer": "bpe 12"})
     assert sample_py(run, "x", "--state", path) == 2
-    assert "written with the tokenizer bpe 12, and this is bytes" in capsys.readouterr().err
+    assert "written with the tokenizer bpe 12, but this is bytes" in capsys.readouterr().err
     states.save(path, init_state(cfg, 1), notes={"tokenizer": tokenizer.identity()})
     for flags in ([], ["-i"]):
         code = sample_py(run, "--state", path, *flags, *FLAGS)
         assert flags or code == 2
-    assert "does not say what comes next: give a prompt" in capsys.readouterr().err
+    assert "has no logits of the next token: give a prompt" in capsys.readouterr().err
     assert sample_py(run, "x", "--state", path, *FLAGS) == 0
     states.save(path, init_state(cfg, 2))
     assert sample_py(run, "x", "--state", path) == 2
     assert "2 rows" in capsys.readouterr().err
 
 
-def test_chat_is_kept_and_gone_on_with(run, tmp_path, capsys, monkeypatch):
-    """Two sessions with a file between them are one."""
+def test_a_chat_is_saved_and_resumed(run, tmp_path, capsys, monkeypatch):
+    """Two sessions joined by a file equal one."""
     flags = ["--chat", "--template", "g1", "--tokens", "9", "--seed", "5", "--temperature", "0.8"]
     Typist(monkeypatch, "one", "two")
     assert sample_py(run, *flags) == 0
@@ -214,22 +218,22 @@ def test_chat_is_kept_and_gone_on_with(run, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--chat", "hello"], "--chat is what you type and the template's stops"),
-        (["--chat", "--stop", "x"], "--chat is what you type"),
-        (["--system", "x"], "are of a chat: add --chat"),
+        (["--chat", "hello"], "--chat takes its text from the terminal"),
+        (["--chat", "--stop", "x"], "--chat takes its text from the terminal"),
+        (["--system", "x"], "are options of a chat: add --chat"),
         (["--chat", "--template", "llama"], "--template llama: one of g1, world, raven"),
         (["--chat", "--think", "hard"], "think hard: one of off, fast, on"),
         (["--chat", "--top-p", "2"], "top_p 2.0: between 0 and 1"),
         (["--chat", "--save-state", "x.pth"], "the name of a state file must end in"),
     ],
 )
-def test_chats_that_cannot_be(run, arguments, message, capsys):
+def test_bad_input_of_a_chat(run, arguments, message, capsys):
     assert sample_py(run, *arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err and err.count("\n") == 1
 
 
-def test_a_reader_that_leaves_is_no_error(run):
+def test_a_closed_pipe_is_no_error(run):
     command = [sys.executable, "sample.py", run, "def", "--tokens", "100000"]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -256,22 +260,22 @@ def test_output_without_room_is_one_line(run):
 
 
 def test_texts_in_order(capsys):
-    """The first text as it comes, the others when it is their turn."""
+    """The first text as it comes, the others in their turn."""
     shown = []
 
-    def pieces():
-        for piece in [
-            Piece(1, "b1 ", 1),
-            Piece(0, "a1 ", 1),
-            Piece(1, "b2", 1, "stop"),
-            Piece(0, "a2", 1, "length"),
-            Piece(2, "c1 ", 1),
-            Piece(2, "c2", 1, "end"),
+    def chunks():
+        for chunk in [
+            TextChunk(1, "b1 ", 1),
+            TextChunk(0, "a1 ", 1),
+            TextChunk(1, "b2", 1, "stop"),
+            TextChunk(0, "a2", 1, "length"),
+            TextChunk(2, "c1 ", 1),
+            TextChunk(2, "c2", 1, "end"),
         ]:
-            yield piece
+            yield chunk
             shown.append(capsys.readouterr().out)
 
-    terminal.print_texts(pieces(), ["A ", "B ", "C "])
+    terminal.print_texts(chunks(), ["A ", "B ", "C "])
     assert shown == [
         "==> 1/3 <==\nA ",
         "a1 ",
@@ -288,20 +292,20 @@ def printable():
         def decode_bytes(self, ids):
             return bytes(33 + i % 90 for i in map(int, ids) if i != self.eod)
 
-    return Writer(weights("7"), config("7"), Printable())
+    return Generator(weights("7"), config("7"), Printable())
 
 
-def talk(writer, tokens=8):
-    return terminal.Dialogue(Session(writer, 3), Sampling(), tokens)
+def talk(generator, tokens=8):
+    return terminal.TextDialogue(Session(generator, 3), Sampling(), tokens)
 
 
-def expected(writer, *turns, seed=3, sampling=None):
-    """What a session writes that is fed each text and then writes so many tokens."""
-    session, out = Session(writer, seed), ""
+def expected(generator, *turns, seed=3, sampling=None):
+    """The output of a session that reads each text and then writes that many tokens."""
+    session, out = Session(generator, seed), ""
     for fed, tokens in turns:
         session.feed(fed)
-        pieces = session.stream(max_tokens=tokens, sampling=sampling)
-        out += "".join(piece.text for piece in pieces) + "\n"
+        chunks = session.stream(max_tokens=tokens, sampling=sampling)
+        out += "".join(chunk.text for chunk in chunks) + "\n"
     return out
 
 
@@ -314,31 +318,31 @@ def test_dialogue_continues_one_text(printable, monkeypatch, capsys):
 
 
 def test_ctrl_c_is_never_lost(printable, monkeypatch, capsys):
-    """It waits for the next piece, even where Python would only report it and go on: here inside a
+    """It is raised after the next chunk, even if it arrives where Python drops exceptions: in a
     finaliser, as JAX's callbacks run."""
 
     class Finalised:
         def __del__(self):
             signal.raise_signal(signal.SIGINT)
 
-    write = Writer.write
+    decode = Generator.decode
 
     def finalising(*arguments):
         Finalised()
-        return write(*arguments)
+        return decode(*arguments)
 
     # The suite may run in the background, where shells have SIGINT ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     Typist(monkeypatch, "one", ":q")
     with monkeypatch.context() as patched:
-        patched.setattr(Writer, "write", finalising)
+        patched.setattr(Generator, "decode", finalising)
         talk(printable, 1000).run()
         out, err = capsys.readouterr()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         with pytest.raises(KeyboardInterrupt):
             terminal.print_texts(generate_with(printable, ["one"], max_tokens=1000), ["one"])
     signal.signal(signal.SIGINT, before)
-    stopped = re.search(r"\[stopped after ([12]) tokens?\]", err)  # one piece
+    stopped = re.search(r"\[([12]) tokens?, stopped\]", err)  # one chunk
     assert stopped and out == expected(printable, ("one", int(stopped[1])))
 
 
@@ -347,31 +351,31 @@ def test_ctrl_c_inside_jax_stops_the_text_and_not_the_dialogue(
     printable, monkeypatch, capsys, arrives
 ):
     """An interrupt that hits JAX's comparison of two cache keys comes out as a ValueError."""
-    write, calls = Writer.write, []
+    decode, calls = Generator.decode, []
 
     def interrupted(*arguments):
         calls.append(arguments)
         if len(calls) > 1:
-            return write(*arguments)
+            return decode(*arguments)
         if arrives == "wrapped":
             raise ValueError(
                 "Cache keys should be comparable. Traceback ...\nKeyboardInterrupt: \n"
             )
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Writer, "write", interrupted)
+    monkeypatch.setattr(Generator, "decode", interrupted)
     Typist(monkeypatch, "one", "two", ":q")
     talk(printable).run()
     out, err = capsys.readouterr()
-    assert "[stopped after 0 tokens" in err and "[8 tokens" in err
+    assert "[0 tokens, stopped]" in err and "[8 tokens" in err
     assert out == "\n" + expected(printable, ("one", 0), ("two", 8)).lstrip("\n")
 
 
-def test_an_error_that_is_no_interrupt_comes_through(printable, monkeypatch):
+def test_other_errors_are_raised(printable, monkeypatch):
     def broken(*_):
         raise ValueError("a defect")
 
-    monkeypatch.setattr(Writer, "write", broken)
+    monkeypatch.setattr(Generator, "decode", broken)
     Typist(monkeypatch, "one")
     with pytest.raises(ValueError, match="a defect"):
         talk(printable).run()
@@ -407,7 +411,7 @@ def test_dialogue_commands(printable, monkeypatch, capsys):
         (":set colour 1", "colour: no such setting; one of temperature,"),
     ],
 )
-def test_dialogue_goes_on_after_a_mistake(printable, monkeypatch, capsys, line, message):
+def test_the_dialogue_continues_after_a_mistake(printable, monkeypatch, capsys, line, message):
     Typist(monkeypatch, line, "a")
     talk(printable).run()
     out, err = capsys.readouterr()
@@ -422,7 +426,7 @@ def test_interactive_on_a_terminal(run):
         screen.type(b"def\n")
         screen.until(r"def\r\n.{200}")
         screen.type(b"\x03")
-        screen.until(r"\[stopped after \d+ tokens.*\]\r\n> $")
+        screen.until(r"\[\d+ tokens.*, stopped\]\r\n> $")
         screen.type(b":set tokens 3\n\n")
         screen.until(r"\[3 tokens.*\]\r\n> $")
         screen.type(b"\x04")

@@ -1,4 +1,4 @@
-"""A tiny model of each version with weights that make it talk, though nonsense."""
+"""A tiny model of each version whose random weights make it write varied text."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from rwkv_jax import models
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.sampling import Writer
+from rwkv_jax.sampling import Generator
 
 VOCAB = 260  # three more than the tokenizer has
 
@@ -20,7 +20,7 @@ def config(version):
 
 
 def weights(version):
-    """Random, and with a head that much prefers a token that the tokenizer doesn't have."""
+    """Random, with a head that strongly prefers a token that the tokenizer lacks."""
     rng = np.random.default_rng(int(version[0]))
     shapes = models.abstract_params(config(version))
     params = jax.tree.map(
@@ -33,12 +33,12 @@ def weights(version):
 
 
 @pytest.fixture(scope="session", params=["4", pytest.param("6", marks=pytest.mark.slow), "7a"])
-def writer(request):
-    """A model of each recurrence, and one whose tables are looked up, ready to write bytes."""
-    return Writer(weights(request.param), config(request.param), ByteTokenizer())
+def generator(request):
+    """A model of each recurrence, and one with tables indexed by token, that writes bytes."""
+    return Generator(weights(request.param), config(request.param), ByteTokenizer())
 
 
 @pytest.fixture(scope="session")
-def writer7():
-    """Version 7 alone, where the version makes no difference."""
-    return Writer(weights("7"), config("7"), ByteTokenizer())
+def generator7():
+    """Version 7 alone, for tests in which the version makes no difference."""
+    return Generator(weights("7"), config("7"), ByteTokenizer())

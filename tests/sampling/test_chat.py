@@ -1,4 +1,4 @@
-"""Chat: what the model is given to read, where replies end, and the state after each exchange."""
+"""Chat: what the model reads, where replies end, and the state after each exchange."""
 
 import re
 from dataclasses import replace
@@ -15,10 +15,10 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.conversations import TEMPLATES, Template, clean
 from rwkv_jax.data.tokenizers import ByteTokenizer, WorldTokenizer
 from rwkv_jax.errors import UserError
-from rwkv_jax.models import stack
-from rwkv_jax.sampling import Sampling, Start, Writer, chat, session
-from rwkv_jax.sampling.chat import THINK, Conversation, encode, parts
-from rwkv_jax.sampling.decode import NO_TOKEN, extend, prefill
+from rwkv_jax.sampling import Generator, Prefix, Sampling, chat, stream
+from rwkv_jax.sampling import decode as device
+from rwkv_jax.sampling.chat import THINK, Conversation, ReplySettings, encode, parts
+from rwkv_jax.sampling.decode import NO_TOKEN
 from tests.sampling.conftest import config, weights
 
 STORY = Template(opening="Once.\n\n")
@@ -39,31 +39,28 @@ class Pieces(ByteTokenizer):
         return b"".join(self.longer[i - 257] if i > 256 else simple([i]) for i in ids)
 
 
-class Scripted(Writer):
-    """Writes what it is told to, for the reply of each seed; then `x` forever.
+class Scripted(Generator):
+    """Writes the given reply of each seed, then `x` forever.
 
-    In a reply, `\0` stands for the end of the document.
-
-    The model reads along, so that states are those of the text.
+    In a reply, `\0` stands for the end of the document. The model reads the reply, so that states
+    are those of the text.
     """
 
     replies = ()
 
-    def write(self, rows, settings, tokens):
-        written, reply = (
-            int(rows.written[0]),
-            self.replies[int(jax.random.key_data(rows.key)[0, 1])],
-        )
+    def decode(self, decoding, settings, steps):
+        drawn, seed = int(decoding.drawn[0]), int(jax.random.key_data(decoding.keys)[0, 1])
+        reply = self.replies[seed]
         if isinstance(reply, str):
             reply, *end = reply.split("\0")
             reply = self.tokenizer.encode(reply) + [self.tokenizer.eod for _ in end]
-        reply = reply + self.tokenizer.encode("x") * (written + tokens)
-        ids = reply[written : written + tokens]
+        reply = reply + self.tokenizer.encode("x") * (drawn + steps)
+        ids = reply[drawn : drawn + steps]
         ids = ids[: ids.index(0) + 1] if 0 in ids else ids
-        rows = replace(
-            extend(self.params, rows, ids, cfg=self.cfg), written=rows.written + len(ids)
+        decoding = replace(
+            device.extend(self.params, decoding, ids, cfg=self.cfg), drawn=decoding.drawn + len(ids)
         )
-        return np.asarray([ids + [NO_TOKEN] * (tokens - len(ids))]), rows
+        return np.asarray([ids + [NO_TOKEN] * (steps - len(ids))]), decoding
 
 
 @pytest.fixture(scope="module")
@@ -83,30 +80,42 @@ def world():
     return Scripted(jax.tree.map(jax.numpy.asarray, params), cfg, WorldTokenizer())
 
 
-def telling(writer, *replies):
-    writer.replies = replies
-    return writer
+def telling(generator, *replies):
+    generator.replies = replies
+    return generator
 
 
-def said(pieces):
-    pieces = list(pieces)
-    assert all(not piece.finish for piece in pieces[:-1])
-    return "".join(piece.text for piece in pieces), pieces[-1].finish
+def talking(generator, *replies, template="g1", system="", **settings):
+    """A conversation with these replies."""
+    telling(generator, *replies)
+    settings = ReplySettings(**settings)
+    return Conversation(generator, TEMPLATES[template], system=system, settings=settings)
 
 
-def thought(pieces):
-    return "".join(piece.thought for piece in pieces)
+def said(chunks):
+    chunks = list(chunks)
+    assert all(not chunk.finish for chunk in chunks[:-1])
+    return "".join(chunk.text for chunk in chunks), chunks[-1].finish
+
+
+def thought(chunks):
+    return "".join(chunk.thought for chunk in chunks)
+
+
+def spy(monkeypatch, name, look):
+    """Calls `look` with the arguments of a method before each call."""
+    method = getattr(Scripted, name)
+    monkeypatch.setattr(Scripted, name, lambda self, *a: look(*a) or method(self, *a))
 
 
 def assert_as_if_read(talk):
     """The state and the logits are those after reading all the tokens."""
-    writer = talk.writer
-    rows = prefill(writer.params, [talk.tokens], [0], cfg=writer.cfg, end=writer.tokenizer.eod)
-    assert_close(talk.logits, rows.logits, "float32")
-    for mine, read in zip(
-        jax.tree.leaves(talk.state), jax.tree.leaves(stack(rows.state)), strict=True
+    read = talk.generator.prefill([talk.tokens], [0])
+    assert_close(talk.logits, read.logits, "float32")
+    for ours, theirs in zip(
+        jax.tree.leaves(talk.state), jax.tree.leaves(models.stack(read.state)), strict=True
     ):
-        assert_close(mine, read, "float32")
+        assert_close(ours, theirs, "float32")
 
 
 # What the model reads.
@@ -125,8 +134,8 @@ def assert_as_if_read(talk):
 )
 def test_prompts_of_the_ways_to_think(scripted, monkeypatch, think, prompt):
     read = []
-    monkeypatch.setattr(chat, "prefill", lambda *a, **k: read.extend(a[1]) or prefill(*a, **k))
-    talk = Conversation(telling(scripted, "", ""), TEMPLATES["g1"], think=think, max_tokens=0)
+    spy(monkeypatch, "prefill", lambda prompts, *_: read.extend(prompts))
+    talk = talking(scripted, "", "", think=think, max_tokens=0)
     said(talk.say("hi"))
     assert read == [scripted.tokenizer.encode(prompt)]
 
@@ -134,7 +143,7 @@ def test_prompts_of_the_ways_to_think(scripted, monkeypatch, think, prompt):
 def test_world_tokens(world):
     """Those of the official template's example."""
     question = "simulate SpaceX mars landing using python"
-    talk = Conversation(telling(world, ">\n"), think="on", max_tokens=1)
+    talk = talking(world, ">\n", think="on", max_tokens=1)
     said(talk.say(question))
     ids = [24281, 59, 57236, 44898, 31377, 52092, 40085, 46966, 261, 5585, 41693, 59, 295, 35762]
     assert talk.tokens[: len(ids)] == ids
@@ -155,9 +164,7 @@ def test_clean(typed, read):
 
 def test_whole_conversation(scripted):
     """System prompt, cleaned questions, and replies between the template's parts."""
-    talk = Conversation(
-        telling(scripted, " Hi.\n\nUser: x", " Bye\0"), TEMPLATES["g1"], system=" Be\n\nkind\r\n"
-    )
+    talk = talking(scripted, " Hi.\n\nUser: x", " Bye\0", system=" Be\n\nkind\r\n")
     assert said(talk.say("hello\n\nthere ")) == ("Hi.", "stop")
     assert said(talk.say("more")) == ("Bye", "end")
     assert talk.transcript == (
@@ -170,7 +177,7 @@ def test_whole_conversation(scripted):
 def test_templates(scripted):
     assert TEMPLATES["g1"].stops == ("\n\nUser:", "\n\nAssistant:", "\n\nSystem:")
     assert TEMPLATES["world"].stops == TEMPLATES["raven"].stops == ("\n\n",)
-    talk = Conversation(telling(scripted, " Yes.\n\n", " No.\n\n"), TEMPLATES["raven"])
+    talk = talking(scripted, " Yes.\n\n", " No.\n\n", template="raven")
     assert said(talk.say("Well?")) == ("Yes.", "stop")
     assert said(talk.say("Well?")) == ("No.", "stop")
     turn = "Bob: Well?\n\nAlice:"
@@ -181,16 +188,16 @@ def test_an_opening_is_for_conversations_with_nothing_before(scripted):
     turn = "User: a\n\nAssistant:\n\n"
     telling(scripted, "", "")
 
-    def first(**settings):
-        talk = Conversation(scripted, STORY, max_tokens=0, **settings)
+    def first(**given):
+        talk = Conversation(scripted, STORY, settings=ReplySettings(max_tokens=0), **given)
         said(talk.say("a"))
         said(talk.say("a"))
         return talk.transcript
 
-    rows = prefill(scripted.params, [[5]], [0], cfg=scripted.cfg, end=0)
+    before = scripted.prefill([[5]], [0])
     assert first() == f"Once.\n\n{turn}{turn}"
     assert first(system="Be kind") == f"System: Be kind\n\n{turn}{turn}"
-    assert first(start=Start(rows.state, scripted.cfg)) == f"{turn}{turn}"
+    assert first(prefix=Prefix(before.state, scripted.cfg)) == f"{turn}{turn}"
 
 
 def test_which_template_for_which_model(world):
@@ -205,7 +212,7 @@ def test_which_template_for_which_model(world):
 
 
 def test_two_newlines_of_the_20b_vocabulary():
-    """It has them in one token, which its models only saw where a text ended with them."""
+    """Its token for two newlines occurs in training only at the end of a text."""
 
     class Pile(ByteTokenizer):
         def encode(self, text):
@@ -220,7 +227,7 @@ def test_two_newlines_of_the_20b_vocabulary():
     assert encode(WorldTokenizer(), "\n\n") == [261]
 
 
-# Where replies end, and what stands then.
+# Where replies end, and what the conversation then contains.
 
 
 @pytest.mark.parametrize(
@@ -246,13 +253,13 @@ def test_two_newlines_of_the_20b_vocabulary():
 )
 @pytest.mark.parametrize("pace", [0.0, 1e9], ids=["a token a call", "as many as fit a call"])
 def test_however_a_reply_ends(scripted, monkeypatch, reply, tokens, answer, finish, pace):
-    """What was shown stands, two newlines follow, and the next turn goes on from there."""
-    monkeypatch.setattr(session, "CALL_SECONDS", pace)
-    talk = Conversation(telling(scripted, reply, " Yes.\0"), TEMPLATES["g1"], max_tokens=tokens)
+    """The conversation has what was shown and two newlines, and the next turn follows."""
+    monkeypatch.setattr(stream, "CALL_SECONDS", pace)
+    talk = talking(scripted, reply, " Yes.\0", max_tokens=tokens)
     assert said(talk.say("a")) == (answer.lstrip(), finish)
     assert talk.transcript == f"User: a\n\nAssistant:{answer}\n\n"
     assert_as_if_read(talk)
-    talk.max_tokens = 9
+    talk.configure(max_tokens=9)
     assert said(talk.say("b")) == ("Yes.", "end")
     assert talk.transcript == (f"User: a\n\nAssistant:{answer}\n\nUser: b\n\nAssistant: Yes.\n\n")
     assert_as_if_read(talk)
@@ -260,50 +267,50 @@ def test_however_a_reply_ends(scripted, monkeypatch, reply, tokens, answer, fini
 
 @pytest.mark.parametrize("how", ["break", "interrupt", "close", "forgotten"])
 def test_a_reply_left_early(scripted, monkeypatch, how):
-    """It stands as far as it was handed out."""
-    monkeypatch.setattr(session, "CALL_SECONDS", 0.0)
-    talk = Conversation(telling(scripted, " A long reply", " Yes.\0"), TEMPLATES["g1"])
-    pieces, shown = talk.say("a"), ""
+    """The conversation has it as far as it was yielded."""
+    monkeypatch.setattr(stream, "CALL_SECONDS", 0.0)
+    talk = talking(scripted, " A long reply", " Yes.\0")
+    chunks, shown = talk.say("a"), ""
     if how == "interrupt":
         with monkeypatch.context() as patched:
-            patched.setattr(Scripted, "write", interrupted_after(7))
+            patched.setattr(Scripted, "decode", interrupted_after(7))
             with pytest.raises(KeyboardInterrupt):
-                for piece in pieces:
-                    shown += piece.text
-    for piece in pieces if not shown else ():
-        shown += piece.text
+                for chunk in chunks:
+                    shown += chunk.text
+    for chunk in chunks if not shown else ():
+        shown += chunk.text
         if len(shown) == 6:
             break
     if how == "close":
-        pieces.close()
+        chunks.close()
     if how != "forgotten":
         assert talk.transcript == "User: a\n\nAssistant: A long\n\n"
     assert said(talk.say("b")) == ("Yes.", "end")
-    assert list(pieces) == []
+    assert list(chunks) == []
     assert shown == "A long"
     assert talk.transcript == "User: a\n\nAssistant: A long\n\nUser: b\n\nAssistant: Yes.\n\n"
     assert_as_if_read(talk)
 
 
 def interrupted_after(calls):
-    write = Scripted.write
+    decode = Scripted.decode
 
     def interrupted(*arguments):
         nonlocal calls
         calls -= 1
         if calls < 0:
             raise KeyboardInterrupt
-        return write(*arguments)
+        return decode(*arguments)
 
     return interrupted
 
 
-def test_ctrl_c_while_the_question_is_read_leaves_all_as_it_was(scripted, monkeypatch):
-    talk = Conversation(telling(scripted, " Hi.\0", " Yes.\0"), TEMPLATES["g1"])
+def test_ctrl_c_while_the_question_is_read_changes_nothing(scripted, monkeypatch):
+    talk = talking(scripted, " Hi.\0", " Yes.\0")
     said(talk.say("a"))
     before = talk.notes()
     with monkeypatch.context() as patched:
-        patched.setattr(chat, "prefill", lambda *_, **__: exec("raise KeyboardInterrupt"))
+        patched.setattr(Scripted, "prefill", lambda *_: exec("raise KeyboardInterrupt"))
         with pytest.raises(KeyboardInterrupt):
             said(talk.say("b"))
     assert talk.notes() == before
@@ -321,24 +328,24 @@ PARTS = st.sampled_from(
     think=st.sampled_from(["on", "off"]),
 )
 def test_any_reply_cut_anywhere(scripted, reply, tokens, think):
-    """What was shown is in the transcript, and there a reply ends once and properly."""
-    talk = Conversation(telling(scripted, reply), TEMPLATES["g1"], think=think, max_tokens=tokens)
-    pieces = list(talk.say("a"))
+    """The transcript has what was shown, with one complete end of the reply."""
+    talk = talking(scripted, reply, think=think, max_tokens=tokens)
+    chunks = list(talk.say("a"))
     transcript = talk.transcript
     assert transcript.startswith(f"User: a\n\nAssistant:{THINK[think][1]}")
     assert transcript.endswith("\n\n")
     body = transcript.removeprefix("User: a\n\nAssistant:").removesuffix("\n\n")
     assert body == body.rstrip() and not any(stop in body for stop in talk.template.stops)
     assert not body.lstrip().startswith("<think>") or "</think>" in body
-    assert (thought(pieces), said(pieces)[0]) == parts(transcript.partition("Assistant:")[2])
-    assert sum(piece.tokens for piece in pieces) <= tokens
+    assert (thought(chunks), said(chunks)[0]) == parts(transcript.partition("Assistant:")[2])
+    assert sum(chunk.tokens for chunk in chunks) <= tokens
 
 
 # Thoughts.
 
 
 @given(st.lists(PARTS, max_size=12).map("".join), st.integers(0, 40))
-def test_what_is_certain_of_a_reply_stays(text, cut):
+def test_parts_of_an_unfinished_reply_never_change(text, cut):
     for before, after in zip(parts(text[:cut]), parts(text), strict=True):
         assert after.startswith(before)
 
@@ -354,10 +361,10 @@ def test_what_is_certain_of_a_reply_stays(text, cut):
         ("on", "ing hard\0", ("", "<thinking hard")),
     ],
 )
-def test_thoughts_are_told_apart(scripted, think, reply, expected):
-    talk = Conversation(telling(scripted, reply), TEMPLATES["g1"], think=think)
-    pieces = list(talk.say("a"))
-    assert (thought(pieces), said(pieces)[0]) == expected
+def test_thoughts_and_answers_are_separated(scripted, think, reply, expected):
+    talk = talking(scripted, reply, think=think)
+    chunks = list(talk.say("a"))
+    assert (thought(chunks), said(chunks)[0]) == expected
 
 
 @pytest.mark.parametrize(
@@ -373,8 +380,7 @@ def test_thoughts_are_told_apart(scripted, think, reply, expected):
     ],
 )
 def test_a_thought_cut_off_is_closed(scripted, think, reply, tokens, stands):
-    telling(scripted, reply + "\0")
-    talk = Conversation(scripted, TEMPLATES["g1"], think=think, max_tokens=tokens)
+    talk = talking(scripted, reply + "\0", think=think, max_tokens=tokens)
     said(talk.say("a"))
     stands = stands or f" <think{reply}"
     assert talk.transcript.partition("Assistant:")[2] == f"{stands}\n\n"
@@ -383,22 +389,24 @@ def test_a_thought_cut_off_is_closed(scripted, think, reply, tokens, stands):
 
 def test_thinking_needs_paragraphs(scripted):
     with pytest.raises(UserError, match="think on: this template ends a reply at an empty line"):
-        Conversation(scripted, TEMPLATES["world"], think="on")
+        talking(scripted, template="world", think="on")
     with pytest.raises(UserError, match="think hard: one of off, fast, on, a bit, some, a lot"):
-        Conversation(scripted, think="hard")
+        talking(scripted, think="hard")
 
 
 # The conversation as a value.
 
 
-def random_talk(writer, **settings):
+def random_talk(generator, *, system="", prefix=None, **settings):
     settings = {"max_tokens": 12, "seed": 5, "sampling": Sampling(top_p=1.0)} | settings
-    return Conversation(writer, TEMPLATES["g1"], **settings)
+    return Conversation(
+        generator, TEMPLATES["g1"], system=system, settings=ReplySettings(**settings), prefix=prefix
+    )
 
 
-def test_turns_equal_reading_it_all(writer7):
-    """A model that writes what it likes, half characters too."""
-    talk = random_talk(writer7, system="Be kind.", think="on")
+def test_turns_equal_reading_it_all(generator7):
+    """A model that writes freely, half characters too."""
+    talk = random_talk(generator7, system="Be kind.", think="on")
     for text in ("a", "b\nc", "d"):
         said(talk.say(text))
         assert_as_if_read(talk)
@@ -409,7 +417,7 @@ def test_a_world_model_reads_what_encoding_the_transcript_gives(world):
     telling(world, " Hi\u4f60\u597d\u3002\n\nUser: b", " One.\n\nTwo.\0", ">\nWell</think>\nYes\0")
     talk = Conversation(world, TEMPLATES["g1"], system="Be kind.")
     for text, think in (("a", "off"), ("(b", "fast"), ("c", "on")):
-        talk.think = think
+        talk.configure(think=think)
         said(talk.say(text))
         assert_as_if_read(talk)
     assert talk.tokens == world.tokenizer.encode(talk.transcript)
@@ -417,21 +425,21 @@ def test_a_world_model_reads_what_encoding_the_transcript_gives(world):
 
 
 def test_a_world_model_writes(world):
-    """Whatever it likes, from all of its vocabulary."""
-    talk = random_talk(Writer(world.params, world.cfg, world.tokenizer))
+    """Freely, from all of its vocabulary."""
+    talk = random_talk(Generator(world.params, world.cfg, world.tokenizer))
     for text in ("a", "b"):
         said(talk.say(text))
         assert_as_if_read(talk)
 
 
 def test_nothing_is_read_twice(scripted, monkeypatch):
-    """Each turn reads its own text, and of the reply at most what its last calls wrote."""
+    """Each turn reads its own text, and of the reply at most the tokens of its last calls."""
     questions, again = [], []
-    monkeypatch.setattr(session, "CALL_SECONDS", 1e9)  # 2, 4 and 8 tokens a call
-    monkeypatch.setattr(chat, "prefill", lambda *a, **k: questions.extend(a[1]) or prefill(*a, **k))
-    monkeypatch.setattr(chat, "extend", lambda *a, **k: again.append(a[2]) or extend(*a, **k))
-    telling(scripted, " Hi.\n\nUser: b", " Yes.\n\nUser: c", " Nothing.")
-    talk = Conversation(scripted, TEMPLATES["g1"], max_tokens=15)
+    monkeypatch.setattr(stream, "CALL_SECONDS", 1e9)  # 2, 4 and 8 tokens a call
+    spy(monkeypatch, "prefill", lambda prompts, *_: questions.extend(prompts))
+    spy(monkeypatch, "extend", lambda _, tokens: again.append(tokens))
+    replies = " Hi.\n\nUser: b", " Yes.\n\nUser: c", " Nothing."
+    talk = talking(scripted, *replies, max_tokens=15)
     for text in ("a", "b", "c"):
         said(talk.say(text))
     ids = scripted.tokenizer.encode
@@ -440,53 +448,53 @@ def test_nothing_is_read_twice(scripted, monkeypatch):
     assert again == [ids("i.\n\n"), ids("es.\n\n"), ids("\n\n")]
 
 
-def test_same_seed_same_text(writer7):
-    first, second = random_talk(writer7), random_talk(writer7)
+def test_same_seed_same_text(generator7):
+    first, second = random_talk(generator7), random_talk(generator7)
     for text in ("a", "b"):
         assert said(first.say(text)) == said(second.say(text))
-    assert first.seed == 7
+    assert first.settings.seed == 7
     first.reset()
-    first.seed = 5
-    assert said(first.say("a")) != said(random_talk(writer7, seed=6).say("a"))
+    first.configure(seed=5)
+    assert said(first.say("a")) != said(random_talk(generator7, seed=6).say("a"))
     assert first.tokens == second.tokens[: len(first.tokens)]
 
 
-def test_retry(writer7):
-    """Another reply in place of the last one: as if that one had never been."""
-    talk, other = random_talk(writer7), random_talk(writer7)
+def test_retry(generator7):
+    """Another reply in place of the last one, as if that had never been written."""
+    talk, other = random_talk(generator7), random_talk(generator7)
     said(talk.say("a")), said(other.say("a"))
     first = said(talk.say("b"))
     second, third = said(talk.retry()), said(talk.retry())
-    assert len({first, second, third}) == 3 and talk.seed == 9
-    other.seed = 8
+    assert len({first, second, third}) == 3 and talk.settings.seed == 9
+    other.configure(seed=8)
     assert said(other.say("b")) == third
     assert (talk.tokens, talk.exchanges) == (other.tokens, 2)
     assert (talk.logits == other.logits).all()
-    other.seed = 6
+    other.configure(seed=6)
     assert said(other.retry()) == first
 
 
 def test_retry_with_another_way_to_think_reads_the_question_again(scripted):
-    talk = Conversation(telling(scripted, " Yes.\0", ">\nWell</think>No.\0"), TEMPLATES["g1"])
+    talk = talking(scripted, " Yes.\0", ">\nWell</think>No.\0")
     said(talk.say("a"))
-    talk.think = "a bit"
+    talk.configure(think="a bit")
     assert said(talk.retry()) == ("No.", "end")
     assert talk.transcript == ("User: a (think a bit)\n\nAssistant: <think>\nWell</think>No.\n\n")
     assert_as_if_read(talk)
 
 
-def test_undo(writer7):
-    talk = random_talk(writer7)
+def test_undo(generator7):
+    talk = random_talk(generator7)
     said(talk.say("a"))
     tokens, state, logits = talk.tokens, talk.state, talk.logits
     first = said(talk.say("b"))
     talk.undo()
     assert (talk.tokens, talk.exchanges) == (tokens, 1)
     jax.tree.map(np.testing.assert_array_equal, (talk.state, talk.logits), (state, logits))
-    talk.seed = 6
+    talk.configure(seed=6)
     assert said(talk.say("b")) == first
     talk.undo()
-    talk.seed = 5
+    talk.configure(seed=5)
     assert said(talk.retry())[0]  # of the first question, which is read again
     assert talk.tokens == tokens
     assert_as_if_read(talk)
@@ -498,10 +506,10 @@ def test_undo(writer7):
 
 
 def test_no_more_than_some_exchanges_can_be_undone(scripted, monkeypatch):
-    talk = Conversation(telling(scripted, *["\0"] * (chat.KEPT + 3)), TEMPLATES["g1"])
+    talk = talking(scripted, *["\0"] * (chat.KEPT + 3))
     for _ in range(chat.KEPT + 3):
         said(talk.say("a"))
-    assert sum(question.rows is not None for question in talk._questions) == 1
+    assert sum(question.decoding is not None for question in talk._questions) == 1
     for _ in range(chat.KEPT):
         talk.undo()
     with pytest.raises(UserError, match=f"the last {chat.KEPT} "):
@@ -521,28 +529,28 @@ def test_reset(scripted):
         assert talk.transcript == begin + turn
 
 
-def test_from_a_start(writer7):
-    """A state alone, as a tuned one is, or with logits: turns are read from there."""
-    rows = prefill(writer7.params, [[5, 6, 7]], [0], cfg=writer7.cfg, end=0)
-    for logits in (None, rows.logits):
-        start = Start(rows.state, writer7.cfg, logits)
-        talk = random_talk(writer7, start=start)
+def test_from_a_prefix(generator7):
+    """A state alone, as a tuned one is, or with logits: turns are read after it."""
+    before = generator7.prefill([[5, 6, 7]], [0])
+    for logits in (None, before.logits):
+        prefix = Prefix(before.state, generator7.cfg, logits)
+        talk = random_talk(generator7, prefix=prefix)
         first = said(talk.say("a"))
-        read = prefill(writer7.params, [[5, 6, 7, *talk.tokens]], [0], cfg=writer7.cfg, end=0)
+        read = generator7.prefill([[5, 6, 7, *talk.tokens]], [0])
         assert_close(talk.logits, read.logits, "float32")
         talk.reset()
-        talk.seed = 5
+        talk.configure(seed=5)
         assert said(talk.say("a")) == first
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["after a reply", "in a reply"])
-def test_resumed(writer7, cut):
-    """Whatever it was, it goes on as if it had never stopped."""
-    talk = random_talk(writer7, system="Be kind.", think="a bit", sampling=Sampling(top_k=9))
+def test_resumed(generator7, cut):
+    """The conversation continues as if it had never stopped."""
+    talk = random_talk(generator7, system="Be kind.", think="a bit", sampling=Sampling(top_k=9))
     said(talk.say("a"))
-    pieces = talk.say("b")
-    _ = next(pieces) if cut else said(pieces)
-    again = Conversation.resumed(writer7, talk.state, talk.logits, talk.notes())
+    chunks = talk.say("b")
+    _ = next(chunks) if cut else said(chunks)
+    again = Conversation.resumed(generator7, talk.state, talk.logits, talk.notes())
     assert again.notes() == talk.notes() and again.exchanges == 2
     for text in ("c", "d"):
         assert said(again.say(text)) == said(talk.say(text))
@@ -556,32 +564,32 @@ def test_resumed(writer7, cut):
     assert said(again.say("e")) == said(talk.say("e"))
 
 
-def test_notes_of_something_else(writer7):
-    talk = random_talk(writer7)
+def test_notes_of_something_else(generator7):
+    talk = random_talk(generator7)
     said(talk.say("a"))
     notes, state, logits = talk.notes(), talk.state, talk.logits
     edits = ("top_p", "top"), ('"seed": 6', '"seed": "6"'), ('"tokens": [', '"tokens": [-1, ')
     edited = [notes["chat"].replace(*edit) for edit in edits]
     for damaged in ("", "[]", "{}", '{"tokens": 1}', *edited):
-        with pytest.raises(UserError, match="no conversation goes with this state"):
-            Conversation.resumed(writer7, state, logits, notes | {"chat": damaged})
-    with pytest.raises(UserError, match="the tokenizer world, and this is bytes"):
-        Conversation.resumed(writer7, state, logits, notes | {"tokenizer": "world"})
-    with pytest.raises(UserError, match="no conversation goes"):
-        Conversation.resumed(writer7, state, logits, {"tokenizer": "bytes"})
-    with pytest.raises(UserError, match="no conversation goes"):
-        Conversation.resumed(writer7, state, None, notes)
+        with pytest.raises(UserError, match="has no conversation, or a damaged one"):
+            Conversation.resumed(generator7, state, logits, notes | {"chat": damaged})
+    with pytest.raises(UserError, match="the tokenizer world, but this is bytes"):
+        Conversation.resumed(generator7, state, logits, notes | {"tokenizer": "world"})
+    with pytest.raises(UserError, match="has no conversation"):
+        Conversation.resumed(generator7, state, logits, {"tokenizer": "bytes"})
+    with pytest.raises(UserError, match="has no conversation"):
+        Conversation.resumed(generator7, state, None, notes)
 
 
-def test_what_cannot_be(writer7):
-    talk = random_talk(writer7)
+def test_invalid_arguments(generator7):
+    talk = random_talk(generator7)
     with pytest.raises(UserError, match="say something"):
         talk.say(" \r\n")
     for nothing in ("state", "logits"):
         with pytest.raises(UserError, match="nothing was said yet"):
             getattr(talk, nothing)
     with pytest.raises(UserError, match="'Be kind': this template has none"):
-        Conversation(writer7, TEMPLATES["raven"], system="Be kind")
+        Conversation(generator7, TEMPLATES["raven"], system="Be kind")
     for setting, message in (("seed", "seed -1: between"), ("max_tokens", "tokens -1: 0 or more")):
         with pytest.raises(UserError, match=message):
-            random_talk(writer7, **{setting: -1}).say("a")
+            random_talk(generator7, **{setting: -1})

@@ -13,27 +13,21 @@ from tests.sampling.conftest import VOCAB, config, weights
 PROMPT = [5, 33, 200, 49, 1]
 
 
-def write(writer, rows, sampling, tokens, end=0):
-    written, rows = decode(
-        writer.params,
-        rows,
-        sampling.rows(rows.ended.shape[0]),
-        writer.vocabulary,
-        tokens,
-        cfg=writer.cfg,
-        end=end,
-    )
-    return np.asarray(written), rows
+def write(generator, decoding, sampling, steps, end=0):
+    settings = sampling.batched(decoding.done.shape[0])
+    given = generator.params, decoding, settings, generator.vocabulary, steps
+    written, decoding = decode(*given, cfg=generator.cfg, end=end)
+    return np.asarray(written), decoding
 
 
-def start(writer, prompts, seeds):
-    return prefill(writer.params, prompts, seeds, cfg=writer.cfg, end=0)
+def start(generator, prompts, seeds):
+    return prefill(generator.params, prompts, seeds, cfg=generator.cfg, end=0)
 
 
 @pytest.fixture(scope="module")
-def next_logits(writer):
+def next_logits(generator):
     """Float64 logits after a sequence of tokens, by one call of `forward` over all of it."""
-    version = writer.cfg.version
+    version = generator.cfg.version
     params, cfg = weights(version), config(version)
     forward = jax.jit(lambda tokens: models.forward(params, tokens, cfg=cfg)[0])
 
@@ -47,10 +41,12 @@ def next_logits(writer):
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, []])
-def test_greedy_with_penalties_against_forward(writer, next_logits, prompt):
-    """The whole loop, state, penalties and bookkeeping, replayed token by token."""
-    sampling = Sampling(temperature=0.0, presence=0.5, frequency=0.7, decay=0.9)
-    written, rows = write(writer, start(writer, [prompt], [0]), sampling, 40, end=-2)
+def test_greedy_with_penalties_against_forward(generator, next_logits, prompt):
+    """The whole loop with state, penalties and counts, replayed token by token."""
+    sampling = Sampling(
+        temperature=0.0, presence_penalty=0.5, frequency_penalty=0.7, penalty_decay=0.9
+    )
+    written, decoding = write(generator, start(generator, [prompt], [0]), sampling, 40, end=-2)
     blanks = [1 + byte for byte in b" \t0123456789"]
     table, text = {}, list(prompt) or [0]
     for token in written[0, :40]:
@@ -66,67 +62,71 @@ def test_greedy_with_penalties_against_forward(writer, next_logits, prompt):
     assert len(table) > 5
     occurrence = np.zeros(VOCAB)
     occurrence[list(table)] = list(table.values())
-    np.testing.assert_allclose(rows.counts.occurrence[0], occurrence, rtol=1e-5)
-    assert set(np.flatnonzero(rows.counts.seen[0])) == set(table)
+    np.testing.assert_allclose(decoding.counts.occurrence[0], occurrence, rtol=1e-5)
+    assert set(np.flatnonzero(decoding.counts.seen[0])) == set(table)
 
 
-def test_a_token_that_the_tokenizer_lacks_is_never_drawn(writer, next_logits):
+def test_a_token_that_the_tokenizer_lacks_is_never_drawn(generator, next_logits):
     assert np.argmax(next_logits(PROMPT)) == VOCAB - 2
-    written, _ = write(writer, start(writer, [PROMPT], [0]), Sampling(top_p=1.0), BLOCK, end=-2)
+    written, _ = write(
+        generator, start(generator, [PROMPT], [0]), Sampling(top_p=1.0), BLOCK, end=-2
+    )
     assert written.max() < 257
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 275])
-def test_prefill_in_chunks_is_one_forward(writer, next_logits, length):
+def test_prefill_in_chunks_is_one_forward(generator, next_logits, length):
     prompt = np.random.default_rng(length).integers(0, 257, length + 1).tolist()
-    rows = start(writer, [prompt[:-1]], [0])
-    np.testing.assert_allclose(rows.logits[0], next_logits(prompt[:-1]), rtol=1e-4, atol=1e-4)
-    rows = extend(writer.params, rows, prompt[-1:], cfg=writer.cfg)
-    np.testing.assert_allclose(rows.logits[0], next_logits(prompt), rtol=1e-4, atol=1e-4)
+    decoding = start(generator, [prompt[:-1]], [0])
+    np.testing.assert_allclose(decoding.logits[0], next_logits(prompt[:-1]), rtol=1e-4, atol=1e-4)
+    decoding = extend(generator.params, decoding, prompt[-1:], cfg=generator.cfg)
+    np.testing.assert_allclose(decoding.logits[0], next_logits(prompt), rtol=1e-4, atol=1e-4)
 
 
-def test_the_cut_into_calls_makes_no_difference(writer7):
-    rows = start(writer7, [PROMPT, [7], []], [3, 4, 5])
-    whole, after = write(writer7, rows, Sampling(), 40)
+def test_the_cut_into_calls_makes_no_difference(generator7):
+    decoding = start(generator7, [PROMPT, [7], []], [3, 4, 5])
+    whole, after = write(generator7, decoding, Sampling(), 40)
     parts = []
     for tokens in (1, 1, 30, 8):
-        written, rows = write(writer7, rows, Sampling(), tokens)
+        written, decoding = write(generator7, decoding, Sampling(), tokens)
         assert (written[:, tokens:] == NO_TOKEN).all()
         parts.append(written[:, :tokens])
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole[:, :40])
-    for one, other in zip(jax.tree.leaves(rows.state), jax.tree.leaves(after.state), strict=True):
+    for one, other in zip(
+        jax.tree.leaves(decoding.state), jax.tree.leaves(after.state), strict=True
+    ):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_row_does_not_depend_on_its_neighbours(writer):
+def test_a_row_does_not_depend_on_its_neighbours(generator):
     prompts = [PROMPT, [], PROMPT]
-    together, _ = write(writer, start(writer, prompts, [5, 6, 7]), Sampling(), 50)
+    together, _ = write(generator, start(generator, prompts, [5, 6, 7]), Sampling(), 50)
     for index, prompt in enumerate(prompts):
-        alone, _ = write(writer, start(writer, [prompt], [5 + index]), Sampling(), 50)
+        alone, _ = write(generator, start(generator, [prompt], [5 + index]), Sampling(), 50)
         np.testing.assert_array_equal(together[index], alone[0])
     assert (together[0] != together[2]).any()  # another seed
 
 
-def test_a_row_ends_with_its_end_token(writer7):
-    rows = start(writer7, [PROMPT, [7], []], [3, 4, 5])
-    free, _ = write(writer7, rows, Sampling(), 40, end=-2)
+def test_a_row_ends_with_its_end_token(generator7):
+    decoding = start(generator7, [PROMPT, [7], []], [3, 4, 5])
+    free, _ = write(generator7, decoding, Sampling(), 40, end=-2)
     first, *others = free[:, :40].tolist()
     end = next(token for token in first if not any(token in other for other in others))
-    written, rows = write(writer7, rows, Sampling(), 40, end=end)
+    written, decoding = write(generator7, decoding, Sampling(), 40, end=end)
     length = first.index(end) + 1
     assert written[0, :length].tolist() == first[:length]
     assert (written[0, length:] == NO_TOKEN).all()
     assert written[1:, :40].tolist() == others
-    assert rows.ended.tolist() == [True, False, False]
+    assert decoding.done.tolist() == [True, False, False]
     # Alone, the loop stops with the row.
-    _, rows = write(writer7, start(writer7, [PROMPT], [3]), Sampling(), 40, end=end)
-    assert rows.written.tolist() == [length]
-    after, _ = write(writer7, rows, Sampling(), 40, end=end)
+    _, decoding = write(generator7, start(generator7, [PROMPT], [3]), Sampling(), 40, end=end)
+    assert decoding.drawn.tolist() == [length]
+    after, _ = write(generator7, decoding, Sampling(), 40, end=end)
     assert (after == NO_TOKEN).all()
 
 
-def test_bfloat16_layout_computes_what_casting_at_use_does(writer7):
-    cfg, tokens = writer7.cfg, jnp.asarray([PROMPT])
+def test_bfloat16_layout_computes_what_casting_at_use_does(generator7):
+    cfg, tokens = generator7.cfg, jnp.asarray([PROMPT])
     params = weights(cfg.version)
     stored = decoding_layout(params, cfg, jnp.bfloat16)
     assert stored.head.dtype == jnp.bfloat16 and stored.ln_out.weight.dtype == jnp.float32

@@ -1,4 +1,4 @@
-"""Text in, text out: streaming, stops, seeds, and the state that a session carries."""
+"""Streams of text: chunks, stop strings, seeds, and the state of a session."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,18 @@ import pytest
 from rwkv_jax import states
 from rwkv_jax.data.tokenizers import ByteTokenizer, StreamDecoder
 from rwkv_jax.errors import UserError
-from rwkv_jax.sampling import Sampling, Session, Start, Writer, generate, generate_with, session
-from rwkv_jax.sampling.chat import Conversation
-from rwkv_jax.sampling.decode import NOT_FINITE, decoding_layout, prefill
-from rwkv_jax.sampling.session import Reader, read_block
+from rwkv_jax.sampling import (
+    Generator,
+    Prefix,
+    Sampling,
+    Session,
+    generate,
+    generate_with,
+    stream,
+)
+from rwkv_jax.sampling.chat import Conversation, ReplySettings
+from rwkv_jax.sampling.decode import NOT_FINITE, decoding_layout
+from rwkv_jax.sampling.stream import TokenReader
 from tests.sampling.conftest import config, weights
 
 PROMPTS = ["def", "", "é"]
@@ -26,94 +34,93 @@ class Ascii(ByteTokenizer):
 
 
 @pytest.fixture(scope="module")
-def ascii_writer():
-    return Writer(weights("7"), config("7"), Ascii())
+def ascii_generator():
+    return Generator(weights("7"), config("7"), Ascii())
 
 
-def texts(pieces, count):
+def texts(chunks, count):
     joined = [""] * count
-    for piece in pieces:
-        joined[piece.index] += piece.text
+    for chunk in chunks:
+        joined[chunk.index] += chunk.text
     return joined
 
 
-def text(pieces):
-    return "".join(piece.text for piece in pieces)
+def text(chunks):
+    return "".join(chunk.text for chunk in chunks)
 
 
 @pytest.fixture(params=[0.0, 1e9], ids=["a token a call", "as many as fit a call"])
 def pace(request, monkeypatch):
-    monkeypatch.setattr(session, "CALL_SECONDS", request.param)
+    monkeypatch.setattr(stream, "CALL_SECONDS", request.param)
 
 
-def test_pieces_are_the_text_of_the_tokens(writer7, pace):
+def test_chunks_are_the_text_of_the_tokens(generator7, pace):
     """Streamed bytes, many of them halves of characters, equal those decoded at once."""
-    rows = writer7.start(PROMPTS, [1, 2, 3])
-    tokens, _ = writer7.write(rows, WILD.rows(3), 60)
-    pieces = list(generate_with(writer7, PROMPTS, max_tokens=60, sampling=WILD, seed=1))
-    assert len(pieces) > 10
-    for index, joined in enumerate(texts(pieces, 3)):
-        mine = [p for p in pieces if p.index == index]
-        assert [p.finish for p in mine[:-1]] == [""] * (len(mine) - 1)
-        used = sum(p.tokens for p in mine)
+    prompts = [generator7.tokenizer.encode(prompt) for prompt in PROMPTS]
+    decoding = generator7.prefill(prompts, [1, 2, 3])
+    tokens, _ = generator7.decode(decoding, WILD.batched(3), 60)
+    chunks = list(generate_with(generator7, PROMPTS, max_tokens=60, sampling=WILD, seed=1))
+    assert len(chunks) > 10
+    for index, joined in enumerate(texts(chunks, 3)):
+        mine = [chunk for chunk in chunks if chunk.index == index]
+        assert [chunk.finish for chunk in mine[:-1]] == [""] * (len(mine) - 1)
+        used = sum(chunk.tokens for chunk in mine)
         row = tokens[index, :used].tolist()
         if mine[-1].finish == "end":
             assert row.index(0) == used - 1
         else:
             assert mine[-1].finish == "length" and used == 60 and 0 not in row
-        whole = writer7.tokenizer.decode_bytes(row).decode(errors="replace")
+        whole = generator7.tokenizer.decode_bytes(row).decode(errors="replace")
         # A character cut off by the length is left out.
         assert whole.startswith(joined) and set(whole[len(joined) :]) <= {"\ufffd"}
         assert len(whole) - len(joined) <= 1
 
 
-def test_seeds(writer7):
-    first = texts(generate_with(writer7, PROMPTS, max_tokens=30, seed=7), 3)
-    assert first == texts(generate_with(writer7, PROMPTS, max_tokens=30, seed=7), 3)
-    assert first[1] == text(generate_with(writer7, [""], max_tokens=30, seed=8))
-    assert first[1] != text(generate_with(writer7, [""], max_tokens=30, seed=9))
-    assert text(generate_with(writer7, [""], max_tokens=3, seed=2**32 - 1))
+def test_seeds(generator7):
+    first = texts(generate_with(generator7, PROMPTS, max_tokens=30, seed=7), 3)
+    assert first == texts(generate_with(generator7, PROMPTS, max_tokens=30, seed=7), 3)
+    assert first[1] == text(generate_with(generator7, [""], max_tokens=30, seed=8))
+    assert first[1] != text(generate_with(generator7, [""], max_tokens=30, seed=9))
+    assert text(generate_with(generator7, [""], max_tokens=3, seed=2**32 - 1))
 
 
 def test_generate_is_the_front_door():
     params, cfg = weights("4"), config("4")
-    pieces = generate(
-        params, cfg, Ascii(), ["a", "b"], max_tokens=20, temperature=0.5, top_k=5, seed=3
-    )
-    sampling = Sampling(temperature=0.5, top_k=5)
-    again = generate_with(
-        Writer(params, cfg, Ascii()), ["a", "b"], max_tokens=20, sampling=sampling, seed=3
-    )
-    assert texts(pieces, 2) == texts(again, 2)
+    options = {"max_tokens": 20, "sampling": Sampling(temperature=0.5, top_k=5), "seed": 3}
+    chunks = generate(params, cfg, Ascii(), ["a", "b"], **options)
+    again = generate_with(Generator(params, cfg, Ascii()), ["a", "b"], **options)
+    assert texts(chunks, 2) == texts(again, 2)
 
 
-def test_stop_strings(ascii_writer, pace):
-    free = text(generate_with(ascii_writer, ["x"], max_tokens=60, seed=1, sampling=WILD))
+def test_stop_strings(ascii_generator, pace):
+    free = text(generate_with(ascii_generator, ["x"], max_tokens=60, seed=1, sampling=WILD))
     stops = [free[20:23], free[40:42]]
-    *_, last = pieces = list(
-        generate_with(ascii_writer, ["x"], max_tokens=60, seed=1, sampling=WILD, stop=stops)
+    *_, last = chunks = list(
+        generate_with(ascii_generator, ["x"], max_tokens=60, seed=1, sampling=WILD, stop=stops)
     )
     assert last.finish == "stop"
-    assert text(pieces) == free[: free.index(stops[0])]
-    assert sum(piece.tokens for piece in pieces) == free.index(stops[0]) + 3
+    assert text(chunks) == free[: free.index(stops[0])]
+    assert sum(chunk.tokens for chunk in chunks) == free.index(stops[0]) + 3
 
 
-def test_a_held_back_beginning_is_printed_at_the_end(ascii_writer):
-    free = text(generate_with(ascii_writer, ["x"], max_tokens=10, seed=1))
+def test_a_held_back_beginning_is_printed_at_the_end(ascii_generator):
+    free = text(generate_with(ascii_generator, ["x"], max_tokens=10, seed=1))
     stop = [free[-2:] + "\n"]
-    assert text(generate_with(ascii_writer, ["x"], max_tokens=10, seed=1, stop=stop)) == free
+    assert text(generate_with(ascii_generator, ["x"], max_tokens=10, seed=1, stop=stop)) == free
 
 
-def test_one_row_stopping_leaves_the_others(ascii_writer):
-    free = texts(generate_with(ascii_writer, ["x", "y"], max_tokens=40, seed=1), 2)
+def test_one_row_stopping_leaves_the_others(ascii_generator):
+    free = texts(generate_with(ascii_generator, ["x", "y"], max_tokens=40, seed=1), 2)
     stop = next(c for c in free[0] if c not in free[1])
-    stopped = texts(generate_with(ascii_writer, ["x", "y"], max_tokens=40, seed=1, stop=[stop]), 2)
+    stopped = texts(
+        generate_with(ascii_generator, ["x", "y"], max_tokens=40, seed=1, stop=[stop]), 2
+    )
     assert stopped == [free[0][: free[0].index(stop)], free[1]]
 
 
-def test_a_session_continues_the_same_text(ascii_writer, pace):
-    whole = text(generate_with(ascii_writer, ["once"], max_tokens=50, seed=4, sampling=WILD))
-    talk = Session(ascii_writer, seed=4)
+def test_a_session_continues_the_same_text(ascii_generator, pace):
+    whole = text(generate_with(ascii_generator, ["once"], max_tokens=50, seed=4, sampling=WILD))
+    talk = Session(ascii_generator, seed=4)
     talk.feed("on")
     talk.feed("")
     talk.feed("ce")
@@ -121,31 +128,31 @@ def test_a_session_continues_the_same_text(ascii_writer, pace):
     assert "".join(parts) == whole
 
 
-def test_after_a_stop_string_the_session_goes_on_behind_it(ascii_writer, pace):
-    whole = text(generate_with(ascii_writer, ["once"], max_tokens=50, seed=4, sampling=WILD))
+def test_after_a_stop_string_the_session_continues_behind_it(ascii_generator, pace):
+    whole = text(generate_with(ascii_generator, ["once"], max_tokens=50, seed=4, sampling=WILD))
     stop = whole[17:20]
-    talk = Session(ascii_writer, seed=4)
+    talk = Session(ascii_generator, seed=4)
     talk.feed("once")
     before = text(talk.stream(max_tokens=50, sampling=WILD, stop=[stop]))
     rest = text(talk.stream(max_tokens=50 - len(before + stop), sampling=WILD))
     assert before + stop + rest == whole
 
 
-def test_a_stream_left_early_leaves_the_state_behind_what_was_shown(ascii_writer):
-    whole = text(generate_with(ascii_writer, ["once"], max_tokens=50, seed=4, sampling=WILD))
-    talk = Session(ascii_writer, seed=4)
+def test_a_stream_left_early_leaves_the_state_after_the_last_chunk(ascii_generator):
+    whole = text(generate_with(ascii_generator, ["once"], max_tokens=50, seed=4, sampling=WILD))
+    talk = Session(ascii_generator, seed=4)
     talk.feed("once")
     shown = ""
-    for piece in talk.stream(max_tokens=50, sampling=WILD):
-        shown += piece.text
+    for chunk in talk.stream(max_tokens=50, sampling=WILD):
+        shown += chunk.text
         if len(shown) > 5:
             break
     assert len(shown) < 50
     assert shown + text(talk.stream(max_tokens=50 - len(shown), sampling=WILD)) == whole
 
 
-def test_reset_and_reseed(ascii_writer):
-    talk = Session(ascii_writer, seed=4)
+def test_reset_and_reseed(ascii_generator):
+    talk = Session(ascii_generator, seed=4)
     first = text(talk.stream(max_tokens=20))
     talk.reset()
     assert text(talk.stream(max_tokens=20)) == first
@@ -162,26 +169,26 @@ def test_reset_and_reseed(ascii_writer):
 def test_after_the_end_of_a_document_a_new_one_starts():
     """The end token is made one that the model is sure to write."""
     tokenizer = Ascii()
-    writer = Writer(weights("7"), config("7"), tokenizer)
-    greedy = Sampling(temperature=0.0, presence=0.0, frequency=0.0)
-    rows = writer.start(["once"], [0])
-    tokenizer.eod = int(writer.write(rows, greedy.rows(1), 5)[0][0, 4])
+    generator = Generator(weights("7"), config("7"), tokenizer)
+    greedy = Sampling(temperature=0.0, presence_penalty=0.0, frequency_penalty=0.0)
+    decoding = generator.prefill([tokenizer.encode("once")], [0])
+    tokenizer.eod = int(generator.decode(decoding, greedy.batched(1), 5)[0][0, 4])
     for text_after in ("twice", ""):
-        talk = Session(writer, seed=0)
+        talk = Session(generator, seed=0)
         talk.feed("once")
         *_, last = list(talk.stream(max_tokens=50, sampling=greedy))
         assert last.finish == "end"
         talk.feed(text_after)
         document = [tokenizer.eod, *tokenizer.encode(text_after)]
-        rows = prefill(writer.params, [document], [0], cfg=writer.cfg, end=tokenizer.eod)
-        ids = writer.write(rows, greedy.rows(1), 20)[0][0].tolist()
+        decoding = generator.prefill([document], [0])
+        ids = generator.decode(decoding, greedy.batched(1), 20)[0][0].tolist()
         expected = tokenizer.decode_bytes(ids[: [*ids, tokenizer.eod].index(tokenizer.eod)])
         assert text(talk.stream(max_tokens=20, sampling=greedy)) == expected.decode()
 
 
-def test_zero_tokens(writer7):
-    pieces = list(generate_with(writer7, ["a"], max_tokens=0))
-    assert [(p.text, p.tokens, p.finish) for p in pieces] == [("", 0, "length")]
+def test_zero_tokens(generator7):
+    (chunk,) = generate_with(generator7, ["a"], max_tokens=0)
+    assert (chunk.text, chunk.tokens, chunk.finish) == ("", 0, "length")
 
 
 @pytest.mark.parametrize(
@@ -195,9 +202,9 @@ def test_zero_tokens(writer7):
         ("top_p", float("nan")),
         ("top_k", -1),
         ("top_k", 2**31),
-        ("decay", 1.5),
-        ("presence", float("inf")),
-        ("frequency", float("nan")),
+        ("penalty_decay", 1.5),
+        ("presence_penalty", float("inf")),
+        ("frequency_penalty", float("nan")),
     ],
 )
 def test_settings_out_of_range(setting, value):
@@ -205,33 +212,33 @@ def test_settings_out_of_range(setting, value):
         Sampling(**{setting: value})
 
 
-def test_other_bad_input(writer7):
+def test_other_bad_input(generator7):
     for seed in (-1, 2**32):
         with pytest.raises(UserError, match=f"seed {seed}"):
-            generate_with(writer7, ["a"], seed=seed)
+            generate_with(generator7, ["a"], seed=seed)
     with pytest.raises(UserError, match="tokens -1"):
-        generate_with(writer7, ["a"], max_tokens=-1)
+        generate_with(generator7, ["a"], max_tokens=-1)
     small = ByteTokenizer()
     small.vocab_size = 300
     with pytest.raises(UserError, match="300 tokens and the model 260"):
-        Writer(weights("7"), config("7"), small)
+        Generator(weights("7"), config("7"), small)
 
 
-def test_counted_as_nothing_are_blanks_and_digits(writer7):
-    increment = np.asarray(writer7.vocabulary.increment)
+def test_blanks_and_digits_are_not_counted(generator7):
+    increment = np.asarray(generator7.vocabulary.increment)
     nothing = [0, *(1 + byte for byte in b" \t0123456789")]
     assert sorted(np.flatnonzero(increment == 0)) == sorted(nothing)
 
 
-@pytest.mark.parametrize("committed", [False, True], ids=["anywhere", "bound to a device"])
+@pytest.mark.parametrize("committed", [False, True], ids=["uncommitted", "committed"])
 def test_decoding_is_compiled_once_whatever_happens_in_between(committed, caplog):
-    """Weights of a checkpoint are bound to a device, fresh ones are not."""
+    """Weights of a checkpoint are committed to a device, fresh ones are not."""
     params = weights("7")
     params = jax.device_put(params, jax.devices()[0]) if committed else params
-    writer = Writer(params, config("7"), Ascii())
+    generator = Generator(params, config("7"), Ascii())
     jax.clear_caches()
     with jax.log_compiles():
-        own = Session(writer, seed=1)
+        own = Session(generator, seed=1)
         for _ in range(2):
             own.feed("def")
             list(own.stream(max_tokens=9))
@@ -243,20 +250,20 @@ def test_decoding_is_compiled_once_whatever_happens_in_between(committed, caplog
     assert sum("jit(decode)" in message for message in done) == 1
 
 
-def test_a_start_is_gone_back_to_when_a_document_ends(writer7):
-    """With known logits a new text begins there; without, only a prompt can begin one."""
-    first = Session(writer7, 1)
+def test_a_document_starts_at_the_prefix_again(generator7):
+    """With its logits a new text starts there; without them, only a prompt can start one."""
+    first = Session(generator7, 1)
     first.feed("def")
-    start = Start(first.state, writer7.cfg, first.logits)
-    session = Session(writer7, 1, start)
-    expected = "".join(piece.text for piece in session.stream(max_tokens=8))
-    session._begun = False  # as the end of a document leaves it
+    prefix = Prefix(first.state, generator7.cfg, first.logits)
+    session = Session(generator7, 1, prefix)
+    expected = text(session.stream(max_tokens=8))
+    session._started = False  # as after the end of a document
     session.reseed(1)
-    assert "".join(piece.text for piece in session.stream(max_tokens=8)) == expected
-    silent = Session(writer7, 1, Start(first.state, writer7.cfg))
-    assert not silent.begun
+    assert text(session.stream(max_tokens=8)) == expected
+    silent = Session(generator7, 1, Prefix(first.state, generator7.cfg))
+    assert not silent.started
     assert states.compare(silent.state, first.state)[-1].relative == 0
-    with pytest.raises(UserError, match="does not say what comes next"):
+    with pytest.raises(UserError, match="no logits of the next token"):
         next(silent.stream(max_tokens=8))
     silent.feed(" f")
     first.feed(" f")
@@ -277,20 +284,23 @@ def test_decoding_keeps_decays_in_float32():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_model_that_predicts_nan_is_an_error(temperature):
-    """One line, whatever writes; but not where the text ends before."""
+    """One line, however the text is sampled; no error if the text ends before."""
     params, tokenizer = weights("7"), ByteTokenizer()
     broken = params.replace(emb=params.emb.at[tokenizer.encode("x")[0]].set(jnp.nan))
-    writer, sampling = Writer(broken, config("7"), tokenizer), Sampling(temperature=temperature)
-    one = Session(writer)
+    generator, sampling = (
+        Generator(broken, config("7"), tokenizer),
+        Sampling(temperature=temperature),
+    )
+    one = Session(generator)
     one.feed("ax")
-    for pieces in (
-        generate_with(writer, ["ax"], sampling=sampling),
-        generate_with(writer, ["a", "x"], sampling=sampling),
+    for chunks in (
+        generate_with(generator, ["ax"], sampling=sampling),
+        generate_with(generator, ["a", "x"], sampling=sampling),
         one.stream(sampling=sampling),
-        Conversation(writer, sampling=sampling).say("ax"),
+        Conversation(generator, settings=ReplySettings(sampling=sampling)).say("ax"),
     ):
         with pytest.raises(UserError, match="the model predicts NaN"):
-            list(pieces)
-    reader = Reader(StreamDecoder(tokenizer), tokenizer.eod, ["b"])
-    piece = read_block(0, reader, np.array([*tokenizer.encode("ab"), NOT_FINITE]))
-    assert (piece.text, piece.finish) == ("a", "stop")
+            list(chunks)
+    reader = TokenReader(0, StreamDecoder(tokenizer), tokenizer.eod, ["b"])
+    chunk = reader.read(np.array([*tokenizer.encode("ab"), NOT_FINITE]))
+    assert (chunk.text, chunk.finish) == ("a", "stop")

@@ -13,7 +13,7 @@ truncate, sample = jax.jit(transforms.truncate), jax.jit(transforms.sample)
 
 
 def settings(temperature=1.0, top_p=1.0, top_k=0, presence=0.0, frequency=0.0, decay=1.0):
-    """One row a value; scalars give one row."""
+    """One row per value; scalars give one row."""
     columns = np.broadcast_arrays(
         *map(np.atleast_1d, (temperature, top_p, top_k, presence, frequency, decay))
     )
@@ -22,7 +22,7 @@ def settings(temperature=1.0, top_p=1.0, top_k=0, presence=0.0, frequency=0.0, d
 
 
 def probabilities(logits, temperature, top_p, top_k):
-    """What the next token is drawn from, by rwkv.md §9; ties with either cutoff are kept."""
+    """Probabilities of the next token in float64; ties with either cutoff are kept."""
     p = np.exp(np.float64(logits) - np.max(logits))
     p /= p.sum()
     if temperature == 0:
@@ -47,12 +47,12 @@ def test_kept_set_equals_that_of_a_sort(size, spread):
     kept = truncate(jnp.asarray(logits), settings(top_p=top_p, top_k=top_k)) > 0
     for row in range(len(top_p)):
         expected = probabilities(logits[row], 1.0, top_p[row], top_k[row])
-        # Float32 cannot hold the least probabilities of the widest spread, nor would they be drawn.
+        # The smallest probabilities of the widest spread underflow in float32; they are never drawn.
         visible = np.exp(np.float64(logits[row]) - logits[row].max()) > 1e-30
         np.testing.assert_array_equal(kept[row][visible], expected[visible] > 0)
 
 
-# Probabilities, and how many there are of each.
+# Probabilities, and the number of tokens with each.
 TIES = [
     ([1 / 2, 1 / 4, 1 / 8], [1, 1, 2]),
     ([1 / 4, 1 / 8, 1 / 16], [2, 2, 4]),
@@ -62,7 +62,7 @@ TIES = [
 
 
 @pytest.mark.parametrize("levels, counts", TIES)
-def test_ties_with_the_cutoff_stay(levels, counts):
+def test_ties_with_the_cutoff_are_kept(levels, counts):
     p = np.random.default_rng(0).permutation(np.repeat(levels, counts))
     assert p.sum() == 1
     # Never exactly a running sum: rounding would decide.
@@ -107,7 +107,7 @@ def test_frequencies_are_the_probabilities(case, size):
     seen = np.bincount(np.asarray(tokens), minlength=size)
     expected = probabilities(logits, **case)
     assert not seen[expected == 0].any()
-    # Chi-square wants at least five expected of each kind: the rest are one kind together.
+    # Chi-square needs at least five expected of each kind: the rest are merged into one.
     common = expected * draws >= 5
     observed = np.append(seen[common], seen[~common].sum())
     hoped = np.append(expected[common], expected[~common].sum()) * draws
@@ -142,7 +142,7 @@ def test_a_row_is_drawn_as_if_alone():
 
 
 def test_counts_against_a_table():
-    """The official bookkeeping, a dictionary a row: presence also of tokens that add nothing."""
+    """The official bookkeeping with a dictionary per row: uncounted tokens are present too."""
     vocab, steps = 12, 40
     rng = np.random.default_rng(0)
     increment = np.where(np.arange(vocab) % 3 == 0, 0.0, 1.0)

@@ -1,0 +1,200 @@
+"""The decode loop as streams of text: `generate`, and the `Stream` under every way to sample.
+
+The text depends on parameters, prompt, settings and seed, not on how it is cut into chunks.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.data.tokenizers import StreamDecoder, Tokenizer
+from rwkv_jax.errors import PREDICTS_NAN, UserError
+from rwkv_jax.models import Model
+from rwkv_jax.sampling.decode import BLOCK, NO_TOKEN, NOT_FINITE, DecodeState, Prefix
+from rwkv_jax.sampling.generator import Generator
+from rwkv_jax.sampling.settings import Sampling, check_max_tokens
+from rwkv_jax.sampling.text import StopStrings
+from rwkv_jax.typing import Array
+
+CALL_SECONDS = 0.1
+"""A call to the device decodes about as many tokens as take this long: text should flow."""
+
+Finish = Literal["", "stop", "end", "length"]
+"""Why a text ended: a stop string, the end of the document, or `max_tokens`. Empty: not ended."""
+
+
+@dataclass(frozen=True)
+class TextChunk:
+    """New text of one prompt. The last chunk of a prompt has a `finish`."""
+
+    index: int
+    """Index of the prompt."""
+    text: str
+    tokens: int
+    """Number of tokens drawn for it."""
+    finish: Finish = ""
+
+
+class BlockSizer:
+    """Tokens of the next block: a few at first, then about `CALL_SECONDS` worth."""
+
+    def __init__(self):
+        self._tokens = 1
+        self._since = time.perf_counter()
+
+    def next(self, left: int) -> int:
+        """At most `left`. A slow call halves the size at most, as the first one compiles."""
+        now = time.perf_counter()
+        elapsed, self._since = now - self._since, now
+        self._tokens = min(2 * self._tokens, BLOCK) if elapsed < CALL_SECONDS / 2 else self._tokens
+        self._tokens = max(self._tokens // 2, 1) if elapsed > 2 * CALL_SECONDS else self._tokens
+        return min(self._tokens, left)
+
+
+class TokenReader:
+    """Turns the tokens of one row into text, up to the end of the text."""
+
+    def __init__(self, index: int, decoder: StreamDecoder, eod: int, stop: Sequence[str]):
+        self._index = index
+        self._decoder = decoder
+        self._eod = eod
+        self._gate = StopStrings(stop)
+        self.finish: Finish = ""
+        self.ids: list[int] = []
+        """All tokens read, without the end of the document."""
+
+    def read(self, block: np.ndarray) -> TextChunk:
+        """The text that more tokens complete. Raises `UserError` if the model predicts NaN before
+        the text ends."""
+        text, used = [], 0
+        for token in block.tolist():
+            if self.finish or token == NO_TOKEN:
+                break
+            if token == NOT_FINITE:
+                raise UserError(PREDICTS_NAN)
+            text.append(self._push(token))
+            used += 1
+        return TextChunk(self._index, "".join(text), used, self.finish)
+
+    def _push(self, token: int) -> str:
+        if token == self._eod:
+            self.finish = "end"
+            return self._gate.push(self._decoder.finish()) + self._gate.flush()
+        self.ids.append(token)
+        text = self._gate.push(self._decoder.push([token]))
+        if self._gate.reached:
+            self.finish = "stop"
+        return text
+
+    def cut(self) -> TextChunk:
+        """Ends the text at `max_tokens`, with what was held back as the start of a stop string;
+        half a character is dropped."""
+        self.finish = "length"
+        return TextChunk(self._index, self._gate.flush(), 0, "length")
+
+
+class Stream:
+    """Iterates over the texts that continue the rows of `decoding`, in `TextChunk`s.
+
+    Tokens are decoded block by block, as chunks are asked for. A block may run past a stop string;
+    `state_after` undoes that.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        decoding: DecodeState[Array],
+        sampling: Sampling,
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        decoder: StreamDecoder | None = None,
+    ):
+        batch, tokenizer = decoding.done.shape[0], generator.tokenizer
+        self._generator = generator
+        self._settings = sampling.batched(batch)
+        self._max_tokens = max_tokens
+        self._before, self._steps = decoding, 0
+        self.decoding = decoding
+        """The state after the last block."""
+        self.readers = [
+            TokenReader(index, decoder or StreamDecoder(tokenizer), tokenizer.eod, stop)
+            for index in range(batch)
+        ]
+
+    def __iter__(self) -> Iterator[TextChunk]:
+        sizer, left = BlockSizer(), self._max_tokens
+        while left and not all(reader.finish for reader in self.readers):
+            # The device does not know about stop strings.
+            done = np.asarray([bool(reader.finish) for reader in self.readers])
+            before, steps = replace(self.decoding, done=jnp.asarray(done)), sizer.next(left)
+            block, after = self._generator.decode(before, self._settings, steps)
+            self._before, self._steps, self.decoding = before, steps, after
+            left -= steps
+            for reader, tokens in zip(self.readers, block, strict=True):
+                if not reader.finish:
+                    yield reader.read(tokens)
+        for reader in self.readers:
+            if not reader.finish:
+                yield reader.cut()
+
+    def state_after(self, chunk: TextChunk) -> DecodeState[Array]:
+        """The state after the last chunk of a single row.
+
+        If a stop string ended it inside a block, the same tokens are decoded again up to there.
+        """
+        if chunk.finish == "stop" and chunk.tokens < self._steps:
+            return self._generator.decode(self._before, self._settings, chunk.tokens)[1]
+        return self.decoding
+
+
+def generate(
+    params: Model[Array],
+    cfg: ModelConfig,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int = 200,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+) -> Iterator[TextChunk]:
+    """Continues each prompt, as a stream of chunks; the prompts are decoded as one batch.
+
+    Prompt i is drawn with seed `seed + i`: alone with that seed it gives the same text. An empty
+    prompt starts a document. A text ends with its document, at a stop string (never part of the
+    text), or after `max_tokens`. To use a model many times, make a `Generator` once and call
+    `generate_with`.
+
+    Raises `UserError` for a setting out of range, at the call; and during iteration, if the model
+    predicts NaN.
+
+    >>> chunks = generate(params, cfg, tokenizer, ["def main("], max_tokens=50)  # doctest: +SKIP
+    >>> print("".join(chunk.text for chunk in chunks))  # doctest: +SKIP
+    """
+    generator = Generator(params, cfg, tokenizer)
+    return generate_with(
+        generator, prompts, max_tokens=max_tokens, sampling=sampling, seed=seed, stop=stop
+    )
+
+
+def generate_with(
+    generator: Generator,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int = 200,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    prefix: Prefix | None = None,
+) -> Iterator[TextChunk]:
+    """`generate` with a `Generator` made before; every prompt follows `prefix`, if given."""
+    check_max_tokens(max_tokens)
+    seeds = [seed + index for index in range(len(prompts))]
+    tokens = [generator.tokenizer.encode(prompt) for prompt in prompts]
+    decoding = generator.prefill(tokens, seeds, prefix)
+    return iter(Stream(generator, decoding, sampling or Sampling(), max_tokens, stop))
