@@ -45,7 +45,7 @@ def farthest(first, second):
 
 @versions("4", "7")
 def test_pypi_lists_in_and_out(version):
-    """Our state equals theirs after the golden text, theirs resumes here, ours survives both ways."""
+    """Our state equals theirs after the golden text, theirs resumes here, ours comes back."""
     _, cfg, tokens, logits, theirs = golden(version)
     _, state = run(version)(tokens)
     mine = states.to_pypi(state)

@@ -47,7 +47,7 @@ def test_kept_set_equals_that_of_a_sort(size, spread):
     kept = truncate(jnp.asarray(logits), settings(top_p=top_p, top_k=top_k)) > 0
     for row in range(len(top_p)):
         expected = probabilities(logits[row], 1.0, top_p[row], top_k[row])
-        # The smallest probabilities of the widest spread underflow in float32; they are never drawn.
+        # In float32 the smallest probabilities of the widest spread are 0; they are never drawn.
         visible = np.exp(np.float64(logits[row]) - logits[row].max()) > 1e-30
         np.testing.assert_array_equal(kept[row][visible], expected[visible] > 0)
 
