@@ -2,13 +2,13 @@
 
     python -m benchmarks.decode [--peer-python PATH] [--rounds 5] [--tokens 32]
 
-Everyone loads the same random float32 weights (12 layers, 768 wide, vocabulary 65,536), and their
-logits after a prompt are compared. Writing one token reads every weight but the embedding table
-once; that many bytes over the time a token takes is what is held against the bandwidth of one
-matrix-vector product over as many bytes, both the mean over a turn. The model's own large matrices,
-one product after the other, each waiting for a sum over the one before, are timed as well: no
-decoder that multiplies by these matrices in this order can be expected to pass them. All run with
-the malloc settings that sample.py gives itself.
+All contestants load the same random float32 weights (12 layers, width 768, vocabulary 65,536), and
+their logits after a prompt are compared. Decoding one token reads every weight once except the
+embedding table. These bytes divided by the time per token are compared with the bandwidth of one
+matrix-vector product over as many bytes; both are means over a turn. The products with the model's
+own large matrices, each depending on a sum over the one before, are timed as well: they are an
+upper bound for any decoder that multiplies by these matrices in this order. All run with the malloc
+settings of sample.py.
 """
 
 import argparse
@@ -38,9 +38,7 @@ def parse() -> argparse.Namespace:
         help="interpreter with benchmarks/requirements.txt (default: this)",
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--tokens", type=int, default=32, help="tokens a contestant writes at its turn"
-    )
+    parser.add_argument("--tokens", type=int, default=32, help="tokens per contestant and turn")
     parser.add_argument("--threads", type=int, default=harness.device()["cores"])
     return parser.parse_args()
 
@@ -106,7 +104,7 @@ def summarise(args, writers: dict, memory: dict, speeds: dict, bandwidth: list, 
         for kind, rounds in speeds.items():
             speed = [r[name] for r in rounds]
             ratio = [r[OURS] / r[name] for r in rounds]
-            # bf16 weights are half as many bytes: only float32 is held against its bandwidth.
+            # bf16 weights have half as many bytes: only float32 is compared with its bandwidth.
             percent, of_chain = (
                 [100 * s * size * 1e-9 / b[whose] for s, b in zip(speed, bandwidth, strict=True)]
                 for whose in (best, CHAIN)
@@ -137,11 +135,11 @@ def summarise(args, writers: dict, memory: dict, speeds: dict, bandwidth: list, 
         [
             "",
             "tokens/s",
-            "ours is x times",
+            "our speed-up",
             "% of bandwidth",
             "% of its products",
             "peak GiB",
-            "logits apart",
+            "logit difference",
         ],
         rows,
     )

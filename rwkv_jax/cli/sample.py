@@ -118,13 +118,10 @@ def _chat(args: argparse.Namespace, given: dict[str, float]) -> None:
         )
     if args.template and args.template not in TEMPLATES:
         raise UserError(f"--template {args.template}: one of {', '.join(TEMPLATES)}")
-    sampling = CHAT_SAMPLING.with_flags(given) if given else None
-    settings = {
-        "seed": args.seed,
-        "sampling": sampling,
-        "max_tokens": args.tokens,
-        "think": args.think,
-    }
+    settings = {"seed": args.seed, "max_tokens": args.tokens, "think": args.think}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if given:
+        settings["sampling"] = CHAT_SAMPLING.with_flags(given)
     _allow_any_text()
     generator = _load(args)
     _edit_lines()
@@ -134,7 +131,7 @@ def _chat(args: argparse.Namespace, given: dict[str, float]) -> None:
         generator,
         template=TEMPLATES[args.template] if args.template else None,
         system=None if args.system is None else _text(args.system),
-        settings={name: value for name, value in settings.items() if value is not None},
+        settings=settings,
         prefix=_prefix(args.state, saved, generator) if saved and not resume else None,
         resume=Path(args.state) if resume else None,
         save=Path(args.save_state) if args.save_state else None,

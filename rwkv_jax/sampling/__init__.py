@@ -1,9 +1,8 @@
 """Sampling: prefill, the jitted decode loop, the transforms of logits, and text streams."""
 
 from rwkv_jax.sampling.decode import Prefix
-from rwkv_jax.sampling.generator import Generator
 from rwkv_jax.sampling.session import Session
 from rwkv_jax.sampling.settings import Sampling
-from rwkv_jax.sampling.stream import TextChunk, generate, generate_with
+from rwkv_jax.sampling.stream import Generator, TextChunk, generate, generate_with
 
 __all__ = ["Generator", "Prefix", "Sampling", "Session", "TextChunk", "generate", "generate_with"]

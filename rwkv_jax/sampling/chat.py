@@ -30,9 +30,8 @@ from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.errors import UserError
 from rwkv_jax.models import State
 from rwkv_jax.sampling.decode import DecodeState, Prefix, reseed
-from rwkv_jax.sampling.generator import Generator
 from rwkv_jax.sampling.settings import MAX_SEED, Sampling, check_max_tokens, check_seed
-from rwkv_jax.sampling.stream import Finish, Stream, TextChunk
+from rwkv_jax.sampling.stream import Finish, Generator, Stream, TextChunk
 from rwkv_jax.typing import Array, Float
 
 CHAT_SAMPLING = Sampling(top_p=0.3, presence_penalty=0.5, frequency_penalty=0.5)

@@ -221,6 +221,10 @@ def _chunk(
     return head(params, hidden[:, -1]), state
 
 
+Carry = tuple[Array, Array, DecodeState[Array]]
+"""Of the decode loop: its step, the tokens so far, the state."""
+
+
 @jit_for_decoding
 def decode(
     params: Model[Array],
@@ -240,13 +244,11 @@ def decode(
     `end` are traced: one program serves all values.
     """
 
-    def unfinished(carry: tuple[Array, Array, DecodeState[Array]]) -> Array:
+    def unfinished(carry: Carry) -> Array:
         step, _, now = carry
         return (step < steps) & ~jnp.all(now.done)
 
-    def step(
-        carry: tuple[Array, Array, DecodeState[Array]],
-    ) -> tuple[Array, Array, DecodeState[Array]]:
+    def step(carry: Carry) -> Carry:
         index, tokens, now = carry
         with jax.named_scope("sample"):
             token, finite = _next_token(now, settings, vocabulary)

@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 from rwkv_jax.data.tokenizers import StreamDecoder
 from rwkv_jax.errors import UserError
 from rwkv_jax.models import State, stack
-from rwkv_jax.sampling.decode import Prefix, reseed
-from rwkv_jax.sampling.generator import NO_LOGITS, Generator
+from rwkv_jax.sampling.decode import DecodeState, Prefix, reseed
 from rwkv_jax.sampling.settings import Sampling, check_max_tokens, check_seed
-from rwkv_jax.sampling.stream import Stream, TextChunk
+from rwkv_jax.sampling.stream import NO_LOGITS, Generator, Stream, TextChunk
 from rwkv_jax.typing import Array, Float
 
 
@@ -21,19 +20,19 @@ class Session:
     """
 
     def __init__(self, generator: Generator, seed: int = 0, prefix: Prefix | None = None):
-        self._generator = generator
+        self.generator = generator
         self._prefix = prefix
         self.reset(seed)
 
     def reset(self, seed: int | None = None) -> None:
         """Drops the text and restarts the random numbers, from another seed if given."""
         seed = self.seed if seed is None else seed
-        prefix, self._started = self._prefix, False
-        self._decoding = self._generator.prefill([[]], [seed])
+        prefix, decoding = self._prefix, self.generator.prefill([[]], [seed])
         if prefix is not None:
-            self._decoding = self._generator.restart(self._decoding, prefix)
-            self._started = prefix.logits is not None
-        self._decoder = StreamDecoder(self._generator.tokenizer)
+            decoding = self.generator.restart(decoding, prefix)
+        self._decoding = decoding
+        self._started = prefix is not None and prefix.logits is not None
+        self._decoder = StreamDecoder(self.generator.tokenizer)
         self.seed = seed
 
     def reseed(self, seed: int) -> None:
@@ -44,15 +43,10 @@ class Session:
 
     def feed(self, text: str) -> None:
         """Appends text to what the model has read."""
-        tokens = self._generator.tokenizer.encode(text)
+        tokens = self.generator.tokenizer.encode(text)
         if tokens:
             self._read(tokens)
-            self._decoder = StreamDecoder(self._generator.tokenizer)
-
-    @property
-    def generator(self) -> Generator:
-        """The model and its tokenizer."""
-        return self._generator
+            self._decoder = StreamDecoder(self.generator.tokenizer)
 
     @property
     def started(self) -> bool:
@@ -69,15 +63,12 @@ class Session:
         """Logits of the next token; undefined until `started`."""
         return self._decoding.logits
 
-    def _start(self) -> None:
-        """Starts the next document, if the last one ended."""
-        if not self._started:
-            self._decoding = self._generator.restart(self._decoding, self._prefix)
-            self._started = True
+    def _restarted(self) -> DecodeState[Array]:
+        return self.generator.restart(self._decoding, self._prefix)
 
     def _read(self, tokens: Sequence[int]) -> None:
-        self._start()
-        self._decoding = self._generator.extend(self._decoding, tokens)
+        decoding = self._decoding if self._started else self._restarted()
+        self._decoding, self._started = self.generator.extend(decoding, tokens), True
 
     def stream(
         self, *, max_tokens: int = 200, sampling: Sampling | None = None, stop: Sequence[str] = ()
@@ -95,11 +86,12 @@ class Session:
     ) -> Iterator[TextChunk]:
         if max_tokens and not self._started:
             if self._prefix is None:
-                self._read([self._generator.tokenizer.eod])
+                self._read([self.generator.tokenizer.eod])
             elif self._prefix.logits is None:
                 raise UserError(NO_LOGITS)
-            self._start()
-        stream = Stream(self._generator, self._decoding, sampling, max_tokens, stop, self._decoder)
+            else:
+                self._decoding, self._started = self._restarted(), True
+        stream = Stream(self.generator, self._decoding, sampling, max_tokens, stop, self._decoder)
         for chunk in stream:
             if chunk.tokens:
                 self._decoding, self._started = stream.state_after(chunk), chunk.finish != "end"

@@ -62,13 +62,12 @@ class Sampling:
 
     def batched(self, batch: int) -> Settings[Array]:
         """The same settings for every row of a batch, as arrays [b]."""
-        kinds = {"top_k": jnp.int32}
-        return Settings(
-            **{
-                name: jnp.asarray([getattr(self, name)] * batch, kinds.get(name, jnp.float32))
-                for name in FLAGS.values()
-            }
-        )
+
+        def column(name: str) -> Array:
+            kind = jnp.int32 if name == "top_k" else jnp.float32
+            return jnp.asarray([getattr(self, name)] * batch, kind)
+
+        return Settings(**{name: column(name) for name in FLAGS.values()})
 
 
 def check_seed(seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Chat in a terminal: what is shown where, the commands, files, and a real terminal."""
+"""Chat: what is shown where, the commands, and files (`test_sample` has a real terminal)."""
 
 import io
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from terminals import Typist, on_a_terminal
+from terminals import Typist
 
 from rwkv_jax import states
 from rwkv_jax.cli import chat as command
@@ -18,8 +18,6 @@ from rwkv_jax.sampling import Prefix, Sampling
 from rwkv_jax.sampling.chat import CHAT_SAMPLING
 from tests.sampling.conftest import config, weights
 from tests.sampling.test_chat import Pieces, Scripted, random_talk, said, telling
-
-ROOT = Path(command.__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -219,30 +217,3 @@ def test_a_file_without_a_conversation(scripted, tmp_path):
     states.save(path, talk.state, notes={"tokenizer": "bytes"})
     with pytest.raises(UserError, match=f"^{path}: the file of this state has no conversation"):
         command.load(path, scripted)
-
-
-CHILD = """
-import readline  # as the command does: it echoes lines typed ahead
-from rwkv_jax.cli.chat import chat
-from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.sampling import Generator
-from tests.sampling.conftest import config, weights
-settings = {"seed": 3, "max_tokens": 10**9}
-chat(Generator(weights("7"), config("7"), ByteTokenizer()), settings=settings)
-"""
-
-
-def test_on_a_terminal():
-    """A reply that Ctrl-C stops, another one, a dimmed thought, and Ctrl-D."""
-    with on_a_terminal("-c", CHILD) as screen:
-        screen.until(r"User: $")
-        screen.type(b"hello\n")
-        screen.until(r"hello\r\nAssistant: .{200}")
-        screen.type(b"\x03")
-        screen.until(r"\[\d+ tokens.*, stopped\]\r\nUser: $")
-        screen.type(b":set tokens 3\n:retry\n")
-        screen.until(r"User: :retry\r\nAssistant: .*\r\n\[3 tokens.*, cut off\]\r\nUser: $")
-        screen.type(b":think fast\n:retry\n")
-        screen.until(r"Assistant: \x1b\[2m</think.*\x1b\[22m\r\n.*\[3 tokens.*\]\r\nUser: $")
-        screen.type(b"\x04")
-        assert screen.exit_code() == 0

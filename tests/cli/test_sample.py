@@ -42,11 +42,6 @@ def run(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def no_compilation_cache(monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-
-
 def sample_py(*arguments):
     return sample.main([str(argument) for argument in arguments], "python sample.py")
 
@@ -245,17 +240,11 @@ def test_a_closed_pipe_is_no_error(run):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a Linux device")
-def test_output_without_room_is_one_line(run):
+def test_output_without_room_is_one_line(run, monkeypatch, capsys):
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "sample.py", run, "def", "--tokens", "20"],
-            cwd=ROOT,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    *_, last = done.stderr.splitlines()
-    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+        monkeypatch.setattr(sys, "stdout", full)
+        assert sample_py(run, "def", *FLAGS) == 2
+    *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith("sample.py: the output: No space left on device; ")
 
 
@@ -419,9 +408,19 @@ def test_the_dialogue_continues_after_a_mistake(printable, monkeypatch, capsys, 
     assert out == expected(printable, ("a", 8))
 
 
-def test_interactive_on_a_terminal(run):
-    """A prompt, a text that Ctrl-C stops, and Ctrl-D, typed at a pseudo-terminal."""
-    with on_a_terminal("sample.py", run, "--interactive", "--tokens", "1000000") as screen:
+DIALOGUES = """
+from rwkv_jax import malloc
+malloc.set_up()
+import sys, sample
+for flags in (["--interactive", "--tokens", "1000000"], ["--chat", "--tokens", "1000000"]):
+    assert sample.main([sys.argv[1], *flags, "--seed", "3"], "python sample.py") == 0
+"""
+
+
+def test_dialogues_on_a_terminal(run):
+    """Typed at a pseudo-terminal, as `sample.py` does it: prompts, text and a reply that Ctrl-C
+    stops, another reply, a dimmed thought, and Ctrl-D."""
+    with on_a_terminal("-c", DIALOGUES, run) as screen:
         screen.until(r"> $")
         screen.type(b"def\n")
         screen.until(r"def\r\n.{200}")
@@ -429,5 +428,15 @@ def test_interactive_on_a_terminal(run):
         screen.until(r"\[\d+ tokens.*, stopped\]\r\n> $")
         screen.type(b":set tokens 3\n\n")
         screen.until(r"\[3 tokens.*\]\r\n> $")
+        screen.type(b"\x04")
+        screen.until(r"User: $")
+        screen.type(b"hello\n")
+        screen.until(r"hello\r\nAssistant: .{200}")
+        screen.type(b"\x03")
+        screen.until(r"\[\d+ tokens.*, stopped\]\r\nUser: $")
+        screen.type(b":set tokens 3\n:retry\n")
+        screen.until(r"User: :retry\r\nAssistant: .*\r\n\[3 tokens.*, cut off\]\r\nUser: $")
+        screen.type(b":think fast\n:retry\n")
+        screen.until(r"Assistant: \x1b\[2m</think.*\x1b\[22m\r\n.*\[3 tokens.*\]\r\nUser: $")
         screen.type(b"\x04")
         assert screen.exit_code() == 0
