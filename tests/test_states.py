@@ -39,6 +39,12 @@ def run(version):
     return lambda tokens, state=None: forward(params, tokens, state)
 
 
+def random_state(version, batch=1, seed=0):
+    rng = np.random.default_rng(seed)
+    fresh = models.init_state(golden(version)[1], batch)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), fresh)
+
+
 def farthest(first, second):
     return max(row.relative for row in states.compare(first, second))
 
@@ -107,9 +113,7 @@ def test_rows_out_of_range():
 @versions("7")
 def test_interpolation(version):
     """The two states at weights 0 and 1; linear in the sums in between."""
-    tokens = golden(version)[2]
-    _, first = run(version)(tokens[:, :15])
-    _, second = run(version)(tokens[:, 15:])
+    first, second = random_state(version), random_state(version, seed=1)
     assert farthest(first, states.interpolate(first, second, 0.0)) < 1e-6
     assert farthest(second, states.interpolate(first, second, 1.0)) < 1e-6
     middle = states.interpolate(first, second, 0.25)
@@ -127,7 +131,7 @@ def test_interpolation(version):
 
 
 def test_a_difference_is_where_it_was_made():
-    _, state = run("7")(golden("7")[2])
+    state = random_state("7")
     wkv = state.blocks.wkv.at[1].multiply(1.5)
     changed = replace(state, blocks=replace(state.blocks, wkv=wkv))
     apart = {(row.layer, row.part): row.relative for row in states.compare(state, changed)}
@@ -136,8 +140,7 @@ def test_a_difference_is_where_it_was_made():
 
 
 def test_states_of_different_models_are_refused():
-    _, seven = run("7")(golden("7")[2])
-    _, six = run("6")(golden("6")[2])
+    seven, six = random_state("7"), random_state("6")
     for function in (states.compare, lambda x, y: states.interpolate(x, y, 0.5)):
         with pytest.raises(ValueError, match="version 6 and one of version 7"):
             function(seven, six)
@@ -149,14 +152,14 @@ def test_states_of_different_models_are_refused():
 
 @every_version
 def test_saved_and_loaded(version, tmp_path):
-    _, cfg, tokens, *_ = golden(version)
-    logits, state = run(version)(jnp.concatenate([tokens, tokens + 1]))
+    cfg, state = golden(version)[1], random_state(version, batch=2)
+    logits = jnp.arange(2.0 * cfg.vocab_size).reshape(2, -1)
     path = tmp_path / "state.safetensors"
-    states.save(path, models.unstack(state), logits=logits[:, -1], notes={"who": "Ünï\n"})
+    states.save(path, models.unstack(state), logits=logits, notes={"who": "Ünï\n"})
     saved = states.load(path, cfg)
     assert farthest(saved.state, state) == 0
     assert saved.state.version == version
-    assert np.array_equal(saved.logits, logits[:, -1])
+    assert np.array_equal(saved.logits, logits)
     assert saved.notes == {"who": "Ünï\n"}
     assert jax.tree.structure(saved.state) == jax.tree.structure(state)
     states.save(path, state)
@@ -217,8 +220,7 @@ def test_tuned_states(version, tmp_path):
 
 
 def test_files_of_other_models_are_refused(tmp_path):
-    _, cfg, tokens, *_ = golden("7")
-    _, state = run("7")(tokens)
+    cfg, state = golden("7")[1], random_state("7")
     path = tmp_path / "state.safetensors"
     states.save(path, state)
     for other, message in {

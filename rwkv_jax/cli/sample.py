@@ -53,7 +53,7 @@ def _sample(args: argparse.Namespace) -> None:
         _write(args, given)
 
 
-def _write(args: argparse.Namespace, given: dict[str, float]) -> None:
+def _write(args: argparse.Namespace, given: dict[str, float | int]) -> None:
     from rwkv_jax import states
     from rwkv_jax.cli.terminal import TextDialogue, note, print_texts
     from rwkv_jax.sampling import Sampling, Session, generate_with
@@ -105,7 +105,7 @@ def _write(args: argparse.Namespace, given: dict[str, float]) -> None:
             note(f"state saved in {args.save_state}")
 
 
-def _chat(args: argparse.Namespace, given: dict[str, float]) -> None:
+def _chat(args: argparse.Namespace, given: dict[str, float | int]) -> None:
     from rwkv_jax import states
     from rwkv_jax.cli.chat import chat
     from rwkv_jax.data.conversations import TEMPLATES

@@ -52,11 +52,11 @@ class Sampling:
             if not math.isfinite(getattr(self, name)):
                 raise UserError(f"{name} {getattr(self, name)}: a finite number")
 
-    def flags(self) -> dict[str, float]:
+    def flags(self) -> dict[str, float | int]:
         """The values under their names in `FLAGS`."""
         return {flag: getattr(self, name) for flag, name in FLAGS.items()}
 
-    def with_flags(self, values: Mapping[str, float]) -> "Sampling":
+    def with_flags(self, values: Mapping[str, float | int]) -> "Sampling":
         """A copy with some values replaced, under their names in `FLAGS`."""
         return replace(self, **{FLAGS[flag]: value for flag, value in values.items()})
 

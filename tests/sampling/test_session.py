@@ -20,7 +20,7 @@ from rwkv_jax.sampling import (
 from rwkv_jax.sampling.chat import Conversation, ReplySettings
 from rwkv_jax.sampling.decode import NOT_FINITE, decoding_layout
 from rwkv_jax.sampling.stream import TokenReader
-from tests.sampling.conftest import config, weights
+from tests.sampling.conftest import VOCAB, config, weights
 
 PROMPTS = ["def", "", "é"]
 WILD = Sampling(top_p=1.0)
@@ -233,10 +233,10 @@ def test_blanks_and_digits_are_not_counted(generator7):
 @pytest.mark.parametrize("committed", [False, True], ids=["uncommitted", "committed"])
 def test_decoding_is_compiled_once_whatever_happens_in_between(committed, caplog):
     """Weights of a checkpoint are committed to a device, fresh ones are not."""
-    params = weights("7")
+    vocab_size = VOCAB + 1 + committed  # a model that no other test has compiled
+    params = weights("7", vocab_size)
     params = jax.device_put(params, jax.devices()[0]) if committed else params
-    generator = Generator(params, config("7"), Ascii())
-    jax.clear_caches()
+    generator = Generator(params, config("7", vocab_size), Ascii())
     with jax.log_compiles():
         own = Session(generator, seed=1)
         for _ in range(2):
