@@ -32,10 +32,16 @@ from rwkv_jax.checkpoint.pth import read_pth
 from rwkv_jax.checkpoint.safetensors import read_metadata, read_safetensors, write_safetensors
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import BlockState, State, check_state, init_state, stack
+from rwkv_jax.renamed import renamed
 from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv import Wkv4State
 
 FORMAT, SUFFIX = "rwkv_jax state 1", ".safetensors"
+
+__getattr__ = renamed(
+    __name__,
+    {"check_place": "check_save_path", "rows": "batch_size", "stacked": "as_stacked"},
+)
 
 
 def as_stacked(state: State) -> State:
