@@ -1,4 +1,4 @@
-"""Write text with a model: `python sample.py MODEL [PROMPT]...`; `--help` tells more."""
+"""Write text with a model: `python sample.py MODEL [PROMPT]...`; see `--help`."""
 
 import sys
 

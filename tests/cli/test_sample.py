@@ -30,7 +30,7 @@ FLAGS = ["--tokens", "20", "--seed", "3"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run, as train.py leaves it."""
+    """The folder of a run of train.py."""
     folder, cfg, tokenizer = tmp_path_factory.mktemp("run"), config("7"), ByteTokenizer()
     (folder / "config.toml").write_text(to_toml(Config(model=cfg)))
     tokenizer.save(folder / "tokenizer")
@@ -160,7 +160,7 @@ def test_weight_files_write_what_the_run_writes(run, tmp_path, capsys, suffix):
 
 
 def test_a_state_is_saved_and_resumed(run, tmp_path, capsys):
-    """A text in two halves is the text in one, drawn greedily; and any prompt may follow."""
+    """Greedily, a text in two halves equals the text in one; and any prompt may follow."""
     kept, greedy = tmp_path / "kept.safetensors", ["--temperature", "0", "--frequency", "0"]
     greedy += ["--presence", "0", "--no-echo"]
     assert sample_py(run, "def", "--tokens", "30", *greedy) == 0

@@ -1,5 +1,6 @@
 """Chat: what the model reads, where replies end, and the state after each exchange."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -413,7 +414,7 @@ def test_turns_equal_reading_it_all(generator7):
 
 
 def test_a_world_model_reads_what_encoding_the_transcript_gives(world):
-    """If its own tokens are those that encoding gives, cuts between turns make no difference."""
+    """If the model writes the tokens that encoding gives, cuts between turns do not matter."""
     telling(world, " Hi\u4f60\u597d\u3002\n\nUser: b", " One.\n\nTwo.\0", ">\nWell</think>\nYes\0")
     talk = Conversation(world, TEMPLATES["g1"], system="Be kind.")
     for text, think in (("a", "off"), ("(b", "fast"), ("c", "on")):
@@ -562,6 +563,16 @@ def test_resumed(generator7, cut):
     again.reset()
     talk.reset()
     assert said(again.say("e")) == said(talk.say("e"))
+
+
+def test_the_format_of_saved_settings(generator7):
+    """Files of earlier releases have these names, too."""
+    saved = json.loads(random_talk(generator7).notes()["chat"])
+    assert list(saved) == [
+        *("template", "system", "think", "sampling", "max_tokens", "seed", "exchanges", "tokens")
+    ]
+    names = ["temperature", "top_p", "top_k", "presence", "frequency", "decay"]
+    assert list(saved["sampling"]) == names
 
 
 def test_notes_of_something_else(generator7):

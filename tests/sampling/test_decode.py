@@ -1,4 +1,4 @@
-"""Prefill and the decode loop against plain `forward`, and what sampling rests on."""
+"""Prefill and the decode loop against plain `forward`."""
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +118,7 @@ def test_a_row_ends_with_its_end_token(generator7):
     assert (written[0, length:] == NO_TOKEN).all()
     assert written[1:, :40].tolist() == others
     assert decoding.done.tolist() == [True, False, False]
-    # Alone, the loop stops with the row.
+    # With a single row the loop stops early.
     _, decoding = write(generator7, start(generator7, [PROMPT], [3]), Sampling(), 40, end=end)
     assert decoding.drawn.tolist() == [length]
     after, _ = write(generator7, decoding, Sampling(), 40, end=end)

@@ -71,7 +71,7 @@ def test_chunks_are_the_text_of_the_tokens(generator7, pace):
         else:
             assert mine[-1].finish == "length" and used == 60 and 0 not in row
         whole = generator7.tokenizer.decode_bytes(row).decode(errors="replace")
-        # A character cut off by the length is left out.
+        # A character cut off by the length is omitted.
         assert whole.startswith(joined) and set(whole[len(joined) :]) <= {"\ufffd"}
         assert len(whole) - len(joined) <= 1
 
@@ -167,7 +167,7 @@ def test_reset_and_reseed(ascii_generator):
 
 
 def test_after_the_end_of_a_document_a_new_one_starts():
-    """The end token is made one that the model is sure to write."""
+    """The end token is replaced by one that the model certainly writes."""
     tokenizer = Ascii()
     generator = Generator(weights("7"), config("7"), tokenizer)
     greedy = Sampling(temperature=0.0, presence_penalty=0.0, frequency_penalty=0.0)
@@ -271,7 +271,7 @@ def test_a_document_starts_at_the_prefix_again(generator7):
 
 
 def test_decoding_keeps_decays_in_float32():
-    """Whatever the matrices are stored in: version 5.2 has a decay per head and channel."""
+    """Also with bfloat16 matrices: version 5.2 has a decay per head and channel."""
     for version in ("5.2", "6", "7a"):
         params = decoding_layout(weights(version), config(version), jnp.bfloat16)
         att = params.blocks[0].att
