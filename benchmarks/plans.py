@@ -51,9 +51,10 @@ def main() -> None:
 
 
 def planned(name: str) -> dict:
-    from rwkv_jax.config import MeshConfig, load_config
+    from rwkv_jax.config import MeshConfig
     from rwkv_jax.hardware import open_topology
     from rwkv_jax.planning.plan import make_plan
+    from rwkv_jax.toml import load_config
 
     config = name if name in SLICES else "rwkv7-0.1b"
     cfg = load_config(ROOT / "configs" / f"{config}.toml")

@@ -36,9 +36,10 @@ from orbax.checkpoint import multihost
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from rwkv_jax import models
-from rwkv_jax.config import Config, ConfigError, ModelConfig, load_config
+from rwkv_jax.config import Config, ConfigError, ModelConfig
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.errors import UserError
+from rwkv_jax.toml import load_config
 from rwkv_jax.training.state import TrainState
 from rwkv_jax.typing import Array, PyTree
 

@@ -56,9 +56,10 @@ def _plan(config: Path, overrides: list[str], topology: str, fits: bool, tries: 
 
     from rich.console import Console
 
-    from rwkv_jax.config import ConfigError, load_config
+    from rwkv_jax.config import ConfigError
     from rwkv_jax.hardware import TopologyError, open_topology
     from rwkv_jax.planning.plan import Plan, fit, make_plan
+    from rwkv_jax.toml import load_config
 
     cfg = load_config(config, overrides)
     if tries < 1:

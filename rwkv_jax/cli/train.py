@@ -40,7 +40,7 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax train") -> int:
 
 def _train(prog: str, config: Path, overrides: list[str], profile: bool) -> None:
     # Here, so that --help and a mistyped setting answer at once.
-    from rwkv_jax.config import load_stated
+    from rwkv_jax.toml import load_stated
 
     cfg, stated = load_stated(config, overrides)
     from rwkv_jax.compiled import keep_compiled_programs

@@ -13,10 +13,11 @@ from pathlib import Path
 from rwkv_jax.checkpoint.keymaps import check
 from rwkv_jax.checkpoint.store import CHECKPOINTS, CONFIG, TOKENIZER, read_config
 from rwkv_jax.checkpoint.weights import check_tokenizer, naming, read
-from rwkv_jax.config import TYPED, Config, ModelConfig, literal, to_toml
+from rwkv_jax.config import Config, ModelConfig, literal
 from rwkv_jax.data.loader import Loader, open_loader
 from rwkv_jax.data.sources import Data
 from rwkv_jax.errors import UserError
+from rwkv_jax.toml import TYPED, to_toml
 
 FREE = {
     "train.output",
@@ -74,7 +75,7 @@ def _check_agrees(
         want, there = getattr(asked, key.name), getattr(found, key.name)
         where = stated.get(setting)
         binding = where == TYPED or (where and key.name == "version")
-        if not binding or want == there or (want == 0 and key.type is int):  # 0: automatic
+        if not binding or want == there or (want == 0 and type(want) is int):  # 0: automatic
             continue
         remedy = f"add {setting}={there}" if where != TYPED else f"say {setting}={there}"
         raise RunError(

@@ -14,9 +14,10 @@ import pytest
 from rwkv_jax import models
 from rwkv_jax.checkpoint.store import Store, StoreError, load_run, sweep
 from rwkv_jax.checkpoint.weights import load
-from rwkv_jax.config import Config, ModelConfig, to_toml
+from rwkv_jax.config import Config, ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.errors import UserError
+from rwkv_jax.toml import to_toml
 from rwkv_jax.training.state import TrainState, abstract_train_state, init_train_state
 
 CFG = Config(model=ModelConfig(version="4", layers=1, width=16, vocab_size=257))

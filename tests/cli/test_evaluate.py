@@ -21,11 +21,12 @@ from evaluation.subjects import guesser
 from rwkv_jax import __main__ as program
 from rwkv_jax.checkpoint import weights
 from rwkv_jax.checkpoint.store import CONFIG, Store
-from rwkv_jax.config import Config, DataConfig, to_toml
+from rwkv_jax.config import Config, DataConfig
 from rwkv_jax.data.binidx import BinidxWriter
 from rwkv_jax.data.prepare import prepare
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.evaluation import continuations, text
+from rwkv_jax.toml import to_toml
 from rwkv_jax.training.state import TrainState
 
 ROOT = Path(program.__file__).parents[1]

@@ -17,10 +17,11 @@ from rwkv_jax import states
 from rwkv_jax.checkpoint.store import Store, load_run
 from rwkv_jax.checkpoint.weights import save
 from rwkv_jax.cli import terminal
-from rwkv_jax.config import Config, to_toml
+from rwkv_jax.config import Config
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.models import init_state
 from rwkv_jax.sampling import Generator, Sampling, Session, TextChunk, generate_with
+from rwkv_jax.toml import to_toml
 from rwkv_jax.training.state import TrainState
 from tests.sampling.conftest import config, weights
 

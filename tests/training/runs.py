@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from rwkv_jax.config import Config, load_config
+from rwkv_jax.config import Config
+from rwkv_jax.toml import load_config
 
 LINES = (
     "def add(a, b):\n    return a + b\n\n",

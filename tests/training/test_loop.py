@@ -22,10 +22,10 @@ from training.runs import config, settings
 from rwkv_jax.checkpoint import weights
 from rwkv_jax.checkpoint.keymaps import from_official
 from rwkv_jax.checkpoint.store import load_run
-from rwkv_jax.config import load_stated
 from rwkv_jax.data.loader import Loader
 from rwkv_jax.data.prepare import prepare
 from rwkv_jax.errors import UserError
+from rwkv_jax.toml import load_stated
 from rwkv_jax.training import loop
 from rwkv_jax.training.loop import Interrupted, NonFiniteError, train
 from rwkv_jax.training.metrics import read_metrics

@@ -16,9 +16,9 @@ from rwkv_jax.config import (
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
-    load_config,
 )
 from rwkv_jax.data.loader import Batch, Stream, open_loader
+from rwkv_jax.toml import load_config
 from rwkv_jax.training.state import abstract_train_state, init_train_state
 from rwkv_jax.training.step import describe_nonfinite, make_train_step
 
