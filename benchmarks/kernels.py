@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from rwkv_jax.hardware import GPUS, configuration
+from rwkv_jax.hardware import GPUS
 
 TPUS = {
     "v4": "v4:2x2x1",
@@ -133,7 +133,7 @@ def compile_target(target: str, quick: bool) -> Iterator[dict]:
         )
     else:
         topology = topologies.get_topology_desc(
-            platform="cuda", target_config=configuration(*GPUS[target]), topology="1x1x1"
+            platform="cuda", target_config=GPUS[target].target_config(), topology="1x1x1"
         )
     mesh = Mesh(np.array(topology.devices[:1]), ("x",))
     for version in "467":

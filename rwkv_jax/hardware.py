@@ -1,9 +1,9 @@
-"""Accelerators that need not be there: what they can do, and descriptions that compilers take.
+"""Accelerators: their peak rates, and the descriptions that compile for them without one present.
 
 Peak rates are the makers' (dense bfloat16; Google Cloud's pages of TPU versions, NVIDIA's data
-sheets of A100 and H100 SXM). Links are what a chip can send at once in one direction over all of
-its links: 45 GB/s each of 4 (v5e) or 6 (v4), 90 GB/s each of 4 (v6e) or 6 (v5p); NVLink within a
-machine of eight GPUs, 400 Gbit/s of network for each GPU beyond.
+sheets of A100 and H100 SXM). Links are the total bandwidth of a chip in one direction: 45 GB/s for
+each of 4 links (v5e) or 6 (v4), 90 GB/s for each of 4 (v6e) or 6 (v5p); NVLink within a machine of
+eight GPUs, and a 400 Gbit/s network per GPU between machines.
 """
 
 import os
@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 from rwkv_jax.errors import UserError
 
@@ -19,28 +19,28 @@ GIB = 2**30
 
 
 class TopologyError(UserError):
-    """Hardware that there is no description of."""
+    """Hardware that is not known, or cannot be compiled for here."""
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One accelerator."""
+    """One accelerator; rates are per second."""
 
     name: str
     flops: float
-    """Per second, bfloat16 products."""
+    """Floating-point operations in bfloat16 matrix products."""
     memory: int
     """Bytes."""
     bandwidth: float
-    """Bytes per second of its memory."""
+    """Bytes read from or written to its memory."""
     links: float
-    """Bytes per second that it sends, in one direction, to chips beside it."""
+    """Bytes sent, in one direction, to neighbouring chips."""
     kinds: tuple[str, ...]
-    """What `device_kind` of JAX says of it, or a part of that."""
+    """Names of it in JAX's `device_kind`, or parts of them."""
     dimensions: tuple[int, ...]
-    """How many numbers the shape of a topology has: a slice is a grid; GPUs are machines x each."""
+    """Allowed lengths of a topology's shape: TPU slices are grids, GPUs are machines x GPUs."""
     network: float = 0.0
-    """Bytes per second to chips of other machines, where that is another way; 0: it is not."""
+    """Bytes sent to chips of other machines; 0: `links` reach those too."""
 
 
 CHIPS = {
@@ -54,52 +54,60 @@ CHIPS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that JAX calls so; None for one that is not known."""
+    """The chip that JAX's `device_kind` names; None if it is not known."""
     found = (chip for chip in CHIPS.values() if any(kind in device_kind for kind in chip.kinds))
     return next(found, None)
 
 
+class Gpu(NamedTuple):
+    """What XLA's compiler needs to know of a GPU."""
+
+    name: str
+    major: int
+    """Compute capability."""
+    minor: int
+    cores: int
+    """Multiprocessors."""
+    block: int
+    """Bytes of shared memory that a block can use."""
+    core: int
+    """Bytes of shared memory of a multiprocessor."""
+    l2: int
+    """MiB."""
+    memory: int
+    """GiB."""
+    bandwidth: int
+    """GB/s."""
+    clock: float
+    """GHz."""
+
+    def target_config(self) -> str:
+        """XLA's description of the GPU (`GpuTargetConfigProto`, as text)."""
+        return (
+            "gpu_device_info {"
+            " threads_per_block_limit: 1024 threads_per_warp: 32"
+            f" shared_memory_per_block: 49152 shared_memory_per_core: {self.core}"
+            f" shared_memory_per_block_optin: {self.block}"
+            f" threads_per_core_limit: {2048 if self.minor == 0 else 1536}"
+            f" core_count: {self.cores} fpus_per_core: 128"
+            " block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535"
+            f" memory_bandwidth: {self.bandwidth * 10**9} l2_cache_size: {self.l2 << 20}"
+            f" clock_rate_ghz: {self.clock} device_memory_size: {self.memory << 30}"
+            f" cuda_compute_capability {{ major: {self.major} minor: {self.minor} }}"
+            " registers_per_core_limit: 65536 registers_per_block_limit: 65536"
+            ' } platform_name: "CUDA"'
+            " dnn_version_info { major: 9 minor: 12 } runtime_version { major: 13 minor: 0 }"
+            f' device_description_str: "{self.name}"'
+        )
+
+
 GPUS = {
-    # compute capability, multiprocessors, shared memory a block and a multiprocessor (bytes),
-    # L2 (MiB), memory (GiB), its bandwidth (GB/s), clock (GHz); NVIDIA's data sheets and CUDA's
-    # table of compute capabilities
-    "A100": ("NVIDIA A100-SXM4-80GB", 8, 0, 108, 166912, 167936, 40, 80, 2039, 1.41),
-    "L4": ("NVIDIA L4", 8, 9, 58, 101376, 102400, 48, 24, 300, 2.04),
-    "H100": ("NVIDIA H100 80GB HBM3", 9, 0, 132, 232448, 233472, 50, 80, 3352, 1.98),
-    "B200": ("NVIDIA B200", 10, 0, 148, 232448, 233472, 126, 180, 8000, 1.97),
+    "A100": Gpu("NVIDIA A100-SXM4-80GB", 8, 0, 108, 166912, 167936, 40, 80, 2039, 1.41),
+    "L4": Gpu("NVIDIA L4", 8, 9, 58, 101376, 102400, 48, 24, 300, 2.04),
+    "H100": Gpu("NVIDIA H100 80GB HBM3", 9, 0, 132, 232448, 233472, 50, 80, 3352, 1.98),
+    "B200": Gpu("NVIDIA B200", 10, 0, 148, 232448, 233472, 126, 180, 8000, 1.97),
 }
-"""What XLA compiles for, by name."""
-
-
-def configuration(
-    name: str,
-    major: int,
-    minor: int,
-    cores: int,
-    block: int,
-    core: int,
-    l2: int,
-    memory: int,
-    bandwidth: int,
-    clock: float,
-) -> str:
-    """XLA's description of a GPU, from a row of `GPUS`."""
-    threads = 2048 if minor == 0 else 1536
-    return (
-        "gpu_device_info {"
-        " threads_per_block_limit: 1024 threads_per_warp: 32"
-        f" shared_memory_per_block: 49152 shared_memory_per_core: {core}"
-        f" shared_memory_per_block_optin: {block} threads_per_core_limit: {threads}"
-        f" core_count: {cores} fpus_per_core: 128"
-        " block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535"
-        f" memory_bandwidth: {bandwidth * 10**9} l2_cache_size: {l2 << 20}"
-        f" clock_rate_ghz: {clock} device_memory_size: {memory << 30}"
-        f" cuda_compute_capability {{ major: {major} minor: {minor} }}"
-        " registers_per_core_limit: 65536 registers_per_block_limit: 65536"
-        ' } platform_name: "CUDA"'
-        " dnn_version_info { major: 9 minor: 12 } runtime_version { major: 13 minor: 0 }"
-        f' device_description_str: "{name}"'
-    )
+"""Source: NVIDIA's data sheets and CUDA's table of compute capabilities."""
 
 
 @dataclass(frozen=True)
@@ -107,17 +115,17 @@ class Topology:
     """Devices to compile for."""
 
     chip: Chip | None
-    """None: those that are here, of which no rates are known."""
+    """None for the devices of this machine, whose rates are not known."""
     devices: Sequence[Any]
     platform: str
     hosts: int = 1
 
 
 def open_topology(name: str) -> Topology:
-    """The hardware that `v5e:16x16`, `v5p:4x4x4`, `h100:8`, `h100:4x8` (machines x GPUs) or `here`
-    names.
+    """The hardware named by `v5e:16x16`, `v5p:4x4x4`, `h100:8`, `h100:4x8` (machines x GPUs) or
+    `here`.
 
-    Raises `TopologyError` for one that is not known, or whose compiler is not installed.
+    Raises `TopologyError` for hardware that is not known, or whose compiler is not installed.
     """
     import jax
 
@@ -131,46 +139,37 @@ def open_topology(name: str) -> Topology:
             f"--topology {name}: not known; give one of {', '.join(CHIPS)} and its shape, as in"
             " v5e:16x16, v5p:4x4x4 or h100:8, or here (the devices of this machine)"
         )
-    return _gpus(kind, sizes) if kind.upper() in GPUS else _tpus(f"{kind}:{shape}", kind, sizes)
-
-
-def _tpus(name: str, kind: str, sizes: list[int]) -> Topology:
+    options: dict[str, Any]
+    if gpu := GPUS.get(kind.upper()):
+        platform, compiler = "cuda", "jax_cuda13_plugin"
+        hosts, each = sizes if len(sizes) == 2 else (1, sizes[0])
+        options = {"topology": f"1x{hosts}x{each}", "target_config": gpu.target_config()}
+    else:
+        platform, compiler = "tpu", "libtpu"
+        options = {"topology_name": f"{kind}:{shape}", **_tpu_options(kind, sizes)}
     from jax.experimental import topologies
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is none to ask
+    try:
+        devices = topologies.get_topology_desc(platform=platform, **options).devices
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        remedy = "give another shape"
+        if find_spec(compiler) is None:
+            remedy = "its compiler comes with pip install 'rwkv_jax[aot]'"
+        raise TopologyError(
+            f"--topology {name}: cannot be described here ({reason[:160]}); {remedy}"
+        ) from error
+    hosts = len({device.process_index for device in devices})
+    return Topology(CHIPS[kind], devices, platform, hosts)
+
+
+def _tpu_options(kind: str, sizes: list[int]) -> dict[str, Any]:
+    """Options of libtpu for a machine without a TPU; sets its environment variables too."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
     if all(n == 1 for n in sizes):
         options["chips_per_host_bounds"] = (1, 1, 1)
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    except Exception as error:
-        raise _not_described(name, "libtpu", error) from error
-    hosts = len({device.process_index for device in found.devices})
-    return Topology(CHIPS[kind], found.devices, "tpu", hosts)
-
-
-def _gpus(kind: str, sizes: list[int]) -> Topology:
-    from jax.experimental import topologies
-
-    machines, each = sizes if len(sizes) == 2 else (1, sizes[0])
-    try:
-        found = topologies.get_topology_desc(
-            platform="cuda",
-            target_config=configuration(*GPUS[kind.upper()]),
-            topology=f"1x{machines}x{each}",
-        )
-    except Exception as error:
-        name = f"{kind}:{machines}x{each}"
-        raise _not_described(name, "jax_cuda13_plugin", error) from error
-    return Topology(CHIPS[kind], found.devices, "cuda", machines)
-
-
-def _not_described(name: str, compiler: str, error: Exception) -> TopologyError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    remedy = "give another shape"
-    if find_spec(compiler) is None:
-        remedy = "its compiler comes with pip install 'rwkv_jax[aot]'"
-    return TopologyError(f"--topology {name}: cannot be described here ({reason[:160]}); {remedy}")
+    return options
