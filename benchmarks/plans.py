@@ -1,10 +1,10 @@
-"""The step of every published size of version 7, compiled for a slice of TPUs that would train it.
+"""Plans of every published size of version 7, each for a slice of TPUs that would train it.
 
     python -m benchmarks.plans [--config rwkv7-0.1b ...]
 
-Memory, operations and traffic are the compiler's and the program's; times follow from peak rates
-(`rwkv_jax.planning`). Then meshes of 0.1B, next to what docs/scaling.md derives for them. Needs
-`pip install -e '.[aot]'`; nothing runs on a device. What is not named keeps its last result.
+The step is compiled, not run: memory, FLOPs and traffic are read from the program, times follow
+from peak rates (`rwkv_jax.planning`). Also meshes of 0.1B, next to what docs/scaling.md derives for
+them. Needs `pip install -e '.[aot]'`. Configs that are not named keep their last result.
 """
 
 import argparse
@@ -43,14 +43,23 @@ def main() -> None:
     rows = json.loads(path.read_text())["rows"] if path.exists() else {}
     for name in args.config:
         console.print(f"[dim]{name}[/]")
-        rows[name] = planned(name)
+        rows[name] = plan_row(name)
         rows = {key: rows[key] for key in every if key in rows}
         harness.report("plans", {"versions": {"ours": versions()}, "rows": rows})
-    columns = ["", "devices", "GiB", "of", "a token needs", "makes", "step s", "traffic, MiB"]
+    columns = [
+        "",
+        "devices",
+        "GiB",
+        "of",
+        "FLOP per token: model",
+        "program",
+        "step, s",
+        "traffic, MiB",
+    ]
     harness.table("Plans", columns, [cells(name, row) for name, row in rows.items()])
 
 
-def planned(name: str) -> dict:
+def plan_row(name: str) -> dict:
     from rwkv_jax.config import MeshConfig
     from rwkv_jax.hardware import open_topology
     from rwkv_jax.planning.plan import make_plan
@@ -61,13 +70,13 @@ def planned(name: str) -> dict:
     if name in MESHES:
         cfg = replace(cfg, mesh=MeshConfig(**MESHES[name]))
     cfg = replace(cfg, train=replace(cfg.train, steps=cfg.train.steps or 1))
-    there = open_topology(SLICES[config])
-    plan = make_plan(cfg, there)
-    assert there.chip
+    topology = open_topology(SLICES[config])
+    plan = make_plan(cfg, topology)
+    assert topology.chip
     best, worst = plan.seconds
     return {
         "topology": SLICES[config],
-        "chip_gib": there.chip.memory / 2**30,
+        "chip_gib": topology.chip.memory / 2**30,
         "mesh": plan.mesh,
         "devices": plan.devices,
         "batch": cfg.train.batch,
@@ -86,7 +95,7 @@ def planned(name: str) -> dict:
             for axes, kinds in plan.traffic.items()
         },
         "seconds": {"overlapped": best, "not": worst},
-        "mfu": [plan.needed_flops / plan.devices / there.chip.flops / s for s in (best, worst)],
+        "mfu": plan.mfu,
         "seconds_to_compile": plan.seconds_to_compile,
     }
 

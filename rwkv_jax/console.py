@@ -29,13 +29,15 @@ class LastingConsole(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
-def header(console: Console, title: str, rows: Mapping[str, str]) -> None:
-    """A table of two columns: what the run is."""
+def header(console: Console, title: str, *sections: Mapping[str, str]) -> None:
+    """Prints a table of two columns, names and values, with a rule between sections."""
     table = Table(title=escape(title), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, escape(value))
+    for rows in sections:
+        for name, value in rows.items():
+            table.add_row(name, escape(value))
+        table.add_section()
     console.print(table)
 
 

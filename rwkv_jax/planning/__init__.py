@@ -1,1 +1,1 @@
-"""What a run will need and take, before there is anything to run it on."""
+"""What a run needs in memory, traffic and time, estimated without its hardware."""

@@ -1,14 +1,14 @@
-"""A training step compiled for hardware that need not be there, and what it says of a run.
+"""A training step compiled for hardware that need not be present, and what the program reveals.
 
 The program is the run's own: the same state, batch, mesh and step, as shapes without arrays.
 
-    memory a device    arguments (parameters, optimizer, what is carried), the float32 gradients,
-                       and the rest that the compiler reserves: activations and temporaries
-    products           floating-point operations of the program's matrix products, and of those
-                       that the model needs (`flops.py`)
-    traffic            bytes that a device receives a step, by mesh axes (`collectives.py`)
-    step time          at best: the longer of products at the chip's peak rate and traffic at its
-                       links' (perfect overlap); without any overlap: their sum
+    memory per device  arguments (parameters, optimizer state, batch), float32 gradients, and the
+                       rest that the compiler reserves: activations and temporaries
+    FLOPs              of the program's matrix products, and of those that the model needs
+                       (`rwkv_jax.training.flops`)
+    traffic            bytes that a device receives per step, by mesh axes (`collectives`)
+    step time          between the longer of FLOPs at the chip's peak rate and traffic at its
+                       links' (full overlap), and their sum (no overlap)
 """
 
 import math
@@ -34,71 +34,71 @@ from rwkv_jax.training.step import make_train_step
 from rwkv_jax.typing import PyTree
 
 USABLE = 0.97
-"""Share of a chip's memory that programs get; the rest is the runtime's."""
+"""Fraction of a chip's memory available to programs; the rest is the runtime's."""
 
 
 class PlanError(UserError):
-    """A run that cannot be planned."""
+    """A step that does not compile for the hardware."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one step of a run needs; bytes of one device, unless said otherwise."""
+    """What one step of a run needs; sizes are bytes per device."""
 
     cfg: Config
     topology: Topology
     mesh: dict[str, int]
     kernel: bool
-    """Whether the recurrence is a kernel of ours."""
+    """Whether the recurrence runs as a Pallas kernel."""
     parameters: int
     optimizer: int
     carried: int
     gradients: int
     rest: int
     program_flops: int
-    """Of all devices together."""
+    """Per step, all devices together."""
     needed_flops: int
-    """Of all devices together, by the model's formula."""
+    """The same, by the model's formula."""
     traffic: dict[tuple[str, ...], dict[str, int]]
-    """Mesh axes -> kind of collective -> bytes."""
+    """Mesh axes -> kind of collective -> bytes received per step."""
     seconds_to_compile: float
 
     @property
     def memory(self) -> int:
-        """All of it."""
+        """Bytes per device in total."""
         return self.parameters + self.optimizer + self.carried + self.gradients + self.rest
 
     @property
     def devices(self) -> int:
-        """How many take part."""
+        """Number of devices."""
         return math.prod(self.mesh.values())
 
     @property
     def fits(self) -> bool | None:
-        """Whether a chip has the memory; None where it is not known."""
+        """Whether the chip's memory suffices; None if it is not known."""
         chip = self.topology.chip
         return None if chip is None else self.memory <= USABLE * chip.memory
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Tokens per step."""
         return self.cfg.train.batch * self.cfg.train.context
 
     @property
-    def computing(self) -> float:
-        """Seconds of a step for its products, at the peak rate."""
+    def compute_seconds(self) -> float:
+        """Seconds per step for its matrix products, at the chip's peak rate."""
         assert self.topology.chip
         return self.program_flops / self.devices / self.topology.chip.flops
 
     @property
-    def telling(self) -> float:
-        """Seconds of a step for its traffic, at the links' rate."""
+    def traffic_seconds(self) -> float:
+        """Seconds per step for its traffic, at `link_rate`."""
         return sum(sum(kinds.values()) for kinds in self.traffic.values()) / self.link_rate
 
     @property
     def link_rate(self) -> float:
-        """Bytes a second that a chip receives. Between machines of GPUs what goes to all of one
-        enters it once, over the network of all its GPUs."""
+        """Bytes per second that a chip receives. Between machines, what all GPUs of one receive
+        enters it once, over the networks of all of them together."""
         chip, hosts = self.topology.chip, self.topology.hosts
         assert chip
         if hosts == 1 or not chip.network:
@@ -107,14 +107,23 @@ class Plan:
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Of a step: with perfect overlap, with none."""
-        return max(self.computing, self.telling), self.computing + self.telling
+        """Per step: with full overlap of compute and traffic, and with none."""
+        compute, traffic = self.compute_seconds, self.traffic_seconds
+        return max(compute, traffic), compute + traffic
+
+    @property
+    def mfu(self) -> tuple[float, float]:
+        """Model FLOPs utilisation that each of `seconds` gives."""
+        assert self.topology.chip
+        needed = self.needed_flops / self.devices / self.topology.chip.flops
+        best, worst = self.seconds
+        return needed / best, needed / worst
 
 
 def make_plan(cfg: Config, topology: Topology) -> Plan:
-    """Compiles the step of a run whose vocabulary and length are known.
+    """Compiles the step of `cfg`, whose vocabulary and length must be known, for a topology.
 
-    Raises `MeshError` for what does not divide, `PlanError` if the compiler refuses it.
+    Raises `MeshError` for sizes that the mesh does not divide, `PlanError` if compiling fails.
     """
     mesh = make_mesh(cfg, topology.devices)
     state = abstract_train_state(cfg, cfg.model, mesh)
@@ -124,25 +133,24 @@ def make_plan(cfg: Config, topology: Topology) -> Plan:
         state, batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (state, batch)
         )
-    platform = topology.platform
-    began = time.monotonic()
+    started = time.monotonic()
     with sharding.use_mesh(mesh):
         traced = make_train_step(cfg, cfg.model).trace(state, batch)
-        lowered = traced.lower(lowering_platforms=(platform,))
+        lowered = traced.lower(lowering_platforms=(topology.platform,))
         try:
             program = lowered.compile()
         except RuntimeError as error:  # JAX's errors are RuntimeErrors
-            raise _refused(error) from error
-    seconds = time.monotonic() - began
+            raise _compile_error(error) from error
+    seconds = time.monotonic() - started
     shape = {} if mesh is None else dict(mesh.shape)
     memory = program.memory_analysis()
-    assert memory is not None  # of XLA's compilers for CPU, GPU and TPU
+    assert memory is not None  # XLA's compilers for CPU, GPU and TPU report it
     gradients = min(_size(state.params), memory.temp_size_in_bytes)
     text = program.as_text() or ""
     traffic: dict[tuple[str, ...], dict[str, int]] = {}
-    for exchange in collectives(text) if shape else ():
-        kinds = traffic.setdefault(exchange.axes(shape), {})
-        kinds[exchange.kind] = kinds.get(exchange.kind, 0) + exchange.received(shape)
+    for one in collectives(text) if shape else ():
+        kinds = traffic.setdefault(one.axes(shape), {})
+        kinds[one.kind] = kinds.get(one.kind, 0) + one.received(shape)
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Plan(
         cfg=cfg,
@@ -162,7 +170,7 @@ def make_plan(cfg: Config, topology: Topology) -> Plan:
 
 
 def abstract_batch(cfg: Config, mesh: Any) -> Batch:
-    """A step's rows as shapes, parted as a run's are."""
+    """A step's batch as shapes, sharded as in a run."""
     shape = (cfg.train.batch, cfg.train.context)
     place = None if mesh is None else sharding.named(mesh, "batch", "time")
 
@@ -175,63 +183,38 @@ def abstract_batch(cfg: Config, mesh: Any) -> Batch:
 
 
 def _size(tree: PyTree) -> int:
-    """Bytes of a tree on one device."""
+    """Bytes per device of a tree of arrays or shapes."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
     )
 
 
-def _refused(error: RuntimeError) -> UserError:
+def _compile_error(error: RuntimeError) -> PlanError:
     line = str(error).strip().splitlines()[0]
     if "RESOURCE_EXHAUSTED" in line:
         return PlanError(
             f"does not fit the chip's memory ({line[:200]}); raise train.accumulate, set"
             " train.remat=block, or give more devices"
         )
-    return PlanError(f"the compiler refuses this step ({line[:300]})")
+    return PlanError(f"the compiler rejects this step ({line[:300]})")
 
 
-def candidates(cfg: Config, count: int) -> Iterator[Config]:
-    """Runs like this one on so many devices, those that are likely faster first: few exchanges
-    before many, little made twice before much, large parts of a batch before small ones."""
-    rows = cfg.train.batch
-    for tensor in (1, 2, 4, 8):
-        if count % tensor:
-            continue
-        for remat in ("none", "dots", "block"):
-            for accumulate in (n for n in range(1, rows + 1) if rows % n == 0):
-                mesh = MeshConfig(data=1, fsdp=-1, tensor=tensor, sequence=cfg.mesh.sequence)
-                train = replace(cfg.train, remat=remat, accumulate=accumulate)
-                yield replace(cfg, mesh=mesh, train=train)
+def fit(cfg: Config, topology: Topology, tries: int) -> Iterator[tuple[Config, Plan | PlanError]]:
+    """Compiles up to `tries` of `candidates`, one after the other.
 
-
-def least_memory(cfg: Config, mesh: dict[str, int]) -> int:
-    """About the bytes of a device that a program of this run needs, so that what is far too large
-    is not compiled: parameters, their gradients, two moments, and what the layers keep for the
-    backward pass, in the compute type (half of what versions 6 and 7 were seen to keep)."""
-    share = mesh.get("fsdp", 1) * mesh.get("tensor", 1)
-    state = 4 * 4 * tables.count(models.specs(cfg.model)) / share
-    rows = cfg.train.batch / cfg.train.accumulate / mesh.get("fsdp", 1) / mesh.get("data", 1)
-    kept = {"dots": 6, "none": 12}.get(cfg.train.remat, 1)
-    tokens = rows * cfg.train.context / mesh.get("sequence", 1)
-    layers = cfg.model.width * cfg.model.layers * jnp.dtype(cfg.train.dtype).itemsize
-    return int(state + tokens * layers * kept)
-
-
-def fit(cfg: Config, topology: Topology, tries: int) -> Iterator[Plan | tuple[Config, str]]:
-    """Plans of `candidates`, compiled one after the other, or why one is none; those are left out
-    whose least memory is too much, and all after the first of a mesh that fits. At most `tries`."""
+    Skips those whose minimum memory is too large, and others of a `tensor` size that already fits.
+    """
     assert topology.chip
-    done, tried = set(), 0
+    fitting, tried = set(), 0
     for candidate in candidates(cfg, len(topology.devices)):
         try:
             mesh = make_mesh(candidate, topology.devices)
         except MeshError:
             continue
         shape = {} if mesh is None else dict(mesh.shape)
-        tensor = shape.get("tensor", 1)
-        if tensor in done or least_memory(candidate, shape) > topology.chip.memory:
+        tensor = candidate.mesh.tensor
+        if tensor in fitting or minimum_memory(candidate, shape) > topology.chip.memory:
             continue
         if tried == tries:
             return
@@ -239,8 +222,33 @@ def fit(cfg: Config, topology: Topology, tries: int) -> Iterator[Plan | tuple[Co
         try:
             plan = make_plan(candidate, topology)
         except PlanError as error:
-            yield candidate, str(error)
+            yield candidate, error
             continue
-        yield plan
         if plan.fits:
-            done.add(tensor)
+            fitting.add(tensor)
+        yield candidate, plan
+
+
+def candidates(cfg: Config, devices: int) -> Iterator[Config]:
+    """Variants of a run for so many devices, those that are likely faster first: little traffic,
+    then little recomputation, then few parts of a batch."""
+    for tensor in (n for n in (1, 2, 4, 8) if devices % n == 0):
+        for remat in ("none", "dots", "block"):
+            for parts in (n for n in range(1, cfg.train.batch + 1) if cfg.train.batch % n == 0):
+                mesh = MeshConfig(data=1, fsdp=-1, tensor=tensor, sequence=cfg.mesh.sequence)
+                train = replace(cfg.train, remat=remat, accumulate=parts)
+                yield replace(cfg, mesh=mesh, train=train)
+
+
+def minimum_memory(cfg: Config, mesh: dict[str, int]) -> int:
+    """A rough lower bound on the bytes per device of a run, so that hopeless ones are not compiled:
+    parameters, gradients, two moments, and the saved activations in the compute type (half of what
+    versions 6 and 7 were measured to save)."""
+    data, fsdp, tensor, sequence = (
+        mesh.get(axis, 1) for axis in ("data", "fsdp", "tensor", "sequence")
+    )
+    state = 4 * 4 * tables.count(models.specs(cfg.model)) / (fsdp * tensor)
+    rows = cfg.train.batch / cfg.train.accumulate / fsdp / data
+    tokens = rows * cfg.train.context / sequence
+    layers = cfg.model.width * cfg.model.layers * jnp.dtype(cfg.train.dtype).itemsize
+    return int(state + tokens * layers * {"dots": 6, "none": 12}.get(cfg.train.remat, 1))

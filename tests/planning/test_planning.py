@@ -272,7 +272,7 @@ def test_the_command(tmp_path, capsys):
     assert main([str(path), "--topology", "here", "train.context=32"]) == 0
     out = capsys.readouterr().out
     assert "vocabulary 257, context 32" in out
-    assert "8 x cpu (fsdp 8)" in out and "FLOP a token" in out and "over fsdp" in out
+    assert "8 x cpu (fsdp 8)" in out and "FLOP per token" in out and "over fsdp" in out
     assert main([str(path), "--topology", "here", "train.batch=9"]) == 2
     assert "what does: train.batch = 8 or 16, mesh.fsdp = " in capsys.readouterr().err
     assert main([str(path), "--topology", "here", "--fit"]) == 2
