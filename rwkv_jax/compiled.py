@@ -1,4 +1,4 @@
-"""Where the command lines keep compiled programs, so that the second start compiles nothing."""
+"""The command lines' cache of compiled programs: the second start compiles nothing."""
 
 import os
 from pathlib import Path
@@ -7,10 +7,10 @@ import jax
 
 
 def keep_compiled_programs(cache: Path) -> None:
-    """Keeps them below `cache`, the folder of the token cache, if that can be written.
+    """Caches compiled programs below `cache`, the folder of the token cache, if it is writable.
 
-    Does nothing where JAX_COMPILATION_CACHE_DIR says where, or (empty) that nothing is kept. For
-    scripts that run as programs only: it sets JAX's configuration.
+    Does nothing if JAX_COMPILATION_CACHE_DIR is set (empty: no cache). For entry points of programs
+    only: it sets JAX's configuration.
     """
     folder = cache / "compiled"
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:

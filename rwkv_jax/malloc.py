@@ -1,8 +1,8 @@
-"""How the command lines have glibc's malloc set up: huge pages, and memory once had is kept.
+"""glibc's malloc for the command lines: huge pages, and freed memory stays with the process.
 
-On CPU, XLA asks anew for the temporaries of every training step. By default each time maps and
-clears them again in pages of 4 KiB, which puts a fifth of the step into the kernel; and decoding,
-which reads every weight for every token, spends an eighth of its time looking pages up.
+On CPU, XLA allocates the temporaries of every training step again. By default malloc maps and
+clears them each time in pages of 4 KiB, which puts a fifth of the step into the kernel; and
+decoding, which reads every weight for every token, spends an eighth of its time on page look-ups.
 """
 
 import os
@@ -11,20 +11,20 @@ import sys
 SETTINGS = "glibc.malloc." + ":glibc.malloc.".join(
     ("hugetlb=1", "mmap_max=0", f"trim_threshold={1 << 36}", f"top_pad={1 << 28}")
 )
-"""For `GLIBC_TUNABLES`."""
+"""What `GLIBC_TUNABLES` is set to."""
 
 
 def set_up() -> None:
-    """Starts this program once more with `SETTINGS`, which glibc reads when a process starts.
+    """Restarts this program with `SETTINGS`, which glibc reads only at the start of a process.
 
-    Does nothing where there is no glibc, or where the user has set malloc up. For scripts that run
-    as programs only, before all else.
+    Does nothing without glibc, or if the user has configured malloc. Call it in a program's entry
+    point only, before anything else.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    # Python may not know its own name: with another user's rights, or inside another program.
+    # Python may not know its own path: with another user's rights, or embedded in a program.
     if _has_glibc() and sys.executable and "glibc.malloc." not in tunables:
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, SETTINGS)))
-        # Not orig_argv[0]: Python finds its virtual environment by the name it is started under.
+        # Not orig_argv[0]: Python finds its virtual environment by the path that it is started from.
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -1,1 +1,1 @@
-"""The commands: one module each, `main(arguments, prog) -> exit code`."""
+"""The commands, one module each: `main(arguments, prog) -> exit code`."""
