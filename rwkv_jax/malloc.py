@@ -24,7 +24,7 @@ def set_up() -> None:
     # Python may not know its own path: with another user's rights, or embedded in a program.
     if _has_glibc() and sys.executable and "glibc.malloc." not in tunables:
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, SETTINGS)))
-        # Not orig_argv[0]: Python finds its virtual environment by the path that it is started from.
+        # Not orig_argv[0]: Python finds its virtual environment by the path it is started from.
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

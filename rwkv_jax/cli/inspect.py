@@ -1,26 +1,35 @@
-"""`inspect`: what a file of weights holds."""
+"""`inspect`: what a weight file holds."""
 
 import argparse
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.progress import track
+from rich.table import Table
+
 from rwkv_jax.cli.command import command, run, spoken, width
+from rwkv_jax.console import header
 from rwkv_jax.errors import UserError
 
 ABOUT = """
-What a file of weights holds: version, sizes, tokenizer, parameters by group, decays by layer, and
-what is wrong with it (missing, extra or misshapen tensors, NaN and infinity).
+What a weight file holds: version, sizes, tokenizer, parameters by group, decays by layer, and what
+is wrong with it (missing, extra or misshapen tensors, NaN and infinity).
 
   {prog} RWKV-x070-World-0.1B-v2.8.pth
   {prog} runs/demo
       the newest checkpoint of a run
   {prog} model.safetensors --tensors
-      every tensor: shape, type, RMS, least and largest value
+      every tensor: shape, type, RMS, minimum and maximum
 
-The exit code is 1 if something is wrong. Nothing in a file is run, and one tensor at a time is in
+The exit code is 1 if something is wrong. No code in a file is run, and one tensor at a time is in
 memory.
 """
 
@@ -31,53 +40,58 @@ GROUPS = {
     "time mix": ("att.",),
     "DeepEmbed": ("ffn.s_emb",),
     "channel mix": ("ffn.",),
+    "other": ("",),
 }
-"""Group -> how the name of a tensor begins, without its layer; the first one that fits."""
+"""Group -> prefixes of a tensor's name within its layer; the first that fits counts."""
+
+NUMBERS = ("RMS", "min", "max", "NaN")
+"""Titles of `Statistics.cells`."""
 
 
 @dataclass
 class Statistics:
-    """Of the numbers of one tensor or of many."""
+    """Of the numbers in one tensor, or in several."""
 
     count: int = 0
     squares: float = 0.0
-    least: float = math.inf
-    largest: float = -math.inf
-    odd: int = 0
-    """NaN and infinite ones, which are left out of the rest."""
+    minimum: float = math.inf
+    maximum: float = -math.inf
+    nonfinite: int = 0
+    """NaN and infinite numbers, which the other statistics leave out."""
     tensors: int = 0
-    kinds: set[str] = field(default_factory=set)
+    dtypes: set[str] = field(default_factory=set)
 
     def include(self, other: "Statistics") -> None:
-        """Counts those numbers in as well."""
+        """Adds the numbers of `other`."""
         self.count, self.squares = self.count + other.count, self.squares + other.squares
-        self.least, self.largest = min(self.least, other.least), max(self.largest, other.largest)
-        self.odd, self.tensors = self.odd + other.odd, self.tensors + other.tensors
-        self.kinds |= other.kinds
+        self.minimum = min(self.minimum, other.minimum)
+        self.maximum = max(self.maximum, other.maximum)
+        self.nonfinite += other.nonfinite
+        self.tensors += other.tensors
+        self.dtypes |= other.dtypes
 
     def cells(self) -> list[str]:
-        """RMS, least, largest, odd ones."""
-        sound = self.count - self.odd
-        rms = math.sqrt(self.squares / sound) if sound else math.nan
-        return [f"{rms:.3g}", f"{self.least:.3g}", f"{self.largest:.3g}", f"{self.odd or ''}"]
+        """RMS, minimum, maximum, and the count of non-finite numbers."""
+        finite = self.count - self.nonfinite
+        rms = math.sqrt(self.squares / finite) if finite else math.nan
+        numbers = (rms, self.minimum, self.maximum)
+        return [*(f"{x:.3g}" for x in numbers), f"{self.nonfinite or ''}"]
 
 
 def statistics_of(array: Any) -> Statistics:
-    """Of one tensor."""
-    import numpy as np
-
-    name, values = np.dtype(array.dtype).name, np.asarray(array)
-    values = values.astype(np.float32, copy=False)  # bfloat16 is slow to look at
-    finite = np.isfinite(values)
-    sound = values if finite.all() else values[finite]
+    """The statistics of one tensor."""
+    dtype, values = np.dtype(array.dtype).name, np.asarray(array)
+    values = values.astype(np.float32, copy=False)  # numpy is slow with bfloat16
+    mask = np.isfinite(values)
+    finite = values if mask.all() else values[mask]
     return Statistics(
         count=values.size,
-        squares=float(np.sum(np.square(sound, dtype=np.float64))),
-        least=float(sound.min(initial=math.inf)),
-        largest=float(sound.max(initial=-math.inf)),
-        odd=int(values.size - sound.size),
+        squares=float(np.sum(np.square(finite, dtype=np.float64))),
+        minimum=float(finite.min(initial=math.inf)),
+        maximum=float(finite.max(initial=-math.inf)),
+        nonfinite=int(values.size - finite.size),
         tensors=1,
-        kinds={name.replace("bfloat", "bf").replace("float", "f")},
+        dtypes={dtype.replace("bfloat", "bf").replace("float", "f")},
     )
 
 
@@ -86,7 +100,7 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax inspect") -> int:
     bad input."""
     parser = command(prog, "MODEL [--tensors]", ABOUT)
     parser.add_argument(
-        "model", metavar="MODEL", help=".pth, .safetensors, Hugging Face folder, or a run's"
+        "model", metavar="MODEL", help=".pth, .safetensors, Hugging Face folder, or folder of a run"
     )
     parser.add_argument("--tensors", action="store_true", help="every tensor, not only groups")
     args = parser.parse_args(arguments)
@@ -96,10 +110,7 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax inspect") -> int:
 
 
 def _inspect(args: argparse.Namespace, wrong: list[str]) -> None:
-    # Here, so that --help answers at once.
-    from rich.console import Console
-    from rich.markup import escape
-
+    # Here, so that --help does not wait for JAX.
     from rwkv_jax.checkpoint.keymaps import config_of, faults
     from rwkv_jax.checkpoint.weights import naming, read
 
@@ -110,31 +121,32 @@ def _inspect(args: argparse.Namespace, wrong: list[str]) -> None:
         cfg = config_of(tensors)
     wrong += [fault for fault, _ in faults(tensors, cfg)]
 
-    _header(console, weights, cfg, tensors)
-    groups, each = _count(tensors, console)
-    _groups(console, groups)
-    _layers(console, cfg, tensors, each)
+    _print_header(console, weights, cfg)
+    names = track(tensors, "reading", console=console, transient=True)
+    names = names if console.is_terminal else tensors
+    statistics = {name: statistics_of(tensors[name]) for name in names}
+    _print_groups(console, statistics)
+    _print_layers(console, cfg, tensors, statistics)
     if args.tensors:
-        _tensors(console, tensors, each)
-    wrong += [f"{name} has {x.odd:,} NaN or infinite values" for name, x in each.items() if x.odd]
+        rows = (
+            (name, " x ".join(map(str, tensors[name].shape)), *x.dtypes, *x.cells())
+            for name, x in statistics.items()
+        )
+        _print_table(console, "tensors", ("name", "shape", "type", *NUMBERS), rows)
+    for name, x in statistics.items():
+        if x.nonfinite:
+            wrong.append(f"{name} has {x.nonfinite:,} NaN or infinite values")
     console.print()
     for fault in wrong:
         console.print(f"[bold red]wrong:[/] {escape(fault)}", highlight=False, soft_wrap=True)
     if not wrong:
-        console.print("whole, and all numbers finite", style="green")
+        console.print("complete, and all numbers finite", style="green")
 
 
-def _header(console: Any, weights: Any, cfg: Any, tensors: Mapping[str, Any]) -> None:
-    import dataclasses
-
+def _print_header(console: Console, weights: Any, cfg: Any) -> None:
     from rwkv_jax.checkpoint.weights import find_tokenizer
-    from rwkv_jax.console import header
 
-    ranks = {
-        key.name.removeprefix("rank_"): getattr(cfg, key.name)
-        for key in dataclasses.fields(cfg)
-        if key.name.startswith("rank_") and getattr(cfg, key.name)
-    }
+    ranks = {key.name: getattr(cfg, key.name) for key in fields(cfg) if "rank_" in key.name}
     try:
         tokenizer = find_tokenizer(weights, cfg.vocab_size).identity()
     except UserError as error:
@@ -144,37 +156,63 @@ def _header(console: Any, weights: Any, cfg: Any, tensors: Mapping[str, Any]) ->
         "file": f"{weights.path} ({weights.format})",
         "model": f"RWKV-{cfg.version}, {cfg.layers} layers of width {cfg.width}{heads}",
         "channel mix": f"{cfg.ffn} wide",
-        "ranks": ", ".join(f"{name} {rank}" for name, rank in ranks.items()),
+        "ranks": ", ".join(f"{name[5:]} {rank}" for name, rank in ranks.items() if rank),
         "state": "documents start from a learnt one" if cfg.state_tuned else "",
         "vocabulary": f"{cfg.vocab_size:,}",
         "tokenizer": tokenizer,
-        "parameters": f"{sum(math.prod(x.shape) for x in tensors.values()):,}",
+        "parameters": f"{sum(math.prod(x.shape) for x in weights.tensors.values()):,}",
     }
     header(console, "", {name: text for name, text in rows.items() if text})
 
 
-def _count(tensors: Mapping[str, Any], console: Any) -> tuple[dict[str, Statistics], dict]:
-    """Statistics by group and by tensor."""
-    from rich.progress import track
-
-    groups, each = {}, {}
-    names = track(tensors, "reading", console=console, transient=True)
-    for name in names if console.is_terminal else tensors:
-        each[name] = statistics_of(tensors[name])
+def _print_groups(console: Console, statistics: Mapping[str, Statistics]) -> None:
+    groups = {group: Statistics() for group in GROUPS}
+    for name, x in statistics.items():
         inner = name.split(".", 2)[2] if name.startswith("blocks.") else name
-        group = next((g for g, starts in GROUPS.items() if inner.startswith(starts)), "other")
-        groups.setdefault(group, Statistics()).include(each[name])
-    return groups, each
+        groups[next(g for g, prefixes in GROUPS.items() if inner.startswith(prefixes))].include(x)
+    total = sum(x.count for x in groups.values()) or 1
+    rows = []
+    for name, x in groups.items():
+        if x.tensors:
+            share, dtypes = f"{100 * x.count / total:.1f} %", " ".join(sorted(x.dtypes))
+            rows.append((name, f"{x.tensors:,}", f"{x.count:,}", share, dtypes, *x.cells()))
+    titles = ("group", "tensors", "parameters", "share", "type", *NUMBERS)
+    _print_table(console, "parameters by group", titles, rows)
 
 
-def _table(console: Any, title: str, first: str, others: Iterable[str], rows: Iterable) -> None:
-    """Without lines between columns, so that it fits a terminal of 80; a narrower one breaks lines,
-    but no number is cut."""
-    from rich import box
-    from rich.markup import escape
-    from rich.measure import Measurement
-    from rich.table import Table
+def _print_layers(
+    console: Console, cfg: Any, tensors: Mapping[str, Any], statistics: Mapping[str, Statistics]
+) -> None:
+    """Decays without their token-dependent part, and the size of the layer's output matrices."""
+    rows = []
+    for layer in range(cfg.layers):
+        block = f"blocks.{layer}."
+        source = tensors.get(f"{block}att.{'w0' if cfg.version[0] == '7' else 'time_decay'}")
+        decay = np.array([math.nan]) if source is None else _decay(cfg.version, np.asarray(source))
+        half_lives = math.log(0.5) / np.log(np.clip(decay, 1e-38, 1 - 1e-12))
+        decays = (f"{x:.4f}" for x in (decay.min(), np.median(decay), decay.max()))
+        lives = (np.median(half_lives), half_lives.max())
+        lives = (f"{x:,.1f}" if x < 1e5 else f"{x:.2e}" for x in lives)
+        matrices = (statistics.get(f"{block}{name}.weight") for name in ("att.output", "ffn.value"))
+        sizes = ("" if x is None else x.cells()[0] for x in matrices)
+        rows.append((str(layer), *decays, *lives, *sizes))
+    title = "layers: decay per token, its median and longest half-life in tokens, RMS"
+    titles = ("layer", "fastest", "median", "slowest", "half-life", "longest")
+    _print_table(console, title, (*titles, "att.output", "ffn.value"), rows)
 
+
+def _decay(version: str, raw: Any) -> Any:
+    """The factor per token that a parameter stands for."""
+    raw = np.nan_to_num(raw.astype(np.float64).reshape(-1))
+    if version[0] == "7":
+        return np.exp(-math.exp(-0.5) / (1 + np.exp(-raw)))
+    return np.exp(-np.exp(raw))
+
+
+def _print_table(console: Console, title: str, titles: Iterable[str], rows: Iterable) -> None:
+    """Without rules between columns, so that it fits a terminal of 80; a narrower one wraps lines,
+    but no number is cut off."""
+    first, *others = titles
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column(first, overflow="fold")
     for name in others:
@@ -183,60 +221,5 @@ def _table(console: Any, title: str, first: str, others: Iterable[str], rows: It
         table.add_row(escape(name), *numbers)
     needed = Measurement.get(console, console.options.update(max_width=1000), table).minimum
     console.print(f"\n[italic]{title}[/]\n", highlight=False)
-    console.width = max(console.width, needed)  # a terminal breaks lines where rich would cut them
+    console.width = max(console.width, needed)  # a terminal wraps lines where rich would cut them
     console.print(table)
-
-
-def _groups(console: Any, groups: dict[str, Statistics]) -> None:
-    whole = sum(x.count for x in groups.values()) or 1
-    names = ("tensors", "parameters", "share", "type", "RMS", "least", "largest", "NaN")
-    rows = []
-    for name in [*GROUPS, "other"]:
-        if x := groups.get(name):
-            share, kinds = f"{100 * x.count / whole:.1f} %", " ".join(sorted(x.kinds))
-            rows.append((name, f"{x.tensors:,}", f"{x.count:,}", share, kinds, *x.cells()))
-    _table(console, "parameters by group", "group", names, rows)
-
-
-def _layers(
-    console: Any, cfg: Any, tensors: Mapping[str, Any], each: dict[str, Statistics]
-) -> None:
-    """Decays before what depends on the token, and the size of the layer's last matrices."""
-    import numpy as np
-
-    names = ("fastest", "median", "slowest", "half-life", "longest", "att.output", "ffn.value")
-    title = "layers: decay a token, half-life of the median and the longest in tokens, RMS"
-    rows = []
-    for layer in range(cfg.layers):
-        block = f"blocks.{layer}."
-        source = tensors.get(f"{block}att.{'w0' if cfg.version[0] == '7' else 'time_decay'}")
-        decay = np.array([math.nan]) if source is None else _decay(cfg.version, np.asarray(source))
-        lives = math.log(0.5) / np.log(np.clip(decay, 1e-38, 1 - 1e-12))
-        matrices = [each.get(f"{block}{name}.weight") for name in ("att.output", "ffn.value")]
-        row = (
-            str(layer),
-            *(f"{x:.4f}" for x in (decay.min(), np.median(decay), decay.max())),
-            *(f"{x:,.1f}" if x < 1e5 else f"{x:.2e}" for x in (np.median(lives), lives.max())),
-            *("" if x is None else x.cells()[0] for x in matrices),
-        )
-        rows.append(row)
-    _table(console, title, "layer", names, rows)
-
-
-def _decay(version: str, raw: Any) -> Any:
-    """The factor per token that a parameter stands for."""
-    import numpy as np
-
-    raw = np.nan_to_num(raw.astype(np.float64).reshape(-1))
-    if version[0] == "7":
-        return np.exp(-math.exp(-0.5) / (1 + np.exp(-raw)))
-    return np.exp(-np.exp(raw))
-
-
-def _tensors(console: Any, tensors: Mapping[str, Any], each: dict[str, Statistics]) -> None:
-    names = ("shape", "type", "RMS", "least", "largest", "NaN")
-    rows = (
-        (name, " x ".join(map(str, tensors[name].shape)), *x.kinds, *x.cells())
-        for name, x in each.items()
-    )
-    _table(console, "tensors", "name", names, rows)

@@ -78,7 +78,7 @@ def test_inspect_every_version(version, tmp_path, capsys):
     assert rwkv_jax("inspect", tmp_path / "m.pth") == 0
     text = capsys.readouterr().out
     heads = "" if version == "4" else ", 2 heads of 16"
-    assert f"RWKV-{version}, 2 layers of width 32{heads}" in text and "whole, and all" in text
+    assert f"RWKV-{version}, 2 layers of width 32{heads}" in text and "complete, and all" in text
     count = sum(x.size for x in tensors.values())
     assert re.search(rf"parameters *│ {count:,} ", text) and re.search("tokenizer *│ bytes", text)
     rows = [line.split() for line in text.splitlines()]
@@ -143,7 +143,7 @@ def test_inspect_tells_all_that_is_wrong(model, capsys):
     assert "wrong: stray is no parameter of RWKV-7" in text
     assert "wrong: blocks.0.att.r_k has shape [1, 64], not [2, 64]" in text
     assert "wrong: blocks.1.ffn.key.weight has 3 NaN or infinite values" in text
-    assert "whole" not in text and "nan" not in text.lower().replace("nan or", "").replace(
+    assert "complete" not in text and "nan" not in text.lower().replace("nan or", "").replace(
         "  nan", ""
     )
 
