@@ -152,8 +152,9 @@ class ModelConfig(_Table):
 
     @property
     def heads(self) -> int:
-        """Versions 5 to 7: heads of the time mix."""
-        return self.width // self.head_size
+        """Heads of the time mix; in version 4 each channel is one."""
+        sized = "head_size" in VERSION_SETTINGS[self.version].optional
+        return self.width // self.head_size if sized else self.width
 
 
 @dataclass(frozen=True)

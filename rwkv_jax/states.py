@@ -31,7 +31,7 @@ from rwkv_jax.checkpoint.files import check_writable
 from rwkv_jax.checkpoint.pth import read_pth
 from rwkv_jax.checkpoint.safetensors import read_metadata, read_safetensors, write_safetensors
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models import BlockState, State, check_state, init_state, stack
+from rwkv_jax.models import VERSIONS, BlockState, State, check_state, init_state, stack
 from rwkv_jax.renamed import renamed
 from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv import Wkv4State
@@ -128,7 +128,7 @@ def compare(first: State, second: State) -> list[Difference]:
 
 def _with_one_scale(first: State, second: State) -> list[State]:
     """Version 4's sums rescaled to the larger of the two exponents; other versions unchanged."""
-    if first.version != "4":
+    if not isinstance(first.blocks.wkv, Wkv4State):
         return [first, second]
     top = jnp.maximum(first.blocks.wkv.max_exp, second.blocks.wkv.max_exp)
     scaled = []
@@ -263,7 +263,8 @@ def _tuned(path: Path, tensors: Mapping[str, np.ndarray], cfg: ModelConfig) -> S
             " layers; use the one tuned for this model"
         )
     fresh, shape = _fresh(cfg, 1), (cfg.heads, cfg.head_size, cfg.head_size)
-    if cfg.version == "4" or any(tensors[name].shape != shape for name in names):
+    tunable = not isinstance(fresh.blocks.wkv, Wkv4State)
+    if not tunable or any(tensors[name].shape != shape for name in names):
         raise WeightsError(
             f"{path}: {names[0]} is {list(tensors[names[0]].shape)}, but heads of this model are"
             f" {list(shape)}; use the one tuned for this model"
@@ -292,15 +293,9 @@ def to_pypi(state: State, row: int = 0) -> list[np.ndarray]:
 
     Raises `IndexError` for a row out of range.
     """
-    out = []
-    blocks = jax.tree.map(lambda x: np.array(x[:, 0]), take(state, row).blocks)
-    for layer in range(len(blocks.att_x)):
-        wkv = jax.tree.map(lambda x, layer=layer: x[layer], blocks.wkv)
-        if state.version[0] in "56":
-            wkv = np.ascontiguousarray(np.swapaxes(wkv, -1, -2))
-        middle = list(wkv) if isinstance(wkv, Wkv4State) else [wkv]
-        out += [blocks.att_x[layer], *middle, blocks.ffn_x[layer]]
-    return out
+    blocks = _pypi_layout(take(state, row).blocks, state.version)
+    parts = [np.array(x[:, 0]) for x in jax.tree.leaves(blocks)]
+    return [x[layer] for layer in range(len(parts[0])) for x in parts]
 
 
 def from_pypi(tensors: Sequence[Any], cfg: ModelConfig) -> State:
@@ -308,7 +303,8 @@ def from_pypi(tensors: Sequence[Any], cfg: ModelConfig) -> State:
 
     Raises `ValueError` if the list does not fit `cfg`'s model.
     """
-    each = 5 if cfg.version == "4" else 3
+    fresh = jax.eval_shape(lambda: _fresh(cfg, 1)).blocks
+    each = len(jax.tree.leaves(fresh))
     if len(tensors) != each * cfg.layers:
         raise ValueError(
             f"a list of {len(tensors)}: version {cfg.version} needs {each} tensors for each of"
@@ -316,15 +312,15 @@ def from_pypi(tensors: Sequence[Any], cfg: ModelConfig) -> State:
         )
     given = (x.float() if hasattr(x, "float") else x for x in tensors)  # numpy has no bfloat16
     arrays = [np.asarray(x, np.float32)[None] for x in given]
-
-    def column(index: int) -> Array:
-        return jnp.asarray(np.stack(arrays[index::each]))
-
-    wkv: Any = column(1)
-    if cfg.version == "4":
-        wkv = Wkv4State(*(column(index) for index in (1, 2, 3)))
-    elif cfg.version[0] in "56":
-        wkv = jnp.swapaxes(wkv, -1, -2)
-    state = State(BlockState(att_x=column(0), wkv=wkv, ffn_x=column(each - 1)), cfg.version)
+    parts = [jnp.asarray(np.stack(arrays[index::each])) for index in range(each)]
+    blocks = jax.tree.unflatten(jax.tree.structure(fresh), parts)
+    state = State(_pypi_layout(blocks, cfg.version), cfg.version)
     check_state(state, cfg, 1)
     return state
+
+
+def _pypi_layout(blocks: BlockState, version: str) -> BlockState:
+    """From our layout to that of PyPI `rwkv`, and back."""
+    if not VERSIONS[version].pypi_transposed:
+        return blocks
+    return replace(blocks, wkv=jnp.swapaxes(blocks.wkv, -1, -2))

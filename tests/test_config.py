@@ -1,4 +1,4 @@
-"""The loader is strict, says in one line what to mend, and `to_toml` is its inverse."""
+"""The loader is strict, says in one line what to correct, and `to_toml` is its inverse."""
 
 import dataclasses
 import tomllib
@@ -40,7 +40,7 @@ TABLES = {
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    """Writes x.toml into an empty working directory and gives its name back."""
+    """Writes x.toml into an empty working directory and returns its name."""
     monkeypatch.chdir(tmp_path)
 
     def write(text: str | bytes) -> str:
@@ -59,10 +59,10 @@ def message(*arguments) -> str:
     return text
 
 
-# What is read
+# Reading
 
 
-def test_nothing_given_is_the_defaults(file):
+def test_an_empty_config_is_the_defaults(file):
     assert load_config(None) == load_config(file("")) == parse_config({}) == Config()
 
 
@@ -75,7 +75,7 @@ def test_a_file_names_only_what_differs(file):
 
 
 def test_every_setting_can_be_read():
-    """One value other than the default for each, so that none is ignored or crossed."""
+    """Each setting gets a value other than its default, so that none is ignored or swapped."""
     other = {
         "model": dict(version="7a", layers=2, width=96, vocab_size=7, ffn_width=5, head_size=32)
         | dict(rank_w=1, rank_a=2, rank_v=3, rank_g=4, rank_embed=6)
@@ -117,7 +117,7 @@ def test_a_version_may_be_written_as_a_number(version):
 
 
 @pytest.mark.parametrize("name", ["train.steps", "optimizer.warmup_steps", "model.layers"])
-def test_integers_that_no_array_can_hold_are_refused(name):
+def test_integers_that_no_array_can_hold_are_rejected(name):
     section, key = name.split(".")
     with pytest.raises(ConfigError, match=f"{name} = 9{{20}}: at most 2147483647"):
         parse_config({section: {key: int("9" * 20)}})
@@ -247,7 +247,7 @@ def test_an_error_says_whether_file_or_overrides_are_wrong(file):
     assert message(path, ["train.steps=3"]) == f"x.toml: {wrong}"
 
 
-# What is refused
+# Rejecting
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def number(low: float, high: float, **bounds):
 
 
 def drawn(table: type, **strategies):
-    """Instances of a config table: bounded numbers, any text, unless a strategy is given."""
+    """Instances of a config table: small numbers and any text, unless a strategy is given."""
     chosen = {}
     for name, kind in get_type_hints(table).items():
         if name in strategies or name.startswith("__"):
@@ -461,7 +461,7 @@ def test_awkward_text_survives_writing(tmp_path, text):
 
 
 @given(st.text(), st.text(st.characters(exclude_characters="=")), st.text())
-def test_any_override_is_taken_or_refused_in_one_line(section, key, value):
+def test_any_override_is_accepted_or_rejected_in_one_line(section, key, value):
     assume(section not in TABLES)
     for override in (f"{section}.{key}={value}", f"train.{key}={value}", f"train.seed={value}"):
         try:
@@ -470,7 +470,7 @@ def test_any_override_is_taken_or_refused_in_one_line(section, key, value):
             assert "\n" not in str(error) and str(error)
 
 
-# The files that come with the project
+# The files in configs/
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -517,7 +517,7 @@ def test_the_0_1b_config_is_the_official_recipe():
     ],
 )
 def test_the_constructor_is_as_strict_as_a_file(settings, expected):
-    """Without the types that tests check at every call."""
+    """Without the type checks that tests add to every call."""
     model = object.__new__(ModelConfig)
     vars(model).update(dataclasses.asdict(ModelConfig()) | settings)
     with pytest.raises(ConfigError) as caught:

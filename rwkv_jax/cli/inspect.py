@@ -151,7 +151,7 @@ def _print_header(console: Console, weights: Any, cfg: Any) -> None:
         tokenizer = find_tokenizer(weights, cfg.vocab_size).identity()
     except UserError as error:
         tokenizer = f"unknown: {error}"
-    heads = f", {cfg.heads} heads of {cfg.head_size}" if cfg.version != "4" else ""
+    heads = f", {cfg.heads} heads of {cfg.head_size}" if cfg.heads < cfg.width else ""
     rows = {
         "file": f"{weights.path} ({weights.format})",
         "model": f"RWKV-{cfg.version}, {cfg.layers} layers of width {cfg.width}{heads}",
@@ -184,11 +184,14 @@ def _print_layers(
     console: Console, cfg: Any, tensors: Mapping[str, Any], statistics: Mapping[str, Statistics]
 ) -> None:
     """Decays without their token-dependent part, and the size of the layer's output matrices."""
-    rows = []
+    from rwkv_jax.models import VERSIONS
+
+    version, rows = VERSIONS[cfg.version], []
     for layer in range(cfg.layers):
         block = f"blocks.{layer}."
-        source = tensors.get(f"{block}att.{'w0' if cfg.version[0] == '7' else 'time_decay'}")
-        decay = np.array([math.nan]) if source is None else _decay(cfg.version, np.asarray(source))
+        decay, source = np.array([math.nan]), tensors.get(f"{block}att.{version.decay_name}")
+        if source is not None:
+            decay = version.decay(np.nan_to_num(np.asarray(source).astype(np.float64)))
         half_lives = math.log(0.5) / np.log(np.clip(decay, 1e-38, 1 - 1e-12))
         decays = (f"{x:.4f}" for x in (decay.min(), np.median(decay), decay.max()))
         lives = (np.median(half_lives), half_lives.max())
@@ -199,14 +202,6 @@ def _print_layers(
     title = "layers: decay per token, its median and longest half-life in tokens, RMS"
     titles = ("layer", "fastest", "median", "slowest", "half-life", "longest")
     _print_table(console, title, (*titles, "att.output", "ffn.value"), rows)
-
-
-def _decay(version: str, raw: Any) -> Any:
-    """The factor per token that a parameter stands for."""
-    raw = np.nan_to_num(raw.astype(np.float64).reshape(-1))
-    if version[0] == "7":
-        return np.exp(-math.exp(-0.5) / (1 + np.exp(-raw)))
-    return np.exp(-np.exp(raw))
 
 
 def _print_table(console: Console, title: str, titles: Iterable[str], rows: Iterable) -> None:

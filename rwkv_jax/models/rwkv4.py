@@ -172,4 +172,13 @@ def recall(wkv: Wkv4State) -> Array:
     return jnp.where(wkv.den > 0, wkv.num / jnp.where(wkv.den > 0, wkv.den, 1.0), 0.0)
 
 
-VERSION = Version(specs, init_state, time_mix, channel_mix, wkv4, recall=recall)
+VERSION = Version(
+    specs,
+    init_state,
+    time_mix,
+    channel_mix,
+    wkv4,
+    recall=recall,
+    recurrence_flops=0,  # sums and products of channels, no matrix products
+    warmup_start=0.2,
+)

@@ -164,4 +164,4 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     return Block(ln1=norm(), att=att, ln2=norm(), ffn=ffn)
 
 
-VERSION = Version(specs, matrix_state, time_mix, channel_mix, wkv6)
+VERSION = Version(specs, matrix_state, time_mix, channel_mix, wkv6, pypi_transposed=True)

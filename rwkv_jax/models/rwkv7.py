@@ -27,6 +27,7 @@ from typing import Generic
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 
@@ -234,4 +235,20 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     return Block(ln1=norm(), att=att, ln2=norm(), ffn=ffn)
 
 
-VERSION = Version(specs, matrix_state, time_mix, channel_mix, wkv7, init_carry)
+def decay(w0: np.ndarray) -> np.ndarray:
+    """The factor per token that `w0` stands for, where a token adds nothing to it."""
+    return np.exp(-math.exp(-0.5) / (1 + np.exp(-w0)))
+
+
+VERSION = Version(
+    specs,
+    matrix_state,
+    time_mix,
+    channel_mix,
+    wkv7,
+    init_carry,
+    recurrence_flops=8,  # S a, its product with b, v k, S r
+    decay_name="w0",
+    decay=decay,
+    chat_template="g1",
+)

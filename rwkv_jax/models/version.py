@@ -8,6 +8,7 @@ mixes of a version read as its paper does.
 from typing import Any, Generic, NamedTuple
 
 import jax
+import numpy as np
 from flax import struct
 
 from rwkv_jax import nn, sharding
@@ -58,6 +59,18 @@ class Version(NamedTuple):
     """(block, dtype): one layer's parameters, gathered for use."""
     recall: Callable[[Any], Array] = lambda wkv: wkv
     """A WKV state as the values that tokens read from it, to be measured."""
+    recurrence_flops: int = 4
+    """FLOPs of the recurrence per token, channel, and channel of its head."""
+    decay_name: str = "time_decay"
+    """The official parameter of the time mix that sets decays where no token does."""
+    decay: Callable[[np.ndarray], np.ndarray] = lambda raw: np.exp(-np.exp(raw))
+    """That parameter's values as factors per token."""
+    warmup_start: float = 0.01
+    """The fraction of the peak learning rate at which the official trainer's warm-up starts."""
+    pypi_transposed: bool = False
+    """Whether PyPI `rwkv` has the matrices of the state as [h, k, v]."""
+    chat_template: str = "world"
+    """The template (`rwkv_jax.data.conversations`) that its chat models were likely trained on."""
 
 
 def block(

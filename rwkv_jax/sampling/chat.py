@@ -28,7 +28,7 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.conversations import END, TEMPLATES, Template, clean
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.errors import UserError
-from rwkv_jax.models import State
+from rwkv_jax.models import VERSIONS, State
 from rwkv_jax.sampling.decode import DecodeState, Prefix, reseed
 from rwkv_jax.sampling.settings import MAX_SEED, Sampling, check_max_tokens, check_seed
 from rwkv_jax.sampling.stream import Finish, Generator, Stream, TextChunk
@@ -63,7 +63,7 @@ def template_for(cfg: ModelConfig, tokenizer: Tokenizer) -> Template:
     """A guess of a model's template, as its weights do not say what it was trained on."""
     if tokenizer.encode(END) == _TWO_NEWLINES:
         return TEMPLATES["raven"]
-    return TEMPLATES["g1" if cfg.version.startswith("7") else "world"]
+    return TEMPLATES[VERSIONS[cfg.version].chat_template]
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

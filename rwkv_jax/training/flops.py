@@ -18,9 +18,6 @@ from rwkv_jax import models
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.params import is_spec
 
-RECURRENCE = {"4": 0, "7": 8, "7a": 8}
-"""Operations of a channel and token for each of the n of its head; 4 for the others."""
-
 
 def model_flops(cfg: ModelConfig) -> int:
     """What a token needs in training, by the formula above."""
@@ -30,8 +27,8 @@ def model_flops(cfg: ModelConfig) -> int:
         for spec in jax.tree.leaves(table, is_leaf=is_spec)
         if len(spec.shape) > 1
     ]
-    size = 1 if cfg.version == "4" else cfg.head_size
-    recurrence = RECURRENCE.get(cfg.version, 4) * size * cfg.width * cfg.layers
+    per_channel = models.VERSIONS[cfg.version].recurrence_flops * cfg.head_size
+    recurrence = per_channel * cfg.width * cfg.layers
     return 6 * (sum(matrices) - math.prod(table.emb.full_shape)) + 3 * recurrence
 
 

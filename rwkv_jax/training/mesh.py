@@ -80,13 +80,11 @@ def _sizes(mesh: MeshConfig, count: int) -> dict[str, int]:
 
 def _check_divides(cfg: Config, shape: dict[str, int]) -> None:
     model, train = cfg.model, cfg.train
-    heads, of_heads = model.heads, f"heads of model.width = {model.width}"
-    if model.version == "4":
-        heads, of_heads = model.width, "channels of model.width"
+    heads = "heads" if model.heads < model.width else "channels"
     hidden = "hidden channels of the channel mix (model.ffn_width)"
     needed = (
         (("fsdp",), model.width, f"channels of model.width = {model.width}"),
-        (("tensor",), heads, of_heads),
+        (("tensor",), model.heads, f"{heads} of model.width = {model.width}"),
         (("tensor",), model.ffn, hidden),
         (("tensor", "fsdp"), model.width, f"channels of model.width = {model.width}"),
     )

@@ -13,14 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rwkv_jax import models
 from rwkv_jax.config import OptimizerConfig
 from rwkv_jax.params import is_spec
 from rwkv_jax.typing import Array, Callable, Float, Int, PyTree
 
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
-
-WARMUP_START, WARMUP_START_4 = 0.01, 0.2
-"""The share of the peak that official trainers start from; that of version 4 has its own."""
 
 
 def schedule(cfg: OptimizerConfig, steps: int | float, *, version: str) -> Schedule:
@@ -32,7 +30,7 @@ def schedule(cfg: OptimizerConfig, steps: int | float, *, version: str) -> Sched
     there is nothing to warm.
     """
     peak, final, warmup = cfg.peak_lr, cfg.final_lr, cfg.warmup_steps
-    start = WARMUP_START_4 if version == "4" else WARMUP_START
+    start = models.VERSIONS[version].warmup_start
 
     def learning_rate(step: Int[Array, ""] | int) -> Float[Array, ""]:
         s = jnp.asarray(step, jnp.float32)

@@ -1,4 +1,4 @@
-"""`python -m rwkv_jax`: inspect, convert and diff, as typed; what they print, leave and return."""
+"""`python -m rwkv_jax`: inspect, convert and diff: what they print, write and return."""
 
 import errno
 import os
@@ -40,7 +40,7 @@ def model(tmp_path):
     return tmp_path / "model.pth", tensors
 
 
-def test_help_lists_and_teaches(capsys):
+def test_help_lists_and_explains(capsys):
     with pytest.raises(SystemExit) as leave:
         rwkv_jax("--help")
     assert leave.value.code == 0
@@ -93,25 +93,25 @@ def test_inspect_every_version(version, tmp_path, capsys):
 
 
 def test_inspect_cuts_no_number(model, capsys, monkeypatch):
-    """Lines fit 80 columns; in fewer, or where there is no terminal, all that is said is whole."""
+    """Lines fit 80 columns; in fewer, or without a terminal, every number is complete."""
     path, _ = model
-    said = {}
+    numbers = {}
     for columns in (None, 80, 40):
         monkeypatch.setattr(inspect_command, "width", lambda columns=columns: columns)
         rwkv_jax("inspect", path, "--tensors")
         text = capsys.readouterr().out
         tables = text[text.index("parameters by group") :]
-        said[columns] = re.findall(r"(?<= )-?\d[\d.,e+-]*(?= |\n)", tables)
-        assert len(said[columns]) > 500
+        numbers[columns] = re.findall(r"(?<= )-?\d[\d.,e+-]*(?= |\n)", tables)
+        assert len(numbers[columns]) > 500
         assert columns != 80 or max(map(len, text.splitlines())) <= 80
-    assert said[None] == said[80] == said[40]
+    assert numbers[None] == numbers[80] == numbers[40]
 
 
-def test_no_permission_is_told_from_no_room(capsys, monkeypatch):
-    def barred():
+def test_no_permission_is_distinguished_from_no_space(capsys):
+    def denied():
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "there")
 
-    assert run("rwkv_jax x", barred) == 2
+    assert run("rwkv_jax x", denied) == 2
     assert "there: Permission denied; see that you may read it" in capsys.readouterr().err
 
 
@@ -127,7 +127,7 @@ def test_inspect_decays(tmp_path, capsys):
     assert row and row.groups() == ("0.5000", "0.7740", "0.9993", "3.0", "1,000.0")
 
 
-def test_inspect_tells_all_that_is_wrong(model, capsys):
+def test_inspect_lists_all_that_is_wrong(model, capsys):
     path, tensors = model
     tensors = dict(tensors)
     bad = tensors["blocks.1.ffn.key.weight"].copy()
@@ -149,7 +149,7 @@ def test_inspect_tells_all_that_is_wrong(model, capsys):
 
 
 def test_names_are_shown_as_they_are(model, tmp_path, capsys):
-    """A file's author chooses them: what a terminal library takes for markup is text here."""
+    """The author of a file chooses them: text that rich would read as markup is printed as is."""
     path, tensors = model
     weights.write(tmp_path / "odd.pth", tensors | {"[/]x[red]": np.zeros(2, np.float32)})
     assert rwkv_jax("inspect", tmp_path / "odd.pth", "--tensors") == 1
@@ -160,7 +160,7 @@ def test_names_are_shown_as_they_are(model, tmp_path, capsys):
 
 
 def test_convert_around_and_back(model, tmp_path, capsys):
-    """.pth, safetensors, a Hugging Face folder and back: the file is the one it began as."""
+    """.pth, safetensors, a Hugging Face folder and back: the file is the same as at first."""
     path, tensors = model
     steps = ["a.safetensors", "world-0.1b-hf", "c.pth"]
     for source, target in zip([path.name, *steps], steps, strict=False):
@@ -172,7 +172,7 @@ def test_convert_around_and_back(model, tmp_path, capsys):
     assert f"{all_of} tensors are the same numbers" in capsys.readouterr().out
 
 
-def test_convert_takes_prefixes_off_and_replaces_no_folder(model, tmp_path, capsys):
+def test_convert_removes_prefixes_and_replaces_no_folder(model, tmp_path, capsys):
     path, tensors = model
     prefixed = tmp_path / "deepspeed.pth"
     write_pth(prefixed, {f"_forward_module.{name}": x for name, x in tensors.items()})
@@ -188,7 +188,7 @@ def test_convert_takes_prefixes_off_and_replaces_no_folder(model, tmp_path, caps
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_convert_rounds_when_told(model, tmp_path):
+def test_convert_to_bfloat16(model, tmp_path):
     path, tensors = model
     assert rwkv_jax("convert", path, tmp_path / "low.safetensors", "--dtype", "bfloat16") == 0
     low = read_safetensors(tmp_path / "low.safetensors")
@@ -221,7 +221,7 @@ def test_convert_leaves_nothing_half_written(model, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_a_full_output_is_one_line(model):
+def test_a_full_stdout_is_one_line(model):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "rwkv_jax", "inspect", model[0]],
@@ -258,7 +258,7 @@ def test_diff_ranks_what_differs(model, tmp_path, capsys):
 
 
 def tokenizer_json(path, tokens):
-    """A vocabulary of so many tokens, the end of a document among them."""
+    """Writes a tokenizer of so many tokens, with one for the end of a document."""
     vocabulary = {"<|endoftext|>": 0} | {f"t{i}": i for i in range(1, tokens)}
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
     bpe.add_special_tokens(["<|endoftext|>"])
@@ -270,8 +270,8 @@ def listing(folder):
     return {path.name for path in folder.iterdir()}
 
 
-def test_convert_takes_the_model_s_tokenizer_and_no_other_s(model, tmp_path, monkeypatch, capsys):
-    """Of two files beside the weights the one that fits goes along; what fits nobody stays."""
+def test_convert_copies_the_tokenizer_of_the_model_only(model, tmp_path, monkeypatch, capsys):
+    """Of two files beside the weights the one that fits the model is copied."""
     path, tensors = model
     vocab = len(tensors["emb.weight"])
     tokenizer_json(tmp_path / "tokenizer.json", vocab + 1)
@@ -282,14 +282,14 @@ def test_convert_takes_the_model_s_tokenizer_and_no_other_s(model, tmp_path, mon
     assert rwkv_jax("convert", path, out / "alone") == 0
     assert listing(out) == {"alone.pth", "alone", "20B_tokenizer.json"}
     assert not listing(out / "alone") & {"tokenizer.json", "tokenizer_config.json"}
-    # Of a model whose vocabulary is known by its size, too.
+    # Also of a model whose vocabulary is known by its size.
     monkeypatch.setitem(weights.KNOWN, vocab, "world")
     assert rwkv_jax("convert", path, out / "world.pth") == 0
     assert rwkv_jax("convert", path, out / "world") == 0
     assert (out / "world" / "rwkv_vocab_v20230424.txt").stat().st_size > 1e6
     assert "RWKV7Tokenizer" in (out / "world" / "tokenizer_config.json").read_text()
     assert "tokenizer.json" not in listing(out) | listing(out / "world")
-    # And one that fits: beside the file, and in the folder by the name that transformers read.
+    # One that fits: beside the file, and in the folder under the name that transformers expects.
     own = tokenizer_json(tmp_path / "20B_tokenizer.json", vocab)
     assert rwkv_jax("convert", path, tmp_path / "hf") == 0
     assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == own
@@ -313,7 +313,7 @@ def test_convert_does_without_a_tokenizer_that_cannot_be_read(model, tmp_path, c
 
 
 def test_a_folder_is_written_with_its_tokenizer_or_not_at_all(model, tmp_path, monkeypatch, capsys):
-    """On a full disk: the message names OUT, and no folder of its path is left behind."""
+    """On a full disk the message names the output, and no folder of its path is left behind."""
     path, tensors = model
     tokenizer_json(tmp_path / "tokenizer.json", len(tensors["emb.weight"]))
     before, real = listing(tmp_path), os.fsync
@@ -336,7 +336,7 @@ def test_a_folder_is_written_with_its_tokenizer_or_not_at_all(model, tmp_path, m
 
 
 def test_ctrl_c_while_something_is_imported(capsys):
-    """An extension makes an ImportError of it, from which its cause can be told."""
+    """An extension module raises an ImportError, whose cause says so."""
 
     def interrupted():
         try:

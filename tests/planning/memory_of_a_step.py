@@ -1,6 +1,6 @@
-"""What a step on eight virtual devices takes, in KiB: by its plan, and what the process grew by.
+"""Prints the memory of a step on eight virtual devices, in KiB: planned, and added to the process.
 
-A process of its own: what others left behind would be in the way.
+Run as a process of its own, so that nothing else is in its memory.
 """
 
 import gc
@@ -24,7 +24,7 @@ from rwkv_jax.training.step import make_train_step
 
 
 def kib(name: str) -> int:
-    """Of this process, as Linux counts: VmRSS is now, VmHWM the most since it was last reset."""
+    """An entry of /proc/self/status: VmRSS is the present, VmHWM the peak since its last reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
@@ -44,7 +44,7 @@ with sharding.use_mesh(mesh):
     step = make_train_step(cfg, cfg.model).lower(state, batch).compile()
     jax.block_until_ready(state)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = kib("VmRSS")
     jax.block_until_ready(step(state, batch))
 print(8 * (plan.gradients + plan.rest) / 1024, kib("VmHWM") - before)

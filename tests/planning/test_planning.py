@@ -1,4 +1,4 @@
-"""What a compiled step says of itself is what a run allocates, computes and tells."""
+"""A plan of a compiled step is what a run allocates, computes and communicates."""
 
 import math
 import subprocess
@@ -30,7 +30,7 @@ MESH = {"data": 2, "fsdp": 4}
 
 
 def compiled(f, spec, shape=(8, 64)):
-    """`f` over a mesh of eight devices, in a loop of five."""
+    """The text of a program that runs `f` over a mesh of eight devices, in a loop of five."""
     mesh = jax.make_mesh(tuple(MESH.values()), tuple(MESH), (AxisType.Explicit,) * 2)
 
     def looped(x):
@@ -45,7 +45,7 @@ def compiled(f, spec, shape=(8, 64)):
 @pytest.mark.parametrize(
     ("f", "kind", "axes", "received"),
     [
-        # 8 x 64 floats: a device has 2 x 64 and receives the others'
+        # 8 x 64 floats: a device holds 2 x 64 and receives the rest
         (lambda x: lax.all_gather(x, "fsdp", tiled=True), "all-gather", ("fsdp",), 3 * 2 * 64 * 4),
         # of its 2 x 64 it sends and receives 3/4, twice
         (lambda x: lax.psum(x, "fsdp"), "all-reduce", ("fsdp",), 2 * 2 * 64 * 4 * 3 // 4),
@@ -64,7 +64,7 @@ def compiled(f, spec, shape=(8, 64)):
         ),
     ],
 )
-def test_bytes_that_a_device_receives(f, kind, axes, received):
+def test_bytes_received_by_a_device(f, kind, axes, received):
     found = list(collectives(compiled(f, PartitionSpec("fsdp"))))
     mine = [x for x in found if x.kind == kind]
     assert sum(x.received(MESH) for x in mine if x.axes(MESH) == axes) == 5 * received
@@ -99,9 +99,9 @@ TPU = TPU.replace("ALL", "replica_groups={{0,1,2,3,4,5,6,7}}").replace(
 )
 
 
-def test_the_words_of_the_compiler_for_tpus():
-    """As libtpu 0.0.42 writes: loops without a count, gathers spread over fusions, scattered
-    sums."""
+def test_hlo_of_tpus():
+    """As libtpu 0.0.42 writes it: loops without a trip count, gathers spread over several fusions,
+    scattered sums."""
     found = {(x.kind, x.times, x.size) for x in collectives(TPU)}
     scattered = (512 * 64 * 2 + 16 * 4) // 8
     assert found == {
@@ -127,14 +127,14 @@ def test_the_words_of_the_compiler_for_tpus():
         ("mesh['x'=2,'y'=2,'z'=2], device_ids=([2,4]T(1,0)) {'x','y'}", ("b", "c")),
     ],
 )
-def test_who_takes_part(groups, axes):
-    """As XLA writes it, of a mesh a 2 x b 2 x c 2."""
+def test_groups_as_mesh_axes(groups, axes):
+    """In XLA's notations, for a mesh a 2 x b 2 x c 2."""
     line = f"  %x = f32[8]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%f"
     (found,) = collectives(f"ENTRY %main (p: f32[8]) -> f32[8] {{\n{line}\n}}\n")
     assert found.axes({"a": 2, "b": 2, "c": 2}) == axes
 
 
-def test_operations_of_a_program():
+def test_flops_of_a_program():
     def f(x, w):
         def layer(x, _):
             return jax.checkpoint(lambda x: jnp.tanh(x @ w))(x), None
@@ -144,14 +144,14 @@ def test_operations_of_a_program():
     x, w = jnp.ones((4, 8)), jnp.ones((8, 8))
     product = 2 * 4 * 8 * 8
     assert program_flops(jax.make_jaxpr(f)(x, w).jaxpr) == 3 * product
-    # forward, made again, and the gradients of both factors
+    # forward, recomputed, and the gradients of both factors
     gradient = jax.make_jaxpr(jax.grad(f, (0, 1)))(x, w).jaxpr
     assert program_flops(gradient) == 3 * 4 * product
 
 
-def test_a_models_operations_are_those_of_its_programs():
-    """Token by token a step makes what the formula says, but for those of the recurrence that are
-    sums of products in the program."""
+def test_a_models_flops_are_those_of_its_programs():
+    """Token by token a step has the FLOPs of the formula, except those of the recurrence that the
+    program computes as sums of products."""
     cfg = ModelConfig(version="7", layers=3, width=128, vocab_size=512)
     tokens = jnp.zeros((1, 1), jnp.int32)
 
@@ -174,7 +174,7 @@ def plan_and_state(mesh, **model):
     )
 
 
-def test_a_plan_is_what_a_run_allocates_and_tells():
+def test_a_plan_is_what_a_run_allocates_and_communicates():
     plan, state = plan_and_state(MeshConfig())
 
     def bytes_on_one(tree):
@@ -183,7 +183,7 @@ def test_a_plan_is_what_a_run_allocates_and_tells():
     assert plan.parameters == bytes_on_one(state.params)
     assert plan.optimizer == bytes_on_one(state.opt_state)
     assert plan.mesh == {"fsdp": 8} and plan.fits is None
-    # Each matrix is brought together twice, forward and backward, the head once.
+    # Each matrix is gathered twice, forward and backward, the head once.
     table = models.specs(plan.cfg.model)
     blocks = jax.tree.leaves(table.blocks, is_leaf=is_spec)
     layers = sum(
@@ -192,17 +192,17 @@ def test_a_plan_is_what_a_run_allocates_and_tells():
     head = math.prod(table.head.full_shape)
     expected = 4 * (2 * layers + head) * 7 / 8
     assert plan.traffic[("fsdp",)]["all-gather"] == pytest.approx(expected, rel=0.03)
-    # The embedding's rows travel, not the embedding: 8 rows of 64 tokens, each an eighth from each.
+    # The embedding's rows are sent, not the table: 8 rows of 64 tokens, an eighth from each device.
     assert plan.traffic[("fsdp",)]["all-to-all"] == 2 * 64 * 128 * 4 * 7 // 8
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["4", "6", "7"])
 @pytest.mark.parametrize("name", MESHES)
-def test_nothing_travels_that_does_not_have_to(name, version):
-    """Over all but `tensor` gradients are summed, over `fsdp` parameters gathered, over `tensor`
-    activations summed, over `sequence` states and last tokens passed on; nothing else is brought
-    together."""
+def test_no_needless_traffic(name, version):
+    """Gradients are summed over every axis but `tensor`; parameters are gathered over `fsdp`;
+    activations are summed over `tensor`; states and last tokens are passed along `sequence`;
+    nothing else is gathered."""
     cfg = mesh_config(MESHES[name], version, context=256)
     plan = make_plan(cfg, open_topology("here"))
     sizes = plan.mesh | {axis: 1 for axis in sharding.RULES["batch"] if axis not in plan.mesh}
@@ -213,19 +213,19 @@ def test_nothing_travels_that_does_not_have_to(name, version):
     }
     rows = cfg.train.batch // sizes["data"] // sizes["fsdp"]
     activation = 4 * rows * cfg.train.context * cfg.model.width * (tensor - 1) // tensor
-    # The embedding's columns of a device's tokens.
+    # The columns of the embedding, of a device's tokens.
     assert gathered.pop(("tensor",), 0) == activation
     if "fsdp" in plan.mesh:
-        # Twice, forward and backward; and the numbers of the tokens that are looked up.
+        # Twice, forward and backward; and the ids of the tokens that are looked up.
         share = (sizes["fsdp"] - 1) / sizes["fsdp"] / tensor
         assert 0.8 < gathered.pop(("fsdp",)) / (2 * 4 * count * share) < 1.25
     assert not gathered
     if tensor > 1:
-        # Two sums a layer and their likes backward, of which some are made of several.
+        # Two sums per layer, and as many backward, some of which are split into several.
         activations = plan.traffic["tensor",]
         assert activations.keys() <= {"all-reduce", "reduce-scatter", "all-gather"}
         assert activations["all-reduce"] <= 9 * cfg.model.layers * 2 * activation
-    # Gradients once over each axis, and little besides: norms, the loss, last tokens of documents.
+    # Gradients once over each axis, and little else: norms, the loss, last tokens of documents.
     gradients = plan.parameters * sizes["fsdp"]
     over = {axis: size for axis, size in plan.mesh.items() if axis != "tensor"}
     summed = sum(
@@ -241,17 +241,17 @@ def test_nothing_travels_that_does_not_have_to(name, version):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_what_a_run_takes():
-    """Of a process with eight devices: what a step adds to it, at most at a time."""
+    """The peak that a step adds to the memory of a process with eight devices."""
     program = ROOT / "tests" / "planning" / "memory_of_a_step.py"
     for tensor in (1, 2):
         done = subprocess.run(
             [sys.executable, program, str(tensor)], capture_output=True, text=True, check=True
         )
-        planned, taken = map(float, done.stdout.split())
-        assert 0.9 < taken / planned < 1.15
+        planned, used = map(float, done.stdout.split())
+        assert 0.9 < used / planned < 1.15
 
 
-def test_chips_are_known_by_what_jax_calls_them():
+def test_chips_by_device_kind():
     assert chip_of("TPU v5 lite") is CHIPS["v5e"]
     assert chip_of("TPU v5") is CHIPS["v5p"]
     assert chip_of("NVIDIA H100 80GB HBM3") is CHIPS["h100"]
