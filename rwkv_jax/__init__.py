@@ -6,6 +6,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from rwkv_jax import states, wkv
     from rwkv_jax.checkpoint.weights import load, save

@@ -1,58 +1,64 @@
-"""`python -m rwkv_jax COMMAND ...`: all that is done from a terminal."""
+"""The command line: `python -m rwkv_jax COMMAND ...`, or `rwkv-jax COMMAND ...`."""
 
-import argparse
+import platform
 import sys
-from importlib import import_module
+from importlib import import_module, metadata
+from pathlib import Path
 
-from rwkv_jax.errors import Parser
+from rwkv_jax import __version__, malloc
+from rwkv_jax.cli.command import command
 
 COMMANDS = {
-    "tokenize": ("tokenize", "text into the files that training reads"),
-    "train": ("train", "train a model as a config says"),
-    "plan": ("plan", "what a run needs on hardware that is not here yet"),
-    "sample": ("sample", "write text with a model, or chat with it"),
-    "eval": ("evaluate", "measure it: bits per byte, LAMBADA, multiple choice"),
-    "inspect": ("inspect", "what a file of weights holds"),
-    "convert": ("convert", "weights from any format into another"),
-    "diff": ("diff", "two files of weights, tensor by tensor"),
+    "tokenize": ("tokenize", "turn text into token files for training"),
+    "train": ("train", "train a model from a config"),
+    "plan": ("plan", "estimate memory and step time on hardware that is not here"),
+    "sample": ("sample", "generate text with a model, or chat with it"),
+    "eval": ("evaluate", "measure a model: bits per byte, LAMBADA, multiple choice"),
+    "inspect": ("inspect", "show what a weight file holds"),
+    "convert": ("convert", "convert weights between formats"),
+    "diff": ("diff", "compare two weight files, tensor by tensor"),
 }
-"""Command -> module of `rwkv_jax.cli`, and what it does."""
+"""Command -> module of `rwkv_jax.cli`, one line of help."""
 
 ABOUT = """
 RWKV language models in JAX.
 
-  python -m rwkv_jax inspect RWKV-x070-World-0.1B-v2.8.pth
-  python -m rwkv_jax sample RWKV-x070-World-0.1B-v2.8.pth "The Eiffel tower is in"
-  python -m rwkv_jax convert RWKV-x070-World-0.1B-v2.8.pth world-0.1b.safetensors
-  python -m rwkv_jax train configs/demo.toml
-  python -m rwkv_jax plan configs/rwkv7-0.4b.toml --topology v5e:4x4
-  python -m rwkv_jax eval runs/demo notes.txt
+  {prog} inspect RWKV-x070-World-0.1B-v2.8.pth
+  {prog} sample RWKV-x070-World-0.1B-v2.8.pth "The Eiffel tower is in"
+  {prog} convert RWKV-x070-World-0.1B-v2.8.pth world-0.1b.safetensors
+  {prog} train configs/demo.toml
+  {prog} plan configs/rwkv7-0.4b.toml --topology v5e:4x4
+  {prog} eval runs/demo notes.txt
 
-`python -m rwkv_jax COMMAND --help` teaches each.
+`{prog} COMMAND --help` explains each command.
 """
 
 
-def main(arguments: list[str]) -> int:
-    """Runs one command; returns its exit code."""
-    if not arguments or arguments[0] not in COMMANDS:
-        parser = Parser(
-            prog="rwkv_jax",
-            usage="python -m rwkv_jax COMMAND ...",
-            description=ABOUT,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        commands = parser.add_subparsers(metavar="COMMAND", title="commands", required=True)
-        for name, (_, help_text) in COMMANDS.items():
-            commands.add_parser(name, help=help_text)
-        parser.parse_args(arguments)
-        return 0
-    name, *rest = arguments
-    command = import_module(f"rwkv_jax.cli.{COMMANDS[name][0]}")
-    return command.main(rest, f"python -m rwkv_jax {name}")
+def main(arguments: list[str], prog: str = "python -m rwkv_jax") -> int:
+    """Runs one command; returns its exit code. `prog` is the program's name in messages."""
+    if arguments and arguments[0] in COMMANDS:
+        name, *rest = arguments
+        return import_module(f"rwkv_jax.cli.{COMMANDS[name][0]}").main(rest, f"{prog} {name}")
+    parser = command(prog, "COMMAND ...", ABOUT)
+    parser.add_argument("--version", action="version", version=_versions())
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands", required=True)
+    for name, (_, help_text) in COMMANDS.items():
+        commands.add_parser(name, help=help_text)
+    parser.parse_args(arguments)
+    return 0
+
+
+def start() -> int:
+    """The entry point of both `rwkv-jax` and `python -m rwkv_jax`."""
+    malloc.set_up()
+    name = Path(sys.argv[0]).stem
+    return main(sys.argv[1:], "python -m rwkv_jax" if name == "__main__" else name)
+
+
+def _versions() -> str:
+    found = [f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib")]
+    return f"rwkv_jax {__version__} ({', '.join(found)}, Python {platform.python_version()})"
 
 
 if __name__ == "__main__":
-    from rwkv_jax import malloc
-
-    malloc.set_up()
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(start())
