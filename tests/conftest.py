@@ -1,34 +1,15 @@
-"""The room every test runs in: CPU, eight virtual devices, JAX at its strictest, and compiled
-quickly (`compiling.py`)."""
+"""How every test runs: on eight virtual CPU devices, with JAX at its strictest."""
 
-import atexit
 import os
-import shutil
-import tempfile
 
-# Read when JAX is first imported; subprocesses of a test inherit them.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# What several tests, workers and processes compile is compiled once in a run.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _programs = tempfile.mkdtemp(prefix="rwkv_jax_tests_")
-    atexit.register(shutil.rmtree, _programs, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when JAX is imported, also in subprocesses
 
+import compiling
 import hypothesis
 import jax
-from compiling import QUICK_FLAGS
 from jaxtyping import install_import_hook
 
-# Read when the first array is made.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        QUICK_FLAGS,
-    ]
-).strip()
+compiling.set_up(devices=8)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
