@@ -1,14 +1,16 @@
-"""The tables in docs/, written from benchmarks/results/*.json, so that page and data agree.
+"""Writes the tables in docs/ from benchmarks/results/*.json.
 
-    python -m benchmarks.tables
+    python -m benchmarks.tables [--check]
 
-A page holds the line `<!-- table: NAME -->`; the table below it, down to the next empty line, is
-replaced by what the function NAME of this module gives.
+A page marks a table with the line `<!-- table: NAME -->`. The table below it, down to the next
+empty line, is replaced by the result of the function NAME of this module. `--check` writes nothing:
+it names the pages whose tables differ from the results, and fails if there are any.
 """
 
 import argparse
 import json
 import re
+import sys
 
 from benchmarks.harness import RESULTS, ROOT
 
@@ -20,13 +22,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.parse_args()
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
+    stale = []
     for page in sorted((ROOT / "docs").glob("*.md")):
-        page.write_text(rewritten(page.read_text(encoding="utf-8")), encoding="utf-8")
+        text = page.read_text(encoding="utf-8")
+        if rewritten(text) != text:
+            stale.append(f"{page.relative_to(ROOT)} differs from benchmarks/results/")
+            if not check:
+                page.write_text(rewritten(text), encoding="utf-8")
+    if check and stale:
+        sys.exit("\n".join([*stale, "python -m benchmarks.tables rewrites it"]))
 
 
 def rewritten(page: str) -> str:
-    """The page with each of its tables as the results have it."""
+    """The page with its tables made from the results."""
     return MARK.sub(lambda mark: f"<!-- table: {mark[1]} -->\n{TABLES[mark[1]]()}", page)
 
 

@@ -1,6 +1,7 @@
 """How every test runs: on eight virtual CPU devices, with JAX at its strictest."""
 
 import os
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when JAX is imported, also in subprocesses
 
@@ -10,6 +11,10 @@ import jax
 from jaxtyping import install_import_hook
 
 compiling.set_up(devices=8)
+
+# Ignored under `nohup` and in the background; programs that a test starts would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -20,7 +20,12 @@ def run(tmp_path, tunables, **options):
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
     root = os.path.dirname(os.path.dirname(malloc.__file__))
-    environment = {**os.environ, "PYTHONPATH": root, "GLIBC_TUNABLES": tunables}
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
+        "PYTHONPATH": root,
+        "GLIBC_TUNABLES": tunables,
+    }
     command = [options.pop("name", sys.executable), str(script), "a b", "--c"]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=60, **options
