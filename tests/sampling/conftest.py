@@ -13,16 +13,17 @@ from rwkv_jax.sampling import Generator
 VOCAB = 260  # three more than the tokenizer has
 
 
-def config(version, vocab_size=VOCAB):
+def config(version, **changes):
     own = {} if version == "4" else {"head_size": 16}
     own |= {"rank_embed": 4} if version == "7a" else {}
-    return ModelConfig(version=version, layers=2, width=32, vocab_size=vocab_size, **own)
+    sizes = {"layers": 2, "width": 32, "vocab_size": VOCAB} | own | changes
+    return ModelConfig(version=version, **sizes)
 
 
-def weights(version, vocab_size=VOCAB):
+def weights(version, **changes):
     """Random, with a head that strongly prefers a token that the tokenizer lacks."""
     rng = np.random.default_rng(int(version[0]))
-    shapes = models.abstract_params(config(version, vocab_size))
+    shapes = models.abstract_params(config(version, **changes))
     params = jax.tree.map(
         lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes
     )

@@ -233,10 +233,10 @@ def test_blanks_and_digits_are_not_counted(generator7):
 @pytest.mark.parametrize("committed", [False, True], ids=["uncommitted", "committed"])
 def test_decoding_is_compiled_once_whatever_happens_in_between(committed, caplog):
     """Weights of a checkpoint are committed to a device, fresh ones are not."""
-    vocab_size = VOCAB + 1 + committed  # a model that no other test has compiled
-    params = weights("7", vocab_size)
+    sizes = {"layers": 1, "vocab_size": VOCAB + committed}  # that no other test has compiled
+    params = weights("7", **sizes)
     params = jax.device_put(params, jax.devices()[0]) if committed else params
-    generator = Generator(params, config("7", vocab_size), Ascii())
+    generator = Generator(params, config("7", **sizes), Ascii())
     with jax.log_compiles():
         own = Session(generator, seed=1)
         for _ in range(2):
