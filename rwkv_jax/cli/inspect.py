@@ -15,7 +15,7 @@ from rich.measure import Measurement
 from rich.progress import track
 from rich.table import Table
 
-from rwkv_jax.cli.command import command, run, spoken, width
+from rwkv_jax.cli.command import add_model, command, run, spoken, width
 from rwkv_jax.console import header
 from rwkv_jax.errors import UserError
 
@@ -99,9 +99,7 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax inspect") -> int:
     """Runs the command line; returns the exit code: 1 if something is wrong with the weights, 2 for
     bad input."""
     parser = command(prog, "MODEL [--tensors]", ABOUT)
-    parser.add_argument(
-        "model", metavar="MODEL", help=".pth, .safetensors, Hugging Face folder, or folder of a run"
-    )
+    add_model(parser)
     parser.add_argument("--tensors", action="store_true", help="every tensor, not only groups")
     args = parser.parse_args(arguments)
     wrong: list[str] = []
