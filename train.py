@@ -1,4 +1,4 @@
-"""Train an RWKV model: `python train.py [CONFIG] [section.key=value ...]`; `--help` tells more."""
+"""Train an RWKV model: `python train.py [CONFIG] [section.key=value ...]`; see `--help`."""
 
 import sys
 

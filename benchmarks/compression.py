@@ -2,8 +2,8 @@
 
     python -m benchmarks.compression [runs/demo]
 
-As the run's last evaluation found them: the model read all held-out tokens, the compressors the
-same documents in one piece, as bytes.
+The numbers are those of the run's last evaluation: the model read all held-out tokens, the
+compressors the same documents, concatenated, as bytes.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Every version trained alike, 200 steps of the demo: loss curves in one picture, docs/family.png.
+"""Every version trained for 200 steps of the demo: loss curves in one picture, docs/family.png.
 
     python -m benchmarks.family [--steps 200] [--versions 4 7] [--folder runs/family]
 
 Text, tokenizer, batches, schedule, depth and width are those of configs/demo.toml with a schedule
-of so many steps; only `model.version` differs. So short a run says that a version trains as it
-should, not which is best. A run that is there already is taken as it is.
+of so many steps; only `model.version` differs. So short a run shows that a version trains as it
+should, not which is best. A run that already exists is used as it is.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def train(version: str, steps: int, folder: Path) -> None:
 
 
 def check_prefill(folder: Path) -> None:
-    """Raises SystemExit unless the text does not depend on how the prompt was read."""
+    """Raises SystemExit if the text depends on how the prompt was cut into pieces."""
     generator = Generator(*load_run(folder))
     prompt = generator.tokenizer.encode(PROMPT)
     greedy = Sampling(temperature=0, presence_penalty=0, frequency_penalty=0).batched(1)
@@ -100,7 +100,7 @@ def check_prefill(folder: Path) -> None:
         written, _ = generator.decode(decoding, greedy, BLOCK)
         texts.add(generator.tokenizer.decode_bytes(written[0]))
     if len(texts) != 1:
-        raise SystemExit(f"{folder}: the text depends on how the prompt is read: {texts}")
+        raise SystemExit(f"{folder}: the text depends on how the prompt is cut: {texts}")
 
 
 def summary(folder: Path) -> dict:

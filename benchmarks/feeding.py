@@ -1,12 +1,12 @@
-"""Does a step wait for its data, and does memory grow with it?
+"""Does a step wait for its data, and does memory grow with the number of steps?
 
     python -m benchmarks.feeding PAIR [--part alone] [--processes 4] [--steps 100] [--rounds 7]
 
 PAIR is a binidx pair of the World vocabulary, of any size (`python -m rwkv_jax tokenize`). First,
-in one process, steps that read their batches from it, as a run does, take turns with steps that are
-given one batch again and again. Then so many processes, with a device each, train together as
-`train.py` does: each reads its own rows of every batch, and says how much memory of its own it
-has (`RssAnon`: without the pages of the pair, which the system may drop).
+in one process, steps that read their batches from it, as a run does, alternate with steps that are
+given the same batch every time. Then several processes, with one device each, train together as
+`train.py` does: each reads its own rows of every batch, and reports its private memory (`RssAnon`:
+without the mapped pages of the pair, which the system may drop).
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=29_517)
     args = parser.parse_args()
     if args.process is not None:
-        run_on_all(args)
+        run_process(args)
         return
 
     from benchmarks import harness
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def alone(args: argparse.Namespace) -> dict:
-    """Steps that read their batch beside steps that are given it, of one process."""
+    """Steps that read their batch beside steps that are given one, in one process."""
     from benchmarks import harness
     from benchmarks.harness import shown, spread
 
@@ -104,8 +104,8 @@ def side_by_side(pair: Path, settings: dict, rounds: int) -> tuple[list[float], 
     from rwkv_jax.training.step import make_train_step
 
     cfg, loader = opened(pair, settings)
-    train_step = make_train_step(cfg, cfg.model)
-    state, _ = train_step(init_train_state(cfg, cfg.model), loader.read(0))
+    train_step = make_train_step(cfg)
+    state, _ = train_step(init_train_state(cfg), loader.read(0))
     one, count, step = loader.read(1), 5, 0
     fed, given = [], []
 
@@ -140,8 +140,8 @@ def run_together(args: argparse.Namespace) -> list[dict]:
     return found
 
 
-def run_on_all(args: argparse.Namespace) -> None:
-    """One of the processes: prints what it saw."""
+def run_process(args: argparse.Namespace) -> None:
+    """One of the processes: prints its memory and losses."""
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
         "JAX_COORDINATOR_ADDRESS": f"localhost:{args.port}",
@@ -153,7 +153,7 @@ def run_on_all(args: argparse.Namespace) -> None:
     from rwkv_jax import sharding
     from rwkv_jax.data.loader import prefetched
     from rwkv_jax.training import hosts
-    from rwkv_jax.training.mesh import Rows, make_mesh
+    from rwkv_jax.training.mesh import LocalRows, make_mesh
     from rwkv_jax.training.state import init_train_state
     from rwkv_jax.training.step import make_train_step
 
@@ -161,10 +161,10 @@ def run_on_all(args: argparse.Namespace) -> None:
     cfg, loader = opened(args.pair, PACKINGS["packed documents"])
     mesh = make_mesh(cfg)
     assert mesh is not None and mesh.size == args.processes
-    state = init_train_state(cfg, cfg.model, mesh=mesh)
-    train_step = make_train_step(cfg, cfg.model)
+    state = init_train_state(cfg, mesh=mesh)
+    train_step = make_train_step(cfg)
     memory, losses, marks = [], [], []
-    for step, batch in enumerate(prefetched(Rows(loader, mesh).read, range(args.steps)), 1):
+    for step, batch in enumerate(prefetched(LocalRows(loader, mesh).read, range(args.steps)), 1):
         with sharding.use_mesh(mesh):
             state, metrics = train_step(state, batch)
         losses.append(float(metrics.loss))

@@ -367,7 +367,7 @@ def training(suite: Suite) -> dict:
         )
         tokens = np.random.default_rng(0).integers(0, vocab, (rows, context + 1), np.int32)
         batch = Batch(tokens[:, :-1], tokens[:, 1:], np.zeros((rows, context), bool))
-        step, state = make_train_step(cfg, model), init_train_state(cfg, model)
+        step, state = make_train_step(cfg), init_train_state(cfg)
         parameters = sum(x.size for x in jax.tree.leaves(state.params)) - vocab * width
         times = []
         for _ in range(3 if suite.tiny else 12):

@@ -1,12 +1,12 @@
-"""Where a training step's time goes, by the names that the code gives its parts.
+"""Where a training step's time is spent, by the named scopes of the code.
 
     python -m benchmarks.profile [--version 4 6 7] [--layers 6] [--width 512]
 
-The step is that of `benchmarks.train_step`, with the malloc settings that train.py gives itself.
-XLA's CPU runtime reports every operation that it runs; each is counted under the innermost
-`jax.named_scope` that it came from, as forward, as computed again for the gradient (`train.remat`),
-or as gradient. `products` is the part spent in matrix products. What compiling takes is told for
-the program as it is, and for one of four times the layers.
+The step is that of `benchmarks.train_step`, with the malloc settings that train.py sets for itself.
+XLA's CPU runtime reports every operation that it runs; each is counted under its innermost
+`jax.named_scope`, as forward, as recomputed for the gradient (`train.remat`), or as gradient.
+`products` is the part spent in matrix products. Compile times are reported for the program as it
+is, and for one of four times the layers.
 """
 
 import argparse
@@ -41,7 +41,7 @@ SCOPES = (
     "loss",
     "optimizer",
 )
-"""From the innermost to the outermost, as far as they are in each other."""
+"""From the innermost to the outermost, where they are nested."""
 SHOWN = {"time_mix": "time mix, the rest", "output": "group norm, gate, output"}
 CONTROL = re.compile(r" (while|call|conditional)\(")
 STEPS = 5
@@ -82,7 +82,7 @@ def problem(version: str, args: argparse.Namespace, layers: int):
     tokens = rng.integers(0, args.vocab, (args.batch, args.context + 1), np.int32)
     reset = np.zeros((args.batch, args.context), bool)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], reset)
-    return make_train_step(cfg, model), init_train_state(cfg, model), batch
+    return make_train_step(cfg), init_train_state(cfg), batch
 
 
 def compiled(version: str, args: argparse.Namespace, layers: int):

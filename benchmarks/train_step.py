@@ -2,9 +2,9 @@
 
     python -m benchmarks.train_step [--version 4|7] [--peer-python PATH] [--peers ...] [--check]
 
-Everyone does the same step in float32: forward, backward, gradient clipping at norm 1, AdamW, on
-the same tokens. Contestants are processes that take turns; the start-up time of each is taken
-while the others are idle. Ours runs with the malloc settings that train.py gives itself.
+All do the same step in float32: forward, backward, gradient clipping at norm 1, AdamW, on the same
+tokens. Contestants are processes that alternate; the start-up time of each is measured while the
+others are idle. Ours runs with the malloc settings that train.py sets for itself.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--steps", type=int, default=3, help="steps at a turn, after one that is not timed"
+        "--steps", type=int, default=3, help="steps per turn, after one that is not timed"
     )
     parser.add_argument("--threads", type=int, default=harness.device()["cores"])
     parser.add_argument(
@@ -82,13 +82,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--peer-malloc",
         action="store_true",
-        help="start the peers, too, with the malloc settings that train.py gives itself",
+        help="start the peers with the malloc settings of train.py, too",
     )
     parser.add_argument(
         "--peers",
         nargs="*",
         default=None,
-        help="only those whose name in the table has one of these in it",
+        help="only those whose name in the table contains one of these",
     )
     parser.add_argument(
         "--check",
@@ -113,7 +113,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def makers(args: argparse.Namespace, cache: str) -> dict:
-    """How to start each contestant; ours is started twice, the second time from its cache."""
+    """How to start each contestant; ours starts twice, the second time with its cache."""
     base = {"threads": args.threads}
     ours = {
         **base,
@@ -233,7 +233,7 @@ def summarise(args, workers: dict, answers: dict, memory: dict, cold_start: floa
     )
     matrix, wkv = matrix_flops(args.version), wkv_flops(args.version)
     used = [(matrix + wkv) / tokens * speed / 1e9 for speed in speeds[OURS]]
-    # Of each round the best product: one that something else on the machine held up is no limit.
+    # The best product of each round: one that other load on the machine slowed down is no limit.
     reached = [max(rate[index] for rate in kinds.values()) for index in range(len(used))]
     fractions = [x / y for x, y in zip(used, reached, strict=True)]
     allowed = spread(reached)["median"] * 1e9 * tokens / (matrix + wkv)

@@ -1,6 +1,6 @@
 """What a run prints: a header, its progress, and the tables at the end.
 
-On a terminal progress is a bar; elsewhere (a log file, a pipe) it is a plain line for each line of
+In a terminal progress is a bar; elsewhere (a log file, a pipe) it is a plain line for each line of
 `metrics.jsonl`.
 """
 
@@ -21,10 +21,10 @@ from rich.table import Table
 
 
 class LastingConsole(Console):
-    """Goes quiet when its reader leaves (`train.py | head`): the run goes on."""
+    """Goes quiet when its reader leaves (`train.py | head`), and the program continues."""
 
     def on_broken_pipe(self) -> None:
-        """Called by rich, whose own ends the program."""
+        """Called by rich, whose own method exits."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
@@ -42,7 +42,7 @@ def header(console: Console, title: str, *sections: Mapping[str, str]) -> None:
 
 
 def comparison(console: Console, rows: Mapping[str, float], best: str) -> None:
-    """Bits per byte side by side, least first."""
+    """Prints bits per byte side by side, the lowest first; the row `best` is in bold."""
     table = Table(title="held-out text, bits per byte", title_justify="left")
     table.add_column("compressed by")
     table.add_column("bits per byte", justify="right")
@@ -52,13 +52,13 @@ def comparison(console: Console, rows: Mapping[str, float], best: str) -> None:
 
 
 @contextlib.contextmanager
-def evaluating(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """Shows how much of the held-out text is read; yields what `evaluate` reports it to."""
+def counting(console: Console, what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that counts; yields `report(done, total)`."""
     columns = (
-        TextColumn("evaluating"),
+        TextColumn(escape(what)),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("held-out tokens  ETA"),
+        TextColumn(f"{unit}  ETA"),
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=console, expand=True, transient=True) as bar:
@@ -75,10 +75,10 @@ class Ticker:
         self._bar: Progress | None = None
 
     @contextlib.contextmanager
-    def running(self, step: int) -> Iterator["Ticker"]:
+    def running(self, step: int) -> Iterator[None]:
         """Shows progress from `step` on while the context lasts."""
         if not self._console.is_terminal:
-            yield self
+            yield
             return
         columns = (
             TextColumn("{task.description}"),
@@ -90,31 +90,28 @@ class Ticker:
             self._task = self._bar.add_task(
                 "compiling", total=self._steps, completed=step, numbers=""
             )
-            yield self
+            yield
 
-    def doing(self, what: str) -> None:
-        """Says what goes on now."""
+    def activity(self, name: str) -> None:
+        """Names what is happening now."""
         if self._bar:
-            self._bar.update(self._task, description=what)
+            self._bar.update(self._task, description=name)
 
-    def step(self, step: int, loss: float, bpb: float, tokens_per_s: float, seconds: float) -> None:
-        """Shows a step; `seconds` are those that are left."""
+    def step(self, step: int, numbers: str, *, due: bool) -> None:
+        """Shows a finished step in the bar; without a bar, as a line if one is `due`."""
         if self._bar:
-            numbers = _numbers(loss, bpb, tokens_per_s, seconds)
             self._bar.update(self._task, completed=step, numbers=numbers, description="training")
-
-    def log(self, step: int, loss: float, bpb: float, tokens_per_s: float, seconds: float) -> None:
-        """A plain line, where there is no bar."""
-        if not self._bar:
-            self.line(f"step {step}/{self._steps}  {_numbers(loss, bpb, tokens_per_s, seconds)}")
+        elif due:
+            self.line(f"step {step}/{self._steps}  {numbers}")
 
     def line(self, text: str) -> None:
-        """A line of its own, above the bar if there is one."""
+        """Prints a line, above the bar if there is one."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _numbers(loss: float, bpb: float, tokens_per_s: float, seconds: float) -> str:
-    speed = f"  {tokens_per_s:,.0f} tokens/s  ETA {duration(seconds)}" if tokens_per_s else ""
+def progress_numbers(loss: float, bpb: float, tokens_per_s: float, seconds_left: float) -> str:
+    """`loss 2.345  bpb 1.234  5,678 tokens/s  ETA 1:23`; the speed is left out while it is 0."""
+    speed = f"  {tokens_per_s:,.0f} tokens/s  ETA {duration(seconds_left)}" if tokens_per_s else ""
     return f"loss {loss:.3f}  bpb {bpb:.3f}{speed}"
 
 

@@ -48,8 +48,8 @@ def start(options: dict):
     reset = numpy.zeros((shape["batch"], shape["context"]), bool)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], reset)
 
-    train_step = make_train_step(cfg, model)
-    state, metrics = train_step(init_train_state(cfg, model), batch)
+    train_step = make_train_step(cfg)
+    state, metrics = train_step(init_train_state(cfg), batch)
     about = {
         "loss": float(metrics.loss),
         "first_step_at": time.time(),

@@ -1,16 +1,40 @@
-"""What every command does around its work: one-line errors, exit codes, an end that is clean."""
+"""What all commands share: their parser, one-line errors, exit codes, and a clean exit."""
 
 import argparse
+import contextlib
+import errno
+import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
-from rwkv_jax.errors import Parser, UserError, abandon_stdout, interruptible, lost_output
+from rwkv_jax.errors import UserError
+from rwkv_jax.interrupts import interruptible
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are one line, not a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with code 2."""
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def command(prog: str, arguments: str, about: str) -> Parser:
+    """A command's parser: `arguments` are those of its usage line, `about` is its help text, with
+    `{prog}` in place of the command."""
+    return Parser(
+        prog=spoken(prog),
+        usage=f"{prog} {arguments}",
+        description=about.format(prog=prog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def run(prog: str, action: Callable[[], object]) -> int:
     """Runs a command's work; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
     if sys.stdout is None:
-        print(f"{prog}: stdout is closed; the output needs somewhere to go", file=sys.stderr)
+        print(f"{prog}: stdout is closed; redirect it somewhere", file=sys.stderr)
         return 2
     try:
         with interruptible():
@@ -23,22 +47,27 @@ def run(prog: str, action: Callable[[], object]) -> int:
         print(f"\n{interrupt}".rstrip("\n"), file=sys.stderr)
         return 130
     except BrokenPipeError:
-        abandon_stdout()  # the reader has what it wanted (`| head`)
+        _abandon_stdout()  # the reader has what it wanted (`| head`)
     except OSError as error:
-        lost_output(error, prog)
+        _print_refusal(prog, error)
+        _abandon_stdout()
         return 2
     return 0
 
 
-def command(prog: str, arguments: str, about: str) -> Parser:
-    """A command's parser: `arguments` as its usage names them, `about` its help with `{prog}` for
-    the command."""
-    return Parser(
-        prog=spoken(prog),
-        usage=f"{prog} {arguments}",
-        description=about.format(prog=prog),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _print_refusal(prog: str, error: OSError) -> None:
+    """For output or files that are gone or not permitted: a full disk, a removed folder."""
+    denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    needed = "you may read it, or write there" if denied else "it exists and has space left"
+    name = error.filename or "the output"
+    print(f"{prog}: {name}: {error.strerror}; see that {needed}, and start again", file=sys.stderr)
+
+
+def _abandon_stdout() -> None:
+    """Discards what is still in stdout's buffer: Python would try to write it once more at exit,
+    and complain."""
+    with contextlib.suppress(AttributeError, OSError):  # stdout may be closed, or not a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +83,7 @@ def add_tokenizer(add: Callable[..., object]) -> None:
 
 
 def width() -> int | None:
-    """Of rich's consoles: None is the terminal's own; where there is none, no width cuts a line."""
+    """Width of rich's consoles: None is the terminal's own; elsewhere no line is wrapped."""
     return None if sys.stdout.isatty() else 1000
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rwkv_jax import disk
 from rwkv_jax.cli.command import command, run, spoken, width
 from rwkv_jax.errors import UserError, within_memory
 
@@ -21,11 +22,11 @@ Measure a model: how well it predicts text, ends texts, chooses answers.
   {prog} runs/demo
       held-out text of a run of train.py: bits per byte beside gzip and xz, and perplexity
   {prog} RWKV-x070-World-0.1B-v2.8.pth book.txt notes/ "papers/*.md" reviews.jsonl.zst --field body
-      the same of any text: files, folders, quoted globs, JSON lines; `-` is stdin
+      the same for any text: files, folders, quoted globs, JSON lines; `-` is stdin
   {prog} MODEL enwik8 --limit 100000
-      of its first 100,000 tokens
+      for its first 100,000 tokens
   {prog} MODEL book.txt --by-position --plot book.png
-      by how much of the document came before: falling numbers are context being used
+      by position in the document: where the numbers fall, the model uses its context
   {prog} MODEL --lambada lambada.jsonl
       lines like {{"text": "... and then he opened the door"}}, whose last word is predicted,
       or {{"prompt": "The capital of France is", "completion": "Paris"}}
@@ -33,7 +34,7 @@ Measure a model: how well it predicts text, ends texts, chooses answers.
       lines like {{"question": "2 + 2 =", "choices": ["3", "4"], "answer": 1}}; the answer is the
       right choice's index, from 0, or its text
 
-All documents and prompts begin with the end-of-document token, in a fresh state.
+Every document and prompt begins with the end-of-document token, in a fresh state.
 """
 
 
@@ -53,35 +54,35 @@ def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
         metavar="TEXT",
         nargs="*",
         default=[],
-        help="file, folder, quoted glob, .jsonl (.gz, .zst too), stdlib, or - for stdin; without"
-        " one, and without a task, the text that a run held out",
+        help="file, folder, quoted glob, .jsonl (.gz, .zst too), stdlib, or - for stdin; default,"
+        " without a task: the text that a run held out",
     )
 
-    what = parser.add_argument_group("what is measured")
+    what = parser.add_argument_group("what to measure")
     add = what.add_argument
     add("--field", metavar="NAME", help="the field of a JSON line that holds the text (text)")
-    add("--lambada", metavar="FILE", action="append", default=[], help="how it ends texts")
-    add("--choices", metavar="FILE", action="append", default=[], help="how it chooses answers")
+    add("--lambada", metavar="FILE", action="append", default=[], help="ends of texts")
+    add("--choices", metavar="FILE", action="append", default=[], help="multiple choice")
     add(
         "--limit",
         type=int,
         metavar="N",
-        help="the first N tokens of each text and N questions of each task alone",
+        help="only the first N tokens of each text and N questions of each task",
     )
 
-    shown = parser.add_argument_group("what is shown")
+    shown = parser.add_argument_group("output")
     add = shown.add_argument
-    add("--by-position", action="store_true", help="bits per byte by the place in the document")
-    add("--plot", metavar="PNG", type=Path, help="the same as a picture")
-    add("--json", metavar="FILE", type=Path, help="all of it, for programs")
+    add("--by-position", action="store_true", help="bits per byte by position in the document")
+    add("--plot", metavar="PNG", type=Path, help="the same as a curve")
+    add("--json", metavar="FILE", type=Path, help="all results, for programs")
 
-    model = parser.add_argument_group("how it is computed")
+    model = parser.add_argument_group("computation")
     add = model.add_argument
     add(
         "--tokenizer",
         default="",
         metavar="NAME",
-        help="world, bytes or a tokenizer.json (default: what belongs to the model)",
+        help="world, bytes or a tokenizer.json (default: that of the model)",
     )
     add(
         "--dtype",
@@ -93,35 +94,40 @@ def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
         type=int,
         default=16,
         metavar="N",
-        help="documents or answers read side by side; fewer take less memory (16)",
+        help="documents or answers that are read side by side; fewer take less memory (16)",
     )
     return parser.parse_intermixed_args(arguments)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     _check(args)
-    # Here, so that --help and a mistyped option answer at once.
+    # Imported here, so that --help and a mistyped option answer at once.
     from rwkv_jax.console import LastingConsole
     from rwkv_jax.evaluation import tasks
 
-    # Before the model, which may take long to load, whatever can be wrong in what it is to read.
+    # Faults in these files are found before the model is loaded, which may take long.
     endings = [(name, tasks.read_endings(name, args.limit or 0)) for name in args.lambada]
     choices = [(name, tasks.read_choices(name, args.limit or 0)) for name in args.choices]
     sources = _sources(args)
     with within_memory("lower --batch, or --dtype bfloat16"):
         subject = _load(args)
+        cfg, facts = subject.cfg, subject.facts()
         console = LastingConsole(width=width(), highlight=False)
-        console.print(subject.title, markup=False)
+        console.print(
+            f"RWKV-{cfg.version}, {facts['parameters']:,} parameters, {cfg.layers} layers of width"
+            f" {cfg.width}, in {facts['dtype']}",
+            markup=False,
+        )
         results = {
             "model": args.model,
-            **subject.facts(),
+            **facts,
             "texts": _texts(args, subject, console, sources),
-            "lambada": _endings(subject, console, endings),
-            "choices": _choices(subject, console, choices),
+            "lambada": _tasks(subject, console, endings, tasks.score_endings, ENDINGS),
+            "choices": _tasks(subject, console, choices, tasks.score_choices, CHOICES),
         }
     if args.json:
         text = json.dumps(_jsonable(results), indent=2, ensure_ascii=False)
-        with _writing("--json", args.json):
+        with disk.writing(args.json, "name another file for --json"):
             args.json.write_text(text + "\n", encoding="utf-8")
 
 
@@ -133,9 +139,9 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("plot", "json"):
         path = getattr(args, name)
         if path and (path.is_dir() or not path.parent.is_dir()):
-            raise UserError(f"--{name} {path}: no file can be there; name one in a folder there is")
+            raise UserError(f"--{name} {path}: cannot be a file; name one in an existing folder")
     if args.field is not None and not args.text:
-        raise UserError("--field is of the JSON lines of a TEXT; name one, or leave it out")
+        raise UserError("--field belongs to the JSON lines of a TEXT; name one, or leave it out")
     if args.text.count("-") > 1:
         raise UserError("stdin (-) can be read once; name it once")
 
@@ -155,12 +161,12 @@ def _sources(args: argparse.Namespace) -> list[tuple[str, Iterable[str]]]:
     if not (folder / CONFIG).is_file():
         if args.by_position or args.plot:
             raise UserError(
-                f"{'--by-position' if args.by_position else '--plot'} is of a text: name a TEXT"
+                f"{'--by-position' if args.by_position else '--plot'} needs a text: name a TEXT"
                 " (only a run has held-out text of its own)"
             )
         raise UserError(
-            "nothing to measure it on: name a TEXT, --lambada FILE or --choices FILE (only a run"
-            " has held-out text of its own)"
+            "nothing to measure the model on: name a TEXT, --lambada FILE or --choices FILE (only a"
+            " run has held-out text of its own)"
         )
     return [("held-out text", _heldout(read_config(folder).data))]
 
@@ -180,23 +186,23 @@ def _documents(data: Any, heldout: bool = False) -> Iterable[str]:
     """All documents of a text, or those that a run held out."""
     from rwkv_jax.data.corpus import open_corpus
 
-    told = contextlib.nullcontext if heldout else _as_asked
-    with told():
+    named = contextlib.nullcontext if heldout else _naming_arguments
+    with named():
         corpus = open_corpus(data)
     if corpus.skipped:
-        what = f"{corpus.skipped:,} file{'s' * (corpus.skipped != 1)}"
-        print(f"{data.source}: {what} left out, not UTF-8 text", file=sys.stderr)
+        files = f"{corpus.skipped:,} file{'s' * (corpus.skipped != 1)}"
+        print(f"{data.source}: {files} left out, not UTF-8 text", file=sys.stderr)
 
     def texts() -> Iterator[str]:
-        with told():
+        with named():
             yield from (x.text for x in corpus.documents() if x.heldout or not heldout)
 
     return texts()
 
 
 @contextlib.contextmanager
-def _as_asked() -> Iterator[None]:
-    """Names this command's arguments where the corpus names the settings of a run's config."""
+def _naming_arguments() -> Iterator[None]:
+    """Names this command's arguments where an error names the settings of a config."""
     from rwkv_jax.data.files import CorpusError
 
     try:
@@ -215,33 +221,21 @@ def _stdin() -> list[str]:
 
 @dataclass(frozen=True)
 class _Subject:
-    """The model that is measured."""
+    """The model to measure."""
 
     params: Any
     cfg: Any
     tokenizer: Any
     options: dict[str, Any]
-    """How it is run."""
-
-    @property
-    def title(self) -> str:
-        cfg, dtype = self.cfg, self.options["dtype"]
-        return (
-            f"RWKV-{cfg.version}, {self.parameters:,} parameters, {cfg.layers} layers of width"
-            f" {cfg.width}, in {dtype}"
-        )
-
-    @property
-    def parameters(self) -> int:
-        import jax
-
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+    """Keyword arguments of the functions that measure it."""
 
     def facts(self) -> dict[str, Any]:
         """For --json."""
+        import jax
+
         return {
             "version": self.cfg.version,
-            "parameters": self.parameters,
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.params)),
             "tokenizer": self.tokenizer.identity(),
             "dtype": self.options["dtype"],
         }
@@ -260,41 +254,15 @@ def _load(args: argparse.Namespace) -> _Subject:
 
 
 @contextlib.contextmanager
-def _writing(option: str, path: Path) -> Iterator[None]:
-    """Turns a failure of the file system into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{option} {path}: {error.strerror}; name another file") from error
-
-
-@contextlib.contextmanager
 def _progress(what: str, unit: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Shows, on a terminal, how much is done; yields what it is reported to."""
+    """A bar on stderr; yields its `report(done, total)`, None where stderr is no terminal."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+
+    from rwkv_jax.console import counting
 
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (
-        TextColumn(escape(what)),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn(f"{unit}  ETA"),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=console, expand=True, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with counting(console, what, unit) if console.is_terminal else contextlib.nullcontext() as bar:
+        yield bar
 
 
 def _texts(
@@ -303,7 +271,7 @@ def _texts(
     console: Any,
     sources: Sequence[tuple[str, Iterable[str]]],
 ) -> list[dict[str, Any]]:
-    """Measures and shows the texts; what --json says of them."""
+    """Measures the texts and prints the results; returns them for --json."""
     from rwkv_jax.evaluation.bits import compressors
     from rwkv_jax.evaluation.plot import plot
     from rwkv_jax.evaluation.text import encode, measure
@@ -324,9 +292,9 @@ def _texts(
     _table(console, [*columns, "ppl/token", "ppl/word"], rows)
     if args.by_position:
         for name, found in results:
-            _positions(console, name, found.stretches)
+            _positions(console, name, found.buckets)
     if args.plot and results:
-        with _writing("--plot", args.plot):
+        with disk.writing(args.plot, "name another file for --plot"):
             plot(results, args.plot, f"{Path(args.model).name}, RWKV-{subject.cfg.version}")
     return [
         {"name": name, **_facts(x), "compressors": mark}
@@ -334,18 +302,13 @@ def _texts(
     ]
 
 
-def _positions(console: Any, name: str, stretches: Iterable[Any]) -> None:
-    rows = [
-        [
-            f"{x.start:,}-{x.stop - 1:,}" if x.stop - x.start > 1 else f"{x.start:,}",
-            f"{x.documents:,}",
-            f"{x.tokens:,}",
-            _number(x.bits_per_byte),
-            _number(x.perplexity),
-        ]
-        for x in stretches
-    ]
-    _table(console, [f"{name}: place", "documents", "tokens", "bits/byte", "ppl/token"], rows)
+def _positions(console: Any, name: str, buckets: Iterable[Any]) -> None:
+    rows = []
+    for x in buckets:
+        span = f"{x.start:,}-{x.stop - 1:,}" if x.stop - x.start > 1 else f"{x.start:,}"
+        rates = _number(x.bits_per_byte), _number(x.perplexity)
+        rows.append([span, f"{x.documents:,}", f"{x.tokens:,}", *rates])
+    _table(console, [f"{name}: position", "documents", "tokens", "bits/byte", "ppl/token"], rows)
 
 
 def _facts(text: Any) -> dict[str, Any]:
@@ -354,61 +317,46 @@ def _facts(text: Any) -> dict[str, Any]:
     def rates(x: Any) -> dict[str, Any]:
         return {"bits_per_byte": x.bits_per_byte, "token_perplexity": x.perplexity}
 
-    stretches = [asdict(x) | rates(x) for x in text.stretches]
+    buckets = [asdict(x) | rates(x) for x in text.buckets]
     words = {"word_perplexity": text.word_perplexity}
-    return asdict(text) | rates(text) | words | {"stretches": stretches}
+    return asdict(text) | rates(text) | words | {"buckets": buckets}
 
 
-def _endings(subject: _Subject, console: Any, files: Sequence[tuple[str, Any]]) -> list[Any]:
-    from rwkv_jax.evaluation.tasks import score_endings
+Columns = dict[str, Callable[[str, Any], str]]
 
-    results = _scored(subject, files, score_endings)
-    rows = [
-        [name, f"{x.questions:,}", _percent(x.accuracy, x.error), _number(x.perplexity)]
-        for name, x in results
-    ]
-    _table(console, ["ends of texts", "questions", "accuracy, %", "perplexity"], rows)
-    return [{"name": name, **asdict(x), "error": x.error} for name, x in results]
-
-
-def _choices(subject: _Subject, console: Any, files: Sequence[tuple[str, Any]]) -> list[Any]:
-    from rwkv_jax.evaluation.tasks import score_choices
-
-    results = _scored(subject, files, score_choices)
-    rows = [
-        [
-            name,
-            f"{x.questions:,}",
-            _percent(x.accuracy, x.error),
-            _percent(x.normalised, x.normalised_error),
-            _percent(x.guessing),
-        ]
-        for name, x in results
-    ]
-    columns = ["choices", "questions", "accuracy, %", "by bytes, %", "guessing, %"]
-    _table(console, columns, rows)
-    return [
-        {"name": name, **asdict(x), "error": x.error, "normalised_error": x.normalised_error}
-        for name, x in results
-    ]
+ENDINGS: Columns = {
+    "ends of texts": lambda name, _: name,
+    "questions": lambda _, x: f"{x.questions:,}",
+    "accuracy, %": lambda _, x: _percent(x.accuracy, x.error),
+    "perplexity": lambda _, x: _number(x.perplexity),
+}
+CHOICES: Columns = {
+    "choices": lambda name, _: name,
+    "questions": lambda _, x: f"{x.questions:,}",
+    "accuracy, %": lambda _, x: _percent(x.accuracy, x.error),
+    "by bytes, %": lambda _, x: _percent(x.normalised, x.normalised_error),
+    "guessing, %": lambda _, x: _percent(x.guessing),
+}
+"""Columns of the results of a task."""
 
 
-def _scored(
-    subject: _Subject, files: Sequence[tuple[str, Any]], score: Callable[..., Any]
-) -> list[tuple[str, Any]]:
-    """The result of each file of questions."""
-    results = []
+def _tasks(
+    subject: _Subject,
+    console: Any,
+    files: Sequence[tuple[str, Any]],
+    score: Callable[..., Any],
+    columns: Columns,
+) -> list[dict[str, Any]]:
+    """Scores files of questions and prints the results; returns them for --json."""
+    rows, facts, settings = [], [], {"tokenizer": subject.tokenizer, **subject.options}
     for name, questions in files:
         with _progress(name, "answers") as report:
-            found = score(
-                subject.params,
-                questions,
-                tokenizer=subject.tokenizer,
-                **subject.options,
-                report=report,
-            )
-        results.append((name, found))
-    return results
+            found = score(subject.params, questions, **settings, report=report)
+        rows.append([cell(name, found) for cell in columns.values()])
+        errors = {x: getattr(found, x) for x in ("error", "normalised_error") if hasattr(found, x)}
+        facts.append({"name": name, **asdict(found), **errors})
+    _table(console, list(columns), rows)
+    return facts
 
 
 def _table(console: Any, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -426,7 +374,7 @@ def _table(console: Any, columns: Sequence[str], rows: Sequence[Sequence[str]]) 
         table.add_column(escape(name), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, row))
-    if not rules:  # they bring empty lines with them
+    if not rules:  # which come with empty lines
         console.print()
     console.print(table)
 
@@ -442,7 +390,7 @@ def _percent(share: float, error: float = math.nan) -> str:
 
 
 def _jsonable(value: Any) -> Any:
-    """The same without NaN and infinity, which JSON does not have."""
+    """The value with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {name: _jsonable(x) for name, x in value.items()}
     if isinstance(value, list | tuple):

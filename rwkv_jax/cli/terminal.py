@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from rwkv_jax.errors import UserError, held_interrupts, interruptible
+from rwkv_jax.errors import UserError
+from rwkv_jax.interrupts import deferred_interrupts, interruptible
 from rwkv_jax.sampling import Sampling, Session, TextChunk
 from rwkv_jax.sampling.settings import FLAGS, check_max_tokens
 from rwkv_jax.sampling.stream import Finish
@@ -44,7 +45,7 @@ class Meter:
 
     def play(self, chunks: Iterable[Chunk], show: Callable[[Chunk], None]) -> None:
         """Shows chunks as they come. Ctrl-C raises KeyboardInterrupt between two of them."""
-        with interruptible(), held_interrupts() as check:
+        with interruptible(), deferred_interrupts() as check:
             for chunk in chunks:
                 self._times.append(time.perf_counter())
                 self._tokens.append(chunk.tokens)

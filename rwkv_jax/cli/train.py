@@ -6,7 +6,7 @@ from pathlib import Path
 from rwkv_jax.cli.command import command, run, spoken
 
 HELP = """
-Train an RWKV model on your text, and see what it has learnt.
+Train an RWKV model on your text, and print a sample of what it has learnt.
 
   {prog}
       RWKV-7 on the source of Python's standard library, into runs/demo (configs/demo.toml)
@@ -17,19 +17,19 @@ Train an RWKV model on your text, and see what it has learnt.
   {prog} model.width=512 model.layers=6 optimizer.peak_lr=4e-4 train.output=runs/large
       any setting of rwkv_jax/config.py
   {prog} train.init=RWKV-x070-World-0.1B-v2.8.pth data.tokenizer=world data.source=~/notes
-      from given weights: their sizes take the place of the config's, and with other versions than
-      7 model.version=6 (say) is needed; data.tokenizer is to be the one that they were trained with
+      fine-tune given weights: their sizes override the config's; versions other than 7 need
+      model.version (such as 6); data.tokenizer must be the one that they were trained with
   {prog} mesh.fsdp=4 mesh.tensor=2
-      eight devices, each with a part of the parameters; without it, all devices share them (fsdp)
+      eight devices, each with a shard of the parameters; default: fsdp across all devices
   {prog} --profile
-      traces three steps into profile/ of the run's folder
+      trace three steps into profile/ of the run's folder
 
 Several machines: start the same command on each (docs/scaling.md).
-Ctrl-C saves and stops; the same command goes on from there, and so it does after a crash.
+Ctrl-C saves and stops; the same command resumes from there, and also after a crash.
 Then: python sample.py runs/demo "def main("
 """
 DEFAULT = Path(__file__).parents[1] / "demo.toml"
-"""configs/demo.toml: here it is a link, and installed with the package a file."""
+"""configs/demo.toml, which is a link in the repository, and a file in the installed package."""
 
 
 def main(arguments: list[str], prog: str = "python -m rwkv_jax train") -> int:
@@ -39,7 +39,7 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax train") -> int:
 
 
 def _train(prog: str, config: Path, overrides: list[str], profile: bool) -> None:
-    # Here, so that --help and a mistyped setting answer at once.
+    # Imported here, so that --help and a mistyped setting answer at once.
     from rwkv_jax.toml import load_stated
 
     cfg, stated = load_stated(config, overrides)

@@ -41,7 +41,8 @@ from rwkv_jax.data.files import CorpusError, SourceFile, find_files, longest_doc
 from rwkv_jax.data.prepare import pieces_for
 from rwkv_jax.data.tables import group_sizes
 from rwkv_jax.data.tokenizers import Tokenizer, open_tokenizer
-from rwkv_jax.errors import UserError, held_interrupts, within_memory
+from rwkv_jax.errors import UserError, within_memory
+from rwkv_jax.interrupts import blocked_interrupts, deferred_interrupts
 
 FORMAT = 1
 UNIT = 32 << 20
@@ -305,7 +306,7 @@ def _work(
     """Does the jobs in processes, which end with this one, however it ends."""
     waiting, longest = iter(jobs), longest_document(workers)
     hands: dict[Connection, tuple[BaseProcess, _Job]] = {}
-    with held_interrupts() as check:
+    with deferred_interrupts() as check:
         try:
             for job in itertools.islice(waiting, workers):
                 process, pipe = _start(tokenizer, longest)
@@ -338,11 +339,8 @@ def _start(tokenizer: str, longest: int) -> tuple[BaseProcess, Connection]:
     # Ctrl-C is for this process, which ends the others: they inherit that it is blocked. Starting
     # Python's tracker of resources would unblock it again, so that comes first.
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
+    with blocked_interrupts():
         process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     return process, ours
 

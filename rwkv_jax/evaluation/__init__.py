@@ -1,1 +1,1 @@
-"""What a model is worth: bits per byte of any text, LAMBADA, multiple choice, and lm-eval."""
+"""Measuring a model: bits per byte of any text, LAMBADA, multiple choice, and lm-eval."""

@@ -3,14 +3,14 @@
     bits per byte = (sum of -log p over all held-out tokens) / (UTF-8 bytes of the held-out text) /
     ln 2
 
-which does not depend on the tokenizer, and is what a compressor's output divided by its input is.
-Every token of the stream counts once. The end-of-document tokens count as well: they say where a
-document ends, which a decoder would have to be told.
+which does not depend on the tokenizer, and is comparable to a compressor's output size divided by
+its input size. Every token of the stream counts once. The end-of-document tokens count as well:
+they say where a document ends, which a decoder needs to know.
 
 Documents are independent: each is read from a fresh state, `eod` first, so its first token has an
-input too. They are dealt out to parallel lanes, the longest first and each to the shortest lane; a
-lane is read window after window, the recurrent state carried from one to the next, so context is
-never cut.
+input too. They are distributed over the rows of a batch, the longest first and each to the shortest
+row. A row is read window after window, and its recurrent state is carried from one to the next, so
+context is never cut.
 """
 
 import gzip
@@ -42,7 +42,7 @@ class Heldout(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """What made its ids."""
+        """The tokenizer of its ids."""
         ...
 
     @property
@@ -57,6 +57,21 @@ class Heldout(Protocol):
 
 
 @dataclass(frozen=True)
+class Settings:
+    """How a model reads text: [rows, window] tokens at a time."""
+
+    cfg: ModelConfig
+    rows: int
+    """Documents that are read side by side, at most."""
+    window: int
+    """Tokens of each that are read at once."""
+    dtype: Any = "float32"
+    """Compute type, as `jnp.dtype` takes it."""
+    implementation: str | None = None
+    """Of the operators; None: chosen by device and shape."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The cost of some text."""
 
@@ -66,7 +81,7 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """What compressing the text with the model would cost; NaN if there are no bytes."""
+        """The size of the text compressed with the model; NaN if there are no bytes."""
         return self.nats / self.bytes / math.log(2) if self.bytes else math.nan
 
     @property
@@ -76,12 +91,12 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """Of a token."""
+        """Per token."""
         return perplexity(self.nats, self.tokens)
 
 
 def perplexity(nats: float, count: int) -> float:
-    """exp(nats / count): among how many equally likely things the model is as uncertain."""
+    """exp(nats / count): a choice between so many equally likely outcomes is as uncertain."""
     try:
         return math.exp(nats / count)
     except OverflowError:
@@ -93,39 +108,25 @@ def perplexity(nats: float, count: int) -> float:
 def evaluate(
     params: PyTree,
     tokens: Heldout,
+    settings: Settings,
     *,
-    cfg: ModelConfig,
-    lanes: int,
-    window: int,
     limit: int = 0,
-    dtype: Any = jnp.float32,
-    implementation: str | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """The cost of the held-out documents, or of about `limit` of their tokens (0: all of them).
 
-    At most `lanes` documents are read side by side, `window` tokens at a time. `report(done,
-    total)` is called with the tokens read so far. A part is the same at every call: documents in an
-    order of their own, the last one cut. `tokens.heldout` must not be empty.
+    `report(done, total)` is called with the tokens read so far. A part is the same at every call:
+    documents in a fixed random order, the last one cut. `tokens.heldout` must not be empty.
     """
     eod, stream = tokens.tokenizer.eod, np.asarray(tokens.heldout)
     documents, size = _documents(stream, eod), tokens.heldout_bytes
     if limit and limit < len(stream):
         documents = _some(documents, limit)
-        # The last document kept is cut, so its bytes are counted from its tokens.
+        # The last of these is cut, so its bytes are counted from its tokens.
         size = sum(len(tokens.tokenizer.decode_bytes(document)) for document in documents)
     count = sum(map(len, documents))
     nats, done = 0.0, 0
-    for costs in token_costs(
-        params,
-        documents,
-        cfg=cfg,
-        eod=eod,
-        lanes=lanes,
-        window=window,
-        dtype=dtype,
-        implementation=implementation,
-    ):
+    for costs in token_costs(params, documents, settings, eod=eod):
         nats += float(np.sum(costs.nats, dtype=np.float64))
         done += len(costs.nats)
         if report:
@@ -134,50 +135,43 @@ def evaluate(
 
 
 def finite(nats: np.ndarray) -> np.ndarray:
-    """The same. Raises `UserError` if one of them is NaN or infinite."""
+    """Returns `nats`. Raises `UserError` if one of them is NaN or infinite."""
     if not np.isfinite(nats).all():
         raise UserError(PREDICTS_NAN)
     return nats
 
 
 class Costs(NamedTuple):
-    """What some tokens cost, one number each."""
+    """What some tokens cost, one number for each token."""
 
     nats: np.ndarray
-    """float32."""
+    """float32: -log p."""
     document: np.ndarray
-    """The index of the document that the token belongs to."""
+    """Index of the token's document."""
     position: np.ndarray
-    """How many tokens of its document come before it."""
+    """Number of tokens of its document before it."""
 
 
 def token_costs(
-    params: PyTree,
-    documents: Sequence[np.ndarray],
-    *,
-    cfg: ModelConfig,
-    eod: int,
-    lanes: int,
-    window: int,
-    dtype: Any = jnp.float32,
-    implementation: str | None = None,
+    params: PyTree, documents: Sequence[np.ndarray], settings: Settings, *, eod: int
 ) -> Iterator[Costs]:
-    """What every token of the documents costs, a piece of every lane at a time.
+    """The cost of every token of the documents, a window of every row at a time.
 
-    A document is an array of ids, at least one, and is read from a fresh state, `eod` first. Where
-    a mesh is in context (`sharding.use_mesh`), `params` lie on it and its devices share the lanes.
+    A document is an array of at least one id, and is read from a fresh state, `eod` first. With a
+    mesh in context (`sharding.use_mesh`), on which `params` are, its devices share the rows.
     """
     if not documents:
         return
-    dealt = _deal([len(document) for document in documents], lanes)
-    place, count = _places(len(dealt))
+    dealt = _deal([len(document) for document in documents], settings.rows)
+    put, count = _placement(len(dealt))
     dealt += [[]] * (count - len(dealt))
-    score = partial(_score, cfg=cfg, dtype=jnp.dtype(dtype), implementation=implementation)
 
     def windows():
-        state = _fresh(params, cfg=cfg, lanes=count)
-        for inputs, targets, document, position in _windows(documents, dealt, window, eod):
-            nats, state = score(params, state, place(inputs), place(targets), place(inputs == eod))
+        state = _init_state(params, cfg=settings.cfg, rows=count)
+        for inputs, targets, document, position in _windows(documents, dealt, settings.window, eod):
+            nats, state = _score(
+                params, state, put(inputs), put(targets), put(inputs == eod), settings=settings
+            )
             yield nats, document, position
 
     for nats, document, position in one_late(windows()):
@@ -186,7 +180,7 @@ def token_costs(
 
 
 def one_late(items: Iterable[T]) -> Iterator[T]:
-    """Each item once the next is on its way, so that the device never waits for the host."""
+    """Yields each item once the next is dispatched, so that the device never waits for the host."""
     waiting: list[T] = []
     for item in items:
         yield from waiting
@@ -194,49 +188,48 @@ def one_late(items: Iterable[T]) -> Iterator[T]:
     yield from waiting
 
 
-def _places(lanes: int) -> tuple[Callable[[np.ndarray], Any], int]:
-    """How windows come to the devices of the mesh in context, and how many lanes they divide."""
+def _placement(rows: int) -> tuple[Callable[[np.ndarray], Any], int]:
+    """What puts windows on the mesh in context, and the number of rows rounded up so that they
+    divide."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
-        return (lambda x: x), lanes
+        return (lambda x: x), rows
     devices = math.prod(mesh.shape.get(name, 1) for name in sharding.RULES["batch"])
-    return partial(sharding.put_global, place=sharding.named(mesh, "batch", "time")), (
-        -(-lanes // devices) * devices
-    )
+    put = partial(sharding.put_global, place=sharding.named(mesh, "batch", "time"))
+    return put, -(-rows // devices) * devices
 
 
-@partial(jax.jit, static_argnames=("cfg", "lanes"))
-def _fresh(params, *, cfg, lanes):
-    """The state before a document in every lane, parted as the lanes."""
-    return sharding.shard_batch(models.init_state(cfg, lanes, params))
+@partial(jax.jit, static_argnames=("cfg", "rows"))
+def _init_state(params, *, cfg, rows):
+    return sharding.shard_batch(models.init_state(cfg, rows, params))
 
 
-@partial(jax.jit, static_argnames=("cfg", "dtype", "implementation"))
-def _score(params, state, inputs, targets, reset, *, cfg, dtype, implementation):
+@partial(jax.jit, static_argnames="settings")
+def _score(params, state, inputs, targets, reset, *, settings):
     hidden, after = models.backbone(
         params,
         inputs,
         state,
-        cfg=cfg,
+        cfg=settings.cfg,
         reset=reset,
         mesh_axis=sharding.time_axis(),
-        dtype=dtype,
-        implementation=implementation,
+        dtype=jnp.dtype(settings.dtype),
+        implementation=settings.implementation,
     )
     nats = token_nats(hidden, params.head, targets)
-    # Every process reads all of them.
+    # Replicated, as every process reads all of them.
     return sharding.replicate(nats), jax.tree.map(sharding.reshard_like, after, state)
 
 
 def _documents(stream: np.ndarray, eod: int) -> list[np.ndarray]:
-    """The documents of a stream, their end-of-document tokens included."""
+    """The documents of a stream, each with its end-of-document token."""
     ends = np.flatnonzero(stream == eod) + 1
     documents = np.split(stream, ends)
     return documents if len(documents[-1]) else documents[:-1]
 
 
 def _some(documents: list[np.ndarray], limit: int) -> list[np.ndarray]:
-    """Documents of together `limit` tokens, from all over the stream; always the same ones."""
+    """Documents with `limit` tokens in total, from all over the stream; always the same ones."""
     chosen, left = [], limit
     for index in np.random.default_rng(0).permutation(len(documents)):
         chosen.append(documents[index][:left])
@@ -246,48 +239,48 @@ def _some(documents: list[np.ndarray], limit: int) -> list[np.ndarray]:
     return chosen
 
 
-def _deal(lengths: list[int], lanes: int) -> list[list[int]]:
-    """Which documents each lane has; the lanes are of about equal length, and fewer if one document
+def _deal(lengths: list[int], rows: int) -> list[list[int]]:
+    """The documents of each row; the rows are of about equal length, and fewer if one document
     outgrows them."""
-    lanes = max(1, min(lanes, sum(lengths) // max(lengths), len(lengths)))
-    dealt: list[list[int]] = [[] for _ in range(lanes)]
-    shortest = [(0, lane) for lane in range(lanes)]
+    rows = max(1, min(rows, sum(lengths) // max(lengths), len(lengths)))
+    dealt: list[list[int]] = [[] for _ in range(rows)]
+    shortest = [(0, row) for row in range(rows)]
     for index in np.argsort(lengths, kind="stable")[::-1].tolist():
-        length, lane = heapq.heappop(shortest)
-        dealt[lane].append(index)
-        heapq.heappush(shortest, (length + lengths[index], lane))
+        length, row = heapq.heappop(shortest)
+        dealt[row].append(index)
+        heapq.heappush(shortest, (length + lengths[index], row))
     return dealt
 
 
 def _windows(
     documents: Sequence[np.ndarray], dealt: list[list[int]], window: int, eod: int
 ) -> Iterator[np.ndarray]:
-    """Inputs, targets, documents and positions, int32 [4, lanes, window]; the document of padding
+    """Inputs, targets, documents and positions, int32 [4, rows, window]; the document of padding
     is -1."""
-    lanes = [_lane([documents[index] for index in lane], lane, eod) for lane in dealt]
-    longest = max(lane.shape[1] for lane in lanes)
+    rows = [_row([documents[index] for index in row], row, eod) for row in dealt]
+    longest = max(row.shape[1] for row in rows)
     for start in range(0, longest, window):
-        piece = np.empty((4, len(lanes), window), np.int32)
-        piece[:] = np.array([eod, eod, -1, 0])[:, None, None]
-        for row, lane in enumerate(lanes):
-            part = lane[:, start : start + window]
-            piece[:, row, : part.shape[1]] = part
-        yield piece
+        batch = np.empty((4, len(rows), window), np.int32)
+        batch[:] = np.array([eod, eod, -1, 0])[:, None, None]
+        for index, row in enumerate(rows):
+            part = row[:, start : start + window]
+            batch[:, index, : part.shape[1]] = part
+        yield batch
 
 
-def _lane(documents: list[np.ndarray], indices: list[int], eod: int) -> np.ndarray:
-    """The rows of `_windows`, as long as the documents together."""
+def _row(documents: list[np.ndarray], indices: list[int], eod: int) -> np.ndarray:
+    """One row of all windows: int32 [4, t], t the length of its documents together."""
     if not documents:
         return np.empty((4, 0), np.int32)
     lengths = [len(document) for document in documents]
     before = [np.append(eod, document[:-1]) for document in documents]
     positions = [np.arange(length) for length in lengths]
-    rows = (before, documents, [np.repeat(indices, lengths)], positions)
-    return np.stack([np.concatenate(row, dtype=np.int32, casting="same_kind") for row in rows])
+    values = (before, documents, [np.repeat(indices, lengths)], positions)
+    return np.stack([np.concatenate(x, dtype=np.int32, casting="same_kind") for x in values])
 
 
 def compressors(text: bytes) -> dict[str, float]:
-    """Bits per byte of general compressors on the text: the marks that a model is held against."""
+    """Bits per byte of general compressors on the text, to compare a model with."""
     sizes = {
         "gzip -9": len(gzip.compress(text, 9, mtime=0)),
         "xz -9": len(lzma.compress(text, preset=9)),

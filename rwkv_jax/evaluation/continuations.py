@@ -1,10 +1,10 @@
-"""What a model makes of given continuations of a prompt: how likely each is, and whether it is the
-one that the model itself would write.
+"""Scores given continuations of a prompt: how likely each is, and whether the model itself would
+write it.
 
 A prompt is the beginning of a document: `eod`, then its ids. It is read once, however many
-continuations it has: each goes on from a copy of the state. Prompts side by side are padded on the
-left, with `eod`, before which everything is forgotten: so all of them end in the same place, and
-none notices its padding. Continuations are padded on the right, where nothing comes after.
+continuations it has: each starts from a copy of the state. A batch of prompts is padded on the left
+with `eod`, which resets the state: so all prompts end at the same position, and padding has no
+effect. Continuations are padded on the right, after their end.
 """
 
 import itertools
@@ -26,11 +26,11 @@ from rwkv_jax.models import Model
 from rwkv_jax.typing import Array
 
 WIDTHS = (256, 64, 16)
-"""Lengths that are compiled: what is read is padded to a multiple of the last, and cut into these,
+"""Lengths that are compiled: inputs are padded to a multiple of the last, and cut into these,
 longest first."""
 
 LOGITS = 512
-"""Tokens whose logits exist at once."""
+"""Tokens whose logits are computed at once."""
 
 Ids = Sequence[int]
 T = TypeVar("T")
@@ -38,28 +38,28 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what may follow it."""
+    """A prompt and its possible continuations."""
 
     ids: Ids
-    """`eod` and the prompt's."""
+    """`eod`, then the ids of the prompt."""
     continuations: Sequence[Ids]
 
 
 class Score(NamedTuple):
-    """How likely a continuation is."""
+    """The score of a continuation."""
 
     log_p: float
     """Sum over its tokens, in nats."""
     greedy: bool
-    """Whether each of its tokens is the likeliest."""
+    """Whether each of its tokens is the most likely one."""
 
 
 def split(tokenizer: Tokenizer, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
-    """The ids of a prompt, `eod` first, and of what follows it.
+    """The ids of a prompt, `eod` first, and of its continuation.
 
-    As in lm-eval, white space at the prompt's end goes to the continuation, since tokens begin with
-    it, and the ids are those of the two texts in one piece. Where a token would lie across, they
-    are each text's own (lm-eval scores what is left of the continuation's tokens, or none).
+    As in lm-eval, white space at the prompt's end is moved to the continuation, since tokens begin
+    with it, and the two texts are encoded as one. If a token then spans both, they are encoded one
+    by one (lm-eval scores the rest of the continuation's tokens, or none).
     """
     kept = prompt.rstrip()
     continuation = prompt[len(kept) :] + continuation
@@ -79,22 +79,22 @@ def score(
     dtype: Any = jnp.float32,
     report: Callable[[int, int], None] | None = None,
 ) -> list[list[Score]]:
-    """The score of each prompt's continuations, `batch` of them read side by side.
+    """The scores of each prompt's continuations, `batch` of them read side by side.
 
-    `report(done, total)` is called with the continuations scored so far. One of no tokens is
-    certain. Raises `UserError` for a model that predicts NaN.
+    `report(done, total)` is called with the continuations scored so far. An empty continuation has
+    probability 1. Raises `UserError` for a model that predicts NaN.
     """
     first = np.cumsum([0] + [len(prompt.continuations) for prompt in prompts]).tolist()
     log_p, greedy = np.zeros(first[-1]), np.ones(first[-1], bool)
     done = sum(not ids for prompt in prompts for ids in prompt.continuations)
     calls = _calls(params, prompts, first, cfg, batch, jnp.dtype(dtype))
     for call in one_late(calls):
-        rows, width = slice(len(call.which)), call.log_p.shape[1]
+        rows, width = slice(len(call.numbers)), call.log_p.shape[1]
         counted = np.arange(width) < call.left[:, None]
-        log_p[call.which] += np.sum(
+        log_p[call.numbers] += np.sum(
             np.asarray(call.log_p)[rows], 1, where=counted, dtype=np.float64
         )
-        greedy[call.which] &= np.all(np.asarray(call.greedy)[rows], 1, where=counted)
+        greedy[call.numbers] &= np.all(np.asarray(call.greedy)[rows], 1, where=counted)
         done += int(np.sum((call.left > 0) & (call.left <= width)))
         if report:
             report(done, first[-1])
@@ -103,23 +103,23 @@ def score(
 
 
 class _Answer(NamedTuple):
-    """A continuation on its way."""
+    """A continuation to be scored."""
 
-    which: int
-    """Its number, over all prompts."""
+    number: int
+    """Counted over all prompts."""
     row: int
-    """The row of its prompt's state."""
+    """Of its prompt's state."""
     inputs: list[int]
     ids: list[int]
 
 
 class _Call(NamedTuple):
-    """What a call to the device finds out."""
+    """The results of one call to the device."""
 
-    which: list[int]
+    numbers: list[int]
     """The continuation in each row; the rows after these are padding."""
     left: np.ndarray
-    """How many tokens each had left before; not positive if it has ended."""
+    """Number of tokens that each had left before the call; 0 or less if it has ended."""
     log_p: Array
     """[b, t]."""
     greedy: Array
@@ -134,13 +134,13 @@ def _calls(
     batch: int,
     dtype: Any,
 ) -> Iterator[_Call]:
-    """`first` has the number of each prompt's first continuation, and their total."""
+    """`first` has the index of each prompt's first continuation, and their total."""
     if not first[-1]:
         return
     eod, height = prompts[0].ids[0], min(batch, first[-1])
     advance, judge = (partial(f, params, eod=eod, cfg=cfg, dtype=dtype) for f in (_advance, _judge))
     fresh = models.init_state(cfg, min(batch, len(prompts)), params)
-    # Longest first: what the memory cannot hold shows at once, and neighbours are of one length.
+    # Longest first: a lack of memory shows at once, and neighbours are of about equal length.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids), reverse=True)
     for group in _groups(order, batch):
         # A prompt's last token is the first input of its continuations.
@@ -163,7 +163,7 @@ def _calls(
             )
             for some, some_targets in zip(inputs, targets, strict=True):
                 log_p, greedy, forked = judge(forked, some, some_targets)
-                yield _Call([answer.which for answer in part], left, log_p, greedy)
+                yield _Call([answer.number for answer in part], left, log_p, greedy)
                 left = left - some.shape[1]
 
 
@@ -172,7 +172,7 @@ def _groups(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def _padded(rows: Sequence[Ids], height: int, eod: int, *, left: bool = False) -> np.ndarray:
-    """int32 [height, t], t a multiple of the smallest width."""
+    """The rows as int32 [height, t], padded to a multiple of the smallest width."""
     longest = max(len(row) for row in rows)
     tokens = np.full((height, -(-longest // WIDTHS[-1]) * WIDTHS[-1]), eod, np.int32)
     for line, row in zip(tokens, rows, strict=False):
@@ -182,7 +182,7 @@ def _padded(rows: Sequence[Ids], height: int, eod: int, *, left: bool = False) -
 
 
 def _cut(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """The tokens in windows of lengths that are compiled."""
+    """The tokens in windows of the compiled lengths."""
     start = 0
     for width in WIDTHS:
         while tokens.shape[1] - start >= width:
@@ -192,15 +192,15 @@ def _cut(tokens: np.ndarray) -> Iterator[np.ndarray]:
 
 @partial(jax.jit, static_argnames=("cfg", "dtype"))
 def _advance(params, state, tokens, *, eod, cfg, dtype):
-    """The state after the tokens; logits are not needed, so none are made."""
+    """The state after the tokens."""
     reset = tokens == eod
     return models.backbone(params, tokens, state, cfg=cfg, reset=reset, dtype=dtype)[1]
 
 
 @partial(jax.jit, static_argnames=("cfg", "dtype"))
 def _judge(params, state, inputs, targets, *, eod, cfg, dtype):
-    """log p of the targets and whether each is the likeliest token, [b, t], and the state after."""
-    reset = inputs == eod  # of an empty prompt
+    """log p of the targets and whether each is the most likely token, [b, t]; the state after."""
+    reset = inputs == eod  # the input before the continuation of an empty prompt
     hidden, state = models.backbone(params, inputs, state, cfg=cfg, reset=reset, dtype=dtype)
 
     def one(token):

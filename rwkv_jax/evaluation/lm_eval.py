@@ -10,8 +10,9 @@ In a terminal, lm-eval's own command line, which then knows the model `rwkv_jax`
     python -m rwkv_jax.evaluation.lm_eval run --model rwkv_jax \\
         --model_args pretrained=RWKV-x070-World-0.1B-v2.8.pth --tasks lambada_openai --batch_size 16
 
-Every context begins a document: the end-of-document token comes first, in a fresh state. None is
-ever cut, as a state has no length. Requests that share a context share its reading.
+Every context begins a document: the end-of-document token comes first, in a fresh state. Contexts
+are never truncated, as a state has no maximal length. A context that several requests share is read
+once.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from rwkv_jax.compiled import keep_compiled_programs
 from rwkv_jax.config import DataConfig, ModelConfig
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.errors import UserError
-from rwkv_jax.evaluation.bits import finite, token_costs
+from rwkv_jax.evaluation.bits import Settings, finite, token_costs
 from rwkv_jax.evaluation.continuations import Prompt, score, split
 from rwkv_jax.evaluation.text import WINDOW
 from rwkv_jax.models import Model
@@ -51,19 +52,20 @@ except ImportError as error:
 
 BATCH = 16
 TOKENS = 256
-"""Written at most where a task does not say how many: lm-eval's own default."""
+"""Generated at most where a task does not say how many: lm-eval's own default."""
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""The names that tasks have for it."""
+"""The names that tasks use for it."""
 
 
 @register_model("rwkv_jax")
 class RWKV(LM):
-    """A model as lm-eval asks it.
+    """A model with lm-eval's interface.
 
     `pretrained` is a path, or the parameters, config and tokenizer themselves. `dtype` is the
-    compute type (float32 on CPU, bfloat16 elsewhere), `batch_size` how many requests are read side
-    by side; `auto` is 16, or `max_batch_size`. JAX chooses the device: `device` is here because
-    lm-eval's command line always sends one, `cuda:0`. Raises `UserError` for what cannot be read.
+    compute type (float32 on CPU, bfloat16 elsewhere), `batch_size` the number of requests that are
+    read side by side; `auto` is 16, or `max_batch_size`. JAX chooses the device: `device` is
+    ignored, and accepted because lm-eval's command line always passes one. Raises `UserError` for
+    weights that cannot be read.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class RWKV(LM):
             raise UserError(f"batch_size {self.batch}: 1 or more, or auto")
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """log p of each continuation, and whether all of its tokens are the likeliest."""
+        """log p of each continuation, and whether all of its tokens are the most likely ones."""
         shared: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             shared.setdefault(request.args[0], []).append(index)
@@ -111,19 +113,13 @@ class RWKV(LM):
         return [found[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """log p of each whole text, but for the end of the document."""
+        """log p of each text, without its end-of-document token."""
         texts = [np.asarray(self.tokenizer.encode(request.args[0]), int) for request in requests]
         some = [index for index, text in enumerate(texts) if len(text)]
         nats = np.zeros(len(texts))
-        costs = token_costs(
-            self.params,
-            [texts[index] for index in some],
-            cfg=self.cfg,
-            eod=self.tokenizer.eod,
-            lanes=self.batch,
-            window=WINDOW,
-            dtype=self.dtype,
-        )
+        documents = [texts[index] for index in some]
+        settings = Settings(self.cfg, rows=self.batch, window=WINDOW, dtype=self.dtype)
+        costs = token_costs(self.params, documents, settings, eod=self.tokenizer.eod)
         with _progress("tokens") as report:
             done, total = 0, sum(map(len, texts))
             for cost in costs:
@@ -133,7 +129,7 @@ class RWKV(LM):
         return (-finite(nats)).tolist()
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """What the model writes after each context, up to one of the task's stop strings."""
+        """The text that the model generates after each context, up to one of the stop strings."""
         alike: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
@@ -167,8 +163,8 @@ class RWKV(LM):
 
     @cached_property
     def _generator(self) -> tuple[Generator, Prefix]:
-        """Made when the first text is asked for, as it holds the parameters once more; and the
-        beginning of a document."""
+        """For generating text, and the beginning of a document; made when first needed, as it holds
+        a copy of the parameters."""
         params = decoding_layout(self.params, self.cfg, self.dtype)
         generator = Generator(params, self.cfg, self.tokenizer)
         document = generator.prefill([[]], [0])
@@ -176,13 +172,13 @@ class RWKV(LM):
 
 
 def _sampling(settings: dict[str, Any]) -> Sampling:
-    """Greedy unless asked otherwise. Raises `UserError` for a setting that is not known here."""
+    """Greedy unless a task asks otherwise. Raises `UserError` for an unknown setting."""
     draws = settings.pop("do_sample", None)
     temperature = float(settings.pop("temperature", 1.0 if draws else 0.0))
     top_p, top_k = float(settings.pop("top_p", 1.0)), int(settings.pop("top_k", 0))
     if settings:
         raise UserError(
-            f"generation setting {next(iter(settings))}: not known here; there are until,"
+            f"generation setting {next(iter(settings))}: unknown; known are until,"
             f" {', '.join(LENGTHS)}, do_sample, temperature, top_p and top_k"
         )
     return Sampling(0.0 if draws is False else temperature, top_p, top_k, 0.0, 0.0)

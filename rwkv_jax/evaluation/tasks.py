@@ -3,23 +3,23 @@
 The end of a text. A line is `{"text": ...}`, whose last word is to be predicted, or `{"prompt":
 ..., "completion": ...}` (or `"target"`):
 
-    accuracy    the share of ends that are, token for token, what the model would write
-    perplexity  exp(mean of -log p(end)), of a whole end and not of a token
+    accuracy    the share of ends that the model would write itself, token for token
+    perplexity  exp(mean of -log p(end)), per end, not per token
 
 which is how the official RWKV scripts (`RWKV-v7/rwkv_v7_demo.py` in RWKV-LM) and lm-eval's
 `lambada_openai` score. Prompts begin a document: the end-of-document token comes first.
 
-Multiple choice. A line is `{"prompt": ..., "choices": [...], "answer": ...}`, with `"question"` or
-`"context"` for `"prompt"` if it likes, and the right choice's index, from 0, or its text:
+Multiple choice. A line is `{"prompt": ..., "choices": [...], "answer": ...}`. `"prompt"` may also
+be called `"question"` or `"context"`; the answer is the right choice's index, from 0, or its text:
 
-    accuracy    the share of questions whose likeliest choice is the right one
+    accuracy    the share of questions whose most likely choice is the right one
     normalised  the same after log p is divided by the choice's length in UTF-8 bytes
 
-which are lm-eval's `acc` and `acc_bytes` (`acc_norm` divides by characters). Among equal choices
-the first is taken, there and here.
+which are lm-eval's `acc` and `acc_bytes` (`acc_norm` divides by characters). Of equally likely
+choices the first counts, as in lm-eval.
 
-A space is put between a prompt and what follows, unless there is white space already. Files may be
-compressed (`.gz`, `.zst`).
+A prompt and its continuation are joined by a space, unless there is white space already. Files may
+be compressed (`.gz`, `.zst`).
 """
 
 import itertools
@@ -51,7 +51,7 @@ class TaskError(UserError):
 
 @dataclass(frozen=True)
 class Ending:
-    """A text and how it ends."""
+    """A text and its end."""
 
     prompt: str
     target: str
@@ -68,7 +68,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class EndingsResult:
-    """How a model ends texts."""
+    """Scores on ends of texts."""
 
     questions: int
     accuracy: float
@@ -82,13 +82,13 @@ class EndingsResult:
 
 @dataclass(frozen=True)
 class ChoicesResult:
-    """How a model chooses."""
+    """Scores on multiple choice."""
 
     questions: int
     accuracy: float
     normalised: float
     guessing: float
-    """The accuracy of guesses."""
+    """The accuracy of random guesses."""
 
     @property
     def error(self) -> float:
@@ -97,7 +97,7 @@ class ChoicesResult:
 
     @property
     def normalised_error(self) -> float:
-        """The same of `normalised`."""
+        """The standard error of `normalised`."""
         return _standard_error(self.normalised, self.questions)
 
 
@@ -108,7 +108,7 @@ def _standard_error(share: float, count: int) -> float:
 def read_endings(path: Path | str, limit: int = 0) -> list[Ending]:
     """The questions of a LAMBADA file, or its first `limit` (0: all of them).
 
-    Raises `UserError` that names file, line and what is wrong there.
+    Raises `UserError` that names file, line and fault.
     """
     return _read(path, limit, _ending)
 
@@ -116,7 +116,7 @@ def read_endings(path: Path | str, limit: int = 0) -> list[Ending]:
 def read_choices(path: Path | str, limit: int = 0) -> list[Choice]:
     """The questions of a multiple-choice file, or its first `limit` (0: all of them).
 
-    Raises `UserError` that names file, line and what is wrong there.
+    Raises `UserError` that names file, line and fault.
     """
     return _read(path, limit, _choice)
 
@@ -166,8 +166,8 @@ def _ending(record: dict[str, Any]) -> Ending:
     before, space, word = _text(record, "text").rpartition(" ")
     if not before.strip() or not word.strip():
         raise TaskError(
-            "'text' has no last word with another before it; leave the line out, and white space at"
-            " the end too"
+            "'text' needs at least two words, and no white space at its end; change it, or leave"
+            " the line out"
         )
     return Ending(before, space + word)
 
@@ -176,7 +176,7 @@ def _choice(record: dict[str, Any]) -> Choice:
     prompt = _text(record, _only(record, "prompt", "question", "context"))
     choices = record[_only(record, "choices")]
     if not isinstance(choices, list) or len(choices) < 2:
-        raise TaskError("'choices' is no list of two or more texts; give the wrong ones too")
+        raise TaskError("'choices' is not a list of two or more texts; give the wrong ones too")
     texts = tuple(_text({"choices": choice}, "choices") for choice in choices)
     if "" in texts:
         raise TaskError("one of 'choices' is empty, so it has no probability; give its text")
@@ -195,15 +195,15 @@ def _index(choices: tuple[str, ...], answer: Any) -> int:
 
 
 def _only(record: dict[str, Any], *names: str) -> str:
-    """Which of the names the record has."""
+    """The only one of these names that the record has."""
     found = [name for name in names if name in record]
     if len(found) == 1:
         return found[0]
     if found:
         raise TaskError(f"has both {found[0]!r} and {found[1]!r}; join them in {names[0]!r}")
     wanted = " or ".join(map(repr, names))
-    there = ", ".join(sorted(record)) or "none"
-    raise TaskError(f"no field {wanted}; rename one of those there: {there}")
+    present = ", ".join(sorted(record)) or "none"
+    raise TaskError(f"no field {wanted}; rename one of its fields: {present}")
 
 
 def _text(record: dict[str, Any], name: str) -> str:
@@ -213,7 +213,7 @@ def _text(record: dict[str, Any], name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise TaskError(f"{name!r} holds half a surrogate pair, which is no text") from error
+        raise TaskError(f"{name!r} holds half a surrogate pair, which is not text") from error
     return value
 
 
@@ -227,7 +227,7 @@ def score_endings(
     dtype: Any = jnp.float32,
     report: Report | None = None,
 ) -> EndingsResult:
-    """Accuracy and perplexity of the ends, `batch` of them read side by side."""
+    """Accuracy and perplexity of the ends, `batch` of which are read side by side."""
     pairs = [(question.prompt, [question.target]) for question in questions]
     scores = [one for [one] in _scores(params, pairs, cfg, tokenizer, batch, dtype, report)]
     return EndingsResult(
@@ -247,7 +247,7 @@ def score_choices(
     dtype: Any = jnp.float32,
     report: Report | None = None,
 ) -> ChoicesResult:
-    """Accuracy by log p and by log p per byte, `batch` choices read side by side."""
+    """Accuracy by log p and by log p per byte; `batch` choices are read side by side."""
     pairs = [(question.prompt, question.choices) for question in questions]
     right, normalised = [], []
     scored = _scores(params, pairs, cfg, tokenizer, batch, dtype, report)

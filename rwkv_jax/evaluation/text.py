@@ -1,18 +1,18 @@
-"""How well a model predicts text, as a whole and by how much of it has been read.
+"""How well a model predicts text, as a whole and by position in the document.
 
     bits per byte         (sum of -log p of all tokens) / (UTF-8 bytes) / ln 2
     perplexity per token  exp(sum / tokens): compares models of one tokenizer only
-    perplexity per word   exp(sum / words), a word being what white space separates: compares any
-                          models, but says little of code, or where words have no spaces between
+    perplexity per word   exp(sum / words), words being separated by white space: compares any
+                          models, but says little about code, or languages without spaces
 
 Documents are read as in training (`rwkv_jax.evaluation.bits`): each from a fresh state, `eod`
-first, and the `eod` that ends it is a token like any other. So whole held-out text costs here what
-it costs there.
+first, and the `eod` that ends it is a token like any other. So held-out text costs the same here as
+there.
 
-The place of a token is the number of tokens of its document before it. Places are taken together in
-stretches that double, 0-15, 16-31, 32-63 and so on up to the end of the longest document: where the
-curve still falls, the model makes use of that much context. Late stretches are of long documents
-alone, which may be easier or harder than the rest.
+The position of a token is the number of tokens of its document before it. Positions are grouped in
+buckets that double, 0-15, 16-31, 32-63 and so on up to the end of the longest document: where the
+curve still falls, the model uses that much context. Late buckets hold long documents only, which
+may be easier or harder than the rest.
 """
 
 import itertools
@@ -28,12 +28,12 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.prepare import pieces_of
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.errors import UserError
-from rwkv_jax.evaluation.bits import Evaluation, finite, perplexity, token_costs
+from rwkv_jax.evaluation.bits import Evaluation, Settings, finite, perplexity, token_costs
 from rwkv_jax.models import Model
 from rwkv_jax.typing import Array
 
-FIRST_STRETCH = 16
-"""Tokens; each stretch after the second is twice as long as the one before it."""
+FIRST_BUCKET = 16
+"""Positions; each bucket after the second is twice as long as the one before it."""
 
 WINDOW = 512
 """Tokens of a document that are read at once."""
@@ -41,25 +41,25 @@ WINDOW = 512
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """Documents as a model reads them."""
+    """Documents as token ids."""
 
     name: str
     tokenizer: Tokenizer
     documents: list[np.ndarray]
     """Ids, each with the `eod` that ends it, int32; the last document may be cut."""
     content: bytes
-    """The documents one behind the other, in UTF-8."""
+    """The concatenated documents, in UTF-8."""
     words: int
 
 
 @dataclass(frozen=True)
-class Stretch(Evaluation):
-    """The cost of the tokens at the places `start` to `stop` - 1."""
+class Bucket(Evaluation):
+    """The cost of the tokens at the positions `start` to `stop` - 1."""
 
     start: int
     stop: int
     documents: int
-    """How many have such tokens."""
+    """Number of documents with such tokens."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,19 @@ class Measured(Evaluation):
 
     words: int
     documents: int
-    stretches: tuple[Stretch, ...]
+    buckets: tuple[Bucket, ...]
+    """By position."""
 
     @property
     def word_perplexity(self) -> float:
-        """Of a word; NaN if there is none."""
+        """Per word; NaN if there are no words."""
         return perplexity(self.nats, self.words)
 
 
 def encode(name: str, documents: Iterable[str], tokenizer: Tokenizer, limit: int = 0) -> Text:
     """The documents as ids, or their first `limit` tokens (0: all of them).
 
-    No document is asked for after the one that has the last token. Raises `UserError` if there is
-    no text.
+    No document is read after the one with the last token. Raises `UserError` if there is no text.
     """
     ids, content, words, left = [], [], 0, limit or sys.maxsize
     for document in filter(None, documents):
@@ -100,7 +100,7 @@ def encode(name: str, documents: Iterable[str], tokenizer: Tokenizer, limit: int
 
 
 def _ids(document: str, tokenizer: Tokenizer, enough: int) -> list[int]:
-    """Of all the document and its end, or of so much of it that they are more than enough."""
+    """The ids of a document, its `eod` included, or more than `enough` of them."""
     ids: list[int] = []
     for piece in pieces_of(document):
         ids += tokenizer.encode(piece)
@@ -118,7 +118,7 @@ def measure(
     dtype: Any = jnp.float32,
     report: Callable[[int, int], None] | None = None,
 ) -> Measured:
-    """What the text costs, at most `batch` documents of it read side by side.
+    """The cost of the text, at most `batch` documents of it read side by side.
 
     `report(done, total)` is called with the tokens read so far. Raises `UserError` for a model that
     predicts NaN.
@@ -129,7 +129,7 @@ def measure(
     >>> cfg = ModelConfig(version="7", layers=1, width=64, vocab_size=257)
     >>> text = encode("a line", ["All is well that ends well."], ByteTokenizer())
     >>> found = measure(init_params(cfg, jax.random.key(0)), text, cfg=cfg)
-    >>> found.tokens, [(x.start, x.stop) for x in found.stretches]
+    >>> found.tokens, [(x.start, x.stop) for x in found.buckets]
     (28, [(0, 16), (16, 28)])
     >>> round(found.bits_per_byte)  # an untrained model guesses
     8
@@ -137,22 +137,15 @@ def measure(
     lengths = np.array([len(document) for document in text.documents])
     edges = _edges(int(lengths.max()))
     nats, done, count = np.zeros(len(edges) - 1), 0, int(lengths.sum())
-    for costs in token_costs(
-        params,
-        text.documents,
-        cfg=cfg,
-        eod=text.tokenizer.eod,
-        lanes=batch,
-        window=WINDOW,
-        dtype=dtype,
-    ):
-        stretch = np.searchsorted(edges, costs.position, side="right") - 1
-        nats += np.bincount(stretch, weights=costs.nats, minlength=len(nats))
+    settings = Settings(cfg, rows=batch, window=WINDOW, dtype=dtype)
+    for costs in token_costs(params, text.documents, settings, eod=text.tokenizer.eod):
+        bucket = np.searchsorted(edges, costs.position, side="right") - 1
+        nats += np.bincount(bucket, weights=costs.nats, minlength=len(nats))
         done += len(costs.nats)
         if report:
             report(done, count)
-    stretches = tuple(
-        _stretch(text, lengths, start, stop, float(some))
+    buckets = tuple(
+        _bucket(text, lengths, start, stop, float(some))
         for (start, stop), some in zip(itertools.pairwise(edges), finite(nats), strict=True)
     )
     return Measured(
@@ -161,21 +154,21 @@ def measure(
         bytes=len(text.content),
         words=text.words,
         documents=len(lengths),
-        stretches=stretches,
+        buckets=buckets,
     )
 
 
 def _edges(longest: int) -> list[int]:
-    edges, stop = [0], FIRST_STRETCH
+    edges, stop = [0], FIRST_BUCKET
     while stop < longest:
         edges.append(stop)
         stop *= 2
     return [*edges, longest]
 
 
-def _stretch(text: Text, lengths: np.ndarray, start: int, stop: int, nats: float) -> Stretch:
+def _bucket(text: Text, lengths: np.ndarray, start: int, stop: int, nats: float) -> Bucket:
     parts = [document[start:stop] for document in text.documents if len(document) > start]
-    return Stretch(
+    return Bucket(
         nats=nats,
         tokens=int(np.clip(lengths - start, 0, stop - start).sum()),
         bytes=sum(len(text.tokenizer.decode_bytes(part)) for part in parts),

@@ -126,7 +126,7 @@ def make_plan(cfg: Config, topology: Topology) -> Plan:
     Raises `MeshError` for sizes that the mesh does not divide, `PlanError` if compiling fails.
     """
     mesh = make_mesh(cfg, topology.devices)
-    state = abstract_train_state(cfg, cfg.model, mesh)
+    state = abstract_train_state(cfg, mesh)
     batch = abstract_batch(cfg, mesh)
     if mesh is None:
         place = jax.sharding.SingleDeviceSharding(topology.devices[0])
@@ -135,7 +135,7 @@ def make_plan(cfg: Config, topology: Topology) -> Plan:
         )
     started = time.monotonic()
     with sharding.use_mesh(mesh):
-        traced = make_train_step(cfg, cfg.model).trace(state, batch)
+        traced = make_train_step(cfg).trace(state, batch)
         lowered = traced.lower(lowering_platforms=(topology.platform,))
         try:
             program = lowered.compile()

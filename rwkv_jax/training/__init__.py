@@ -1,1 +1,1 @@
-"""Training: loss, optimizer, the jitted step and the loop around it."""
+"""Training: the objective, the optimizer, the jitted step and the loop around it."""

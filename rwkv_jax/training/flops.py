@@ -1,12 +1,13 @@
 """Floating-point operations of a training step: those that the model needs, those of a program.
 
-A product of [m, k] and [k, n] has 2 m k n. What the model needs for a token, forward and backward:
+A product of [m, k] and [k, n] has 2 m k n. The model needs for a token, forward and backward:
 
-    6 x (entries of its matrices, the embedding apart) + 3 x (products of the recurrence)
+    6 x (entries of its matrices, without the embedding) + 3 x (products of the recurrence)
 
-with, of each channel of heads of n: version 7: 8 n (S a, its product with b, v k, S r), versions 5
-and 6: 4 n, version 4: none. That is what MFU divides by, whatever a program computes. A program
-computes more: chunked forms trade products for parallelism, rematerialisation makes some twice.
+where the recurrence has, for each channel of a head of size n, in version 7: 8 n (S a, its product
+with b, v k, S r), in versions 5 and 6: 4 n, in version 4: none. MFU is computed from this number,
+whatever a program computes. A program computes more: chunked forms trade products for parallelism,
+and rematerialisation computes some twice.
 """
 
 import math
@@ -20,7 +21,7 @@ from rwkv_jax.params import is_spec
 
 
 def model_flops(cfg: ModelConfig) -> int:
-    """What a token needs in training, by the formula above."""
+    """Operations per token in training, by the formula above."""
     table = models.specs(cfg)
     matrices = [
         math.prod(spec.full_shape)
@@ -33,8 +34,11 @@ def model_flops(cfg: ModelConfig) -> int:
 
 
 def program_flops(jaxpr: Any) -> int:
-    """Operations of all matrix products of a traced program, on all devices together: those of a
-    loop as often as it runs, of branches the dearest, of a kernel for each of its programs."""
+    """Operations of all matrix products of a traced program, on all devices together.
+
+    A loop counts as often as it runs, of branches the most expensive counts, and a kernel counts
+    for each of its programs.
+    """
     return sum(_equation(equation) for equation in jaxpr.eqns)
 
 
@@ -53,7 +57,7 @@ def _equation(equation: Any) -> int:
 
 
 def _programs(params: dict[str, Any]) -> list[Any]:
-    """The programs within an equation."""
+    """The jaxprs within an equation."""
     found = []
     for value in params.values():
         for one in value if isinstance(value, tuple | list) else (value,):
@@ -64,7 +68,7 @@ def _programs(params: dict[str, Any]) -> list[Any]:
 
 
 def _times(equation: Any) -> int:
-    """How often an equation runs its programs."""
+    """How often an equation runs its jaxprs."""
     params = equation.params
     if equation.primitive.name == "scan":
         return params["length"]

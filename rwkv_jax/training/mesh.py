@@ -1,11 +1,12 @@
-"""A run's devices: their mesh, what of the training state and of a batch each of them has.
+"""A run's devices: their mesh, and how the training state and batches are sharded across it.
 
-What doesn't divide is told before anything is compiled: a mesh that runs has equal parts.
+Sizes that a mesh does not divide are rejected before anything is compiled: all shards are equal.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,19 +23,19 @@ from rwkv_jax.params import is_spec
 from rwkv_jax.typing import Array, PyTree
 
 AXES = ("data", "fsdp", "sequence", "tensor")
-"""From the slowest links to the fastest: neighbours share the tensor axis, which sends most."""
+"""From the slowest links to the fastest: the tensor axis, which sends most, is of neighbours."""
 
 
 class MeshError(UserError):
-    """A mesh that the devices cannot form, or that the run does not divide over."""
+    """A mesh that the devices cannot form, or that does not divide the run's sizes."""
 
 
 def make_mesh(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh | None:
-    """The mesh of `cfg` over these devices (None: all there are), its axes of one device left out;
-    None for a single device.
+    """The mesh of `cfg` of these devices (None: all), without its axes of one device; None for a
+    single device.
 
-    Raises `MeshError` if the devices do not make it up, or heads, width, batch or context do not
-    divide over it.
+    Raises `MeshError` if the devices cannot form it, or it does not divide heads, width, batch or
+    context.
     """
     devices = jax.devices() if devices is None else devices
     shape = {name: n for name, n in _sizes(cfg.mesh, len(devices)).items() if n > 1}
@@ -64,10 +65,11 @@ def _sizes(mesh: MeshConfig, count: int) -> dict[str, int]:
             if n > 1 and fits(stated // n * other)
         }
         nearest = [axis for axis, far in others.items() if far == min(others.values())]
-        what_does = " or ".join(f"mesh.{name} = {n}" for name, n in nearest)
+        fault = "do not divide" if rest else "are more than"
+        remedy = " or ".join(f"mesh.{name} = {n}" for name, n in nearest)
         raise MeshError(
-            f"{written}: {stated} devices, and there are {count}; what"
-            f" {'divides' if rest else 'fits'} them: {what_does or 'fewer along each'}"
+            f"{written}: {stated} devices {fault} the {count} available;"
+            f" set {remedy or 'fewer along each axis'}"
         )
     if not rest and stated < count and jax.process_count() > 1:
         raise MeshError(
@@ -79,6 +81,7 @@ def _sizes(mesh: MeshConfig, count: int) -> dict[str, int]:
 
 
 def _check_divides(cfg: Config, shape: dict[str, int]) -> None:
+    """Raises `MeshError` if axes of these sizes do not divide what they shard."""
     model, train = cfg.model, cfg.train
     heads = "heads" if model.heads < model.width else "channels"
     hidden = "hidden channels of the channel mix (model.ffn_width)"
@@ -104,27 +107,27 @@ def _check_divides(cfg: Config, shape: dict[str, int]) -> None:
         if size % whole:
             each = f" in train.accumulate = {parts} parts" if parts > 1 else ""
             near = [f"{x:,}" for x in (size - size % whole, size + -size % whole) if x]
-            what_does = [f"{name} = {' or '.join(near)}"]
+            remedies = [f"{name} = {' or '.join(near)}"]
             if parts > 1 and size % count == 0:
                 fewer = max(n for n in range(1, parts) if size % (count * n) == 0)
-                what_does.append(f"train.accumulate = {fewer}")
+                remedies.append(f"train.accumulate = {fewer}")
             for axis in axes:
                 rest = whole // shape.get(axis, 1)
                 if axis in shape and size % rest == 0 and jax.process_count() == 1:
-                    # Of what it divides by now, so that width and heads still do.
+                    # A divisor of the present size, so that it still divides width and heads.
                     divisors = (n for n in range(1, shape[axis]) if shape[axis] % n == 0)
                     fewer = max(n for n in divisors if size % (rest * n) == 0)
-                    what_does.append(f"mesh.{axis} = {fewer}")
+                    remedies.append(f"mesh.{axis} = {fewer}")
             raise MeshError(
-                f"{name} = {size}{each} does not divide over the {count} devices of {written};"
-                f" what does: {', '.join(what_does)}"
+                f"{name} = {size}{each} is not divisible by the {count} devices of {written};"
+                f" set {', or '.join(remedies)}"
             )
 
 
 def _count(axes: tuple[str, ...], shape: dict[str, int]) -> tuple[int, str]:
     """Devices along these axes together, and how the config writes them."""
-    there = [f"mesh.{axis} = {shape[axis]}" for axis in axes if axis in shape]
-    return math.prod(shape.get(axis, 1) for axis in axes), " x ".join(there)
+    present = [f"mesh.{axis} = {shape[axis]}" for axis in axes if axis in shape]
+    return math.prod(shape.get(axis, 1) for axis in axes), " x ".join(present)
 
 
 def _divisors(size: int, near: int) -> list[int]:
@@ -139,53 +142,70 @@ def _either(numbers: list[int]) -> str:
 
 
 def params_shardings(specs: PyTree, mesh: Mesh) -> PyTree:
-    """Where the parameters of a table lie."""
+    """The sharding of each parameter of a table."""
 
     def one(spec):
-        axes = spec.axes or (None,) * len(spec.shape)
-        parted = sharding.spec(axes, mesh, spec.shape)
-        return NamedSharding(mesh, PartitionSpec(*[None] * bool(spec.layers), *parted))
+        axes = sharding.spec(spec.axes or (None,) * len(spec.shape), mesh, spec.shape)
+        return NamedSharding(mesh, PartitionSpec(*[None] * bool(spec.layers), *axes))
 
     return jax.tree.map(one, specs, is_leaf=is_spec)
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
-    """Where recurrent states [layers, b, ...] lie."""
+    """The sharding of recurrent states [layers, b, ...]."""
     return sharding.named(mesh, None, "batch")
 
 
-def stop_flag(mesh: Mesh, asked: bool) -> Array:
-    """What this process says to all: a number for each of its devices, to be added up by a step."""
+def with_stop_vote(
+    train_step: Callable, mesh: Mesh
+) -> Callable[[PyTree, Batch, bool], tuple[PyTree, PyTree, Array]]:
+    """The step of one of several processes: `(state, batch, stop) -> (state, metrics, votes)`.
+
+    `stop` is whether this process was asked to stop; `votes`, the same on all processes, is the
+    number of devices whose process was. Summed within the step, it costs no collective of its own.
+    """
     place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    return jax.make_array_from_callback((mesh.size,), place, lambda _: np.full(1, asked, np.int32))
+
+    @partial(jax.jit, donate_argnums=0)
+    def voting(state, batch, votes):
+        return *train_step(state, batch), jnp.sum(votes)
+
+    def step(state: PyTree, batch: Batch, stop: bool) -> tuple[PyTree, PyTree, Array]:
+        def vote(_: Any) -> np.ndarray:
+            return np.full(1, stop, np.int32)
+
+        votes = jax.make_array_from_callback((mesh.size,), place, vote)
+        return voting(state, batch, votes)
+
+    return step
 
 
-class Rows:
-    """The rows of every batch that the devices of this process need."""
+class LocalRows:
+    """Reads those rows of every batch that the devices of this process need."""
 
     def __init__(self, loader: Loader, mesh: Mesh):
         self.loader = loader
         self._sharding = sharding.named(mesh, "batch", "time")
         self._shape = (loader.batch, loader.context)
-        places: Any = self._sharding.addressable_devices_indices_map(self._shape).values()
+        indices: Any = self._sharding.addressable_devices_indices_map(self._shape).values()
         every = np.arange(loader.batch)
-        self.rows = np.unique(np.concatenate([every[place[0]] for place in places]))
+        self.rows = np.unique(np.concatenate([every[index[0]] for index in indices]))
 
     def read(self, step: int) -> Batch:
-        """The batch of a step, each device's part on it; other processes read the others."""
-        return jax.tree.map(self._place, self.loader.read(step, self.rows))
+        """The batch of a step, each device's shard on it; other processes read the other rows."""
+        return jax.tree.map(self._put, self.loader.read(step, self.rows))
 
-    def _place(self, mine: np.ndarray) -> Array:
-        def piece(place: Any) -> np.ndarray:
-            start, stop, _ = place[0].indices(self._shape[0])
+    def _put(self, mine: np.ndarray) -> Array:
+        def shard(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(self._shape[0])
             first, last = np.searchsorted(self.rows, [start, stop])
-            return mine[first:last, place[1]]
+            return mine[first:last, index[1]]
 
-        return jax.make_array_from_callback(self._shape, self._sharding, piece)
+        return jax.make_array_from_callback(self._shape, self._sharding, shard)
 
 
 def gather_to_host(params: PyTree) -> PyTree:
-    """Parameters as arrays of this process alone, whole; every process has to ask."""
+    """Parameters all-gathered into arrays of this process alone. A collective: all must call it."""
     return jax.tree.map(
         lambda x: jnp.asarray(multihost_utils.process_allgather(x, tiled=True)), params
     )

@@ -4,30 +4,49 @@
 
 with bias-corrected moments m and v, `lr_scale` and whether `weight_decay` applies from the
 parameter's `ParamSpec`, and gradients clipped by their global norm before. As in torch, `eps`
-stands outside the root. The official 1e-18 is a normal float32, so a parameter that never had a
+is added outside the root. The official 1e-18 is a normal float32, so a parameter that never had a
 gradient gets 0 / (0 + eps) = 0. A gradient so small (below 1e-18) that its square underflows moves
-its parameter by at most about lr, like any other; nothing divides by zero.
+its parameter by at most about lr, like any other; nothing is divided by zero.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from rwkv_jax import models
-from rwkv_jax.config import OptimizerConfig
+from rwkv_jax.config import Config, OptimizerConfig
 from rwkv_jax.params import is_spec
 from rwkv_jax.typing import Array, Callable, Float, Int, PyTree
 
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 
 
+class Optimizer(NamedTuple):
+    """An `optax.GradientTransformation`, with the learning rate of each step."""
+
+    init: Callable
+    update: Callable
+    learning_rate: Schedule
+
+
+def optimizer_for(cfg: Config) -> Optimizer:
+    """The optimizer of a run, with its schedule and its parameter groups."""
+    steps = float(cfg.train.steps)
+    if cfg.data.exit_tokens:  # the official schedule counts tokens: a step may be cut by its end
+        steps = cfg.data.exit_tokens / (cfg.train.batch * cfg.train.context)
+    learning_rate = schedule(cfg.optimizer, steps, version=cfg.model.version)
+    chain = adamw(cfg.optimizer, models.specs(cfg.model), learning_rate)
+    return Optimizer(chain.init, chain.update, learning_rate)
+
+
 def schedule(cfg: OptimizerConfig, steps: int | float, *, version: str) -> Schedule:
     """The learning rate of a step (the first is 0): warm-up, then a half cosine to `final_lr`.
 
-    The official schedule counts tokens; with one batch shape that is the same in `steps`, which
-    then need not be whole. It also warms up again after every restart. Here the step alone decides:
-    a resumed run is the run that never stopped, and its second-moment estimates are restored, so
-    there is nothing to warm.
+    The official schedule counts tokens, so `steps` need not be whole. It also warms up again after
+    every restart. Here the step alone decides: a resumed run equals an uninterrupted one, and its
+    second-moment estimates are restored, so there is nothing to warm up.
     """
     peak, final, warmup = cfg.peak_lr, cfg.final_lr, cfg.warmup_steps
     start = models.VERSIONS[version].warmup_start
@@ -59,7 +78,7 @@ def adamw(
     )
 
     def update(grads: PyTree, state: PyTree, params: PyTree | None = None) -> tuple:
-        # optax raises floats to integer powers, which JAX refuses where it is set to be strict.
+        # optax raises floats to integer powers, which JAX's strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             return chain.update(grads, state, params)
 

@@ -1,10 +1,11 @@
-"""The loss curve as a picture: training and held-out bits per byte, and the compressors' marks."""
+"""The loss curve of a run: bits per byte of training, of held-out text, and of compressors."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from rwkv_jax import plots
 
 SMOOTHING = 0.02
 """Share of the curve that one smoothed point averages over."""
@@ -12,32 +13,29 @@ SMOOTHING = 0.02
 
 def plot(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draws the lines of `metrics.jsonl` into a PNG file, which is replaced when it is complete."""
-    # Slow to import, and a run draws for the first time when it has long begun.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
     train = [line for line in lines if "loss" in line]
     heldout = [line for line in lines if "heldout_bpb" in line]
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="tokens", ylabel="bits per byte", title=title)
-    axes.xaxis.set_major_formatter(EngFormatter())
-    if train:
-        tokens, bpb = (np.array([line[key] for line in train]) for key in ("tokens", "bpb"))
-        axes.plot(tokens, bpb, color="tab:blue", alpha=0.25, linewidth=0.8)
-        axes.plot(tokens, smooth(bpb), color="tab:blue", label=f"training {smooth(bpb)[-1]:.3f}")
-    if heldout:
-        _draw_heldout(axes, heldout)
-        marks = heldout[-1].get("compressors", {})
-        for (name, value), style in zip(marks.items(), ("--", ":", "-."), strict=False):
-            axes.axhline(
-                value, color="0.35", linestyle=style, linewidth=1, label=f"{name} {value:.3f}"
-            )
-    _frame(axes, train, heldout)
-    new = path.with_suffix(".tmp")
-    figure.savefig(new, format="png")
-    os.replace(new, path)
+    with plots.bits_per_byte(path, title, "tokens") as axes:
+        axes.xaxis.set_major_formatter(_engineering())
+        if train:
+            tokens, bpb = (np.array([line[key] for line in train]) for key in ("tokens", "bpb"))
+            smoothed = smooth(bpb)
+            axes.plot(tokens, bpb, color="tab:blue", alpha=0.25, linewidth=0.8)
+            label = f"training {smoothed[-1]:.3f}"
+            axes.plot(tokens, smoothed, color="tab:blue", label=label)
+        if heldout:
+            _draw_heldout(axes, heldout)
+            marks = heldout[-1].get("compressors", {})
+            for (name, value), style in zip(marks.items(), ("--", ":", "-."), strict=False):
+                label = f"{name} {value:.3f}"
+                axes.axhline(value, color="0.35", linestyle=style, linewidth=1, label=label)
+        _set_range(axes, train, heldout)
+
+
+def _engineering() -> Any:
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter()
 
 
 def _draw_heldout(axes: Any, lines: list[dict[str, Any]]) -> None:
@@ -53,8 +51,8 @@ def _draw_heldout(axes: Any, lines: list[dict[str, Any]]) -> None:
             axes.plot(tokens, bpb, style, color="tab:orange", markersize=5, label=label)
 
 
-def _frame(axes: Any, train: list[dict], heldout: list[dict]) -> None:
-    """The first steps, at the loss of a uniform guess, would press the rest of the curve flat."""
+def _set_range(axes: Any, train: list[dict], heldout: list[dict]) -> None:
+    """Leaves out the first steps: their loss, that of a uniform guess, would flatten the rest."""
     values = np.array([line["bpb"] for line in train] + [line["heldout_bpb"] for line in heldout])
     marks = [value for line in heldout for value in line.get("compressors", {}).values()]
     if len(values):
@@ -62,13 +60,10 @@ def _frame(axes: Any, train: list[dict], heldout: list[dict]) -> None:
         high = max([np.quantile(values, 0.95), *values[-1:], *marks])
         margin = 0.08 * max(high - low, 0.1)
         axes.set_ylim(low - margin, high + margin)
-        axes.legend(frameon=False)
-    axes.grid(alpha=0.2)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """A moving average over what came before, `SMOOTHING` of the whole curve wide."""
+    """A moving average over the values before, `SMOOTHING` of the whole curve wide."""
     width = max(1, round(SMOOTHING * len(values)))
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     stop = np.arange(1, len(values) + 1)

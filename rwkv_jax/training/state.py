@@ -1,95 +1,91 @@
-"""What a training run carries from step to step."""
+"""The state that training carries from step to step, how it is made, and how it is saved."""
 
 from functools import partial
 from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rwkv_jax import models, sharding
-from rwkv_jax.config import Config, ModelConfig
+from rwkv_jax.config import Config
 from rwkv_jax.training.mesh import params_shardings, rows_sharding
-from rwkv_jax.training.optimizer import adamw, schedule
-from rwkv_jax.typing import Array, Leaf
+from rwkv_jax.training.optimizer import optimizer_for
+from rwkv_jax.typing import Array, Leaf, PyTree
 
 
 @struct.dataclass
 class TrainState(Generic[Leaf]):
-    """Steps taken, parameters and the optimizer's moments; the step decides the data's order."""
+    """Steps taken (which decide the data that comes next), parameters, optimizer's moments."""
 
     step: Leaf
     params: Any
     opt_state: Any
     carried: Any = None
-    """The recurrent state that each row's last step left it, where the next one goes on from it."""
+    """The recurrent state of each row after the last step, where the next step starts from it."""
 
 
-def schedule_steps(cfg: Config) -> float:
-    """Where the schedule ends; the official one counts tokens, of which a last step may be a
-    part."""
-    if cfg.data.exit_tokens:
-        return cfg.data.exit_tokens / (cfg.train.batch * cfg.train.context)
-    return float(cfg.train.steps)
+def to_trees(state: TrainState) -> dict[str, PyTree]:
+    """The trees that a checkpoint stores."""
+    rest = {"step": state.step, "opt_state": state.opt_state}
+    if state.carried is not None:
+        rest["carried"] = state.carried
+    return {"params": state.params, "rest": rest}
 
 
-def optimizer_for(cfg: Config, model_cfg: ModelConfig) -> optax.GradientTransformation:
-    """The optimizer of a run, its schedule and its parameter groups."""
-    learning_rate = schedule(cfg.optimizer, schedule_steps(cfg), version=model_cfg.version)
-    return adamw(cfg.optimizer, models.specs(model_cfg), learning_rate)
+def from_trees(trees: dict[str, PyTree]) -> TrainState:
+    """The state of `to_trees`."""
+    return TrainState(params=trees["params"], **trees["rest"])
 
 
 def init_train_state(
-    cfg: Config,
-    model_cfg: ModelConfig,
-    params: models.Model[Array] | None = None,
-    mesh: Mesh | None = None,
+    cfg: Config, params: models.Model[Array] | None = None, mesh: Mesh | None = None
 ) -> TrainState[Array]:
-    """The state before the first step: these parameters, or fresh ones drawn from `train.seed`;
-    moments zero. Over a mesh no device ever has more of fresh ones than its part."""
+    """The state before the first step: these parameters, or new ones drawn from `train.seed`;
+    moments are zero. Across a mesh no device ever holds more of new ones than its shard."""
+    model = cfg.model
     if params is None:
         key = jax.random.key(cfg.train.seed)
         if mesh is None:
-            params = models.init_params(model_cfg, key)
+            params = models.init_params(model, key)
         else:
-            places = params_shardings(models.specs(model_cfg), mesh)
-            params = jax.jit(partial(models.init_params, model_cfg), out_shardings=places)(key)
+            shardings = params_shardings(models.specs(model), mesh)
+            params = jax.jit(partial(models.init_params, model), out_shardings=shardings)(key)
     elif mesh is not None:
-        places = params_shardings(models.specs(model_cfg), mesh)
-        params = jax.tree.map(sharding.put_global, params, places)
+        shardings = params_shardings(models.specs(model), mesh)
+        params = jax.tree.map(sharding.put_global, params, shardings)
     with sharding.use_mesh(mesh):
-        opt_state = jax.jit(optimizer_for(cfg, model_cfg).init)(params)
+        opt_state = jax.jit(optimizer_for(cfg).init)(params)
         step, carried = jax.jit(lambda: jnp.zeros((), jnp.int32))(), None
         if cfg.train.carry_state:
-            fresh = partial(models.init_state, model_cfg, cfg.train.batch)
+            fresh = partial(models.init_state, model, cfg.train.batch)
             rows = None if mesh is None else rows_sharding(mesh)
             carried = jax.jit(fresh, out_shardings=rows)(params)
         return TrainState(step, params, opt_state, carried)
 
 
-def abstract_train_state(
-    cfg: Config, model_cfg: ModelConfig, mesh: Mesh | None = None
-) -> TrainState[jax.ShapeDtypeStruct]:
-    """The state's shapes, dtypes and places, without making it."""
-    params = models.abstract_params(model_cfg)
+def abstract_train_state(cfg: Config, mesh: Mesh | None = None) -> TrainState[jax.ShapeDtypeStruct]:
+    """The state's shapes, dtypes and shardings, without making it."""
+    model = cfg.model
+    params = models.abstract_params(model)
     step, carried = jax.ShapeDtypeStruct((), jnp.int32), None
     if cfg.train.carry_state:
-        carried = jax.eval_shape(lambda p: models.init_state(model_cfg, cfg.train.batch, p), params)
-    init = optimizer_for(cfg, model_cfg).init
+        carried = jax.eval_shape(lambda p: models.init_state(model, cfg.train.batch, p), params)
+    init = optimizer_for(cfg).init
     if mesh is None:
         return TrainState(step, params, jax.eval_shape(init, params), carried)
-    params = jax.tree.map(_at, params, params_shardings(models.specs(model_cfg), mesh))
+    params = jax.tree.map(_at, params, params_shardings(models.specs(model), mesh))
     with sharding.use_mesh(mesh):
         opt_state = jax.eval_shape(init, params)
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     opt_state = jax.tree.map(
-        lambda x: _at(x, NamedSharding(mesh, x.sharding.spec) if x.sharding else whole), opt_state
+        lambda x: _at(x, NamedSharding(mesh, x.sharding.spec) if x.sharding else replicated),
+        opt_state,
     )
     carried = jax.tree.map(lambda x: _at(x, rows_sharding(mesh)), carried)
-    return TrainState(_at(step, whole), params, opt_state, carried)
+    return TrainState(_at(step, replicated), params, opt_state, carried)
 
 
-def _at(x: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+def _at(x: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)

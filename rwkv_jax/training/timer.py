@@ -1,9 +1,9 @@
-"""How fast a run goes, and what its seconds go on."""
+"""How fast a run trains, and what its time is spent on."""
 
 import contextlib
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,71 +12,72 @@ KINDS = ("steps", "data", "saving", "evaluating")
 """Computing; waiting for a batch; and what happens between steps."""
 
 
-class Pace:
+class StepTimer:
     """Tokens per second of training, without compiling, evaluating and saving, and seconds by
-    `KINDS`."""
+    `KINDS`; both since the beginning (`total`) and since `restart` (`recent`)."""
 
     def __init__(self):
-        self.tokens = self.all_tokens = 0
-        self.spent: dict[str, float] = defaultdict(float)
-        """Seconds by kind since `start_over`."""
-        self.total: dict[str, float] = defaultdict(float)
-        """Seconds by kind since the beginning."""
+        self.total: Counter[str] = Counter()
+        self.recent: Counter[str] = Counter()
         self._last: float | None = None
+        """When the last step ended; None if something else came after it."""
 
     def batches(self, coming: Iterable[T]) -> Iterator[T]:
-        """The batches, the time that they are waited for counted."""
+        """The batches; the time until each is there counts as `data`."""
         source = iter(coming)
         while True:
-            began = time.perf_counter()
+            start = time.perf_counter()
             try:
                 batch = next(source)
             except StopIteration:
                 return
-            if self._last is not None:  # the first one of a stretch is waited for while compiling
-                self._spend("data", time.perf_counter() - began)
+            if self._last is not None:  # the wait for a first batch overlaps with compiling
+                self._count("data", time.perf_counter() - start)
             yield batch
 
     def step(self, tokens: int) -> None:
-        """A step is done."""
+        """Counts a step that has just ended."""
         now = time.perf_counter()
         if self._last is not None:
-            self.tokens, self.all_tokens = self.tokens + tokens, self.all_tokens + tokens
-            self._spend("steps", now - self._last)
+            self._count("tokens", tokens)
+            self._count("steps", now - self._last)
         self._last = now
 
     @contextlib.contextmanager
-    def between(self, kind: str) -> Iterator[None]:
-        """Something that is not training, until the next step."""
-        began = time.perf_counter()
+    def pause(self, kind: str) -> Iterator[None]:
+        """Counts what happens in the context, between two steps, as `kind`."""
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self._spend(kind, time.perf_counter() - began)
+            self._count(kind, time.perf_counter() - start)
             self._last = None
 
-    def start_over(self) -> None:
-        """Begins to count anew."""
-        self.tokens = 0
-        self.spent.clear()
-
-    def split(self, spent: dict[str, float]) -> dict[str, float]:
-        """Seconds by kind, those of steps without the waiting within them."""
-        return {kind: spent[kind] for kind in KINDS} | {
-            "steps": max(spent["steps"] - spent["data"], 0.0)
-        }
+    def restart(self) -> None:
+        """Starts a new count of `recent`."""
+        self.recent.clear()
 
     @property
     def tokens_per_s(self) -> float:
-        """Since `start_over`, or since the beginning where no two steps followed each other; 0
-        before there are two."""
-        return self.tokens / self.spent["steps"] if self.tokens else self.all_tokens_per_s
+        """Since `restart`, or since the beginning if no two steps followed each other; 0 before any
+        did."""
+        return _speed(self.recent) or self.all_tokens_per_s
 
     @property
     def all_tokens_per_s(self) -> float:
         """Since the beginning."""
-        return self.all_tokens / self.total["steps"] if self.all_tokens else 0.0
+        return _speed(self.total)
 
-    def _spend(self, kind: str, seconds: float) -> None:
-        self.spent[kind] += seconds
-        self.total[kind] += seconds
+    def _count(self, kind: str, amount: float) -> None:
+        for counter in (self.recent, self.total):
+            counter[kind] += amount  # pyright: ignore[reportArgumentType]
+
+
+def seconds(counter: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by `KINDS`; waiting for data, which happens within steps, is taken off those."""
+    steps = max(counter["steps"] - counter["data"], 0.0)
+    return {kind: float(counter[kind]) for kind in KINDS} | {"steps": steps}
+
+
+def _speed(counter: Mapping[str, float]) -> float:
+    return counter["tokens"] / counter["steps"] if counter["tokens"] else 0.0

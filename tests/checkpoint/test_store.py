@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, what is damaged says so, and a run is read as a whole."""
+"""Checkpoints are restored bit-exactly, damage is reported, and a run is read as a whole."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,12 @@ from rwkv_jax.config import Config, ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.errors import UserError
 from rwkv_jax.toml import to_toml
-from rwkv_jax.training.state import TrainState, abstract_train_state, init_train_state
+from rwkv_jax.training.state import (
+    TrainState,
+    abstract_train_state,
+    init_train_state,
+    to_trees,
+)
 
 CFG = Config(model=ModelConfig(version="4", layers=1, width=16, vocab_size=257))
 META = {"model": dataclasses.asdict(CFG.model), "tokenizer": ByteTokenizer().identity()}
@@ -26,7 +31,7 @@ META = {"model": dataclasses.asdict(CFG.model), "tokenizer": ByteTokenizer().ide
 
 @pytest.fixture(scope="module")
 def state():
-    return init_train_state(CFG, CFG.model)
+    return init_train_state(CFG)
 
 
 def at(state, step):
@@ -43,7 +48,7 @@ def run(tmp_path, state):
     ByteTokenizer().save(folder / "tokenizer")
     with contextlib.closing(Store(folder / "checkpoints", keep=2)) as store:
         for step in (1, 2):
-            store.save(step, at(state, step), META)
+            store.save(step, to_trees(at(state, step)), META)
     return folder
 
 
@@ -52,32 +57,32 @@ def assert_same(actual, expected):
 
 
 def test_keeps_the_newest_and_restores_them_bit_for_bit(tmp_path, state):
-    abstract = abstract_train_state(CFG, CFG.model)
+    abstract = to_trees(abstract_train_state(CFG))
     with contextlib.closing(Store(tmp_path, keep=2)) as store:
         assert store.latest() is None
         for step in (3, 5, 9):
-            store.save(step, at(state, step), {**META, "window": [[0.1, 1 / 3]]})
+            store.save(step, to_trees(at(state, step)), {**META, "window": [[0.1, 1 / 3]]})
         store.wait()
         assert store.latest() == 9
-        assert_same(store.restore(abstract, 5), at(state, 5))
+        assert_same(store.restore(abstract, 5), to_trees(at(state, 5)))
     with contextlib.closing(Store(tmp_path, keep=2)) as store:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "9"]
-        assert_same(store.restore(abstract, 9), at(state, 9))
+        assert_same(store.restore(abstract, 9), to_trees(at(state, 9)))
         assert store.meta(9)["window"] == [[0.1, 1 / 3]]
 
 
 def test_what_is_saved_is_the_state_at_the_call(tmp_path):
     """A donated buffer may be overwritten by the next step while the save still runs."""
     big = TrainState(jnp.zeros((), jnp.int32), {"w": jnp.ones((512, 1024))}, jnp.zeros(4))
-    abstract = {"w": jax.ShapeDtypeStruct((512, 1024), jnp.float32)}
+    abstract = {"params": {"w": jax.ShapeDtypeStruct((512, 1024), jnp.float32)}}
     bump = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     with contextlib.closing(Store(tmp_path, keep=9)) as store:
         for step in range(4):
-            store.save(step, big, {})
+            store.save(step, to_trees(big), {})
             for _ in range(10):
                 big = bump(big)
         for step in range(4):
-            found = store.restore_params(abstract, step)["w"]
+            found = store.restore(abstract, step)["params"]["w"]
             np.testing.assert_array_equal(found, np.full((512, 1024), 10.0 * step + 1))
 
 
@@ -104,7 +109,7 @@ def test_a_damaged_checkpoint_names_itself_and_the_remedy(run, state, damage):
         largest.write_bytes(b"")
     for read in (
         lambda: load_run(run),
-        lambda: _restore(run, abstract_train_state(CFG, CFG.model)),
+        lambda: _restore(run, abstract_train_state(CFG)),
     ):
         with pytest.raises(StoreError, match=r"checkpoints/2: damaged .* move it away") as e:
             read()
@@ -115,7 +120,7 @@ def test_a_damaged_checkpoint_names_itself_and_the_remedy(run, state, damage):
 
 def _restore(run, abstract):
     with contextlib.closing(Store(run / "checkpoints")) as store:
-        return store.restore(abstract, store.latest())
+        return store.restore(to_trees(abstract), store.latest())
 
 
 FULL = (
@@ -129,7 +134,7 @@ FULL = (
 def test_a_state_of_another_shape_is_refused(run):
     wider = dataclasses.replace(CFG, model=dataclasses.replace(CFG.model, width=32))
     with pytest.raises(StoreError, match="damaged or of another shape"):
-        _restore(run, abstract_train_state(wider, wider.model))
+        _restore(run, abstract_train_state(wider))
 
 
 @pytest.mark.parametrize("error", FULL)
@@ -142,8 +147,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_others(run, state, error, monkey
         monkeypatch.context() as patch,
     ):
         patch.setattr(store._manager, "save", full)
-        with pytest.raises(StoreError, match=r"no space left on the disk .* free some space"):
-            store.save(3, state, META)
+        with pytest.raises(StoreError, match="No space left on device; free some space"):
+            store.save(3, to_trees(state), META)
     assert_same(load(run)[0], at(state, 2).params)
 
 

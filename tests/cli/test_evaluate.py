@@ -1,4 +1,4 @@
-"""`eval` as typed: its tables, pictures and JSON, and what it says when it can't."""
+"""The command `eval`: its tables, curve, JSON and error messages."""
 
 import dataclasses
 import io
@@ -27,7 +27,7 @@ from rwkv_jax.data.prepare import prepare
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.evaluation import continuations, text
 from rwkv_jax.toml import to_toml
-from rwkv_jax.training.state import TrainState
+from rwkv_jax.training.state import TrainState, to_trees
 
 ROOT = Path(program.__file__).parents[1]
 SHARES = {"x": 0.5, "y": 0.25}
@@ -53,7 +53,8 @@ def folder(tmp_path_factory):
     tokenizer.save(run / "tokenizer")
     store = Store(run / "checkpoints", keep=1)
     meta = {"model": dataclasses.asdict(cfg), "tokenizer": tokenizer.identity()}
-    store.save(1, TrainState(jnp.zeros((), jnp.int32), params, {"m": jnp.zeros(1)}), meta)
+    state = TrainState(jnp.zeros((), jnp.int32), params, {"m": jnp.zeros(1)})
+    store.save(1, to_trees(state), meta)
     store.close()
     (folder / "long.txt").write_text("x" * 39)
     (folder / "lines.jsonl").write_text('{"text": "xyz", "body": "yy"}\n{"text": ""}\n')
@@ -118,7 +119,7 @@ def test_several_texts_in_their_order_and_by_position(run_eval):
     rows = [cells(line)[:2] for line in done.out[3:6]]
     assert rows == [["lines.jsonl", "4"], ["corpus", "80"], ["long.txt", "40"]]
     header, first, _, last = map(cells, done.out[-4:])
-    assert header == ["long.txt: place", "documents", "tokens", "bits/byte", "ppl/token"]
+    assert header == ["long.txt: position", "documents", "tokens", "bits/byte", "ppl/token"]
     assert first == ["0-15", "1", "16", "1.000", "2.000"]
     bits = 7 + REST
     assert last == ["32-39", "1", "8", f"{bits / 7:.3f}", f"{2 ** (bits / 8):.3f}"]
@@ -196,15 +197,15 @@ def test_json_and_picture(run_eval, folder):
     }
     first = found["texts"][0]
     assert first["bits_per_byte"] == pytest.approx((39 + REST) / 39, rel=1e-6)
-    assert [x["stop"] for x in first["stretches"]] == [16, 32, 40]
-    assert sum(x["nats"] for x in first["stretches"]) == pytest.approx(first["nats"])
+    assert [x["stop"] for x in first["buckets"]] == [16, 32, 40]
+    assert sum(x["nats"] for x in first["buckets"]) == pytest.approx(first["nats"])
     assert first["compressors"].keys() == {"gzip -9", "xz -9"}
     assert found["lambada"][0]["accuracy"] == 0.5 and found["choices"] == []
     assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
     (folder / "blank.txt").write_text(" " * 16)
     assert run_eval("model.safetensors", "blank.txt", "--json", "out.json").code == 0
     [blank] = json.loads((folder / "out.json").read_text(), parse_constant=pytest.fail)["texts"]
-    assert blank["word_perplexity"] is None and blank["stretches"][1]["bits_per_byte"] is None
+    assert blank["word_perplexity"] is None and blank["buckets"][1]["bits_per_byte"] is None
 
 
 def test_dtype_and_batch_are_used(run_eval):
@@ -219,7 +220,7 @@ def test_dtype_and_batch_are_used(run_eval):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["model.safetensors"], "nothing to measure it on: name a TEXT, --lambada FILE or"),
+        (["model.safetensors"], "nothing to measure the model on: name a TEXT, --lambada FILE or"),
         (
             ["model.safetensors", "--choices", "quiz.jsonl", "--by-position"],
             "--by-position is of a",
@@ -232,9 +233,9 @@ def test_dtype_and_batch_are_used(run_eval):
         (["model.safetensors", "-"], "stdin: byte 1 is not UTF-8; convert it first"),
         (["model.safetensors", "long.txt", "--limit", "0"], "--limit 0: 1 or more"),
         (["model.safetensors", "long.txt", "--batch", "-1"], "--batch -1: 1 or more"),
-        (["model.safetensors", "long.txt", "--json", "no/out"], "--json no/out: no file can be"),
-        (["model.safetensors", "long.txt", "--plot", "corpus"], "--plot corpus: no file can be"),
-        (["run", "--field", "body"], "--field is of the JSON lines of a TEXT"),
+        (["model.safetensors", "long.txt", "--json", "no/out"], "--json no/out: cannot be a file"),
+        (["model.safetensors", "long.txt", "--plot", "corpus"], "--plot corpus: cannot be a file"),
+        (["run", "--field", "body"], "--field belongs to the JSON lines of a TEXT"),
         (["model.safetensors", "--choices", "bad.jsonl"], "bad.jsonl:1: no field 'answer'; rename"),
         (["model.safetensors", "--lambada", "empty"], "empty: no questions in it"),
         (["model.safetensors", "long.txt", "--tokenizer", "x"], "--tokenizer x: no such file"),

@@ -22,7 +22,7 @@ from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.models import init_state
 from rwkv_jax.sampling import Generator, Sampling, Session, TextChunk, generate_with
 from rwkv_jax.toml import to_toml
-from rwkv_jax.training.state import TrainState
+from rwkv_jax.training.state import TrainState, to_trees
 from tests.sampling.conftest import config, weights
 
 ROOT = Path(sample.__file__).parent
@@ -38,7 +38,7 @@ def run(tmp_path_factory):
     store = Store(folder / "checkpoints", keep=1)
     state = TrainState(jnp.zeros((), jnp.int32), weights("7"), {"m": jnp.zeros(1)})
     meta = {"model": dataclasses.asdict(cfg), "tokenizer": tokenizer.identity()}
-    store.save(1, state, meta)
+    store.save(1, to_trees(state), meta)
     store.close()
     return folder
 

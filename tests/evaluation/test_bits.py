@@ -12,7 +12,7 @@ from rwkv_jax import models
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.prepare import Tokens
 from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.evaluation.bits import compressors, evaluate
+from rwkv_jax.evaluation.bits import Settings, compressors, evaluate
 
 
 class Letters(ByteTokenizer):
@@ -58,19 +58,19 @@ def nats_alone(params, cfg, document):
 
 @pytest.mark.parametrize("version", [pytest.param("4", marks=pytest.mark.slow), "7"])
 @pytest.mark.parametrize(
-    "lengths, lanes",
+    "lengths, rows",
     [
         ((9, 1, 30, 0, 12, 5), 3),
         pytest.param((40, 3), 4, marks=pytest.mark.slow),
         pytest.param((6,), 1, marks=pytest.mark.slow),
     ],
 )
-def test_every_document_is_scored_once_and_alone(version, lengths, lanes):
+def test_every_document_is_scored_once_and_alone(version, lengths, rows):
     cfg = ModelConfig(version=version, layers=2, width=64, vocab_size=16)
     params = lively_params(cfg)
     documents, tokens = corpus(lengths)
     expected = sum(nats_alone(params, cfg, document) for document in documents)
-    result = evaluate(params, tokens, cfg=cfg, lanes=lanes, window=8)
+    result = evaluate(params, tokens, Settings(cfg, rows, window=8))
     assert result.tokens == sum(lengths) + len(lengths)
     assert result.nats == pytest.approx(expected, rel=2e-6)
     assert result.bits_per_byte == pytest.approx(expected / (2 * sum(lengths)) / math.log(2))
@@ -81,15 +81,15 @@ def test_a_part_is_the_same_documents_each_time_and_counts_their_bytes():
     params = lively_params(cfg)
     documents, tokens = corpus((9, 4, 30, 7, 12))
     results = [
-        evaluate(params, tokens, cfg=cfg, lanes=lanes, window=window, limit=25)
-        for lanes, window in ((1, 32), (3, 5))
+        evaluate(params, tokens, Settings(cfg, rows, window), limit=25)
+        for rows, window in ((1, 32), (3, 5))
     ]
     assert [r.tokens for r in results] == [25, 25]
     assert results[0].nats == pytest.approx(results[1].nats, rel=2e-6)
     assert results[0].bytes == results[1].bytes
     # 25 tokens are those of whole documents and the beginning of one: 2 bytes each but for eod.
     assert 40 <= results[0].bytes <= 50
-    whole = evaluate(params, tokens, cfg=cfg, lanes=2, window=16, limit=10**6)
+    whole = evaluate(params, tokens, Settings(cfg, rows=2, window=16), limit=10**6)
     assert (whole.tokens, whole.bytes) == (len(tokens.heldout), tokens.heldout_bytes)
     assert len(documents) == 5
 
@@ -101,9 +101,7 @@ def test_reports_progress_to_the_end():
     evaluate(
         lively_params(cfg),
         tokens,
-        cfg=cfg,
-        lanes=2,
-        window=8,
+        Settings(cfg, rows=2, window=8),
         report=lambda done, total: seen.append((done, total)),
     )
     assert seen[-1] == (46, 46)

@@ -23,7 +23,7 @@ def some_prompts(seed=0):
 
 
 def alone(version, prompt, tuned=False):
-    """(log p, greedy) of each continuation, the prompt read anew for each."""
+    """(log p, greedy) of each continuation, the prompt read again for each."""
     for after in prompt.continuations:
         ids = [*prompt.ids[1:], *after]
         rows = log_p_of_next(version, ids, tuned)[len(prompt.ids) - 1 :] if after else []

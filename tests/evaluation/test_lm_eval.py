@@ -100,7 +100,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    """What the harness finds, and what it wrote down of each request."""
+    """The harness's results, and its log of each request."""
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
 
@@ -201,7 +201,7 @@ def test_settings_of_writing(subject):
     assert greedy == written("one", 2)
     assert drawn == subject.generate_until(requests)[1:]
     assert len({*drawn}) == 3, "equal requests draw other texts"
-    with pytest.raises(UserError, match="generation setting num_beams: not known here; there are"):
+    with pytest.raises(UserError, match="generation setting num_beams: unknown; known are"):
         subject.generate_until(asked(("one", {"num_beams": 2})))
 
 

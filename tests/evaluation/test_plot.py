@@ -1,22 +1,22 @@
-"""The position curve: what is drawn where."""
+"""The position curve: its points and its ticks."""
 
 import math
 
 from matplotlib.figure import Figure
 
 from rwkv_jax.evaluation.plot import plot
-from rwkv_jax.evaluation.text import Measured, Stretch
+from rwkv_jax.evaluation.text import Bucket, Measured
 
 
-def measured(*stretches):
+def measured(*buckets):
     parts = tuple(
-        Stretch(nats=bits * math.log(2), tokens=1, bytes=size, start=start, stop=stop, documents=1)
-        for start, stop, bits, size in stretches
+        Bucket(nats=bits * math.log(2), tokens=1, bytes=size, start=start, stop=stop, documents=1)
+        for start, stop, bits, size in buckets
     )
-    return Measured(nats=math.log(2), tokens=1, bytes=1, words=1, documents=1, stretches=parts)
+    return Measured(nats=math.log(2), tokens=1, bytes=1, words=1, documents=1, buckets=parts)
 
 
-def test_each_text_is_a_curve_and_a_stretch_without_bytes_no_point(tmp_path, monkeypatch):
+def test_each_text_is_a_curve_and_a_bucket_without_bytes_no_point(tmp_path, monkeypatch):
     seen = {}
 
     def look(figure, path, **kwargs):

@@ -1,4 +1,4 @@
-"""Tasks: what files may hold, accuracy that is known beforehand, and what is said of bad lines."""
+"""Tasks: the format of files, accuracies known beforehand, and errors for bad lines."""
 
 import gzip
 import json
@@ -79,20 +79,20 @@ CHOICES = {"prompt": "?", "choices": ["a", "b"], "answer": 0}
     [
         (read_endings, "{", r"not JSON \(.*, column 2\); one object a line"),
         (read_endings, "[1]", "a JSON list; an object is needed"),
-        (read_endings, {}, "no field 'text' or 'prompt'; rename one of those there: none"),
+        (read_endings, {}, "no field 'text' or 'prompt'; rename one of its fields: none"),
         (read_endings, {"prompt": "a", "end": "b"}, "no field 'completion' or 'target'; rename"),
         (read_endings, {"prompt": "a", "target": "b", "completion": "b"}, "has both 'completion'"),
         (read_endings, {"text": "a b", "target": "b"}, "has both 'text' and 'target'; rename"),
         (read_endings, {"text": "a b", "prompt": "a"}, "has both 'text' and 'prompt'; join them"),
         (read_endings, {"prompt": "a", "target": ""}, "the completion is empty"),
         (read_endings, {"prompt": 3, "target": "b"}, "'prompt' holds a JSON int; text is needed"),
-        (read_endings, {"text": "word"}, "'text' has no last word"),
-        (read_endings, {"text": "ends in "}, "'text' has no last word"),
+        (read_endings, {"text": "word"}, "'text' needs at least two words"),
+        (read_endings, {"text": "ends in "}, "'text' needs at least two words"),
         (read_endings, r'{"text": "half \ud800"}', "'text' holds half a surrogate pair"),
         (read_choices, CHOICES | {"context": "!"}, "has both 'prompt' and 'context'; join them"),
-        (read_choices, {"prompt": "?"}, "no field 'choices'; rename one of those there: prompt"),
-        (read_choices, CHOICES | {"choices": ["a"]}, "'choices' is no list of two or more"),
-        (read_choices, CHOICES | {"choices": "ab"}, "'choices' is no list of two or more"),
+        (read_choices, {"prompt": "?"}, "no field 'choices'; rename one of its fields: prompt"),
+        (read_choices, CHOICES | {"choices": ["a"]}, "'choices' is not a list of two or more"),
+        (read_choices, CHOICES | {"choices": "ab"}, "'choices' is not a list of two or more"),
         (read_choices, CHOICES | {"choices": ["a", 1]}, "'choices' holds a JSON int"),
         (read_choices, CHOICES | {"choices": ["a", ""]}, "one of 'choices' is empty"),
         (read_choices, CHOICES | {"answer": 2}, "'answer' is 2; .* its index from 0 to 1"),

@@ -12,7 +12,7 @@ from rwkv_jax.data.prepare import Tokens
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.errors import UserError
 from rwkv_jax.evaluation import text as module
-from rwkv_jax.evaluation.bits import evaluate
+from rwkv_jax.evaluation.bits import Settings, evaluate
 from rwkv_jax.evaluation.continuations import Prompt, score
 from rwkv_jax.evaluation.text import encode, measure
 
@@ -34,8 +34,8 @@ def test_every_token_is_counted_where_it_stands(version):
     assert found.nats == pytest.approx(sum(cost.sum() for cost in costs), rel=2e-6)
     assert (found.documents, found.words) == (5, sum(len(x.split()) for x in DOCUMENTS))
     assert (found.bytes, found.tokens) == (sum(map(len, data)), sum(map(len, data)) + 5)
-    assert [(x.start, x.stop) for x in found.stretches] == [(0, 16), (16, 32), (32, 64), (64, 91)]
-    for part in found.stretches:
+    assert [(x.start, x.stop) for x in found.buckets] == [(0, 16), (16, 32), (32, 64), (64, 91)]
+    for part in found.buckets:
         here = [cost[part.start : part.stop] for cost in costs]
         assert part.nats == pytest.approx(sum(cost.sum() for cost in here), rel=1e-5)
         assert part.tokens == sum(map(len, here))
@@ -50,8 +50,8 @@ def test_neither_batch_nor_window_matter(batch, window, monkeypatch):
     expected = measure(params, text, cfg=cfg, batch=2)
     monkeypatch.setattr(module, "WINDOW", window)
     found = measure(params, text, cfg=cfg, batch=batch)
-    assert [x.nats for x in found.stretches] == pytest.approx(
-        [x.nats for x in expected.stretches], rel=1e-5
+    assert [x.nats for x in found.buckets] == pytest.approx(
+        [x.nats for x in expected.buckets], rel=1e-5
     )
 
 
@@ -66,15 +66,15 @@ def test_neither_batch_nor_window_matter(batch, window, monkeypatch):
         (90, [16, 32, 64, 90]),
     ],
 )
-def test_stretches_double_and_cover_all(longest, stops):
+def test_buckets_double_and_cover_all(longest, stops):
     params, cfg = guesser({"x": 0.5})
     found = measure(
         params, encode("x", ["x" * (longest - 1) or "x"], ByteTokenizer(), longest), cfg=cfg
     )
-    assert [part.stop for part in found.stretches] == stops
-    assert [part.start for part in found.stretches] == [0, *stops[:-1]]
+    assert [part.stop for part in found.buckets] == stops
+    assert [part.start for part in found.buckets] == [0, *stops[:-1]]
     for name in ("nats", "tokens", "bytes"):
-        parts = math.fsum(getattr(part, name) for part in found.stretches)
+        parts = math.fsum(getattr(part, name) for part in found.buckets)
         assert parts == pytest.approx(getattr(found, name), rel=1e-12)
 
 
@@ -97,8 +97,8 @@ def test_rates_that_no_number_can_hold():
     )
     found = measure(params, encode("x", [" " * 16], ByteTokenizer()), cfg=cfg)
     assert math.isnan(found.word_perplexity)
-    # The last stretch is the end of the document alone.
-    assert math.isnan(found.stretches[-1].bits_per_byte) and found.stretches[-1].perplexity > 1
+    # The last bucket is the end of the document alone.
+    assert math.isnan(found.buckets[-1].bits_per_byte) and found.buckets[-1].perplexity > 1
 
 
 def test_costs_what_heldout_text_costs_in_training():
@@ -116,7 +116,7 @@ def test_costs_what_heldout_text_costs_in_training():
         heldout_documents=5,
         skipped_files=0,
     )
-    expected = evaluate(params, tokens, cfg=cfg, lanes=4, window=16)
+    expected = evaluate(params, tokens, Settings(cfg, rows=4, window=16))
     found = measure(params, text, cfg=cfg, batch=4)
     assert found.bits_per_byte == pytest.approx(expected.bits_per_byte, rel=1e-9)
     assert (found.tokens, found.loss) == (expected.tokens, pytest.approx(expected.loss, rel=1e-9))

@@ -36,12 +36,12 @@ cfg = Config(
 )
 plan = make_plan(cfg, open_topology("here"))
 mesh = make_mesh(cfg)
-state = init_train_state(cfg, cfg.model, mesh=mesh)
+state = init_train_state(cfg, mesh=mesh)
 batch = jax.tree.map(
     lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), abstract_batch(cfg, mesh)
 )
 with sharding.use_mesh(mesh):
-    step = make_train_step(cfg, cfg.model).lower(state, batch).compile()
+    step = make_train_step(cfg).lower(state, batch).compile()
     jax.block_until_ready(state)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM

@@ -169,9 +169,7 @@ def plan_and_state(mesh, **model):
         train=TrainConfig(batch=8, context=64, steps=1),
         mesh=mesh,
     )
-    return make_plan(cfg, open_topology("here")), init_train_state(
-        cfg, cfg.model, mesh=make_mesh(cfg)
-    )
+    return make_plan(cfg, open_topology("here")), init_train_state(cfg, mesh=make_mesh(cfg))
 
 
 def test_a_plan_is_what_a_run_allocates_and_communicates():
@@ -274,6 +272,6 @@ def test_the_command(tmp_path, capsys):
     assert "vocabulary 257, context 32" in out
     assert "8 x cpu (fsdp 8)" in out and "FLOP per token" in out and "over fsdp" in out
     assert main([str(path), "--topology", "here", "train.batch=9"]) == 2
-    assert "what does: train.batch = 8 or 16, mesh.fsdp = " in capsys.readouterr().err
+    assert "set train.batch = 8 or 16, or mesh.fsdp = " in capsys.readouterr().err
     assert main([str(path), "--topology", "here", "--fit"]) == 2
     assert "--fit: the memory of the devices here is not known" in capsys.readouterr().err

@@ -108,7 +108,7 @@ def test_the_official_recipe(tmp_path, console, monkeypatch):
     ],
     ids=["documents", "carried", "mixture"],
 )
-def test_a_stopped_run_goes_on_exactly(tmp_path, console, monkeypatch, settings):
+def test_a_stopped_run_resumes_exactly(tmp_path, console, monkeypatch, settings):
     if "data.mixture" in settings:
         chat = tmp_path / "chat.jsonl"
         talks = (
@@ -138,7 +138,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, console, monkeypatch, settings)
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
 
 
-def test_data_and_model_that_do_not_fit_are_told_before_anything_is_written(tmp_path, console):
+def test_data_and_model_that_do_not_fit_are_rejected_before_anything_is_written(tmp_path, console):
     source = pair(tmp_path, vocab=250)
     for settings, message in (
         ({"model.vocab_size": 200}, "model.vocab_size = 200: the tokenizer"),

@@ -1,4 +1,4 @@
-"""Runs of several processes: one data order, one set of files, one end."""
+"""Runs of several processes: one order of data, one set of files, one way to stop."""
 
 import random
 import re
@@ -10,7 +10,14 @@ from training.processes import LIMITED, free_port, launch, outcomes
 from training.runs import config, settings
 
 from rwkv_jax.data.prepare import prepare
-from rwkv_jax.training.hosts import LOST, HostsError, _last_words, _plain, _several, join
+from rwkv_jax.training.hosts import (
+    LOST,
+    HostsError,
+    _exit_status,
+    _is_one_of_several,
+    _stated,
+    join,
+)
 from rwkv_jax.training.metrics import read_metrics
 
 
@@ -48,8 +55,8 @@ def wait_for_step(folder, step, processes, seconds=200):
         time.sleep(0.02)
 
 
-def test_processes_stop_as_one_and_one_goes_on(tmp_path):
-    """Asked to stop at one of them; taken up by one process, on another mesh."""
+def test_processes_stop_together_and_one_resumes(tmp_path):
+    """One of two is asked to stop; a single process resumes, on another mesh."""
     many = {"train.steps": 100_000}
     processes = launch(tiny(tmp_path, **many), 2, devices=2)
     wait_for_step(tmp_path / "run", 3, processes)
@@ -59,14 +66,14 @@ def test_processes_stop_as_one_and_one_goes_on(tmp_path):
     stopped = int(re.search(r"Stopped after step ([\d,]+) of", err)[1].replace(",", ""))
     assert (tmp_path / "run" / "checkpoints" / str(stopped)).is_dir()
     assert "4 x cpu (fsdp 4), 2 processes" in out
-    assert not other_err and "rwkv_jax" not in other_out  # the first one speaks
+    assert not other_err and "rwkv_jax" not in other_out  # only the first one prints
 
     end = stopped + 10
     other = {"train.steps": end, "mesh.fsdp": 2, "mesh.data": 2}
     (process,) = launch(tiny(tmp_path, **other), 1, devices=4)
     ((code, out, err),) = outcomes([process])
     assert code == 0, err
-    assert "going on from step" in out
+    assert "resuming from step" in out
     alone = {"train.steps": end, "mesh.fsdp": 1, "train.output": tmp_path / "alone"}
     (process,) = launch(tiny(tmp_path, **alone), 1)
     ((code, _, err),) = outcomes([process])
@@ -118,7 +125,7 @@ def test_a_checkpoint_of_which_one_process_has_a_damaged_part_is_set_aside(tmp_p
     (code, out, err), (other, _, other_err) = outcomes(processes)
     assert code == other == 0, err + other_err
     assert f"{newest}: damaged or of another shape" in out
-    assert f"damaged-{newest}; going on from step {before}" in out
+    assert f"damaged-{newest}; resuming from step {before}" in out
 
 
 @pytest.mark.slow
@@ -173,21 +180,21 @@ def test_a_run_killed_twenty_times_is_the_run_that_was_not(tmp_path):
     ],
 )
 def test_who_was_started_with_others(environment, expected):
-    assert _several(environment | {"JAX_PLATFORMS": "cpu"}) == (expected is not None)
+    assert _is_one_of_several(environment | {"JAX_PLATFORMS": "cpu"}) == (expected is not None)
     if expected is not None:
-        assert _plain(environment) == expected
+        assert _stated(environment) == expected
 
 
 def test_a_lost_process_is_known_by_what_an_error_came_of():
     lost = RuntimeError("Barrier failed because: UNAVAILABLE: Task 1 heartbeat timeout")
     written = TimeoutError("Timed out while waiting for async_write_complete barrier.")
     written.__cause__ = lost
-    code, told = _last_words(written)
-    assert code == LOST and "gone or out of reach (Barrier failed" in told
+    code, message = _exit_status(written)
+    assert code == LOST and "gone or out of reach (Barrier failed" in message
     handled = TimeoutError("of something else")
     handled.__context__, handled.__suppress_context__ = lost, True
-    code, told = _last_words(handled)
-    assert code == 1 and "TimeoutError" in told
+    code, message = _exit_status(handled)
+    assert code == 1 and "TimeoutError" in message
 
 
 STATED = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
@@ -212,7 +219,7 @@ def test_a_wrong_environment(changes, expected):
 
 
 def test_settings_that_differ_are_named(tmp_path):
-    """By all of them, before anything is compiled; the first one tells."""
+    """By all of them, before anything is compiled; the first one prints the line."""
     port = free_port()
     one, other = (
         launch(tiny(tmp_path, **{"train.steps": steps}), 2, port=port, only=number)

@@ -26,9 +26,12 @@ from rwkv_jax.data.loader import Loader
 from rwkv_jax.data.prepare import prepare
 from rwkv_jax.errors import UserError
 from rwkv_jax.toml import load_stated
-from rwkv_jax.training import loop
-from rwkv_jax.training.loop import Interrupted, NonFiniteError, train
+from rwkv_jax.training import loop, report, setup
+from rwkv_jax.training.hosts import Interrupted
+from rwkv_jax.training.loop import NonFiniteError, train
 from rwkv_jax.training.metrics import read_metrics
+from rwkv_jax.training.objective import objective
+from rwkv_jax.training.report import Report
 
 ROOT = Path(__file__).parents[2]
 TIMES = ("seconds", "tokens_per_s", "steps", "data", "saving", "evaluating")
@@ -124,13 +127,13 @@ def test_a_finished_run_is_evaluated_again_and_may_be_made_longer(tmp_path, cons
 
 
 def test_final_table_curve_and_checkpoints(tmp_path, console, monkeypatch):
-    summary, took = loop._summary, []
+    summary, spent = Report.summary, []
 
-    def noted(run):
-        took.append(dict(run.pace.total))
-        return summary(run)
+    def noted(report):
+        spent.append(dict(report.timer.total))
+        return summary(report)
 
-    monkeypatch.setattr(loop, "_summary", noted)
+    monkeypatch.setattr(Report, "summary", noted)
     folder = train(config(tmp_path, **{"train.keep": 1}), console=console)
     console.file.flush()
     printed = (tmp_path / "stdout").read_text()
@@ -142,21 +145,25 @@ def test_final_table_curve_and_checkpoints(tmp_path, console, monkeypatch):
     assert "step 12/12  loss" in printed
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["12"]
-    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob("*.partial"))
     # Learning shows: the corpus is the same five lines again and again.
     losses = [line["loss"] for line in metrics(folder) if "loss" in line]
     assert losses[-1] < losses[0]
     # The summary is of all that was done, the last evaluation too.
-    assert took[0].keys() == {"steps", "data", "saving", "evaluating"}
+    assert spent[0].keys() == {"tokens", "steps", "data", "saving", "evaluating"}
 
 
 def test_divergence_names_the_step_the_gradient_and_the_last_good_checkpoint(
     tmp_path, console, monkeypatch
 ):
-    original = loop.make_train_step
+    original, calls = loop.make_train_step, []
 
-    def poisoned(cfg, model_cfg):
-        step = original(cfg, model_cfg)
+    def counted(*args, **settings):
+        calls.append(args)
+        return objective(*args, **settings)
+
+    def poisoned(*args):
+        step = original(*args)
 
         def train_step(state, batch):
             if int(state.step) == 7:
@@ -168,7 +175,8 @@ def test_divergence_names_the_step_the_gradient_and_the_last_good_checkpoint(
 
     monkeypatch.setattr(loop, "make_train_step", poisoned)
     with pytest.raises(NonFiniteError) as caught:
-        train(config(tmp_path), console=console)
+        train(config(tmp_path), console=console, objective=counted)
+    assert calls  # the objective given is the one that is minimised
     message = str(caught.value)
     assert message.startswith("step 8: the loss is nan; the gradient is not finite in emb")
     assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / '5'}" in message
@@ -254,7 +262,7 @@ def wait_for(condition, process, seconds=120):
 
 
 @pytest.mark.slow
-def test_kill_9_leaves_a_run_that_goes_on_exactly(tmp_path, compiled_once):
+def test_kill_9_leaves_a_run_that_resumes_exactly(tmp_path, compiled_once):
     many = ("train.steps=150", "train.checkpoint_every=15", "train.eval_every=70")
     whole = start(tmp_path, compiled_once, *many, f"train.output={tmp_path / 'whole'}")
     out, err = whole.communicate(timeout=300)
@@ -272,7 +280,7 @@ def test_kill_9_leaves_a_run_that_goes_on_exactly(tmp_path, compiled_once):
     last = start(tmp_path, compiled_once, *many)
     out, err = last.communicate(timeout=300)
     assert last.returncode == 0, err
-    assert "going on from step" in out
+    assert "resuming from step" in out
     assert metrics(folder) == metrics(tmp_path / "whole")
 
 
@@ -289,20 +297,18 @@ def test_a_disk_that_takes_no_checkpoint_is_one_line(tmp_path):
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     folder = tmp_path / "run" / "checkpoints"
-    assert line == (
-        f"train.py: {folder}: cannot be written (File too large); choose another train.output"
-    )
+    assert line == (f"train.py: {folder}: File too large; choose another train.output")
     assert not [path.name for path in folder.iterdir() if path.name.isdigit()]
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, compiled_once):
+def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, compiled_once):
     process = start(tmp_path, compiled_once, "train.steps=1000000")
     log = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: log.exists() and log.read_text(), process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on from there" in err
+    assert "the same command resumes from there" in err
     assert len(err.strip().splitlines()) == 1
     step = int(err.split("step ")[1].split(" ")[0].replace(",", ""))
     assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
@@ -360,9 +366,14 @@ def test_stopped_while_starting_it_starts_again(tmp_path, console, monkeypatch):
         raise Killed
 
     cfg = config(tmp_path)
-    for moment in ("Store", "init_train_state", "MetricsLog", "make_train_step"):
+    for module, moment in (
+        (setup, "Store"),
+        (setup, "init_train_state"),
+        (report, "MetricsLog"),
+        (loop, "make_train_step"),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(loop, moment, kill)
+            patch.setattr(module, moment, kill)
             with pytest.raises(Killed):
                 train(cfg, console=console)
     folder = train(cfg, console=console)
@@ -402,9 +413,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(item, tmp_
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     train(config(tmp_path, **ends, **{"train.steps": 14}), console=Console(file=out, width=200))
     out.seek(0)
-    said = out.read()
-    assert "damaged or of another shape" in said
-    assert f"kept as {folder / 'checkpoints' / 'damaged-12'}; going on from step 10" in said
+    printed = out.read()
+    assert "damaged or of another shape" in printed
+    assert f"kept as {folder / 'checkpoints' / 'damaged-12'}; resuming from step 10" in printed
     assert (folder / "checkpoints" / "damaged-12").is_dir()
     kept = [[x for x in metrics(f) if "final" not in x] for f in (folder, whole)]
     assert kept[0] == kept[1]
@@ -419,8 +430,8 @@ def test_a_damaged_metrics_file_keeps_its_whole_lines(tmp_path):
 
 @pytest.mark.slow
 def test_training_starts_from_given_weights(tmp_path, console):
-    """The model is the file's; at a learning rate of next to nothing it stays it; and a fresh start
-    of the same folder goes on."""
+    """The model is the file's, and stays so at a tiny learning rate; and a second start
+    in the same folder resumes."""
     rng = np.random.default_rng(0)
     given = {
         name: x + 0.01 * rng.normal(size=x.shape).astype(np.float32)
@@ -434,14 +445,14 @@ def test_training_starts_from_given_weights(tmp_path, console):
     typed = [x for x in settings(tmp_path, **options) if not x.startswith("model.")]
     folder = train_py(path, typed, console)
     shown = re.sub(r"[\s│]", "", (tmp_path / "stdout").read_text())
-    assert "given.pth,andsoareversionandsizes" in shown
+    assert "given.pth,whichsetsversionandsizes" in shown
     params, cfg, _ = load_run(folder)
     assert (cfg.version, cfg.layers, cfg.width, cfg.rank_w) == ("6", 2, 32, 3)
     expected, _ = from_official(given)
     for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-7)
     assert train_py(path, [*typed, "train.steps=3"], console) == folder
-    with pytest.raises(UserError, match=r"model.layers = 3 \(command line\), and .*run has 2; say"):
+    with pytest.raises(UserError, match=r"model.layers = 3 \(command line\), and .*run has 2; set"):
         train_py(path, [*typed, "model.layers=3"], console)
     # The run's own config states everything.
     assert train_py(folder / "config.toml", ["train.steps=4"], console) == folder
@@ -468,9 +479,9 @@ def test_given_weights_that_do_not_belong_are_refused(tmp_path, console):
             "5.2",
             r'model.version = "5\.2" \(command line\), and .*given.pth has "6"',
         ),
-        ("model.version", "7", "say model.version=6, or start from other weights"),
+        ("model.version", "7", "set model.version=6, or start from other weights"),
         ("model.version", None, r'"7" \(.*seven.toml\), and .*given.pth has "6"; add model.vers'),
-        ("model.layers", 12, r"model.layers = 12 \(command line\), and .*given.pth has 2; say"),
+        ("model.layers", 12, r"model.layers = 12 \(command line\), and .*given.pth has 2; set"),
         ("model.width", 64, "model.width = 64 .*, and .*given.pth has 32"),
         ("data.tokenizer", "world", "data.tokenizer = world has 65,536 tokens, and the model 257"),
         ("train.init", tmp_path / "part.pth", r"part.pth: head\.weight is missing"),

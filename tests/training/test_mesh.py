@@ -1,4 +1,4 @@
-"""Meshes: what they are made of, what does not divide, and steps that are those of one device."""
+"""Meshes: their devices, sizes that they do not divide, and steps equal to those of one device."""
 
 import contextlib
 import dataclasses
@@ -18,8 +18,13 @@ from rwkv_jax.config import DataConfig, MeshConfig
 from rwkv_jax.data.loader import Stream, open_loader
 from rwkv_jax.params import is_spec
 from rwkv_jax.planning.plan import abstract_batch
-from rwkv_jax.training.mesh import MeshError, Rows, make_mesh, params_shardings
-from rwkv_jax.training.state import abstract_train_state, init_train_state
+from rwkv_jax.training.mesh import LocalRows, MeshError, make_mesh, params_shardings
+from rwkv_jax.training.state import (
+    abstract_train_state,
+    from_trees,
+    init_train_state,
+    to_trees,
+)
 from rwkv_jax.training.step import make_train_step
 
 
@@ -41,20 +46,20 @@ def loader(cfg, masked=False):
 def steps(cfg, mesh, count=2, masked=False):
     """State after some steps, and what they reported."""
     batches = loader(cfg, masked)
-    read = Rows(batches, mesh).read if mesh else batches.read
-    state, reports = init_train_state(cfg, cfg.model, mesh=mesh), []
-    abstract = abstract_train_state(cfg, cfg.model, mesh)
-    step = make_train_step(cfg, cfg.model)
+    read = LocalRows(batches, mesh).read if mesh else batches.read
+    state, reports = init_train_state(cfg, mesh=mesh), []
+    abstract = abstract_train_state(cfg, mesh)
+    step = make_train_step(cfg)
     with sharding.use_mesh(mesh):
         for number in range(count):
             state, metrics = step(state, read(number))
             reports.append(jax.device_get(metrics))
-    for (path, found), said in zip(
+    for (path, found), expected in zip(
         jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(abstract), strict=True
     ):
-        assert (found.shape, found.dtype) == (said.shape, said.dtype)
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
         if mesh:
-            assert found.sharding.is_equivalent_to(said.sharding, found.ndim), path
+            assert found.sharding.is_equivalent_to(expected.sharding, found.ndim), path
     return state, reports
 
 
@@ -115,25 +120,25 @@ def test_masks_and_carried_states_lie_on_the_mesh(mesh):
         (
             MeshConfig(tensor=3),
             {},
-            "mesh.tensor = 3: 3 devices, and there are 8; what divides them: mesh.tensor = 4",
+            "mesh.tensor = 3: 3 devices do not divide the 8 available; set mesh.tensor = 4",
         ),
         (
             MeshConfig(data=4, fsdp=4),
             {},
-            "mesh.data = 4 x mesh.fsdp = 4: 16 devices, and there are 8; what fits them:"
-            " mesh.data = 2 or mesh.fsdp = 2",
+            "mesh.data = 4 x mesh.fsdp = 4: 16 devices are more than the 8 available;"
+            " set mesh.data = 2 or mesh.fsdp = 2",
         ),
         (
             MeshConfig(data=16, fsdp=2, tensor=2),
             {},
-            "mesh.data = 16 x mesh.fsdp = 2 x mesh.tensor = 2: 64 devices, and there are 8; what"
-            " fits them: mesh.data = 2",
+            "mesh.data = 16 x mesh.fsdp = 2 x mesh.tensor = 2: 64 devices are more than the 8"
+            " available; set mesh.data = 2",
         ),
         (
             MeshConfig(data=16, fsdp=16),
             {},
-            "mesh.data = 16 x mesh.fsdp = 16: 256 devices, and there are 8; what fits them: fewer"
-            " along each",
+            "mesh.data = 16 x mesh.fsdp = 16: 256 devices are more than the 8 available;"
+            " set fewer along each axis",
         ),
         (
             MeshConfig(fsdp=1, tensor=8),
@@ -144,21 +149,21 @@ def test_masks_and_carried_states_lie_on_the_mesh(mesh):
         (
             MeshConfig(),
             {"train": {"batch": 12}},
-            "train.batch = 12 does not divide over the 8 devices of mesh.fsdp = 8; what does:"
-            " train.batch = 8 or 16, mesh.fsdp = 4",
+            "train.batch = 12 is not divisible by the 8 devices of mesh.fsdp = 8;"
+            " set train.batch = 8 or 16, or mesh.fsdp = 4",
         ),
         (
             MeshConfig(data=2, fsdp=2, tensor=2),
             {"train": {"batch": 8, "accumulate": 4}},
-            "train.batch = 8 in train.accumulate = 4 parts does not divide over the 4 devices of"
-            " mesh.data = 2 x mesh.fsdp = 2; what does: train.batch = 16, train.accumulate = 2,"
-            " mesh.data = 1, mesh.fsdp = 1",
+            "train.batch = 8 in train.accumulate = 4 parts is not divisible by the 4 devices of"
+            " mesh.data = 2 x mesh.fsdp = 2; set train.batch = 16, or train.accumulate = 2, or"
+            " mesh.data = 1, or mesh.fsdp = 1",
         ),
         (
             MeshConfig(fsdp=1, sequence=8),
             {"train": {"context": 100}},
-            "train.context = 100 does not divide over the 8 devices of mesh.sequence = 8; what"
-            " does: train.context = 96 or 104, mesh.sequence = 4",
+            "train.context = 100 is not divisible by the 8 devices of mesh.sequence = 8;"
+            " set train.context = 96 or 104, or mesh.sequence = 4",
         ),
         (
             MeshConfig(fsdp=1, tensor=4),
@@ -236,8 +241,8 @@ def test_what_grows_with_rows_and_time_lies_in_parts(version, mesh):
     cfg = config(mesh, version, context=512)
     made = make_mesh(cfg)
     with sharding.use_mesh(made):
-        given = abstract_train_state(cfg, cfg.model, made), abstract_batch(cfg, made)
-        program = make_train_step(cfg, cfg.model).trace(*given).jaxpr.jaxpr
+        given = abstract_train_state(cfg, made), abstract_batch(cfg, made)
+        program = make_train_step(cfg).trace(*given).jaxpr.jaxpr
     rows_and_time = math.prod(size for axis, size in made.shape.items() if axis != "tensor")
     every = rows_and_time * made.shape.get("tensor", 1)
     heads, hidden = (cfg.model.heads, cfg.model.head_size), cfg.model.ffn
@@ -253,15 +258,15 @@ def test_what_grows_with_rows_and_time_lies_in_parts(version, mesh):
 
 def test_a_checkpoint_is_restored_bit_for_bit_on_any_mesh(tmp_path):
     cfg = config(MESHES["fsdp8"])
-    saved = init_train_state(cfg, cfg.model, mesh=make_mesh(cfg))
+    saved = init_train_state(cfg, mesh=make_mesh(cfg))
     with contextlib.closing(Store(tmp_path, keep=1)) as store:
-        store.save(1, saved, {})
+        store.save(1, to_trees(saved), {})
         store.wait()
         for mesh in (MESHES["data2-fsdp2-tensor2"], MeshConfig(fsdp=1)):
             other = make_mesh(config(mesh))
-            abstract = abstract_train_state(cfg, cfg.model, other)
-            found = store.restore(abstract, 1)
+            abstract = abstract_train_state(cfg, other)
+            found = from_trees(store.restore(to_trees(abstract), 1))
             trees = zip(*(jax.tree.leaves(x) for x in (found, saved, abstract)), strict=True)
-            for mine, theirs, said in trees:
+            for mine, theirs, expected in trees:
                 np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
-                assert said.sharding is None or mine.sharding == said.sharding
+                assert expected.sharding is None or mine.sharding == expected.sharding

@@ -23,7 +23,7 @@ def events(folder):
 
 
 def scalars(found):
-    """What TensorBoard shows: a start at a step hides what was told before it from there on."""
+    """What TensorBoard shows: a start at a step hides earlier records of it and of later steps."""
     shown = {}
     for event in found:
         if event.session_log.status == SessionLog.START:

@@ -1,4 +1,4 @@
-"""The loss curve: what is joined by a line was measured alike."""
+"""The loss curve: a line joins only what was measured alike."""
 
 from matplotlib.figure import Figure
 

@@ -18,7 +18,9 @@ from rwkv_jax.config import (
     TrainConfig,
 )
 from rwkv_jax.data.loader import Batch, Stream, open_loader
+from rwkv_jax.loss import token_nats
 from rwkv_jax.toml import load_config
+from rwkv_jax.training.objective import hidden_states, objective
 from rwkv_jax.training.state import abstract_train_state, init_train_state
 from rwkv_jax.training.step import describe_nonfinite, make_train_step
 
@@ -29,8 +31,9 @@ MODELS = {
 }
 
 
-def config(**train):
+def config(version="7", **train):
     return Config(
+        model=MODELS[version],
         optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=0),
         train=TrainConfig(**{"steps": 50, "batch": 4, "context": 16, **train}),
     )
@@ -39,7 +42,7 @@ def config(**train):
 @functools.cache
 def compiled_step(version):
     """The step of the plain config, compiled once."""
-    return make_train_step(config(), MODELS[version])
+    return make_train_step(config(version))
 
 
 def batch(seed=0, b=4, t=16, vocab=32):
@@ -61,13 +64,13 @@ def test_accumulated_gradient_is_the_whole_batchs(version, masked):
     results = []
     for parts in (1, 4):
         cfg = dataclasses.replace(
-            config(accumulate=parts, l2wrap=0.1, z_loss=0.1),
+            config(version, accumulate=parts, l2wrap=0.1, z_loss=0.1),
             # With a large eps the update is lr * gradient / eps: no normalisation hides a factor.
             optimizer=OptimizerConfig(eps=1e3, peak_lr=1e3, final_lr=1e3, warmup_steps=0, clip=0.0),
         )
-        state = init_train_state(cfg, MODELS[version])
+        state = init_train_state(cfg)
         before = jax.tree.map(np.asarray, state.params)
-        state, metrics = make_train_step(cfg, MODELS[version])(state, rows)
+        state, metrics = make_train_step(cfg)(state, rows)
         moved = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, before)
         results.append((moved, float(metrics.loss), float(metrics.grad_norm)))
     (whole, loss, norm), (parts, loss_parts, norm_parts) = results
@@ -79,10 +82,30 @@ def test_accumulated_gradient_is_the_whole_batchs(version, masked):
     assert (sum(jax.tree.leaves(difference)) / total) ** 0.5 < 1e-5
 
 
+def test_the_objective_can_be_replaced():
+    """By one that changes its results, and by one that is written from scratch."""
+
+    def doubled(params, batch, carried, *, model, train):
+        loss, (cross_entropy, after) = objective(params, batch, carried, model=model, train=train)
+        return 2 * loss, (3 * cross_entropy, after)
+
+    def plain(params, batch, carried, *, model, train):
+        hidden, after = hidden_states(params, batch, carried, model=model, train=train)
+        nats = token_nats(hidden, params.head, batch.targets)
+        return jnp.mean(nats), (jnp.mean(nats), after)
+
+    cfg, seen = config(l2wrap=0.0), {}
+    for name, chosen in (("own", objective), ("doubled", doubled), ("plain", plain)):
+        state = init_train_state(cfg)
+        _, metrics = make_train_step(cfg, objective=chosen)(state, batch())
+        seen[name] = np.array([metrics.loss, metrics.grad_norm, metrics.state_rms])
+    np.testing.assert_allclose(seen["doubled"], seen["own"] * [3, 2, 1], rtol=1e-5)
+    np.testing.assert_allclose(seen["plain"], seen["own"], rtol=1e-5)
+
+
 @pytest.mark.parametrize("version", [pytest.param("4", marks=pytest.mark.slow), "7"])
 def test_learns_a_batch_by_heart(version):
-    cfg = config()
-    state = init_train_state(cfg, MODELS[version])
+    state = init_train_state(config(version))
     step = compiled_step(version)
     losses = []
     for _ in range(50):
@@ -94,8 +117,7 @@ def test_learns_a_batch_by_heart(version):
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_says_what():
-    cfg = config()
-    state = init_train_state(cfg, MODELS["7"])
+    state = init_train_state(config())
     bad = state.params.blocks.att.w0.at[1].set(jnp.nan)
     att = state.params.blocks.att.replace(w0=bad)
     blocks = state.params.blocks.replace(att=att)
@@ -109,7 +131,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_says_what():
 
 
 def test_names_the_parameter_whose_gradient_is_not_finite():
-    state = init_train_state(config(), MODELS["4"])
+    state = init_train_state(config("4"))
     step = compiled_step("4")
     state, metrics = step(state, batch())
     names = [
@@ -123,17 +145,16 @@ def test_names_the_parameter_whose_gradient_is_not_finite():
 
 def test_abstract_state_is_the_states_shape():
     cfg = config()
-    actual = jax.eval_shape(lambda: init_train_state(cfg, MODELS["7"]))
-    assert jax.tree.structure(actual) == jax.tree.structure(abstract_train_state(cfg, MODELS["7"]))
-    assert jax.tree.leaves(jax.tree.map(lambda a: (a.shape, a.dtype), actual)) == jax.tree.leaves(
-        jax.tree.map(lambda a: (a.shape, a.dtype), abstract_train_state(cfg, MODELS["7"]))
-    )
+    actual = jax.eval_shape(lambda: init_train_state(cfg))
+    abstract = abstract_train_state(cfg)
+    assert jax.tree.structure(actual) == jax.tree.structure(abstract)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(actual)] == [
+        (x.shape, x.dtype) for x in jax.tree.leaves(abstract)
+    ]
 
 
 def test_initial_parameters_depend_on_the_seed_only():
-    first, again, other = (
-        init_train_state(config(seed=seed), MODELS["7"]).params.head for seed in (1, 1, 2)
-    )
+    first, again, other = (init_train_state(config(seed=seed)).params.head for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(first, models.init_params(MODELS["7"], jax.random.key(1)).head)
     assert not np.array_equal(first, other)
@@ -142,11 +163,11 @@ def test_initial_parameters_depend_on_the_seed_only():
 @pytest.mark.slow
 def test_the_official_0_1b_step_compiles_in_the_memory_its_config_states():
     cfg = load_config(ROOT / "configs" / "rwkv7-0.1b.toml")
-    state = abstract_train_state(cfg, cfg.model)
+    state = abstract_train_state(cfg)
     assert sum(x.size for x in jax.tree.leaves(state.params)) == 191_084_544
     shape = cfg.train.batch, cfg.train.context
     ints = jax.ShapeDtypeStruct(shape, jnp.int32)
-    step = make_train_step(cfg, cfg.model)
+    step = make_train_step(cfg)
     compiled = step.lower(state, Batch(ints, ints, jax.ShapeDtypeStruct(shape, jnp.bool_)))
     memory = compiled.compile().memory_analysis()
     assert memory.argument_size_in_bytes < 2.15 * 2**30
@@ -156,25 +177,25 @@ def test_the_official_0_1b_step_compiles_in_the_memory_its_config_states():
 
 def test_a_masked_loss_is_the_mean_over_its_tokens():
     cfg, rows = config(), batch()
-    params = init_train_state(cfg, MODELS["7"]).params
+    params = init_train_state(cfg).params
     logits, _ = models.forward(
         params, jnp.asarray(rows.inputs), cfg=MODELS["7"], reset=jnp.asarray(rows.reset)
     )
     logp = jax.nn.log_softmax(logits)
     nats = -np.take_along_axis(np.asarray(logp), rows.targets[..., None], -1)[..., 0]
-    step = make_train_step(cfg, MODELS["7"])
+    step = make_train_step(cfg)
     for mask in (np.arange(64).reshape(4, 16) % 3 == 0, np.arange(64).reshape(4, 16) == 5):
-        _, metrics = step(init_train_state(cfg, MODELS["7"]), rows._replace(mask=mask))
+        _, metrics = step(init_train_state(cfg), rows._replace(mask=mask))
         assert float(metrics.loss) == pytest.approx(nats[mask].mean(), rel=1e-5)
     nothing = rows._replace(mask=np.zeros((4, 16), bool))
-    _, metrics = step(init_train_state(cfg, MODELS["7"]), nothing)
+    _, metrics = step(init_train_state(cfg), nothing)
     assert float(metrics.loss) == float(metrics.grad_norm) == 0
 
 
 @pytest.mark.parametrize("version", [pytest.param("4", marks=pytest.mark.slow), "7"])
 def test_documents_of_a_pack_do_not_see_each_other(version):
-    """Through the whole step: what is trained on one document does not move by a bit when the
-    documents beside it are others."""
+    """Through the whole step: training on one document is bit-exactly the same whatever
+    documents are beside it."""
     lengths = (5, 9, 2, 14, 7, 16, 5, 6)
     rng = np.random.default_rng(0)
     documents = [np.append(rng.integers(1, 32, n - 1), 0) for n in lengths]
@@ -190,7 +211,7 @@ def test_documents_of_a_pack_do_not_see_each_other(version):
         assert loader.epoch == (4,)
         rows = loader.read(0)
         assert rows.mask.sum() == lengths[number] and rows.reset.sum() == 8
-        state, metrics = compiled_step(version)(init_train_state(config(), MODELS[version]), rows)
+        state, metrics = compiled_step(version)(init_train_state(config(version)), rows)
         return jax.tree.map(np.asarray, (metrics.loss, state.params))
 
     for number in (0, 3, 6):
@@ -205,22 +226,21 @@ def test_documents_of_a_pack_do_not_see_each_other(version):
 
 
 @pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_rows_go_on_from_their_states(parts):
+def test_rows_start_from_their_states(parts):
     """The losses of a text read in pieces are those of the text read at once."""
     still = OptimizerConfig(eps=1e9, peak_lr=1e-9, final_lr=1e-9, warmup_steps=0)
     carried = {"carry_state": True, "accumulate": parts}
     cfg = Config(
+        model=MODELS["7"],
         data=DataConfig(sampler="sequential"),
         optimizer=still,
         train=TrainConfig(steps=50, batch=4, context=16, **carried),
     )
     whole = batch(t=48)
-    state = init_train_state(cfg, MODELS["7"])
+    state = init_train_state(cfg)
     params = jax.tree.map(jnp.copy, state.params)
-    assert jax.tree.map(np.shape, state) == jax.tree.map(
-        np.shape, abstract_train_state(cfg, MODELS["7"])
-    )
-    step, losses = make_train_step(cfg, MODELS["7"]), []
+    assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, abstract_train_state(cfg))
+    step, losses = make_train_step(cfg), []
     for start in (0, 16, 32):
         state, metrics = step(state, Batch(*(x[:, start : start + 16] for x in whole[:3])))
         losses.append(float(metrics.loss))

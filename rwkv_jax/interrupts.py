@@ -1,0 +1,109 @@
+"""Ctrl-C and SIGTERM: everything that handles a signal.
+
+Only the main thread can set signal handlers; in any other these contexts leave them alone.
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Raises KeyboardInterrupt for a Ctrl-C that a library has turned into an error of its own.
+
+    An import that is interrupted raises ImportError, and JAX, while it compares two cache keys,
+    ValueError with the traceback in its text.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _caused_by_interrupt(error):
+            raise KeyboardInterrupt from error
+        raise
+
+
+def _caused_by_interrupt(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def deferred_interrupts() -> Iterator[Callable[[], None]]:
+    """Defers the first Ctrl-C: KeyboardInterrupt is raised where the yielded function is called
+    next, or at the end of the context. A second Ctrl-C raises at once.
+
+    Python itself raises wherever it happens to be, which may be inside a finaliser, where the
+    exception is dropped, or inside a library that turns it into another error, as JAX does. A
+    handler that somebody else has set stays.
+    """
+    pressed = False
+
+    def press(*_: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with _handling(press, signal.SIGINT) if ours else contextlib.nullcontext():
+        yield check
+    check()
+
+
+class StopRequest:
+    """Whether a signal has asked this process to stop."""
+
+    requested = False
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turns the first SIGINT or SIGTERM into a request; the second ends the process at once."""
+    stop, signals = StopRequest(), (signal.SIGINT, signal.SIGTERM)
+
+    def request(*_: Any) -> None:
+        stop.requested = True
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
+
+    with _handling(request, *signals):
+        yield stop
+
+
+def fatal_interrupts() -> contextlib.AbstractContextManager[None]:
+    """Ctrl-C ends the process at once, even while C++ waits and Python would not notice."""
+    return _handling(signal.SIG_DFL, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def blocked_interrupts() -> Iterator[None]:
+    """Blocks Ctrl-C in this thread; processes started meanwhile never receive one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _handling(handler: Any, *signals: signal.Signals) -> Iterator[None]:
+    """Sets the handler of these signals while the context lasts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

@@ -1,0 +1,237 @@
+"""Everything before the first step: the model and data of a run, its folder, and where it resumes.
+
+Functions that read or write files are called through `run_on_all`, so that a process that cannot
+read its files does not leave the others waiting.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from rich.console import Console
+
+from rwkv_jax.checkpoint.keymaps import check
+from rwkv_jax.checkpoint.store import CHECKPOINTS, CONFIG, DamagedError, Store, read_config, sweep
+from rwkv_jax.checkpoint.weights import check_tokenizer, load, naming, read
+from rwkv_jax.config import Config, ModelConfig, literal
+from rwkv_jax.data.loader import Loader, open_loader
+from rwkv_jax.data.sources import Data
+from rwkv_jax.toml import TYPED
+from rwkv_jax.training import hosts
+from rwkv_jax.training.folder import RunError, claim, describe, is_trained
+from rwkv_jax.training.state import (
+    TrainState,
+    abstract_train_state,
+    from_trees,
+    init_train_state,
+    to_trees,
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What stays the same during a run."""
+
+    cfg: Config
+    """Resolved."""
+    data: Data
+    loader: Loader
+    mesh: Mesh | None
+    folder: Path
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.cfg.train.batch * self.cfg.train.context
+
+
+class _SharedRunError(RunError, hosts.SharedError):
+    """A `RunError` that all processes raise."""
+
+
+def shared_settings(cfg: Config) -> dict[str, str]:
+    """The settings that all processes must agree on: paths of text and cache may differ."""
+    own = {"source", "mixture", "cache"}
+    return {
+        f"{section.name}.{key}": literal(value)
+        for section in dataclasses.fields(cfg)
+        for key, value in vars(getattr(cfg, section.name)).items()
+        if not (section.name == "data" and key in own)
+    }
+
+
+def adopt(cfg: Config, stated: Mapping[str, str]) -> Config:
+    """The config with the model of the weights in `train.init`, if it names any.
+
+    `stated` says where settings come from (`load_stated`). A stated version must be that of the
+    weights, and so must sizes from the command line; sizes in a config file are overridden. Raises
+    `UserError` for one that differs, and for weights that cannot be read.
+    """
+    if not cfg.train.init:
+        return cfg
+    folder = Path(cfg.train.output).expanduser()
+    if (folder / CONFIG).is_file() and is_trained(folder):
+        run = read_config(folder)  # a run resumes without the weights
+        if run.train.init == cfg.train.init:  # else it is another run, which `claim` rejects
+            _check_agrees(cfg.model, stated, str(folder), run.model)
+        return dataclasses.replace(cfg, model=run.model)
+    weights = read(cfg.train.init)
+    with naming(weights.path):
+        model = check(weights.tensors)
+    _check_agrees(cfg.model, stated, cfg.train.init, model)
+    return dataclasses.replace(cfg, model=model)
+
+
+def _check_agrees(
+    asked: ModelConfig, stated: Mapping[str, str], name: str, model: ModelConfig
+) -> None:
+    """Raises `RunError` if what was stated of the model differs from the one in `name`."""
+    for key in dataclasses.fields(model):
+        setting = f"model.{key.name}"
+        wanted, found = getattr(asked, key.name), getattr(model, key.name)
+        where = stated.get(setting)
+        binding = where == TYPED or (where and key.name == "version")
+        if not binding or wanted == found or (wanted == 0 and type(wanted) is int):  # 0: automatic
+            continue
+        remedy = f"add {setting}={found}" if where != TYPED else f"set {setting}={found}"
+        raise RunError(
+            f"{setting} = {literal(wanted)} ({where}), and {name} has {literal(found)}; {remedy},"
+            " or start from other weights"
+        )
+
+
+def resolve(cfg: Config, data: Data) -> tuple[Config, Loader]:
+    """The config with vocabulary size and number of steps filled in, and its batches.
+
+    Raises `RunError` if the tokenizer has more ids, or is not that of `train.init`, and
+    `CorpusError` for data that its order cannot read.
+    """
+    if cfg.train.init:
+        check_tokenizer(
+            data.tokenizer, cfg.model.vocab_size, f"data.tokenizer = {cfg.data.tokenizer}"
+        )
+    needed, given = data.tokenizer.vocab_size, cfg.model.vocab_size
+    if given and given < needed:
+        raise RunError(
+            f"model.vocab_size = {given}: the tokenizer (data.tokenizer = {cfg.data.tokenizer})"
+            f" has {needed} ids; give at least that, or 0"
+        )
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=given or needed))
+    train = cfg.train
+    loader = open_loader(
+        data.streams,
+        seed=train.seed,
+        batch=train.batch,
+        context=train.context,
+        vocab_size=cfg.model.vocab_size,
+        sampler=cfg.data.sampler,
+        packing=cfg.data.packing,
+        reset=cfg.data.reset,
+    )
+    if not train.steps:
+        steps = -(-cfg.data.exit_tokens // (train.batch * train.context))
+        if cfg.data.sampler == "magic_prime":
+            steps = min(steps, loader.epoch[0] // train.batch)  # where the official trainer stops
+        if not steps:
+            raise RunError(
+                f"train.batch = {train.batch} is more than the {loader.epoch[0]:,} samples of the"
+                " official order; lower it, or state train.steps"
+            )
+        cfg = dataclasses.replace(cfg, train=dataclasses.replace(train, steps=steps))
+    return cfg, loader
+
+
+def fingerprint(data: Data) -> str:
+    """Equal for runs that read the same ids of the same tokenizer, split alike."""
+    parts = [data.tokenizer.identity(), data.train_tokens, len(data.heldout), data.digest]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
+
+
+@contextlib.contextmanager
+def open_folder(cfg: Config, data: Data) -> Iterator[tuple[Path, Store]]:
+    """The run's folder, which the first process locks, and its checkpoints.
+
+    At the end, waits for what is being written, unless this process alone has failed: the others
+    would not know, and not come.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = hosts.run_on_all(_claim, cfg, data, stack)
+        store = Store(folder / CHECKPOINTS, cfg.train.keep)
+        try:
+            yield folder, store
+            hosts.wait_for_all()  # no process exits while another still writes
+        except BaseException as error:
+            if hosts.is_shared(error):
+                store.close()
+            raise
+        store.close()
+
+
+def _claim(cfg: Config, data: Data, stack: contextlib.ExitStack) -> Path:
+    if not hosts.is_primary():
+        return Path(cfg.train.output).expanduser()
+    folder = stack.enter_context(claim(cfg))
+    if not (folder / CONFIG).exists():
+        describe(folder, cfg, data)  # first of all, so that a kill at any moment leaves a run
+    sweep(folder / CHECKPOINTS)
+    return folder
+
+
+def start_or_resume(
+    setup: Setup, store: Store, console: Console
+) -> tuple[int, TrainState, dict[str, Any]]:
+    """Step, training state and meta of the newest readable checkpoint, or those of a new run."""
+    cfg, step = setup.cfg, store.latest()
+    if step is None:
+        given = load(cfg.train.init, dtype=jnp.float32)[0] if cfg.train.init else None
+        return 0, init_train_state(cfg, given, setup.mesh), {}
+    step, state, meta = _restore(store, abstract_train_state(cfg, setup.mesh), step, console)
+    if meta["data"] != fingerprint(setup.data):
+        raise _SharedRunError(
+            f"{setup.folder}: was trained on other text than data.source = {cfg.data.source} gives"
+            " now; restore that text, or choose another train.output"
+        )
+    if step > cfg.train.steps:
+        raise _SharedRunError(
+            f"train.steps = {cfg.train.steps}: {setup.folder} is at step {step} already;"
+            " give more steps, or choose another train.output"
+        )
+    return step, state, meta
+
+
+def _restore(
+    store: Store, abstract: TrainState, step: int, console: Console
+) -> tuple[int, TrainState, dict[str, Any]]:
+    """The newest checkpoint that all processes can read; damaged ones after it are set aside.
+
+    Raises `RunError` if there is none.
+    """
+
+    def read() -> tuple[TrainState, dict[str, Any]] | DamagedError:
+        try:
+            trees = store.restore(to_trees(abstract), step)
+            return from_trees(trees), store.meta(step, "data", "window", "seconds")
+        except DamagedError as error:
+            return error
+
+    while True:
+        found = hosts.run_on_all(read)
+        reports = hosts.allgather_text(str(found) if isinstance(found, DamagedError) else "")
+        damage = next(filter(None, reports), "")
+        if not damage:
+            assert not isinstance(found, DamagedError)
+            return step, *found
+        before = store.latest(before=step)
+        if before is None:
+            raise _SharedRunError(damage)
+        aside = hosts.run_on_primary(store.set_aside, step)
+        store.reload()
+        text = f"{damage.rpartition(';')[0]}\nkept as {aside}; resuming from step {before:,}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        step = before
