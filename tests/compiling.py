@@ -62,7 +62,7 @@ def set_up(devices: int) -> None:
         folder = _lasting_folder() or _temporary_folder()
         keep = {
             "jax_compilation_cache_dir": str(folder),
-            "jax_persistent_cache_min_compile_time_secs": 0.1,
+            "jax_persistent_cache_min_compile_time_secs": 0,
             "jax_persistent_cache_min_entry_size_bytes": 0,
         }
         for name, value in keep.items():

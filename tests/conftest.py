@@ -3,7 +3,10 @@
 import os
 import signal
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when JAX is imported, also in subprocesses
+# Read when NumPy and JAX are imported; workers and the programs that tests start inherit them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A factorisation on each of eight devices, each by threads that spin, takes minutes.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import compiling
 import hypothesis
