@@ -1,9 +1,9 @@
-"""What the benchmarks share: workers (processes), interleaved rounds, device, tables, results.
+"""Shared by the benchmarks: worker processes, interleaved rounds, machine, tables, results.
 
-A noisy machine drifts by tens of per cent over minutes. So the contestants take turns, in another
-order each round, a ratio is formed inside each round, and a table states minimum, median and
-maximum over the rounds. Each contestant is a process: its peak memory is what the kernel says of
-it when it has ended.
+The speed of a shared machine drifts by tens of per cent over minutes. So the contestants take
+turns, in a different order each round. Ratios are taken within a round, and a table states minimum,
+median and maximum over the rounds. Each contestant is a process; its peak memory is the kernel's
+figure after it has ended.
 """
 
 import json
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 GIB = 2**30
 LOAD_BEFORE = os.getloadavg()[0]
-"""Processes that wanted to run in the minute before: above zero, others were measured too."""
+"""Load average of the minute before: above zero, other processes ran too."""
 console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
@@ -95,7 +95,7 @@ def start_all(makers: dict[str, Callable[[], Worker]]) -> dict[str, Worker]:
 
 
 def interleave(workers: dict[str, Worker], rounds: int, request: dict) -> dict[str, list[dict]]:
-    """Ask every worker once a round, each round in another order; return answers by worker."""
+    """Ask every worker once a round, each round in a different order; return answers by worker."""
     answers: dict[str, list[dict]] = {name: [] for name in workers}
     for index in range(rounds):
         console.print(f"[dim]round {index + 1} of {rounds}[/]")
@@ -105,9 +105,9 @@ def interleave(workers: dict[str, Worker], rounds: int, request: dict) -> dict[s
 
 
 def in_turn(workers: dict[str, Worker], request: dict, index: int) -> dict[str, dict]:
-    """Ask every worker once, in an order that round `index` draws; answers by worker.
+    """Ask every worker once, in a random order seeded by `index`; answers by worker.
 
-    Drawn, because what ran just before is felt: caches, and memory that is being given back.
+    The order varies because the previous contestant leaves traces: caches, memory being freed.
     """
     names = list(workers)
     random.Random(index).shuffle(names)

@@ -49,7 +49,7 @@ def peers_both() -> str:
 
 
 def peers(kind: str) -> str:
-    """Times ours, and memory, of each package at each version and length."""
+    """Time relative to rwkv_jax, and memory, of each package at each version and length."""
     found = results("wkv")["results"]
     own = ("rwkv_jax", "rwkv_jax, chunked", "rwkv_jax, associative")
     packages = [name for name in next(iter(found.values()))[kind] if name not in own]
@@ -105,7 +105,7 @@ def lengths() -> str:
 
 
 def errors() -> str:
-    """The largest errors of the tests' cases, in float32, bfloat16 and float64."""
+    """The largest errors over the tests' cases, in float32, bfloat16 and float64."""
     found = results("accuracy")["tested"]
     rows = []
     for form in found["float32"]:
@@ -119,7 +119,7 @@ def errors() -> str:
 
 
 def long_errors() -> str:
-    """The largest errors at 4,096 tokens in float32, and the inputs that had them."""
+    """The largest errors at 4,096 tokens in float32, and the inputs that cause them."""
     rows = []
     for form, cells in results("accuracy")["long"].items():
         rows.append([name_of(form)])
@@ -226,7 +226,7 @@ def tokenizing() -> str:
 
 
 def feeding() -> str:
-    """A step that reads its batch, by one that is given it; a process' own memory as a run goes."""
+    """A step that reads its batch relative to one that is given it; memory of a process by step."""
     found = results("feeding")
     rows = [
         [f"{name}: seconds a step, read / given", spread(cell["ratio"])]
@@ -241,7 +241,7 @@ def feeding() -> str:
 
 
 def plans() -> str:
-    """What a device of a slice has of each size, and what its step takes at best."""
+    """Memory and least step time of each published size on its slice."""
     rows = []
     for name, row in results("plans")["rows"].items():
         if not name.startswith("rwkv7"):
@@ -268,14 +268,14 @@ def plans() -> str:
 
 
 def meshes() -> str:
-    """What each mesh of 0.1B makes a device receive, by kind of collective."""
+    """Bytes a device receives on each mesh of 0.1B, by kind of collective."""
     rows = []
     for name, row in results("plans")["rows"].items():
         if name.startswith("rwkv7"):
             continue
         for axes, kinds in row["traffic_mib"].items():
-            told = ", ".join(f"{kind} {size:,.1f}" for kind, size in sorted(kinds.items()))
-            rows.append([name.removeprefix("0.1b "), axes.replace(" ", ", "), told])
+            sizes = ", ".join(f"{kind} {size:,.1f}" for kind, size in sorted(kinds.items()))
+            rows.append([name.removeprefix("0.1b "), axes.replace(" ", ", "), sizes])
     return table(["mesh", "over", "MiB a device and step"], rows)
 
 
