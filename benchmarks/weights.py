@@ -1,10 +1,10 @@
-"""Memory that it takes to convert and to load a large file of weights.
+"""Memory needed to convert and to load a large file of weights.
 
     python -m benchmarks.weights [--layers 12] [--folder runs/weights]
 
 The file is a version 7 of width 4096 in bfloat16, 6 GB at 12 layers; the folder needs room for two
-of them. Each job runs in a process of its own, whose anonymous memory is read from /proc every few
-milliseconds: pages of the mapped file are the kernel's, to drop when it wants. Linux only.
+of them. Each job runs in its own process, whose anonymous memory is read from /proc every few
+milliseconds: pages of the mapped file do not count, as the kernel can drop them. Linux only.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def noise(shape: tuple[int, ...]) -> Deferred:
-    """A tensor of random finite numbers, made when it is written."""
+    """A tensor of random finite numbers, computed when it is written."""
 
     def make() -> np.ndarray:
         bits = np.random.default_rng(0).integers(0, 2**14, size=shape, dtype=np.uint16)
@@ -87,7 +87,7 @@ def noise(shape: tuple[int, ...]) -> Deferred:
 
 
 def measure(command: list[str]) -> float:
-    """The most anonymous memory that the process has, GiB."""
+    """Peak anonymous memory of a process, in GiB."""
     peak, process = 0, subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=harness.ROOT)
     while process.poll() is None:
         try:

@@ -1,1 +1,1 @@
-"""Checkpoints: our own runs (orbax) and the key map to the official names."""
+"""Checkpoints: those of runs (`store`), and files of weights in every format (`weights`)."""

@@ -1,76 +1,74 @@
-"""Files of weights on disk: mapped into memory, told apart by how they begin, replaced as a whole.
+"""Files of weights on disk: mapped into memory, recognised by their first bytes, replaced as a
+whole.
 
-What the formats share: neither needs more of a file in memory than what is looked at, neither
-trusts a number in it, and neither leaves half a file under the name of a whole one. Numbers are
-little-endian, in both and on every machine that JAX runs on.
+The formats share three rules: neither needs more of a file in memory than the tensors that are
+used, neither trusts a number in it, and neither leaves half a file under the name of a whole one.
+Numbers are little-endian, in both formats and on every machine that JAX runs on.
 """
 
 import contextlib
-import errno
 import math
 import mmap
 import os
-import secrets
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
 
+from rwkv_jax import disk
 from rwkv_jax.checkpoint.errors import WeightsError, shown
 
 MAX_INDEX = 16 << 20
-"""Bytes of a file that say what the others are; a model takes about 100 of them a tensor. In memory
-they become up to a hundred times as many."""
+"""The most bytes of the part of a file that describes the tensors; a model needs about 100 a
+tensor. Parsed, they take up to a hundred times as much memory."""
 
 _KINDS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the weights; fetch them: git lfs pull",
-    b"<": "is a web page, not weights: a failed download; do it again",
+    b"<": "is a web page, not weights: a failed download; download it again",
     b"gguf": "is a GGUF file; take the model's .pth or .safetensors",
     b"pk\3\4": "is a zip, as PyTorch's are; name it .pth",
-    b"\x80": "is of PyTorch before 1.6, or no weights; load and save it with a newer torch",
+    b"\x80": "is from PyTorch before 1.6, or not weights; load and save it with a newer torch",
 }
-"""How a file begins (in lower case), what it is then, and the remedy."""
+"""The first bytes of other files (in lower case), what the file is, and the remedy."""
 
 
 @runtime_checkable
 class ArrayLike(Protocol):
-    """An array, or the promise of one: what `__array__` gives has this shape and dtype."""
+    """An array, or a deferred one: `__array__` returns values of this shape and dtype."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Its sizes."""
-        ...
+    def shape(self) -> tuple[int, ...]: ...
 
     @property
     def dtype(self) -> Any:
-        """What `numpy.dtype` takes."""
+        """Anything that `numpy.dtype` accepts."""
         ...
 
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
-        """Its values; asked for once, when they are written."""
+        """The values; called once, when they are written."""
         ...
 
 
 class Deferred:
-    """The promise of an array: made when numpy asks for it, not before, and not kept."""
+    """An array that is computed when numpy asks for it, and not kept."""
 
     def __init__(self, shape: Sequence[int], dtype: Any, make: Callable[[], np.ndarray]):
         self.shape, self.dtype, self._make = tuple(shape), np.dtype(dtype), make
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The values, made anew at each call."""
+        """The values, computed again by each call."""
         return self._make().astype(dtype or self.dtype, copy=False)
 
 
 FLOATS = {"float16": "bfloat16", "bfloat16": "float32", "float32": "float64", "float64": ""}
-"""The types that weights can be written in and read again, and one of a larger range each."""
+"""The types in which weights are written and read, each with one of a larger range."""
 
 
 def float_type(dtype: Any) -> np.dtype:
-    """What `numpy.dtype` makes of it. Raises `ValueError` for another type than `FLOATS`."""
+    """`dtype` as numpy's. Raises ValueError for a type not in `FLOATS`."""
     try:
         found = np.dtype(dtype)
     except TypeError:
@@ -84,8 +82,8 @@ def float_type(dtype: Any) -> np.dtype:
 
 
 def cast(name: str, array: ArrayLike, dtype: np.dtype) -> ArrayLike:
-    """The array, or the promise of it, rounded to a type of `FLOATS`. NaN and infinity stay; a
-    number that would become infinite is a `WeightsError`, when its turn comes."""
+    """The array rounded to a type of `FLOATS`, deferred. NaN and infinity stay; a finite number
+    that would become infinite raises WeightsError when the values are computed."""
     if np.dtype(array.dtype) == dtype:
         return array
 
@@ -96,10 +94,10 @@ def cast(name: str, array: ArrayLike, dtype: np.dtype) -> ArrayLike:
         if dtype.itemsize > values.dtype.itemsize or np.isfinite(rounded).all():
             return rounded
         if lost := int(np.isfinite(values).sum() - np.isfinite(rounded).sum()):
+            largest = float(ml_dtypes.finfo(dtype).max)
             raise WeightsError(
                 f"{shown(name)} has {lost:,} number{'s' * (lost > 1)} too large for {dtype.name},"
-                " which ends at"
-                f" {float(ml_dtypes.finfo(dtype).max):.5g}; take {FLOATS[dtype.name]}"
+                f" which ends at {largest:.5g}; take {FLOATS[dtype.name]}"
             )
         return rounded
 
@@ -108,16 +106,13 @@ def cast(name: str, array: ArrayLike, dtype: np.dtype) -> ArrayLike:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[mmap.mmap]:
-    """A file's bytes, mapped: arrays made of them keep the map alive, and cost what is looked at.
+    """A file's bytes, mapped: arrays made of them keep the mapping alive, and only the pages that
+    are used are read.
 
-    Names the file in every `WeightsError`, and makes one of whatever a damaged file raises.
+    Names the file in every WeightsError, and raises one for any error due to a damaged file.
     """
     try:
-        if path.is_dir():
-            raise WeightsError("is a folder; name a file")
-        # Opening a pipe would wait for a writer.
-        if path.exists() and not path.is_file():
-            raise WeightsError("is no regular file; name one")
+        _check_regular(path)  # opening a pipe would wait for a writer
         with path.open("rb") as file:
             if not os.fstat(file.fileno()).st_size:
                 raise WeightsError("is empty; download or save it again")
@@ -127,15 +122,22 @@ def reading(path: Path) -> Iterator[mmap.mmap]:
         raise WeightsError(f"{path}: {error}") from error
     except OSError as error:
         raise WeightsError(
-            f"{path}: cannot be read ({error.strerror}); name a file that is there and readable"
+            f"{path}: cannot be read ({error.strerror}); name a file that exists and is readable"
         ) from error
     except (ValueError, OverflowError, EOFError, RuntimeError, struct.error) as error:
         raise WeightsError(f"{path}: damaged ({shown(error)}); download it again") from error
 
 
+def _check_regular(path: Path) -> None:
+    if path.is_dir():
+        raise WeightsError("is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise WeightsError("is not a regular file; name one")
+
+
 def kind(memory: mmap.mmap) -> str:
-    """What a file is that is not of the format asked for, and the remedy."""
-    # A length may look like any of the other signs.
+    """What a file of another format is, and the remedy."""
+    # A safetensors length may look like any of the other signs, so it comes first.
     if memory[8:9] == b"{" and int.from_bytes(memory[:8], "little") < len(memory):
         return "is a safetensors file; name it .safetensors"
     start = memory[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -155,7 +157,7 @@ def is_shape(shape: Sequence) -> bool:
 
 
 def as_bytes(array: ArrayLike) -> memoryview:
-    """The values in C order, little-endian, as flat bytes: a view where they lie like that."""
+    """The values in C order, little-endian, as flat bytes: a view if they are stored like that."""
     dtype = np.dtype(array.dtype).newbyteorder("<")
     values = np.asarray(np.asarray(array), dtype, order="C")
     if values.shape != tuple(array.shape):
@@ -163,56 +165,47 @@ def as_bytes(array: ArrayLike) -> memoryview:
     return values.reshape(-1).view(np.uint8).data
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file, which takes the place of `path` when all of it is on disk; until then, and if
-    anything is raised, `path` is as it was.
-
-    Raises `WeightsError` if it cannot be written.
-    """
-    _check_replaceable(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with writing(path):
-            with temporary.open("xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def check_writable(path: Path) -> None:
-    """Raises `WeightsError` if `replacing` could not write there, as far as can be told without
-    doing it."""
-    path = path.expanduser()
-    with writing(path):
-        _check_replaceable(path)
-        if not path.parent.is_dir():
-            raise WeightsError(f"{path}: there is no folder {path.parent}; make it first")
-        if not os.access(path.parent, os.W_OK | os.X_OK):
+def check_dtypes(path: Path, tensors: Mapping[str, ArrayLike], known: Container[str]) -> None:
+    """Raises WeightsError for a tensor whose type a format does not have."""
+    for name, array in tensors.items():
+        if (dtype := np.dtype(array.dtype).name) not in known:
             raise WeightsError(
-                f"{path}: cannot be written (no permission in {path.parent}); choose another place"
+                f"{path}: {shown(name)} has the type {dtype}; make it float32 or bfloat16"
             )
 
 
-def _check_replaceable(path: Path) -> None:
-    if path.is_dir():
-        raise WeightsError(f"{path}: is a folder; name a file")
-    if path.exists() and not path.is_file():  # a device would be no more
-        raise WeightsError(f"{path}: is no regular file; name one")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """`disk.replacing` that raises WeightsError if the file cannot be written."""
+    with writing(path), disk.replacing(path) as file:
+        yield file
+
+
+def writing(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Turns a refusal of the file system into a WeightsError."""
+    return disk.writing(path, "choose another place", error=WeightsError)
+
+
+def check_writable(path: Path) -> None:
+    """Raises WeightsError if `replacing` could not write there, as far as can be known without
+    trying."""
+    path = path.expanduser()
+    with naming(path), writing(path):
+        _check_regular(path)
+        if not path.parent.is_dir():
+            raise WeightsError(f"there is no folder {path.parent}; make it first")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise WeightsError(
+                f"cannot be written (no permission in {path.parent}); choose another place"
+            )
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Names `path` in a `WeightsError` of whatever the disk refuses."""
+def naming(path: Path) -> Iterator[None]:
+    """Prefixes every WeightsError with the file's name."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise WeightsError(f"{path}: no space left on the disk; free some") from error
-        raise WeightsError(
-            f"{path}: cannot be written ({error.strerror}); choose another place"
-        ) from error
+    except WeightsError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise WeightsError(f"{path}: {error}") from error

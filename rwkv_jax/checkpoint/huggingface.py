@@ -1,14 +1,15 @@
-"""Between the tensors of Hugging Face folders and official names: renames, transposes, reshapes.
+"""Maps the tensors of Hugging Face folders to official names and back: renames, transposes,
+reshapes.
 
 Nothing is computed and no type changes. A tensor is a view of the one it comes from, so a
-memory-mapped file stays on disk; only version 6 of flash-linear-attention holds some in an order
-that no view has, and those are put together when they are asked for.
+memory-mapped file stays on disk; only version 6 of flash-linear-attention stores some in an order
+that no view can express, and those are copied when they are used.
 
-The layouts, what makes them, and the files that these tables were read off:
+The layouts, the code that makes them, and the files that these tables were derived from:
 
     transformers-rwkv4  RwkvForCausalLM of huggingface/transformers: models/rwkv/modeling_rwkv.py,
                         convert_rwkv_checkpoint_to_hf.py
-    remote-rwkv5.0      code that a folder brings along, of BBuf/RWKV-World-HF-Tokenizer:
+    remote-rwkv5.0      code inside the folder, of BBuf/RWKV-World-HF-Tokenizer:
     remote-rwkv5        rwkv_world_v5.0_model, rwkv5_model and rwkv6_model, each modeling_rwkv*.py,
     remote-rwkv6        and scripts/convert_rwkv*_checkpoint_to_hf.py
     remote-rwkv7        the same of SmerkyG/RWKV-World-HF-Tokenizer: rwkv7_model
@@ -18,15 +19,15 @@ The layouts, what makes them, and the files that these tables were read off:
                         PyPI package rwkv7-hf (0.9.0: modeling_rwkv7.py) has the same names and
                         shapes
 
-What names do not tell:
+What names do not show:
 
 - transformers divides the output matrices of layer 6 and later by powers of two when it first runs
-  a model (`rescale_every`). What it saved before that, and every converted file, holds them whole.
+  a model (`rescale_every`). Files saved before that, and all converted files, hold them undivided.
 - FLA packs version 6's five mixes as r, w, k, v, g, official code as w, k, v, r, g. FLA's older
   version 7 packs all six into `x_x`, as r, w, k, v, a, g.
-- FLA's version 6 has 1e-5 for the epsilon of its GroupNorm, official code 64e-5. FLA's converter
-  corrects that on the model in memory, and no folder tells. Weights are read as converted ones are
-  meant, with 64e-5.
+- FLA's version 6 uses 1e-5 for the epsilon of its GroupNorm, official code 64e-5. FLA's converter
+  corrects that on the model in memory, and no folder records it. Weights are read as if converted,
+  with 64e-5.
 """
 
 import re
@@ -38,11 +39,11 @@ import numpy as np
 
 from rwkv_jax.checkpoint.errors import WeightsError, shown
 from rwkv_jax.checkpoint.files import ArrayLike, Deferred
+from rwkv_jax.checkpoint.keymaps import optional, plain
 
 HEAD_SIZE = 64
-"""Version 7 there takes 1e-5 times the head size for the epsilon of its GroupNorm, official code
-64e-5: they agree at this head size alone."""
-
+"""Version 7 there uses 1e-5 times the head size for the epsilon of its GroupNorm, official code
+64e-5: they agree at this head size only."""
 
 Tensor = np.ndarray | Deferred
 
@@ -54,7 +55,7 @@ class Form(NamedTuple):
     write: Callable[[np.ndarray], np.ndarray] = np.asarray
 
     def written(self, x: ArrayLike) -> ArrayLike:
-        """`write` of an array, or the promise of it."""
+        """`write` of an array; deferred if the array is."""
         if isinstance(x, np.ndarray):
             return self.write(x)
         shape = self.write(np.broadcast_to(np.zeros((), x.dtype), x.shape)).shape
@@ -71,7 +72,7 @@ def _part(index: int) -> Form:
 
 
 _MIXES = [*map("rwkvg".index, "wkvrg")]
-"""Where FLA's version 6 has the mixes of the official order."""
+"""The positions in FLA's version 6 of the mixes in official order."""
 
 
 def _mixes_in(x: np.ndarray) -> Deferred:
@@ -98,22 +99,23 @@ class Source(NamedTuple):
 
     official: str
     there: str
+    """Its name in a Hugging Face folder."""
     form: Form = SAME
     when: tuple[str, Any] | None = None
-    """The entry of `config.json` without which it does not."""
+    """The entry of `config.json` that this source requires."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model lies in a Hugging Face folder."""
+    """How a model is stored in a Hugging Face folder."""
 
     name: str
     mark: str
-    """A tensor of its first layer that no layout after this one has."""
+    """A tensor of its first layer that no later layout in `LAYOUTS` has."""
     sources: Mapping[str, list[Source]]
     """By official name, the preferred one first."""
     expected: Mapping[str, Any]
-    """Official constants: a `config.json` that has others is of another model."""
+    """Official constants; a `config.json` with other values describes another model."""
 
 
 def _layout(
@@ -124,7 +126,8 @@ def _layout(
     layer: Iterable[Source],
     **expected: Any,
 ) -> Layout:
-    """Of the sources of the whole model and, without their folders, those of every layer."""
+    """A layout from the sources of the whole model and those of every layer, which are named
+    without the layer's prefix."""
     sources: dict[str, list[Source]] = {}
     layers = (
         x._replace(official=f"blocks.{{}}.{x.official}", there=f"{folder}.{{}}.{x.there}")
@@ -157,8 +160,6 @@ _V7 = (
     " att.v0 att.v1 att.v2 att.g1 att.g2 att.k_k att.k_a att.r_k att.ln_x.weight att.ln_x.bias"
     " ffn.x_k"
 )
-_UNUSED = ("att.v0", "att.v1", "att.v2")
-"""Version 7: its first layer has no value to mix with, so most files leave these out there."""
 
 
 def _renamed(name: str, home: str, mark: str, layer: str, **expected: Any) -> Layout:
@@ -169,7 +170,7 @@ def _renamed(name: str, home: str, mark: str, layer: str, **expected: Any) -> La
         Source("emb.weight", f"{home}.embeddings.weight"),
         *(
             Source(f"blocks.0.ln0.{x}", f"{home}.{place}pre_ln.{x}")
-            for place in ("blocks.0.", "")  # version 7 came to have it beside the layers
+            for place in ("blocks.0.", "")  # later version 7 code has it beside the layers
             for x in ("weight", "bias")
         ),
         *(Source(f"ln_out.{x}", f"{home}.ln_out.{x}") for x in ("weight", "bias")),
@@ -184,7 +185,7 @@ def _renamed(name: str, home: str, mark: str, layer: str, **expected: Any) -> La
 
 
 def _norm(official: str, there: str) -> list[Source]:
-    """A LayerNorm of FLA, which can do without a bias."""
+    """A LayerNorm of FLA, whose bias is optional."""
     return [
         Source(f"{official}.weight", f"{there}.weight"),
         Source(f"{official}.bias", f"{there}.bias"),
@@ -266,7 +267,7 @@ LAYOUTS = {
         _renamed("transformers-rwkv4", "rwkv", "attention.time_first", f"{_V4} att.time_first"),
     )
 }
-"""By name, in the order in which they are looked for."""
+"""By name, in the order in which they are tried."""
 
 _REFUSED = (
     (
@@ -278,26 +279,26 @@ _REFUSED = (
     (
         "quantization_config",
         (".qweight", ".weight_packed", ".weight_scale", ".SCB", ".absmax"),
-        "a quantised model; take the one in 16 or 32 bits that it was made from",
+        "a quantised model; take the original in 16 or 32 bits",
     ),
     (
         "attn",
         (".attn.q_proj.",),
-        "a hybrid with layers of attention; only models of RWKV layers alone can be read",
+        "a hybrid with attention layers; only models with RWKV layers alone can be read",
     ),
 )
-"""What no layout can hold: an entry of `config.json`, parts of tensors' names, the remedy."""
+"""Models that cannot be read: an entry of `config.json`, parts of tensors' names, the remedy."""
 
 
 def is_huggingface(names: Iterable[str]) -> bool:
-    """Whether tensors have names as in a Hugging Face folder: of any model, not only RWKV."""
+    """Whether the names are those of a Hugging Face folder, of any model, not only RWKV."""
     return any(name.startswith(("rwkv", "model.", "lm_head.", "base_model.")) for name in names)
 
 
 def layout_of(names: Iterable[str], config: Mapping[str, Any]) -> str:
     """The layout, a key of `LAYOUTS`, of tensors with these names and this `config.json`.
 
-    Raises `WeightsError` if it is none of them, or a model that RWKV alone is not.
+    Raises WeightsError if it is none of them, or the model has other parts than RWKV.
     """
     names = set(names)
     for key, parts, what in _REFUSED:
@@ -311,7 +312,7 @@ def layout_of(names: Iterable[str], config: Mapping[str, Any]) -> str:
             return layout.name
     kind = config.get("model_type") or "unknown"
     raise WeightsError(
-        f"no RWKV layout that is known here (config.json: model_type = {shown(kind)});"
+        f"not a known RWKV layout (config.json: model_type = {shown(kind)});"
         f" give an official .pth, or a folder of {', '.join(LAYOUTS)}"
     )
 
@@ -319,8 +320,8 @@ def layout_of(names: Iterable[str], config: Mapping[str, Any]) -> str:
 def to_official(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The same tensors under official names and in official shapes.
 
-    `config` is the folder's `config.json`. Every tensor is used. Raises `WeightsError` for one that
-    is missing or not of the layout, and for a model that official code would compute otherwise.
+    `config` is the folder's `config.json`. Raises WeightsError for a tensor that is missing or not
+    of the layout, and for a model that official code would compute differently.
     """
     layout = LAYOUTS[layout_of(tensors, config)]
     _check_config(layout, config)
@@ -334,10 +335,10 @@ def to_official(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) ->
         ]
         name, form = next(((x, form) for x, form in there if x in tensors), (None, SAME))
         if name is None:
-            if layer == 0 and official.endswith(_UNUSED):
+            if optional(official):
                 continue
             raise WeightsError(
-                f"{there[0][0]} is missing: not a whole model of layout {layout.name};"
+                f"{there[0][0]} is missing: not a complete model of layout {layout.name};"
                 " download the folder again"
             )
         used.add(name)
@@ -346,7 +347,7 @@ def to_official(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) ->
         except (ValueError, IndexError):
             shape = list(tensors[name].shape)
             raise WeightsError(
-                f"{name} has shape {shape}, which is none of layout {layout.name};"
+                f"{name} has shape {shape}, which layout {layout.name} does not allow;"
                 " download the folder again"
             ) from None
     if extra := sorted(set(tensors) - used):
@@ -361,35 +362,32 @@ def to_official(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) ->
 def from_official(
     tensors: Mapping[str, ArrayLike], *, eod: int = 0
 ) -> tuple[dict[str, ArrayLike], dict[str, Any]]:
-    """Tensors and `config.json` of a folder that public code loads as it is, without trusting any
-    that comes with it.
+    """Tensors and `config.json` of a folder that public code loads, without any code in the folder.
 
     Version 7 gets the layout `fla-rwkv7`, which both flash-linear-attention and rwkv7-hf load with
-    `RWKV7ForCausalLM.from_pretrained`; version 4 `transformers-rwkv4`. Tensors are views, which may
-    lie in another order than C, or promises where the given ones are. `eod` is the id between
-    documents. Inverse of `to_official` except for what version 7 does not use in its first layer,
-    which is left out. Raises `WeightsError` for other versions, for head sizes that mean something
-    else there, and for a tensor that is missing or has no place there.
-    """
-    tensors = {name.removeprefix("_forward_module."): x for name, x in tensors.items()}
+    `RWKV7ForCausalLM.from_pretrained`; version 4 gets `transformers-rwkv4`. Tensors are views, not
+    always in C order, or deferred where the given ones are. `eod` is the end-of-document id.
+    Inverse of `to_official` except that version 7's unused tensors of the first layer are left out.
+    Raises WeightsError for other versions, for head sizes that mean something else there, and for a
+    tensor that is missing or has no place there."""
+    tensors = plain(tensors)
     version7 = "blocks.0.att.r_k" in tensors
     if not version7 and "blocks.0.att.ln_x.weight" in tensors:
         raise WeightsError(
-            "versions 5 and 6 cannot be written as a Hugging Face folder: nothing loads 5 without"
-            " code that comes with it, and what loads 6 has another epsilon; write a .pth"
+            "versions 5 and 6 cannot be written as a Hugging Face folder: only code inside the"
+            " folder loads 5, and public code for 6 has another epsilon; write a .pth"
         )
     _check_head_size(tensors)
     layout = LAYOUTS["fla-rwkv7" if version7 else "transformers-rwkv4"]
     layers = _layers(tensors, {})
     written: dict[str, ArrayLike] = {}
-    unused = {f"blocks.0.{name}" for name in _UNUSED}
-    used: set[str] = set(unused)
+    used: set[str] = set()
     for official, layer, (source, *_) in _places(layout, layers):
-        if official in unused:
+        used.add(official)
+        if optional(official):
             continue
         if official not in tensors:
-            raise WeightsError(f"{official} is missing: not a whole checkpoint; write it again")
-        used.add(official)
+            raise WeightsError(f"{official} is missing: not a complete checkpoint; write it again")
         written[source.there.format(layer)] = source.form.written(tensors[official])
     if extra := sorted(set(tensors) - used):
         raise WeightsError(f"{shown(extra[0])} has no place in layout {layout.name}; write a .pth")
@@ -415,10 +413,10 @@ def generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer_config(kind: str, vocab_size: int) -> dict[str, Any] | None:
-    """The `tokenizer_config.json` for a kind of tokenizer; None where there is no code for it.
+    """The `tokenizer_config.json` for a kind of tokenizer; None if no public code reads it.
 
-    `world` wants `rwkv_vocab_v20230424.txt` beside it, for `RWKV7Tokenizer` of rwkv7-hf; `bpe` (a
-    run's own) and `file` want their `tokenizer.json`, which transformers reads.
+    `world` needs `rwkv_vocab_v20230424.txt` beside it, for `RWKV7Tokenizer` of rwkv7-hf; `bpe` (a
+    run's own) and `file` need their `tokenizer.json`, which transformers reads.
     """
     if kind == "world":
         return {"tokenizer_class": "RWKV7Tokenizer", "model_vocab_size": vocab_size}
@@ -428,15 +426,15 @@ def tokenizer_config(kind: str, vocab_size: int) -> dict[str, Any] | None:
 
 
 def _layers(names: Iterable[str], config: Mapping[str, Any]) -> int:
-    """As many as the names or the config ask for, so that one that is missing is found out."""
+    """The most layers that the names or the config mention, so that a missing one is noticed."""
     numbers = (re.search(r"(?:^|\.)(?:blocks|layers)\.(\d{1,6})\.", name) for name in names)
-    told = config.get("num_hidden_layers")
-    told = told if isinstance(told, int) else 0
-    return max([told, *(int(number[1]) + 1 for number in numbers if number)])
+    stated = config.get("num_hidden_layers")
+    stated = stated if isinstance(stated, int) else 0
+    return max([stated, *(int(number[1]) + 1 for number in numbers if number)])
 
 
 def _places(layout: Layout, layers: int) -> Iterator[tuple[str, int, list[Source]]]:
-    """Every official tensor of a model: its name, its layer (0 for the rest) and its sources."""
+    """Every official tensor of a model: its name, layer (0 outside the layers) and sources."""
     for template, sources in layout.sources.items():
         for layer in range(layers if "{}" in template else 1):
             yield template.format(layer), layer, sources
@@ -446,8 +444,8 @@ def _check_config(layout: Layout, config: Mapping[str, Any]) -> None:
     for key, value in layout.expected.items():
         if config.get(key, value) != value:
             raise WeightsError(
-                f"config.json: {key} = {shown(repr(config[key]))}, where RWKV has {value!r}: the"
-                " model computes something else; only one with the official value can be read"
+                f"config.json: {key} = {shown(repr(config[key]))}, but RWKV has {value!r}: another"
+                " model; only one with the official value can be read"
             )
 
 
@@ -456,7 +454,7 @@ def _check_head_size(official: Mapping[str, ArrayLike]) -> None:
     if r_k is not None and r_k.shape[1:] != (HEAD_SIZE,):
         raise WeightsError(
             f"att.r_k of shape {list(r_k.shape)}: unless heads have {HEAD_SIZE} channels, version 7"
-            " takes another epsilon in Hugging Face's code than in the official one; use a .pth"
+            " has another epsilon in Hugging Face's code than in the official one; use a .pth"
         )
 
 

@@ -1,15 +1,15 @@
 """PyTorch's `.pth` files (1.6 and later) without PyTorch.
 
-Such a file is a zip whose entries are stored as they are:
+Such a file is a zip whose entries are stored uncompressed:
 
     NAME/data.pkl    a pickle of the state dict; each tensor in it names a storage, an offset, a
                      shape and strides
     NAME/data/KEY    a storage: the numbers
-    NAME/byteorder   `little`; not in files of torch before 2.1
+    NAME/byteorder   `little`; missing in files of torch before 2.1
 
-A pickle is a program, and pickle's own machine runs whatever it calls. The one here knows the few
-opcodes and names that state dicts are made of, imports nothing, calls nothing, and answers
-everything else with an error. Checksums are not verified: that would read the whole file.
+A pickle is a program, and Python's interpreter of pickles runs whatever it calls. The one here
+knows only the few opcodes and names that state dicts consist of, imports nothing, calls nothing,
+and raises an error for everything else. Checksums are not verified: that would read the whole file.
 """
 
 import math
@@ -32,6 +32,7 @@ from rwkv_jax.checkpoint.files import (
     MAX_INDEX,
     ArrayLike,
     as_bytes,
+    check_dtypes,
     is_shape,
     kind,
     reading,
@@ -50,7 +51,7 @@ _STORAGES = {
     "uint8": "Byte",
     "bool": "Bool",
 }
-"""The class of storage of a dtype. Those that torch got later are in untyped storages."""
+"""The storage class of each dtype. Types that torch got later are in untyped storages."""
 
 _DTYPES = {
     name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
@@ -69,10 +70,10 @@ _TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"
 _PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _DICT = "collections.OrderedDict"
 _IGNORED = ("torch.Size", "torch.device", "builtins.set", "__builtin__.set")
-"""What lies beside the state dict in a trainer's checkpoint."""
+"""Objects beside the state dict in a trainer's checkpoint."""
 
 _CALLS = (*_TENSORS, *_PARAMETERS, _DICT, *_IGNORED)
-"""What a pickle may call, and `_TYPE` what it may refer to besides."""
+"""The names that a pickle may call; others it may refer to match `_TYPE`."""
 
 _TYPE = re.compile(
     r"torch\.([A-Za-z0-9]+Storage|storage\.UntypedStorage)"
@@ -89,7 +90,7 @@ _DISTRUST = "which no state dict needs; it could run code when loaded: do not tr
 
 @dataclass(frozen=True, slots=True)
 class _Global:
-    """A name that a pickle refers to; what it names in Python is never looked up."""
+    """A name that a pickle refers to; the Python object of that name is never looked up."""
 
     name: str
 
@@ -103,7 +104,7 @@ class _Storage:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """What torch would make a tensor of. The numbers, counted in elements, are not yet checked."""
+    """The arguments of a torch tensor. Sizes count elements and are not yet checked."""
 
     storage: _Storage
     offset: int
@@ -111,7 +112,7 @@ class _Tensor:
     strides: tuple
     type: str
     flipped: bool
-    """Whether its numbers are meant conjugated or negated."""
+    """Whether it is a conjugate or negative view of its numbers."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class _Archive:
     entries: dict[str, zipfile.ZipInfo]
 
     def find(self, name: str) -> range:
-        """Where in the file the bytes of an entry are."""
+        """The range of an entry's bytes in the file."""
         name = self.folder + name
         if name not in self.entries:
             raise WeightsError(f"its entry {shown(name)} is missing; download it again")
@@ -148,9 +149,9 @@ class _Archive:
 
 def read_pth(path: Path | str) -> dict[str, np.ndarray]:
     """The tensors of a state dict: read-only views of the file, which stays mapped as long as one
-    of them lives. What is no tensor is left out.
+    of them is alive. Other entries are left out.
 
-    Raises `WeightsError`, one line, for a file that cannot be read, is damaged, or is unsafe.
+    Raises WeightsError, one line, for a file that cannot be read, is damaged, or is unsafe.
     """
     with reading(Path(path)) as memory:
         archive = _open(memory)
@@ -169,12 +170,13 @@ def _open(memory: mmap.mmap) -> _Archive:
             found = archive.infolist()
     except (zipfile.BadZipFile, ValueError) as error:
         raise WeightsError(
-            f"has no whole zip directory at its end ({shown(error)}): truncated? download it again"
+            f"has no complete zip directory at its end ({shown(error)}): truncated? download it"
+            " again"
         ) from error
     entries = {}
     for entry in found:
         if entry.filename in entries:
-            raise ValueError(f"two entries {shown(entry.filename)}")
+            raise ValueError(f"two entries are named {shown(entry.filename)}")
         entries[entry.filename] = entry
     pickles = [name for name in entries if name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -183,11 +185,12 @@ def _open(memory: mmap.mmap) -> _Archive:
 
 
 def _unpickle(data: bytes) -> object:
-    """What a pickle describes, in dicts, lists, tuples, numbers, text and the classes above.
+    """The object that a pickle describes, of dicts, lists, tuples, numbers, text and the classes
+    above.
 
-    Raises `WeightsError` for an opcode or a name that state dicts have no use for.
+    Raises WeightsError for an opcode or a name that state dicts do not need.
     """
-    # MARK opens a new stack; what closes it takes all of it.
+    # MARK opens a new stack; the opcode that closes it takes all of its items.
     stack, below, memo = [], [], {}
     try:
         for opcode, argument, _ in pickletools.genops(data):
@@ -249,35 +252,35 @@ def _unpickle(data: bytes) -> object:
                 case name:
                     raise WeightsError(f"its pickle uses {name}, {_DISTRUST}")
     except LookupError as error:
-        raise ValueError("its pickle takes what it never gave") from error
+        raise ValueError("its pickle uses an item that it never stored") from error
     raise ValueError("its pickle has no end")
 
 
 def _number(value: Any) -> int:
-    # Longer ones take their time in every sum, and cannot be shown.
+    # Arithmetic on longer numbers is slow, and they cannot be printed.
     if value.bit_length() > 63:
-        raise ValueError("its pickle has a number beyond all sizes")
+        raise ValueError("its pickle has a number larger than any size")
     return value
 
 
 def _extend(target: object, items: list) -> None:
     if not isinstance(target, list):
-        raise ValueError("its pickle appends to what is no list")
+        raise ValueError("its pickle appends to something that is not a list")
     target.extend(items)
 
 
 def _update(target: object, items: list) -> None:
     if not isinstance(target, dict):
-        raise ValueError("its pickle sets items of what is no dict")
-    # To hash a nest of tuples can take forever.
+        raise ValueError("its pickle sets items of something that is not a dict")
+    # Hashing nested tuples can take forever.
     if not all(isinstance(key, str | int) for key in items[::2]):
-        raise ValueError("its pickle has a dict with keys that are no names")
+        raise ValueError("its pickle has a dict with keys that are not names")
     target.update(zip(items[::2], items[1::2], strict=True))
 
 
 def _refer(module: object, name: object) -> _Global:
     if not isinstance(module, str) or not isinstance(name, str):
-        raise ValueError("its pickle refers to what is no name")
+        raise ValueError("its pickle refers to something that is not a name")
     full = f"{module}.{name}"
     if full not in _CALLS and not _TYPE.fullmatch(full):
         raise WeightsError(f"refers to {shown(full)}, {_DISTRUST}")
@@ -288,7 +291,7 @@ def _storage(identity: object) -> _Storage:
     match identity:
         case ("storage", _Global(name), str(key), str(), int(length)):
             return _Storage(name, key, length)
-    raise ValueError("its pickle describes a storage as torch does not")
+    raise ValueError("its pickle describes a storage in another way than torch")
 
 
 def _tensor(arguments: object) -> _Tensor:
@@ -296,11 +299,11 @@ def _tensor(arguments: object) -> _Tensor:
         case (_Storage() as storage, int(offset), tuple(shape), tuple(strides), _, _, *rest):
             dtype = rest.pop(0).name if rest and isinstance(rest[0], _Global) else storage.type
             return _Tensor(storage, offset, shape, strides, dtype, any(rest))
-    raise ValueError("its pickle describes a tensor as torch does not")
+    raise ValueError("its pickle describes a tensor in another way than torch")
 
 
 def _stand_in(called: object, arguments: object) -> object:
-    """What stands for the result of a call."""
+    """A stand-in for the result of a call."""
     match called, arguments:
         case _Global(name), tuple() if name in _TENSORS:
             return _tensor(arguments)
@@ -310,11 +313,11 @@ def _stand_in(called: object, arguments: object) -> object:
             return {}
         case _Global(name), tuple() if name in _IGNORED:
             return None
-    raise ValueError("its pickle makes a call as torch does not")
+    raise ValueError("its pickle makes a call that torch does not make")
 
 
 def _state_dict(root: object) -> dict[str, _Tensor]:
-    """The tensors of the first dict that has any: under a trainer's key, or at the top."""
+    """The tensors of the first dict that has any: under a trainer's key, or the top level."""
     if isinstance(root, dict):
         for found in (*map(root.get, _NESTED), root):
             items = found.items() if isinstance(found, dict) else ()
@@ -325,18 +328,20 @@ def _state_dict(root: object) -> dict[str, _Tensor]:
 
 
 def _array(archive: _Archive, name: str, tensor: _Tensor) -> np.ndarray:
-    """The view of the file that a tensor is."""
+    """The tensor as a view of the file."""
     storage, offset, shape = tensor.storage, tensor.offset, tensor.shape
     if storage.type not in _TYPES or tensor.type not in _TYPES:
-        raise WeightsError(f"{name} is of {shown(tensor.type)}; save it as float32 or bfloat16")
+        raise WeightsError(
+            f"{name} has the type {shown(tensor.type)}; save it as float32 or bfloat16"
+        )
     if tensor.flipped:
         raise WeightsError(f"{name} is a conjugate or negative view; save a clone of it")
     if not is_shape(shape) or len(shape) != len(tensor.strides):
-        raise ValueError(f"{name} has a shape that cannot be")
-    # Along an axis of one no step is ever taken, and any number may stand there.
+        raise ValueError(f"{name} has an impossible shape")
+    # The stride of an axis of length 1 is never used and may be any number.
     steps = [0 if n == 1 else step for n, step in zip(shape, tensor.strides, strict=True)]
     if not all(type(n) is int and n >= 0 for n in (offset, storage.length, *steps)):
-        raise ValueError(f"{name} has strides that cannot be")
+        raise ValueError(f"{name} has impossible strides")
     dtype, place = _TYPES[tensor.type], archive.find(f"data/{storage.key}")
     numbers = math.prod(shape)
     if not numbers:
@@ -345,7 +350,7 @@ def _array(archive: _Archive, name: str, tensor: _Tensor) -> np.ndarray:
     room = min(len(place), storage.length * _TYPES[storage.type].itemsize)
     if end * dtype.itemsize > room:
         raise ValueError(f"{name} reaches outside its storage")
-    # Strides of 0 make much out of little.
+    # Strides of 0 can make a huge array of few numbers.
     if numbers * dtype.itemsize > len(archive.memory):
         raise WeightsError(f"{name} is larger than the file; save a clone of it")
     start = place.start + offset * dtype.itemsize
@@ -356,13 +361,11 @@ def write_pth(path: Path | str, tensors: Mapping[str, ArrayLike]) -> None:
     """Writes a state dict that torch loads with `weights_only=True`; the same tensors give the same
     bytes.
 
-    Takes memory for one tensor at a time. Raises `WeightsError`, one line, for a dtype that torch
-    does not have or a file that cannot be written; what was at `path` is then still there.
+    Holds one tensor in memory at a time. Raises WeightsError, one line, for a dtype that torch does
+    not have or a file that cannot be written; an older file at `path` is then unchanged.
     """
     path = Path(path)
-    for name, array in tensors.items():
-        if (dtype := np.dtype(array.dtype).name) not in _DTYPES:
-            raise WeightsError(f"{path}: {shown(name)} is of {dtype}; make it float32 or bfloat16")
+    check_dtypes(path, tensors, _DTYPES)
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
         _write(file, archive, "data.pkl", memoryview(_pickle(tensors)))
         _write(file, archive, "byteorder", memoryview(b"little"))
@@ -372,11 +375,11 @@ def write_pth(path: Path | str, tensors: Mapping[str, ArrayLike]) -> None:
 
 
 def _write(file: BinaryIO, archive: zipfile.ZipFile, name: str, data: memoryview) -> None:
-    """Adds an entry whose bytes begin, as torch's do, at a multiple of 64."""
+    """Adds an entry whose bytes start at a multiple of 64, as torch's do."""
     entry = zipfile.ZipInfo(f"archive/{name}")
-    # Otherwise it tells Windows from the rest.
+    # Unix: the default depends on the platform.
     entry.create_system = 3
-    # Before the bytes: 30 and the name, 20 for sizes beyond 4 GiB, 4 to announce the padding.
+    # The header: 30 bytes and the name, 20 for sizes beyond 4 GiB, 4 for the padding's own header.
     padding = -(file.tell() + 30 + len(entry.filename) + 20 + 4) % 64
     entry.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
     with archive.open(entry, "w", force_zip64=True) as stream:
@@ -384,7 +387,7 @@ def _write(file: BinaryIO, archive: zipfile.ZipFile, name: str, data: memoryview
 
 
 def _pickle(tensors: Mapping[str, ArrayLike]) -> bytes:
-    """The program that makes a dict of tensors, each in a storage of its own."""
+    """A pickle that builds a dict of tensors, each in a storage of its own."""
     program = [b"\x80\x02}("]
     for key, (name, array) in enumerate(tensors.items()):
         dtype, shape = np.dtype(array.dtype), tuple(int(n) for n in array.shape)
@@ -407,6 +410,6 @@ def _value(value: object) -> bytes:
 
 
 def _name(full: str) -> bytes:
-    """The opcode that pushes what a name stands for."""
+    """The opcode that pushes the object of a name."""
     module, _, name = full.rpartition(".")
     return f"c{module}\n{name}\n".encode()

@@ -3,11 +3,12 @@
     8 bytes     the header's length
     header      {"__metadata__": {TEXT: TEXT},
                  NAME: {"dtype": TEXT, "shape": [...], "data_offsets": [begin, end]}, ...}
-    the rest    the numbers; every byte, counted from here, is of one tensor
+    the rest    the numbers; offsets count from here, and every byte belongs to one tensor
 
-Read and written here rather than with the library (looked at: 0.8.0). Its numpy side copies each
-tensor into memory of its own where a view of the mapped file will do, takes all tensors at once to
-write them, and writes one that is not contiguous in the wrong order without a word.
+Read and written here rather than with the library (version 0.8.0). Its numpy functions copy each
+tensor where a view of the mapped file would do, need all tensors at once to write them, and
+silently write a tensor that is not contiguous in the wrong order: `numpy._flatten` passes its
+`data_ptr` without testing for contiguity.
 """
 
 import json
@@ -26,6 +27,7 @@ from rwkv_jax.checkpoint.files import (
     MAX_INDEX,
     ArrayLike,
     as_bytes,
+    check_dtypes,
     is_shape,
     kind,
     reading,
@@ -33,10 +35,10 @@ from rwkv_jax.checkpoint.files import (
 )
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""A model in one file; which tensor is where, of a model in several."""
+"""A model in one file; the list of tensors of a model in several."""
 
 _SHARD = re.compile(r"\w[\w. -]*")
-"""A name that leads to no other folder, and can be shown."""
+"""A file name that stays in its folder and is printable."""
 
 _METADATA = "__metadata__"
 
@@ -63,9 +65,9 @@ _CODES = {dtype.name: code for code, dtype in _DTYPES.items()}
 
 def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
     """The tensors of a file, of an index and its shards, or of a folder with either: read-only
-    views of the files, which stay mapped as long as one of them lives.
+    views of the files, which stay mapped as long as one of them is alive.
 
-    Raises `WeightsError`, one line, for what cannot be read or is damaged.
+    Raises WeightsError, one line, for a file that cannot be read or is damaged.
     """
     tensors = {}
     for file, names in _files(Path(path)):
@@ -73,14 +75,15 @@ def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
             found, _ = _read(memory)
             for name in found if names is None else names:
                 if name not in found:
-                    raise WeightsError(f"lacks {shown(name)}, unlike its index; download both")
+                    raise WeightsError(
+                        f"does not have {shown(name)}, unlike its index; download both"
+                    )
                 tensors[name] = found[name]
     return tensors
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
-    """The texts written beside the tensors; of several files, of all of them. Raises as
-    `read_safetensors`."""
+    """The metadata of a file, or of all files of a model. Raises as `read_safetensors`."""
     metadata = {}
     for file, _ in _files(Path(path)):
         with reading(file) as memory:
@@ -89,7 +92,7 @@ def read_metadata(path: Path | str) -> dict[str, str]:
 
 
 def _files(path: Path) -> list[tuple[Path, list[str] | None]]:
-    """The files of a model, and which tensors each is asked for; None is all."""
+    """The files of a model, and the tensors to read from each; None: all."""
     if path.is_dir():
         found = [path / name for name in (FILE, INDEX) if (path / name).exists()]
         if not found:
@@ -103,11 +106,11 @@ def _files(path: Path) -> list[tuple[Path, list[str] | None]]:
             case {"weight_map": dict(places)}:
                 pass
             case _:
-                raise ValueError("no weight_map in it")
+                raise ValueError("no weight_map")
         for name, shard in places.items():
             if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
                 raise WeightsError(
-                    f"{shown(name)} is in {shown(shard)}, which is no file beside it; mend the name"
+                    f"{shown(name)} is in {shown(shard)}, not a file beside it; correct the name"
                 )
             shards.setdefault(shard, []).append(name)
     return [(path.parent / shard, names) for shard, names in shards.items()]
@@ -121,7 +124,7 @@ def _read(memory: mmap.mmap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     header = _json(memory, 8, start)
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
-        raise ValueError("its metadata are no texts")
+        raise ValueError("its metadata are not text")
     parts = [(*_part(shown(name), entry), name) for name, entry in header.items()]
     tensors, end = {}, start
     for begin, size, dtype, shape, name in sorted(parts, key=lambda part: part[:2]):
@@ -137,26 +140,26 @@ def _read(memory: mmap.mmap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def _part(name: str, entry: object) -> tuple[int, int, np.dtype, list[int]]:
-    """Where a tensor begins, how many bytes it has, and what they are."""
+    """The offset, bytes, type and shape of a tensor."""
     match entry:
         case {"dtype": str(code), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
             if code not in _DTYPES:
-                raise WeightsError(f"{name} is of {shown(code)}; save it as F32 or BF16")
+                raise WeightsError(f"{name} has the type {shown(code)}; save it as F32 or BF16")
             dtype = _DTYPES[code]
             if is_shape(shape) and math.prod(shape) * dtype.itemsize == end - begin:
                 return begin, end - begin, dtype, shape
-    raise ValueError(f"{name} has a shape or a place that cannot be")
+    raise ValueError(f"{name} has an impossible shape or place")
 
 
 def _json(memory: mmap.mmap, start: int, stop: int) -> dict[str, Any]:
-    """An object, in which no name may come twice."""
+    """A JSON object; a name that occurs twice is an error."""
     if stop > len(memory):
         raise ValueError("its header reaches beyond the end of the file")
     if stop - start > MAX_INDEX:
         raise WeightsError("its list of tensors is too large; split the model")
     found = json.loads(memory[start:stop].decode(), object_pairs_hook=_unique)
     if not isinstance(found, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     return found
 
 
@@ -176,16 +179,14 @@ def write_safetensors(
 ) -> None:
     """Writes a file that the library reads; the same tensors give the same bytes.
 
-    Takes memory for one tensor at a time. Raises `WeightsError`, one line, for a dtype that the
-    format does not have or a file that cannot be written; what was at `path` is then still there.
+    Holds one tensor in memory at a time. Raises WeightsError, one line, for a dtype that the format
+    does not have or a file that cannot be written; an older file at `path` is then unchanged.
     """
     path = Path(path)
-    for name, array in tensors.items():
-        if name == _METADATA:
-            raise WeightsError(f"{path}: no tensor can be named {name}; rename it")
-        if (dtype := np.dtype(array.dtype).name) not in _CODES:
-            raise WeightsError(f"{path}: {shown(name)} is of {dtype}; make it float32 or bfloat16")
-    # The wide ones first, so that all are aligned.
+    if _METADATA in tensors:
+        raise WeightsError(f"{path}: no tensor can be named {_METADATA}; rename it")
+    check_dtypes(path, tensors, _CODES)
+    # Wide types first, so that all are aligned.
     ranks = {name: (-np.dtype(array.dtype).itemsize, name) for name, array in tensors.items()}
     order = sorted(tensors, key=ranks.__getitem__)
     header: dict[str, Any] = {} if metadata is None else {_METADATA: dict(metadata)}
@@ -193,11 +194,8 @@ def write_safetensors(
     for name in order:
         dtype, shape = np.dtype(tensors[name].dtype), [int(n) for n in tensors[name].shape]
         begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {
-            "dtype": _CODES[dtype.name],
-            "shape": shape,
-            "data_offsets": [begin, end],
-        }
+        offsets = [begin, end]
+        header[name] = {"dtype": _CODES[dtype.name], "shape": shape, "data_offsets": offsets}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:

@@ -1,10 +1,10 @@
-"""Any file of RWKV weights, in and out, under official names.
+"""Reads and writes RWKV weights in every format, under official names.
 
-In: an official `.pth`, a `.safetensors` in official names, a Hugging Face folder (version 4 of
+Read: an official `.pth`, a `.safetensors` in official names, a Hugging Face folder (version 4 of
 transformers, versions 5 to 7 in the layouts of `huggingface.py`), the folder of one of our runs.
-Out: `.pth`, `.safetensors`, a Hugging Face folder (versions 4 and 7).
+Written: `.pth`, `.safetensors`, a Hugging Face folder (versions 4 and 7).
 
-Files are mapped, not read: a tensor is in memory while it is looked at. Nothing in a file is run.
+Files are mapped, not read: a tensor is in memory while it is used. No code in a file is run.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,14 @@ import numpy as np
 
 from rwkv_jax.checkpoint import huggingface, store
 from rwkv_jax.checkpoint.errors import WeightsError, shown
-from rwkv_jax.checkpoint.files import ArrayLike, cast, float_type, replacing, writing
+from rwkv_jax.checkpoint.files import (
+    ArrayLike,
+    cast,
+    float_type,
+    naming,
+    replacing,
+    writing,
+)
 from rwkv_jax.checkpoint.keymaps import config_of, from_official, in_order, plain, to_official
 from rwkv_jax.checkpoint.pth import read_pth, write_pth
 from rwkv_jax.checkpoint.safetensors import read_safetensors, write_safetensors
@@ -41,30 +48,23 @@ from rwkv_jax.models import Model
 from rwkv_jax.typing import Array
 
 PTH, SAFETENSORS = (".pth", ".pt", ".bin", ".ckpt"), (".safetensors",)
-FORMATS = {
-    "pth": "PyTorch",
-    "safetensors": "safetensors",
-    "huggingface": "Hugging Face",
-    "run": "run",
-}
-
 
 PILE = (50277, 50304)
-"""Embeddings of models with the Pile's (GPT-NeoX's) vocabulary: its own number, and padded."""
+"""Embedding rows of models with the Pile's (GPT-NeoX's) vocabulary: exact, and padded."""
 
 PILE_FILE = "20B_tokenizer.json"
-"""What official repositories call that vocabulary."""
+"""The Pile's vocabulary in official repositories."""
 
 KNOWN = {WorldTokenizer.vocab_size: "world", ByteTokenizer.vocab_size: "bytes"}
-"""Embeddings of models with a vocabulary that needs no file beside them, and its name."""
+"""Embedding rows of models with a vocabulary that needs no file, and its name."""
 
 PADDING = 128
-"""Models may have up to so many embeddings more than tokens, less one."""
+"""A model has fewer than this many embedding rows more than its tokenizer has tokens."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file holds: its tensors under official names, as they are stored."""
+    """The tensors of a file under official names, in their stored types."""
 
     path: Path
     format: str
@@ -75,21 +75,21 @@ class Weights:
 def read(path: Path | str) -> Weights:
     """The tensors of any file or folder of weights.
 
-    Raises `WeightsError`, one line that names the file, if it is none or damaged. Whether they are
-    those of a whole model `from_official` finds out.
+    Raises WeightsError, one line that names the file, if it holds no weights or is damaged. Whether
+    they are a complete model is checked by `from_official`.
     """
     path = Path(path).expanduser()
     try:
         if path.is_dir():
             found = _read_folder(path)
         elif path.suffix in SAFETENSORS or (path.is_file() and _begins(path)[8:9] == b"{"):
-            found = _named(path, "safetensors", read_safetensors(path))
+            found = _official(path, "safetensors", read_safetensors(path))
         else:
-            found = _named(path, "pth", read_pth(path))
+            found = _official(path, "pth", read_pth(path))
     except OSError as error:
         raise WeightsError(
-            f"{error.filename or path}: cannot be read ({error.strerror}); name one that is there"
-            " and that you may read"
+            f"{error.filename or path}: cannot be read ({error.strerror}); name one that exists and"
+            " is readable"
         ) from error
     return replace(found, tensors=plain(found.tensors))
 
@@ -100,10 +100,10 @@ def load(
     """Parameters and config of any weights: a `.pth`, a `.safetensors`, a Hugging Face folder, or
     one of our runs (its newest checkpoint). Version and all sizes are read from the file.
 
-    Parameters keep the type they are stored in, mostly bfloat16, or get `dtype`, a floating one; a
-    function computes in its own `dtype` whatever theirs is. `sharding` is where they go: one
-    `jax.sharding.Sharding`, or a `Model` of them. Raises `UserError`, one line, for a file that
-    cannot be read, or has numbers too large for `dtype`.
+    Parameters keep their stored type, mostly bfloat16, or are rounded to the floating type `dtype`;
+    functions compute in their own `dtype` either way. `sharding` is one `jax.sharding.Sharding`, or
+    a `Model` of them. Raises UserError, one line, for a file that cannot be read, or has numbers
+    too large for `dtype`.
 
     >>> params, cfg = load("RWKV-x070-World-0.1B.pth")  # doctest: +SKIP
     """
@@ -115,9 +115,9 @@ def load(
 def load_with_tokenizer(
     path: Path | str, tokenizer: str = "", *, dtype: Any = None
 ) -> tuple[Model[Array], ModelConfig, Tokenizer]:
-    """`load`, and the tokenizer that belongs to it: `find_tokenizer`, unless one is named.
+    """`load` together with the model's tokenizer: the one named, or that of `find_tokenizer`.
 
-    Raises `UserError` too if none is found or it does not belong to the model.
+    Raises UserError also if none is found or it does not fit the model.
     """
     path = Path(path).expanduser()
     if not tokenizer and (path / store.CONFIG).is_file():
@@ -134,18 +134,18 @@ def load_with_tokenizer(
 
 
 def find_tokenizer(weights: Weights, vocab_size: int, name: str = "") -> Tokenizer:
-    """The tokenizer of a model with so many embeddings: the one named (`world`, `bytes`, or a
-    `tokenizer.json`); else the run's own; else the `tokenizer.json` or `20B_tokenizer.json` beside
-    the weights, whichever fits; else the World vocabulary, or bytes, if their size is the model's.
+    """The tokenizer of a model with `vocab_size` embedding rows: the one named (`world`, `bytes`,
+    or a `tokenizer.json`); else the run's own; else the `tokenizer.json` or `20B_tokenizer.json`
+    beside the weights, whichever fits; else World or bytes, if the size is theirs.
 
-    Raises `UserError` if there is none, or it is of another size than the model's, up to padding.
+    Raises UserError if there is none, or if its size does not fit the model's, up to padding.
     """
     if not name:
         if found := _beside(weights, vocab_size):
             return found[1]
         name = KNOWN.get(vocab_size, "")
     if not name:
-        pile = " (the Pile's; models of it want 20B_tokenizer.json)" if vocab_size in PILE else ""
+        pile = " (the Pile's; its models need 20B_tokenizer.json)" if vocab_size in PILE else ""
         raise WeightsError(
             f"no known vocabulary has {vocab_size:,} tokens{pile}: name a tokenizer.json with"
             " --tokenizer, or put it beside the weights"
@@ -156,10 +156,10 @@ def find_tokenizer(weights: Weights, vocab_size: int, name: str = "") -> Tokeniz
 
 
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, called: str) -> None:
-    """Raises `WeightsError` unless a model of so many embeddings may be of this tokenizer."""
+    """Raises WeightsError unless the tokenizer fits a model with `vocab_size` embedding rows."""
     if not _fits(tokenizer, vocab_size):
         raise WeightsError(
-            f"{called} has {tokenizer.vocab_size:,} tokens, and the model {vocab_size:,}"
+            f"{called} has {tokenizer.vocab_size:,} tokens, but the model has {vocab_size:,}"
             " embeddings: they do not belong together; name the model's own"
         )
 
@@ -169,8 +169,8 @@ def _fits(tokenizer: Tokenizer, vocab_size: int) -> bool:
 
 
 def _beside(weights: Weights, vocab_size: int) -> tuple[Path, Tokenizer] | None:
-    """The tokenizer that came with the weights, and the file that holds it; None if there is none
-    of the model's size. One that does not fit is another model's: a folder often has several."""
+    """The tokenizer beside the weights, and its file; None if there is none of the model's size.
+    One of another size belongs to another model: a folder often holds several."""
     if weights.format == "run":
         folder = weights.path / store.TOKENIZER
         return folder / HF_FILE, load_tokenizer(folder)
@@ -182,11 +182,11 @@ def _beside(weights: Weights, vocab_size: int) -> tuple[Path, Tokenizer] | None:
 
 
 def tokenizer_files(weights: Weights, vocab_size: int, target: Path) -> dict[str, bytes]:
-    """What `find_tokenizer` and Hugging Face's libraries need of the tokenizer of `weights` beside
-    `target`, or in it if that is a folder: names and contents, for `write`.
+    """The tokenizer files of `weights` that `find_tokenizer` and Hugging Face's libraries need
+    beside `target`, or in it if that is a folder: names and contents, for `write`.
 
-    Raises `UserError` if another model's tokenizer is there and would be taken for this one's, or
-    the tokenizer cannot be read.
+    Raises UserError if another model's tokenizer exists there and would be taken for this one's, or
+    if the tokenizer cannot be read.
     """
     found = _beside(weights, vocab_size)
     kind = found[1].kind if found else KNOWN.get(vocab_size, "")
@@ -197,14 +197,14 @@ def tokenizer_files(weights: Weights, vocab_size: int, target: Path) -> dict[str
         if config := huggingface.tokenizer_config(kind, vocab_size):
             files["tokenizer_config.json"] = _json(config)
         return files
-    there = _beside(Weights(target, "", {}), vocab_size) if kind else None
-    if there and there[0].read_bytes() == own:
+    existing = _beside(Weights(target, "", {}), vocab_size) if kind else None
+    if existing and existing[0].read_bytes() == own:
         return {}
     place = target.with_name(found[0].name) if found and own else None
-    if there or (place and place.exists()):
+    if existing or (place and place.exists()):
         raise WeightsError(
-            f"{there[0] if there else place}: another model's tokenizer; convert into a folder of"
-            " its own"
+            f"{existing[0] if existing else place}: another model's tokenizer; convert into a"
+            " folder of its own"
         )
     return {place.name: own} if place else {}
 
@@ -214,8 +214,8 @@ def save(path: Path | str, params: Model[Array], cfg: ModelConfig, *, dtype: Any
     ends in .pth, as safetensors if it ends in .safetensors (both in official names), and otherwise
     as a Hugging Face folder.
 
-    What was there before is replaced when all is written. Raises `WeightsError`; and `ValueError`
-    if `cfg` is not that of `params`, or `dtype` no floating type of 16, 32 or 64 bits.
+    An older file is replaced once all is written. Raises WeightsError; ValueError if `params` are
+    not of `cfg`'s model, or `dtype` is not a floating type of 16, 32 or 64 bits.
     """
     write(path, to_official(params, cfg, dtype=dtype))
 
@@ -227,8 +227,8 @@ def write(
     dtype: Any = None,
     beside: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Writes tensors in official names as `save` does, one after the other. Files that go `beside`
-    them, or into their folder, appear with them or not at all."""
+    """Writes tensors in official names as `save` does, one after the other. The files `beside`
+    them, or in their folder, appear with them or not at all."""
     path, tensors, beside = Path(path).expanduser(), in_order(tensors), beside or {}
     if dtype is not None:
         kind = float_type(dtype)
@@ -238,8 +238,8 @@ def write(
         return
     if path.suffix not in (*PTH, *SAFETENSORS):
         raise WeightsError(
-            f"{path}: {path.suffix} is no format; end the name in .pth or .safetensors, or in"
-            " nothing for a Hugging Face folder"
+            f"{path}: {path.suffix} is not a format; end the name in .pth or .safetensors, or give"
+            " one without an ending for a Hugging Face folder"
         )
     with contextlib.ExitStack() as stack:
         for name, content in beside.items():
@@ -251,7 +251,7 @@ def write(
 
 
 def is_file(target: Path) -> bool:
-    """Whether a name asks for a file of weights, not a folder; `world-0.1b` has no ending."""
+    """Whether a name means a file of weights, not a folder; `world-0.1b` has no ending."""
     return target.suffix in (*PTH, *SAFETENSORS) or bool(re.fullmatch(r"\.[a-z]+", target.suffix))
 
 
@@ -270,24 +270,23 @@ def _read_folder(path: Path) -> Weights:
         raise WeightsError(
             f"{path}: neither a run nor a Hugging Face folder (no config.json){hint}"
         )
-    config = _config(path / "config.json")
-    if (path / "pytorch_model.bin").is_file():
-        tensors = read_pth(path / "pytorch_model.bin")
-    else:
-        tensors = read_safetensors(path)
-    with naming(path):
-        if not huggingface.is_huggingface(tensors):
-            return Weights(path, "safetensors", tensors)
-        layout = huggingface.layout_of(tensors, config)
-        return Weights(path, layout, huggingface.to_official(tensors, config))
+    config, pth = _config(path / "config.json"), path / "pytorch_model.bin"
+    tensors = read_pth(pth) if pth.is_file() else read_safetensors(path)
+    return _official(path, "safetensors", tensors, config)
 
 
-def _named(path: Path, kind: str, tensors: Mapping[str, np.ndarray]) -> Weights:
-    """A single file: official names, or Hugging Face's with the config.json beside it."""
+def _official(
+    path: Path,
+    kind: str,
+    tensors: Mapping[str, np.ndarray],
+    config: dict[str, Any] | None = None,
+) -> Weights:
+    """Tensors in official names, or in Hugging Face's with `config`, by default that beside
+    them."""
     with naming(path):
         if not huggingface.is_huggingface(tensors):
             return Weights(path, kind, tensors)
-        config = _config(path.with_name("config.json"))
+        config = _config(path.with_name("config.json")) if config is None else config
         layout = huggingface.layout_of(tensors, config)
         return Weights(path, layout, huggingface.to_official(tensors, config))
 
@@ -300,19 +299,8 @@ def _config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: cannot be read ({shown(error)}); restore it") from error
     if not isinstance(config, dict):
-        raise WeightsError(f"{path}: no table of settings; restore it")
+        raise WeightsError(f"{path}: not a JSON object; restore it")
     return config
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Puts the file's name in front of what is wrong in it."""
-    try:
-        yield
-    except WeightsError as error:
-        if str(error).startswith(str(path)):
-            raise
-        raise WeightsError(f"{path}: {error}") from error
 
 
 def _json(table: Mapping[str, Any]) -> bytes:
@@ -322,7 +310,7 @@ def _json(table: Mapping[str, Any]) -> bytes:
 def _write_folder(
     path: Path, tensors: Mapping[str, ArrayLike], others: Mapping[str, bytes]
 ) -> None:
-    """A Hugging Face folder, complete when it appears."""
+    """A Hugging Face folder, which appears once it is complete."""
     with naming(path):
         named, config = huggingface.from_official(tensors)
     if path.is_file():
@@ -335,7 +323,7 @@ def _write_folder(
         **others,
     }
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    parents = [folder for folder in path.parents if not folder.exists()]  # the deepest first
+    parents = [folder for folder in path.parents if not folder.exists()]  # deepest first
     try:
         with naming(path), writing(path):
             temporary.mkdir(parents=True)
@@ -344,10 +332,10 @@ def _write_folder(
                 with replacing(temporary / name) as file:
                     file.write(content)
             os.replace(temporary, path)
-    except WeightsError as error:  # nobody knows the folder by the name that it had
+    except WeightsError as error:  # the user does not know the temporary folder
         raise WeightsError(str(error).replace(str(temporary), str(path))) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         for folder in parents:
-            with contextlib.suppress(OSError):  # the folder is there, and in it
+            with contextlib.suppress(OSError):  # not empty: the folder was written
                 folder.rmdir()

@@ -9,17 +9,17 @@ from rwkv_jax.cli.command import command, run, spoken
 from rwkv_jax.errors import UserError
 
 ABOUT = """
-Weights from any format into another; the name of OUT says which.
+Convert weights from any format into another; the name of OUT decides which.
 
   {prog} RWKV-x070-World-0.1B-v2.8.pth world-0.1b.safetensors
   {prog} runs/demo demo.pth
-      the newest checkpoint of a run, for everything that reads official files
+      the newest checkpoint of a run, for programs that read official files
   {prog} RWKV-x070-World-0.1B-v2.8.pth world-0.1b-hf
       no ending: a folder for Hugging Face's libraries (versions 4 and 7)
   {prog} model.pth model-bf16.pth --dtype bfloat16
 
 Numbers are copied bit for bit unless --dtype is given, one tensor at a time, so a model may be
-larger than memory. OUT appears when all of it is on disk.
+larger than memory. OUT appears once all of it is on disk.
 """
 
 
@@ -27,44 +27,41 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax convert") -> int:
     """Runs the command line; returns the exit code: 2 for bad input, 130 when interrupted."""
     parser = command(prog, "MODEL OUT [options]", ABOUT)
     add = parser.add_argument
-    add("model", metavar="MODEL", help=".pth, .safetensors, Hugging Face folder, or a run's")
+    add(
+        "model", metavar="MODEL", help=".pth, .safetensors, Hugging Face folder, or folder of a run"
+    )
     add("out", metavar="OUT", help=".pth, .safetensors, or a new folder")
     add(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
-        help="round to this type (default: as it is stored)",
+        help="round to this type (default: the stored type)",
     )
-    add("--overwrite", action="store_true", help="replace OUT if it is there")
+    add("--overwrite", action="store_true", help="replace OUT if it exists")
     return run(spoken(prog), partial(_convert, parser.parse_args(arguments)))
 
 
 def _convert(args: argparse.Namespace) -> None:
     # Here, so that --help answers at once.
-    import ml_dtypes
-    import numpy as np
-
     from rwkv_jax.checkpoint.keymaps import check
     from rwkv_jax.checkpoint.weights import naming, read, tokenizer_files, write
     from rwkv_jax.data.tokenizers import TokenizerError
 
     source, target = Path(args.model).expanduser(), Path(args.out).expanduser()
     if target.exists() and target.resolve() == source.resolve():
-        raise UserError(f"{target}: is the file to read; name another")
+        raise UserError(f"{target}: input and output are the same file; name another")
     if target.is_dir():
-        raise UserError(f"{target}: is there already; a folder is not replaced, name a new one")
+        raise UserError(f"{target}: already exists; a folder is not replaced, name a new one")
     if target.exists() and not args.overwrite:
-        raise UserError(f"{target}: is there already; name another file, or add --overwrite")
+        raise UserError(f"{target}: already exists; name another file, or add --overwrite")
     weights = read(source)
     with naming(weights.path):
         cfg = check(weights.tensors)
-    kind = {"bfloat16": ml_dtypes.bfloat16, None: None}.get(args.dtype, args.dtype)
     try:
         beside = tokenizer_files(weights, cfg.vocab_size, target)
-    except TokenizerError as error:  # weights are whole without one
+    except TokenizerError as error:  # weights are complete without one
         print(f"{target}: without a tokenizer: {error}", file=sys.stderr)
         beside = {}
-    dtype = None if kind is None else np.dtype(kind)
-    write(target, weights.tensors, dtype=dtype, beside=beside)
+    write(target, weights.tensors, dtype=args.dtype, beside=beside)
     print(f"{target}: RWKV-{cfg.version}, {len(weights.tensors):,} tensors")
     if names := [name for name in beside if name != "tokenizer_config.json"]:
         folder = target if target.is_dir() else target.parent

@@ -8,15 +8,13 @@ from typing import Any
 from rwkv_jax.cli.command import command, run, spoken, width
 
 ABOUT = """
-Two files of weights, tensor by tensor, whatever their formats: how far apart they are, the farthest
-first.
+Compare two files of weights of any format tensor by tensor, the largest difference first.
 
   {prog} rwkv-init.pth runs/demo
   {prog} model.pth model.safetensors --all
 
-The difference is RMS(B - A) / RMS(A). What version 7 does not use in its first layer may be missing
-in one of them. The exit code is 0 if all tensors are the same numbers, 1 if
-not.
+The difference is RMS(B - A) / RMS(A). Tensors that version 7 does not use in its first layer may be
+missing in one of them. The exit code is 0 if all tensors hold the same numbers, else 1.
 """
 
 FEW = 20
@@ -24,12 +22,12 @@ FEW = 20
 
 @dataclass(frozen=True)
 class Row:
-    """What is to say about one tensor."""
+    """The comparison of one tensor."""
 
     name: str
     shape: str
     relative: float
-    """RMS of the difference, over that of A; infinite where only one has it."""
+    """RMS of the difference divided by that of A; infinite if only one file has the tensor."""
     largest: float
     note: str = ""
 
@@ -43,7 +41,7 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax diff") -> int:
             name, help=".pth, .safetensors, Hugging Face folder, or folder of a run"
         )
     parser.add_argument(
-        "--all", action="store_true", help=f"all tensors, not only the {FEW} farthest apart"
+        "--all", action="store_true", help=f"all tensors, not only the {FEW} that differ most"
     )
     differing: list[Row] = []
     code = run(spoken(prog), partial(_diff, parser.parse_args(arguments), differing))
@@ -82,7 +80,7 @@ def _diff(args: argparse.Namespace, differing: list[Row]) -> None:
         console.print(table)
     same, left = len(rows) - len(differing), len(differing) - len(shown)
     more = f"; {left:,} more differ (--all shows them)" if left > 0 else ""
-    console.print(f"{same:,} of {len(rows):,} tensors are the same numbers{more}", highlight=False)
+    console.print(f"{same:,} of {len(rows):,} tensors hold the same numbers{more}", highlight=False)
 
 
 def _compare(name: str, first: Any, second: Any) -> Row:

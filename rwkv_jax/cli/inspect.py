@@ -109,7 +109,7 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax inspect") -> int:
 
 def _inspect(args: argparse.Namespace, wrong: list[str]) -> None:
     # Here, so that --help does not wait for JAX.
-    from rwkv_jax.checkpoint.keymaps import config_of, faults
+    from rwkv_jax.checkpoint.keymaps import config_of, problems
     from rwkv_jax.checkpoint.weights import naming, read
 
     console = Console(width=width())
@@ -117,7 +117,7 @@ def _inspect(args: argparse.Namespace, wrong: list[str]) -> None:
     tensors = weights.tensors
     with naming(weights.path):
         cfg = config_of(tensors)
-    wrong += [fault for fault, _ in faults(tensors, cfg)]
+    wrong += [problem for problem, _ in problems(tensors, cfg)]
 
     _print_header(console, weights, cfg)
     names = track(tensors, "reading", console=console, transient=True)

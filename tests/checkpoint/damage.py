@@ -1,4 +1,4 @@
-"""Files damaged at random: whatever a reader makes of one, it is arrays or a line of text."""
+"""Files damaged at random: a reader returns arrays or raises one line."""
 
 import random
 
@@ -6,7 +6,7 @@ from rwkv_jax.checkpoint.errors import WeightsError
 
 
 def check_any_damage(read, content, path, times):
-    """Changes bytes and cuts the file, `times` over; only `WeightsError` may come of it."""
+    """Changes bytes and truncates the file `times` over; only WeightsError may be raised."""
     rng = random.Random(0)
     for _ in range(times):
         damaged = bytearray(content)

@@ -84,7 +84,7 @@ def test_written_folder_is_the_library_s(name):
 @every_folder
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_official_names_round_trip(name, dtype):
-    """There and back, bit for bit, without a copy and whatever the order; and from a file whose
+    """A round trip, bit for bit, without a copy and in any order; and from a file whose
     names DeepSpeed has made longer."""
     tensors = {key: x.astype(np.dtype(dtype)) for key, x in official(name).items()}
     for x in tensors.values():
@@ -98,7 +98,7 @@ def test_official_names_round_trip(name, dtype):
     assert all(np.shares_memory(back[key], x) for key, x in tensors.items())
 
 
-def test_what_the_first_layer_does_not_use_is_left_out():
+def test_unused_tensors_of_the_first_layer_are_left_out():
     """Official training writes the first layer's value mix, and so do our own files."""
     params, cfg = keymaps.from_official(official("rwkv7"))
     whole = keymaps.to_official(params, cfg)
@@ -109,7 +109,7 @@ def test_what_the_first_layer_does_not_use_is_left_out():
 
 
 def test_end_of_document_and_side_files():
-    """What lies beside the weights is JSON, and knows the id between documents."""
+    """The files beside the weights are JSON and hold the end-of-document id."""
     _, config = from_official(official("rwkv7"), eod=3)
     ids = {"bos_token_id": 3, "eos_token_id": 3, "pad_token_id": 3}
     assert config | ids == config
@@ -155,7 +155,7 @@ def test_fla7_tied_embeddings_and_norms_without_bias():
     tensors, config = fla7()
     expected = to_official(tensors, config)
     config |= {"tie_word_embeddings": True, "norm_bias": False}
-    same(to_official(tensors, config), expected)  # what is there is used
+    same(to_official(tensors, config), expected)  # a tensor that exists is used
     del tensors["lm_head.weight"]
     norms = ("pre_norm.bias", "attn_norm.bias", "ffn_norm.bias", "model.norm.bias")
     for name in [name for name in tensors if name.endswith(norms)]:
@@ -220,7 +220,7 @@ def made_up(version):
 
 
 def fla6(tensors):
-    """A model of version 6 as flash-linear-attention's converter leaves it."""
+    """A model of version 6 as written by flash-linear-attention's converter."""
     there = {
         "model.embeddings.weight": tensors["emb.weight"],
         "lm_head.weight": tensors["head.weight"],
@@ -300,7 +300,7 @@ def test_fla6_mixes_mean_the_same():
         np.testing.assert_allclose(mix, official_mixes[name], rtol=1e-12)
 
 
-def test_fla6_is_gathered_when_asked_for():
+def test_fla6_is_reordered_on_use():
     there = fla6(made_up("6"))
     ours = to_official(there, FLA6_CONFIG)
     there["model.layers.0.attn.x_proj.2.weight"][:] = 0
@@ -314,7 +314,7 @@ def test_fla6_is_gathered_when_asked_for():
 
 
 def remote(tensors, home):
-    """The names that the converters of remote code give."""
+    """The names used by the converters of remote code."""
     there = {}
     for name, x in tensors.items():
         name = re.sub(r"^emb\.", "embeddings.", name)
@@ -359,7 +359,7 @@ def fails(culprit, read, *args):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_tensor_counts(layout):
-    """One that is missing and one too many are named, as the folder names them."""
+    """A missing and an unknown tensor are named as in the folder."""
     there, config = {
         "fla-rwkv7": fla7,
         "fla-rwkv6": lambda: (fla6(made_up("6")), FLA6_CONFIG),
@@ -404,7 +404,7 @@ def test_configs_that_mean_another_model(key, value):
         "model.layers.0.attn.r_proj.weight.absmax",
     ],
 )
-def test_names_of_what_no_layout_holds(name):
+def test_names_of_models_that_cannot_be_read(name):
     tensors, config = fla7()
     assert is_huggingface([name])
     fails(name, to_official, tensors | {name: np.zeros(3)}, config)

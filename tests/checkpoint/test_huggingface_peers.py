@@ -1,4 +1,4 @@
-"""Folders that we export, in the libraries that they are for: logits against the official ones.
+"""Exported folders in the libraries that read them: logits against the official ones.
 
 Runs where `pip install '.[oracle]'` has been done; the fixtures of `test_huggingface.py` hold what
 those libraries say of folders of their own.
@@ -28,8 +28,8 @@ def test_an_exported_folder_gives_the_official_logits(version, tmp_path):
     golden = dict(np.load(GOLDEN / f"rwkv{version}.npz"))
     tensors = {name: x.astype(np.float32) for name, x in golden.items() if "." in name}
     rwkv_jax.save(tmp_path / "folder", *from_official(tensors))
-    model, told = architecture.from_pretrained(tmp_path / "folder", output_loading_info=True)
-    assert not told["missing_keys"] and not stop_flag["unexpected_keys"]
+    model, report = architecture.from_pretrained(tmp_path / "folder", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
     with torch.no_grad():
         tokens = torch.tensor(golden["tokens"].astype(np.int64))[None]
         logits = model.eval()(tokens, use_cache=False).logits[0].numpy()

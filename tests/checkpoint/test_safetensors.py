@@ -104,10 +104,10 @@ def test_the_same_tensors_are_the_same_bytes(tmp_path):
     assert struct.unpack_from("<Q", first.read_bytes())[0] % 8 == 0
 
 
-def test_names_and_dtypes_that_cannot_be(tmp_path):
+def test_impossible_names_and_dtypes(tmp_path):
     path = tmp_path / "a.safetensors"
     message = fault(write_safetensors, path, {"x.y": np.zeros(3, np.complex64)})
-    assert message == f"{path}: x.y is of complex64; make it float32 or bfloat16"
+    assert message == f"{path}: x.y has the type complex64; make it float32 or bfloat16"
     message = fault(write_safetensors, path, {"__metadata__": np.zeros(3)})
     assert message == f"{path}: no tensor can be named __metadata__; rename it"
     assert not list(tmp_path.iterdir())
@@ -140,22 +140,22 @@ def file_of(header, data=bytes(8)):
         (file_of(b'{"x\\n": {}, "x\\n": {}}'), r"damaged (x\n twice); download it again"),
         (file_of({"x": part()}, bytes(7)), "x reaches beyond the end of the file"),
         (file_of({"x": part()}, bytes(9)), "1 bytes belong to no tensor"),
-        (file_of({"x": part("F8_E4M3", (8,))}), "x is of F8_E4M3; save it as F32 or BF16"),
-        (file_of({"x": part(shape=(3,))}), "x has a shape or a place that cannot be"),
-        (file_of({"x": part(shape=(-1, -2))}), "x has a shape or a place that cannot be"),
-        (file_of({"x": part(shape=(2.0,))}), "x has a shape or a place that cannot be"),
-        (file_of({"x": part(shape=(2, True))}), "x has a shape or a place that cannot be"),
-        (file_of({"x": part(shape=(2,) + (1,) * 64)}), "x has a shape or a place that cannot be"),
-        (file_of({"x": part(shape=(0, 2**62), end=0)}, b""), "x has a shape or a place that can"),
-        (file_of({"x": part(begin=8, end=0)}), "x has a shape or a place that cannot be"),
+        (file_of({"x": part("F8_E4M3", (8,))}), "x has the type F8_E4M3; save it as F32 or BF16"),
+        (file_of({"x": part(shape=(3,))}), "x has an impossible shape or place"),
+        (file_of({"x": part(shape=(-1, -2))}), "x has an impossible shape or place"),
+        (file_of({"x": part(shape=(2.0,))}), "x has an impossible shape or place"),
+        (file_of({"x": part(shape=(2, True))}), "x has an impossible shape or place"),
+        (file_of({"x": part(shape=(2,) + (1,) * 64)}), "x has an impossible shape or place"),
+        (file_of({"x": part(shape=(0, 2**62), end=0)}, b""), "x has an impossible shape or place"),
+        (file_of({"x": part(begin=8, end=0)}), "x has an impossible shape or place"),
         (file_of({"x": part(begin=-8, end=0)}), "x does not begin where the one before it ends"),
         (file_of({"x": part(begin=2**70, end=2**70 + 8)}), "x does not begin where the one before"),
         (file_of({"x": part(), "y": part()}), "y does not begin where the one before it ends"),
         (file_of({"x": part(), "y": part(begin=12, end=20)}, bytes(20)), "y does not begin where"),
-        (file_of({"x": {**part(), "dtype": None}}), "x has a shape or a place that cannot be"),
-        (file_of({"x": 3}), "x has a shape or a place that cannot be"),
-        (file_of({"x": part(), "__metadata__": {"a": 1}}), "its metadata are no texts"),
-        (file_of({"x": part(), "__metadata__": []}), "its metadata are no texts"),
+        (file_of({"x": {**part(), "dtype": None}}), "x has an impossible shape or place"),
+        (file_of({"x": 3}), "x has an impossible shape or place"),
+        (file_of({"x": part(), "__metadata__": {"a": 1}}), "its metadata are not text"),
+        (file_of({"x": part(), "__metadata__": []}), "its metadata are not text"),
     ],
 )
 def test_damaged_files_are_one_line(content, expected, tmp_path):
@@ -215,13 +215,13 @@ def test_a_shard_cannot_be_outside_its_folder(shard, sharded):
     index(sharded, {"x": shard})
     message = fault(read_safetensors, sharded)
     assert f"{INDEX}: x is in " in message
-    assert message.endswith("which is no file beside it; mend the name")
+    assert message.endswith("not a file beside it; correct the name")
 
 
 def test_shards_that_are_not_as_the_index_says(sharded):
     index(sharded, {"x": "a-1.safetensors", "y": "a-1.safetensors"})
     message = fault(read_safetensors, sharded)
-    assert message == f"{sharded}/a-1.safetensors: lacks y, unlike its index; download both"
+    assert message == f"{sharded}/a-1.safetensors: does not have y, unlike its index; download both"
     (sharded / "a-2.safetensors").unlink()
     index(sharded, {"y": "a-2.safetensors"})
     message = fault(read_safetensors, sharded)

@@ -1,4 +1,4 @@
-"""Any file in, the same numbers out: formats, types, placement, and one line for what is wrong."""
+"""Formats read and written with the same numbers; types, sharding, and one line for each error."""
 
 import errno
 import functools
@@ -46,7 +46,7 @@ def same(found, expected):
     ["bfloat16", *(pytest.param(x, marks=pytest.mark.slow) for x in ("float32", "float16"))],
 )
 def test_in_out_in_again(tmp_path, version, suffix, dtype):
-    """Through parameters, in every type: identical tensors, and of version 7 the unused ones."""
+    """Through parameters, in every type: identical tensors, plus the unused ones of version 7."""
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     given = {name: x.astype(kind) for name, x in tensors(version).items()}
     weights.write(tmp_path / f"given{suffix}", given)
@@ -76,16 +76,16 @@ def test_types_can_be_asked_for(tmp_path):
 @pytest.mark.parametrize("head", [16, 32, 64])
 def test_sizes_are_read_from_shapes(head, layers):
     given = checkpoint("7", layers=layers, width=64, head=head, vocab=300, ranks=(9, 3, 8, 11))
-    _, cfg = keymaps.from_official(given)
+    cfg = keymaps.check(given)
     rank_v = 8 if layers > 1 else 0
     assert (cfg.layers, cfg.head_size, cfg.vocab_size) == (layers, head, 300)
     assert (cfg.rank_w, cfg.rank_a, cfg.rank_v, cfg.rank_g) == (9, 3, rank_v, 11)
     for version in ("5.0", "5.1", "5.2", "6"):
-        _, cfg = keymaps.from_official(checkpoint(version, layers=layers, width=64, head=head))
+        cfg = keymaps.check(checkpoint(version, layers=layers, width=64, head=head))
         assert (cfg.version, cfg.layers, cfg.head_size) == (version, layers, head)
 
 
-def test_one_head_is_told_from_one_decay_per_head():
+def test_one_head_differs_from_one_decay_per_head():
     """Version 5.1's [h] and 5.2's [h, n], with a single head."""
     for version in ("5.1", "5.2"):
         assert keymaps.config_of(checkpoint(version, width=16, head=16)).version == version
@@ -113,9 +113,8 @@ def test_prefixes_and_nested_state_dicts(tmp_path):
     assert cfg.version == "6"
 
 
-def test_parameters_go_where_they_are_told(tmp_path):
-    """Over eight devices, each holding its part; and large ones layer by layer, with equal
-    numbers."""
+def test_parameters_are_sharded_as_asked(tmp_path):
+    """Across eight devices, each holding its shard."""
     write_safetensors(tmp_path / "m.safetensors", tensors("7"))
     expected, cfg = rwkv_jax.load(tmp_path / "m.safetensors")
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -144,18 +143,18 @@ def test_large_parameters_layer_by_layer(tmp_path, monkeypatch):
     assert all(map(np.array_equal, jax.tree.leaves(params), jax.tree.leaves(expected)))
 
 
-def test_tensors_are_looked_at_one_at_a_time(tmp_path):
-    """Promises are kept when their turn comes, and once."""
+def test_tensors_are_read_one_at_a_time(tmp_path):
+    """Deferred tensors are computed when they are written, and once."""
     asked = []
 
-    def promise(name, x):
+    def deferred(name, x):
         def make():
             asked.append(name)
             return x
 
         return Deferred(x.shape, x.dtype, make)
 
-    given = {name: promise(name, x) for name, x in tensors("5.2").items()}
+    given = {name: deferred(name, x) for name, x in tensors("5.2").items()}
     keymaps.check(given)
     assert not asked
     weights.write(tmp_path / "m.pth", given)
@@ -170,7 +169,7 @@ BROKEN = {
     ),
     "extra": (
         lambda t: t | {"blocks.0.att.odd": t["emb.weight"]},
-        r"blocks\.0\.att\.odd is no par",
+        r"blocks\.0\.att\.odd is not a par",
     ),
     "misshapen": (
         lambda t: t | {"blocks.1.ffn.key.weight": t["blocks.1.ffn.key.weight"][:, 1:]},
@@ -178,9 +177,9 @@ BROKEN = {
     ),
     "integers": (
         lambda t: t | {"head.weight": t["head.weight"].astype(np.int8)},
-        r"head\.weight is of int8; only weights of",
+        r"head\.weight has the type int8; only 16, 32",
     ),
-    "no model": (lambda t: {"weight": t["emb.weight"]}, r"no RWKV checkpoint"),
+    "no model": (lambda t: {"weight": t["emb.weight"]}, r"not an RWKV checkpoint"),
     "only a state": (
         lambda t: {"blocks.0.att.time_state": t["blocks.0.att.time_state"]},
         r"tuned states and no model",
@@ -191,19 +190,19 @@ BROKEN = {
     ),
     "a row of embeddings": (
         lambda t: t | {"emb.weight": t["emb.weight"][0]},
-        r"emb\.weight has shape \[32\], which cannot be; take",
+        r"emb\.weight has the impossible shape \[32\]; take",
     ),
     "flat": (
         lambda t: t | {"blocks.1.att.time_maa_w2": t["blocks.1.att.time_maa_w2"].ravel()},
-        r"blocks\.1\.att\.time_maa_w2 has shape \[960\], which cannot be; take",
+        r"blocks\.1\.att\.time_maa_w2 has the impossible shape \[960\]; take",
     ),
     "no number": (
         lambda t: t | {"blocks.x.att.k": t["emb.weight"]},
-        r"blocks\.x\.att\.k is no par",
+        r"blocks\.x\.att\.k is not a par",
     ),
     "far away": (
         lambda t: t | {"blocks.9999999.att.k": t["emb.weight"]},
-        r"blocks\.9999999\.att\.k is there, and layers 2 to 9999998 are missing",
+        r"blocks\.9999999\.att\.k exists, but layers 2 to 9999998 are missing",
     ),
     "no ffn": (lambda t: drop(t, "blocks.0.ffn.key.weight"), r"blocks\.0\.ffn\.key\.weight"),
 }
@@ -225,7 +224,7 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path, case, suffix):
     assert ";" in str(caught.value)  # and the remedy
 
 
-def test_files_that_are_no_weights(tmp_path):
+def test_files_that_are_not_weights(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     write_pth(tmp_path / "whole.pth", tensors("4"))
@@ -250,7 +249,7 @@ def test_files_that_are_no_weights(tmp_path):
             rwkv_jax.load(tmp_path / path)
         assert str(tmp_path / path) in str(caught.value) and "\n" not in str(caught.value)
     params, cfg = rwkv_jax.load(tmp_path / "whole.pth")
-    with pytest.raises(UserError, match=r"\.onnx is no format"):
+    with pytest.raises(UserError, match=r"\.onnx is not a format"):
         rwkv_jax.save(tmp_path / "m.onnx", params, cfg)
     with pytest.raises(UserError, match="cannot be written as a Hugging Face folder"):
         rwkv_jax.save(tmp_path / "new", *keymaps.from_official(tensors("6")))
@@ -258,8 +257,8 @@ def test_files_that_are_no_weights(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["is_dir", "open"])
-def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, call):
-    """A folder that may not be looked into, and a file that may not be opened."""
+def test_an_unreadable_file_is_named(tmp_path, monkeypatch, call):
+    """A folder without permission, and a file without."""
     weights.write(tmp_path / "m.pth", tensors("4"))
 
     def barred(path, *_, **__):
@@ -270,10 +269,10 @@ def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, call):
         rwkv_jax.load(tmp_path / "m.pth")
 
 
-def test_what_is_no_file_is_not_replaced(tmp_path):
+def test_only_regular_files_are_replaced(tmp_path):
     """A pipe, or a device such as /dev/full."""
     os.mkfifo(tmp_path / "pipe.pth")
-    with pytest.raises(UserError, match=r"pipe\.pth: is no regular file"):
+    with pytest.raises(UserError, match=r"pipe\.pth: not a regular file"):
         weights.write(tmp_path / "pipe.pth", tensors("4"))
     assert (tmp_path / "pipe.pth").is_fifo()
 
@@ -298,7 +297,7 @@ def test_the_tokenizer_is_found(tmp_path):
     _, _, tokenizer = weights.load_with_tokenizer(tmp_path / "world.pth")
     assert tokenizer.kind == "world"
     with pytest.raises(
-        UserError, match=r"world\.pth: --tokenizer bytes has 257 tokens, and the model 65,536"
+        UserError, match=r"world\.pth: --tokenizer bytes has 257 tokens, but the model has 65,536"
     ):
         weights.load_with_tokenizer(tmp_path / "world.pth", "bytes")
     for vocab, message in ((50277, "the Pile's"), (300, "no known vocabulary has 300 tokens")):
@@ -320,9 +319,9 @@ def test_the_tokenizer_is_found(tmp_path):
     ids=str,
 )
 def test_parameters_are_saved_with_their_own_config(tmp_path, change):
-    """JAX would take the last layer for those that are not there."""
+    """JAX would use the last layer for missing ones."""
     params, cfg = keymaps.from_official(tensors("7"))
-    with pytest.raises(ValueError, match=r"^params\.\S+ is .*: give the cfg that params"):
+    with pytest.raises(ValueError, match=r"^params\.\S+ is .*: give the cfg of these params"):
         rwkv_jax.save(tmp_path / "m.pth", params, replace(cfg, **change))
     with pytest.raises(ValueError, match=r"give rwkv_jax\.stack"):
         rwkv_jax.save(tmp_path / "m.pth", rwkv_jax.unstack(params), cfg)
@@ -333,10 +332,10 @@ def test_only_floating_types_can_be_asked_for(tmp_path):
     params, cfg = keymaps.from_official(tensors("7"))
     weights.write(tmp_path / "m.pth", tensors("7"))
     for dtype in ("int8", "float8_e4m3fn", "complex64", "letters"):
-        told = f"dtype = {dtype}: weights can be float16, "
-        with pytest.raises(ValueError, match=told):
+        message = f"dtype = {dtype}: weights can be float16, "
+        with pytest.raises(ValueError, match=message):
             rwkv_jax.save(tmp_path / "n.pth", params, cfg, dtype=dtype)
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             rwkv_jax.load(tmp_path / "m.pth", dtype=dtype)
     with pytest.raises(ValueError, match="dtype = int8"):
         rwkv_jax.save(tmp_path / "n.pth", jax.tree.map(lambda x: x.astype("int8"), params), cfg)
@@ -345,19 +344,19 @@ def test_only_floating_types_can_be_asked_for(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["", ".pth", ".safetensors"])
 def test_numbers_too_large_for_a_type_are_refused(tmp_path, suffix):
-    """By the tensor's name; infinity and NaN that were there stay."""
+    """Naming the tensor; existing infinity and NaN stay."""
     given = checkpoint("4", layers=2)
     given["blocks.1.att.key.weight"][2, 3:5] = 7e4, -7e4
     path, out = tmp_path / "m.pth", tmp_path / f"out{suffix}"
     weights.write(path, given)
-    told = (
+    message = (
         r"blocks\.1\.att\.key\.weight has 2 numbers too large for float16, .* 65504; take bfloat16"
     )
-    with pytest.raises(UserError, match=f"^{path}: {told}"):
+    with pytest.raises(UserError, match=f"^{path}: {message}"):
         rwkv_jax.load(path, dtype="float16")
-    with pytest.raises(UserError, match=f"^{out}: {told}"):
+    with pytest.raises(UserError, match=f"^{out}: {message}"):
         weights.write(out, given, dtype="float16")
-    with pytest.raises(UserError, match=f"^{out}: {told}"):
+    with pytest.raises(UserError, match=f"^{out}: {message}"):
         rwkv_jax.save(out, *rwkv_jax.load(path), dtype=jnp.float16)
     assert {x.name for x in tmp_path.iterdir()} == {"m.pth"}
     given["blocks.1.att.key.weight"][2, 3:6] = np.inf, -np.inf, np.nan
@@ -367,8 +366,8 @@ def test_numbers_too_large_for_a_type_are_refused(tmp_path, suffix):
     np.testing.assert_array_equal(found, [np.inf, -np.inf, np.nan])
 
 
-def test_float64_is_read_without_a_word(tmp_path):
-    """A warning would be an error here: JAX has no float64 unless it is told to."""
+def test_float64_is_read_without_a_warning(tmp_path):
+    """A warning would be an error here: JAX has float64 only if it is enabled."""
     given = tensors("5.2")
     weights.write(tmp_path / "m.pth", given | {"emb.weight": given["emb.weight"].astype("f8")})
     params, _ = rwkv_jax.load(tmp_path / "m.pth")

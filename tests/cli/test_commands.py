@@ -140,7 +140,7 @@ def test_inspect_lists_all_that_is_wrong(model, capsys):
     assert rwkv_jax("inspect", path, "--tensors") == 1
     text = capsys.readouterr().out
     assert "wrong: blocks.2.ln1.bias is missing" in text
-    assert "wrong: stray is no parameter of RWKV-7" in text
+    assert "wrong: stray is not a parameter of RWKV-7" in text
     assert "wrong: blocks.0.att.r_k has shape [1, 64], not [2, 64]" in text
     assert "wrong: blocks.1.ffn.key.weight has 3 NaN or infinite values" in text
     assert "complete" not in text and "nan" not in text.lower().replace("nan or", "").replace(
@@ -154,7 +154,7 @@ def test_names_are_shown_as_they_are(model, tmp_path, capsys):
     weights.write(tmp_path / "odd.pth", tensors | {"[/]x[red]": np.zeros(2, np.float32)})
     assert rwkv_jax("inspect", tmp_path / "odd.pth", "--tensors") == 1
     text = capsys.readouterr().out
-    assert "wrong: [/]x[red] is no parameter" in text and text.count("[/]x[red]") == 2
+    assert "wrong: [/]x[red] is not a parameter" in text and text.count("[/]x[red]") == 2
     assert rwkv_jax("diff", path, tmp_path / "odd.pth") == 1
     assert "[/]x[red]" in capsys.readouterr().out
 
@@ -169,7 +169,7 @@ def test_convert_around_and_back(model, tmp_path, capsys):
     assert f"RWKV-7, {len(tensors)} tensors" in capsys.readouterr().out
     assert rwkv_jax("diff", path, tmp_path / "world-0.1b-hf") == 0
     all_of = f"{len(tensors)} of {len(tensors)}"
-    assert f"{all_of} tensors are the same numbers" in capsys.readouterr().out
+    assert f"{all_of} tensors hold the same numbers" in capsys.readouterr().out
 
 
 def test_convert_removes_prefixes_and_replaces_no_folder(model, tmp_path, capsys):
@@ -204,11 +204,11 @@ def test_convert_leaves_nothing_half_written(model, tmp_path, capsys):
     bad = tmp_path / "bad.pth"
     weights.write(bad, {name: x for name, x in tensors.items() if "head" not in name})
     for arguments, message in {
-        (path, path): "is the file to read",
-        (path, tmp_path / "there.pth"): "is there already; name another file, or add --overwrite",
+        (path, path): "input and output are the same file",
+        (path, tmp_path / "there.pth"): "already exists; name another file, or add --overwrite",
         (bad, tmp_path / "new.pth"): "bad.pth: head.weight is missing",
         (path, tmp_path / "no" / "folder.pth"): "No such file or directory",
-        (path, tmp_path / "m.gguf"): ".gguf is no format",
+        (path, tmp_path / "m.gguf"): ".gguf is not a format",
     }.items():
         before = sorted(tmp_path.rglob("*"))
         assert rwkv_jax("convert", *arguments) == 2
@@ -328,7 +328,7 @@ def test_a_folder_is_written_with_its_tokenizer_or_not_at_all(model, tmp_path, m
         for target in ("new/folder/hf", "file/m.pth"):
             assert rwkv_jax("convert", path, tmp_path / target) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert f"{tmp_path}/new/folder/hf/tokenizer.json: no space left" in first
+    assert f"{tmp_path}/new/folder/hf/tokenizer.json: No space left" in first
     assert f"{tmp_path}/file/" in second
     assert listing(tmp_path) == before
     assert rwkv_jax("convert", path, tmp_path / "new/folder/hf") == 0
