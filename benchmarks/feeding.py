@@ -80,7 +80,7 @@ def alone(args: argparse.Namespace) -> dict:
 def opened(pair: Path, settings: dict):
     """A small config, its loader, and a step."""
     from rwkv_jax.config import Config, DataConfig, ModelConfig, TrainConfig
-    from rwkv_jax.data.loader import open_loader
+    from rwkv_jax.data.loader import Batching, open_loader
     from rwkv_jax.data.sources import open_data
 
     data = DataConfig(source=str(pair), tokenizer="world", heldout=0.0, **settings)
@@ -88,11 +88,7 @@ def opened(pair: Path, settings: dict):
     train = TrainConfig(batch=BATCH, context=CONTEXT)
     loader = open_loader(
         open_data(data, progress=False).streams,
-        seed=0,
-        batch=BATCH,
-        context=CONTEXT,
-        vocab_size=model.vocab_size,
-        packing=data.packing,
+        Batching(0, BATCH, CONTEXT, model.vocab_size, packing=data.packing),
     )
     return Config(model=model, data=data, train=train), loader
 

@@ -1,12 +1,12 @@
-"""The `tokenize` command, next to what PyPI's tokenizers of the World vocabulary do without files.
+"""The `tokenize` command beside PyPI's tokenizers of the World vocabulary, which use no files.
 
     python -m benchmarks.tokenize [--megabytes 200] [--peer-python PATH] [--rounds 3]
 
-The text is Python source and documentation of this machine, as JSON lines; it is made once. The
-command is timed as a user would, from its start to its end: it reads, parses, encodes, and writes
-the pair to disk. The peers encode the same texts, which they have in memory, in batches of 4 MB,
-and keep nothing; the Python one of `rwkv` is given the first 4 MB. All count the same tokens. Core
-seconds are what the kernel says that the processes had, whatever else ran.
+The text is Python source and documentation of this machine, as JSON lines; it is written once. The
+command is timed from start to end, as by a user: it reads, parses, encodes, and writes the pair to
+disk. The peers encode the same texts from memory in batches of 4 MB, and keep nothing; the Python
+one of `rwkv` gets only the first 4 MB. All count the same tokens. Core seconds are the CPU time of
+the processes as reported by the kernel.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def write_text(path: Path, size: int) -> int:
-    """Texts of this machine as JSON lines, some `size` bytes of them; returns how many exactly."""
+    """Writes texts of this machine as JSON lines, about `size` bytes; returns the exact number."""
     texts, held = set(), 0
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,17 +133,17 @@ def write_text(path: Path, size: int) -> int:
 
 
 def command(text: Path, folder: Path, workers: int) -> dict:
-    """Runs it; its seconds, and what it says that it did."""
+    """Runs the command; its times and the counts it reports."""
     out = folder / "out"
     line = [sys.executable, "-m", "rwkv_jax", "tokenize", text, "-o", out, "--overwrite"]
-    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
         [*map(str, line), "--workers", str(workers)], check=True, stdout=subprocess.DEVNULL
     )
-    seconds, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     busy = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     made = json.loads(out.with_name("out.json").read_text())
-    # The end of each document is no token of a peer's.
+    # Peers do not count the end-of-document ids.
     tokens = made["tokens"] - made["documents"]
     return {
         "seconds": seconds,

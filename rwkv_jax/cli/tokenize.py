@@ -11,18 +11,18 @@ from rwkv_jax.cli.command import command, run, spoken, width
 from rwkv_jax.errors import UserError
 
 ABOUT = """
-Text into OUT.bin and OUT.idx, the pair of files that the official trainers and this one read; each
-document is followed by the end-of-document id.
+Tokenise text into OUT.bin and OUT.idx, the pair of files that the official trainers and this
+package read; each document is followed by the end-of-document id.
 
   {prog} stories.jsonl -o data/stories
-      the field "text" of each line, by the World vocabulary
+      the field "text" of each line, with the World vocabulary
   {prog} books/ 'web/*.parquet' -o data/mixed --field content
-      folders (a file a document), globs, .jsonl, .parquet, each also as .gz or .zst where it is
-      text, and folders of Hugging Face's datasets, one behind the other
+      several sources in order: folders (one document a file), globs, .jsonl, .parquet, folders of
+      Hugging Face's datasets; text files also as .gz or .zst
   {prog} notes.txt -o data/notes --tokenizer runs/demo/tokenizer --document line
 
-Every core is used. Stopped, the same command goes on where it was; OUT appears when it is whole.
-OUT.json says what it holds. Train with: python train.py CONFIG data.source=OUT data.tokenizer=world
+Every core is used. If it is stopped, the same command resumes; OUT appears when it is complete.
+OUT.json describes it. Train with: python train.py CONFIG data.source=OUT data.tokenizer=world
 """
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
@@ -51,33 +51,37 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax tokenize") -> int
         "--template",
         choices=("g1", "world", "raven"),
         default="g1",
-        help="how turns are written down where the field holds a conversation (g1)",
+        help="how the turns of a conversation become text, if the field holds one (g1)",
     )
     add("--workers", type=_count, metavar="N", help="processes (default: one for each core)")
-    add("--overwrite", action="store_true", help="replace OUT if it is there")
+    add("--overwrite", action="store_true", help="replace OUT if it exists")
     return run(spoken(prog), partial(_tokenize, parser.parse_args(arguments)))
 
 
 def _count(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: a whole number from 1 on is needed")
+        raise argparse.ArgumentTypeError(f"{text}: not a whole number of at least 1")
     return number
 
 
 def _tokenize(args: argparse.Namespace) -> None:
     # Here, so that --help answers at once.
+    from rwkv_jax.config import DataConfig
     from rwkv_jax.data.tokenize import tokenize
 
     start = time.monotonic()
+    cfg = DataConfig(
+        tokenizer=args.tokenizer,
+        field=args.field,
+        document=args.document,
+        template=args.template,
+    )
     with _bar() as progress:
         result = tokenize(
             args.source,
             args.out,
-            tokenizer=args.tokenizer,
-            field=args.field,
-            document=args.document,
-            template=args.template,
+            cfg,
             workers=args.workers,
             overwrite=args.overwrite,
             progress=progress,
@@ -87,7 +91,7 @@ def _tokenize(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[int, int], None] | None]:
-    """Yields what moves a bar on stderr; None where that is no terminal."""
+    """Yields a function that moves a bar on stderr; None where stderr is not a terminal."""
     from rwkv_jax.data.prepare import reading_bar
 
     bar = reading_bar()
@@ -112,10 +116,10 @@ def _report(result: Any, seconds: float) -> None:
         "tokens": f"{counts.tokens:,}",
         "bytes a token": f"{counts.bytes / counts.tokens:.3f}",
         "speed": f"{result.new_bytes / 1e6 / seconds:,.1f} MB/s" if result.new_bytes else "",
-        "left out": f"{counts.skipped:,} files that are not readable UTF-8 text",
+        "skipped": "",
     }
-    if not counts.skipped:
-        del rows["left out"]
+    if counts.skipped:
+        rows["skipped"] = f"{counts.skipped:,} files that are not readable UTF-8 text"
     header(console, "", {name: text for name, text in rows.items() if text})
     console.print("\nfor the official recipe:", highlight=False)
     console.print(f"  data.exit_tokens = {counts.tokens}", highlight=False)
@@ -124,7 +128,7 @@ def _report(result: Any, seconds: float) -> None:
 
 
 def _primes(tokens: int) -> Iterator[tuple[int, int]]:
-    """The contexts that there are enough tokens for, each with its prime."""
+    """The contexts for which there are enough tokens, each with its magic prime."""
     from rwkv_jax.data.order import magic_prime
 
     for context in CONTEXTS:

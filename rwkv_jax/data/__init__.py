@@ -1,1 +1,1 @@
-"""Text in, token arrays out: corpora, tokenizers, the token cache and the loader. Knows no jax."""
+"""From text to batches: corpora, tokenizers, token files and the loader. Does not use JAX."""

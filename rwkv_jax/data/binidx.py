@@ -1,14 +1,16 @@
-"""Tokens as the official trainers read them: a pair `PREFIX.bin` and `PREFIX.idx` ("binidx").
+"""The format of token files, that of the official trainers: a pair `PREFIX.bin` and `PREFIX.idx`
+("binidx").
 
-`.bin` is every token, one behind the other. `.idx`, little-endian, says where they are cut:
+`.bin` holds all tokens. `.idx`, little-endian, divides them into items and documents:
 
     9 bytes "MMIDIDX\\0\\0", u64 version = 1, u8 code of the tokens' type, u64 items, u64 marks
-    i32 tokens of each item, i64 byte of `.bin` at which each begins
+    i32 number of tokens of each item, i64 byte of `.bin` at which each item starts
     i64 marks: the first item of each document and, last, the number of items
 
-Source: `MMapIndexedDataset` of NVIDIA's Megatron-LM; RWKV-LM's `make_data.py` writes the same, a
-document an item. Nothing here holds a file in memory: what is read is mapped, what is checked,
-written and merged goes by a few MB at a time. An `.idx` appears when all of its pair is on disk.
+Source: `MMapIndexedDataset` of NVIDIA's Megatron-LM; RWKV-LM's `make_data.py` writes the same, one
+item a document, and so does the writer here. No file is held in memory: files are mapped to be
+read, and checked, written and merged a few MB at a time. An `.idx` appears once its whole pair is
+on disk.
 """
 
 import contextlib
@@ -16,15 +18,15 @@ import glob
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from io import BufferedRandom
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from rwkv_jax.data.files import CorpusError
+from rwkv_jax.data.files import CorpusError, Report
+from rwkv_jax.disk import replacing_all
 
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\0\0"
@@ -32,31 +34,32 @@ DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 FLOATS = (6, 7)
 CODES = {np.dtype(name): code for code, name in DTYPES.items()}
 LONGEST = 2**31 - 1
-"""Tokens of an item: sizes are int32."""
+"""The most tokens of an item: sizes are int32."""
 ROWS = 1 << 20
-BYTES = 1 << 26
+"""Entries of an index processed at a time."""
+COPY_BYTES = 1 << 26
 
 Ids = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Binidx:
-    """A pair that was found whole, memory-mapped."""
+    """A checked pair, memory-mapped."""
 
     path: Path
     """Without `.bin` and `.idx`."""
     tokens: np.ndarray
     """All of `.bin`."""
     sizes: np.ndarray
-    """Tokens of each item."""
+    """Number of tokens of each item."""
     pointers: np.ndarray
-    """Byte of `.bin` at which each item begins."""
+    """Byte of `.bin` at which each item starts."""
     documents: np.ndarray
     """First item of each document and, last, the number of items."""
 
     @property
     def starts(self) -> np.ndarray:
-        """Token at which each document starts and, last, their number; int64."""
+        """int64 [documents + 1]: token at which each document starts and, last, where they end."""
         starts = np.full(len(self.documents), len(self.tokens), np.int64)
         inside = self.documents < len(self.sizes)
         starts[inside] = self.pointers[self.documents[inside]] // self.tokens.itemsize
@@ -64,9 +67,9 @@ class Binidx:
 
 
 def is_binidx(source: str) -> bool:
-    """Whether a `data.source` names a pair: by `.bin` or `.idx`, or by what both have before it.
+    """Whether a `data.source` names a pair, by its `.bin`, its `.idx` or their common prefix.
 
-    A file or folder of exactly that name comes first, as does a glob.
+    A file or folder of exactly that name, or a glob, is not a pair.
     """
     path = Path(source).expanduser()
     if path.is_dir() or glob.has_magic(source):
@@ -77,27 +80,27 @@ def is_binidx(source: str) -> bool:
 
 
 def files_of(path: Path) -> tuple[Path, Path]:
-    """`.bin` and `.idx` of a pair that is named by either, or by their prefix."""
+    """`.bin` and `.idx` of a pair named by either, or by their prefix."""
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
-    """The type that the official tools give tokens of a vocabulary."""
+    """The type in which the official tools store tokens of a vocabulary."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<i4")
 
 
 def open_binidx(path: str | Path) -> Binidx:
-    """The pair named by its `.bin`, its `.idx` or their prefix, all of its index checked.
+    """The pair named by its `.bin`, its `.idx` or their prefix; all of its index is checked.
 
-    Items have to lie one behind the other and fill `.bin`, so that its tokens are those of its
-    documents. Raises CorpusError, which names file and place, for anything else.
+    Items have to follow each other and fill `.bin`, so that its tokens are those of its documents.
+    Raises CorpusError, which names file and place, for anything else.
     """
     data, index = files_of(Path(path).expanduser())
     for file, other in ((data, index), (index, data)):
         if not file.is_file():
             raise CorpusError(
-                f"{file}: no such file; a pair is .bin and .idx: put it beside {other.name}"
+                f"{file}: no such file; a pair is .bin and .idx: put this one beside {other.name}"
             )
     try:
         pair = _map_pair(data, index)
@@ -120,117 +123,120 @@ def _map_pair(data: Path, index: Path) -> Binidx:
     magic, version, code, items, marks = HEADER.unpack(head)
     if magic != MAGIC:
         raise CorpusError(
-            f"{index}: no binidx index: its first bytes are {magic!r}, not {MAGIC!r};"
-            " make the pair with: python -m rwkv_jax tokenize"
+            f"{index}: not a binidx index: its first bytes are {magic!r}, not {MAGIC!r};"
+            " create the pair with: python -m rwkv_jax tokenize"
         )
     if version != 1:
-        raise CorpusError(f"{index}: byte 9: version {version}, and 1 is known; make it again")
-    if code not in DTYPES:
-        what = "floating-point numbers, not tokens" if code in FLOATS else "of no known type"
         raise CorpusError(
-            f"{index}: byte 17: items are {what} (code {code}); make the pair again with one of "
+            f"{index}: byte 9: version {version}, only 1 is known; create the pair again"
+        )
+    if code not in DTYPES:
+        kind = "floating-point numbers, not tokens" if code in FLOATS else "of an unknown type"
+        raise CorpusError(
+            f"{index}: byte 17: items are {kind} (code {code}); create the pair again with one of "
             + ", ".join(f"{code} ({np.dtype(name).name})" for code, name in DTYPES.items())
         )
     size, expected = index.stat().st_size, HEADER.size + 12 * items + 8 * marks
     if size != expected:
-        wrong = "cut short" if size < expected else "too long"
+        wrong = "truncated" if size < expected else "too long"
         raise CorpusError(
-            f"{index}: {wrong}: {size:,} bytes, and {items:,} items with {marks:,} document marks"
+            f"{index}: {wrong}: {size:,} bytes, but {items:,} items with {marks:,} document marks"
             f" take {expected:,}; copy it again"
         )
     dtype = np.dtype(DTYPES[code])
     tokens, rest = divmod(data.stat().st_size, dtype.itemsize)
     if rest:
         raise CorpusError(
-            f"{data}: cut short at byte {data.stat().st_size:,}, inside a token of"
+            f"{data}: truncated at byte {data.stat().st_size:,}, inside a token of"
             f" {dtype.itemsize} bytes; copy it again"
         )
     return Binidx(
         data.with_suffix(""),
-        _map(data, dtype, tokens),
-        _map(index, "<i4", items, HEADER.size),
-        _map(index, "<i8", items, HEADER.size + 4 * items),
-        _map(index, "<i8", marks, HEADER.size + 12 * items),
+        map_array(data, dtype, tokens),
+        map_array(index, "<i4", items, HEADER.size),
+        map_array(index, "<i8", items, HEADER.size + 4 * items),
+        map_array(index, "<i8", marks, HEADER.size + 12 * items),
     )
 
 
-def _map(path: Path, dtype: Any, count: int, offset: int = 0) -> np.ndarray:
+def map_array(path: Path, dtype: Any, count: int, offset: int = 0) -> np.ndarray:
+    """Numbers of a file, mapped read-only."""
     if not count:
-        return np.zeros(0, dtype)  # nothing cannot be mapped
+        return np.zeros(0, dtype)  # an empty range cannot be mapped
     return np.memmap(path, dtype, mode="r", offset=offset, shape=(count,))
 
 
 def _check_items(pair: Binidx, data: Path, index: Path) -> None:
-    """Items have sizes, lie one behind the other and fill `.bin`."""
+    """Items have sizes, follow each other and fill `.bin`."""
     end, width, length = 0, pair.tokens.itemsize, pair.tokens.nbytes
     for first in range(0, len(pair.sizes), ROWS):
         sizes = pair.sizes[first : first + ROWS].astype(np.int64)
         if (bad := np.flatnonzero(sizes < 0)).size:
             item, size = first + bad[0], sizes[bad[0]]
-            raise CorpusError(f"{index}: item {item:,} has {size:,} tokens; make the pair again")
+            raise CorpusError(f"{index}: item {item:,} has {size:,} tokens; create the pair again")
         ends = end + width * np.cumsum(sizes)
         begins = ends - width * sizes
         found = pair.pointers[first : first + ROWS]
         if (bad := np.flatnonzero(found != begins)).size:
-            item, pointer, due = first + bad[0], int(found[bad[0]]), int(begins[bad[0]])
+            item, pointer, expected = first + bad[0], int(found[bad[0]]), int(begins[bad[0]])
             raise CorpusError(
                 f"{index}: item {item:,} begins at byte {pointer:,} of {data.name}"
-                f"{_misplaced(pointer, due, width, length)}, and the items before it end at"
-                f" {due:,}; make the pair again"
+                f"{_misplaced(pointer, expected, width, length)}, but the items before it end at"
+                f" {expected:,}; create the pair again"
             )
         end = int(ends[-1])
         if end > length:
             item = first + np.searchsorted(ends, length, "right")
             raise CorpusError(
-                f"{data}: cut short: {length:,} bytes, and item {item:,} ends at byte"
+                f"{data}: truncated: {length:,} bytes, but item {item:,} ends at byte"
                 f" {ends[item - first]:,}; copy it again"
             )
     if end < length:
         raise CorpusError(
-            f"{data}: {length:,} bytes, and the items of {index.name} end at byte {end:,}:"
-            " not of one pair; copy both again"
+            f"{data}: {length:,} bytes, but the items of {index.name} end at byte {end:,}:"
+            " the files do not match; copy both again"
         )
 
 
-def _misplaced(pointer: int, due: int, width: int, length: int) -> str:
+def _misplaced(pointer: int, expected: int, width: int, length: int) -> str:
     if pointer % width:
         return f", inside a token of {width} bytes"
     if not 0 <= pointer <= length:
         return f", outside its {length:,}"
-    return ", inside another" if pointer < due else ", behind bytes of no item"
+    return ", inside another" if pointer < expected else ", after bytes of no item"
 
 
 def _check_documents(pair: Binidx, index: Path) -> None:
-    """Marks begin at 0, never fall, and end at the number of items; an empty document is one that
-    ends where it began."""
+    """Marks begin at 0, never decrease, and end at the number of items; an empty document ends
+    where it starts."""
     marks, items = pair.documents, len(pair.sizes)
     if not len(marks) or marks[0]:
         found = f"begin at item {marks[0]:,}, not 0" if len(marks) else "are missing"
-        raise CorpusError(f"{index}: its document marks {found}; make the pair again")
+        raise CorpusError(f"{index}: its document marks {found}; create the pair again")
     for first in range(0, len(marks), ROWS):
         some = marks[first : first + ROWS + 1]  # and the next one's first
         if (bad := np.flatnonzero(some > items)).size:
             raise CorpusError(
                 f"{index}: document {first + bad[0]:,} begins at item {some[bad[0]]:,} of"
-                f" {items:,}; make the pair again"
+                f" {items:,}; create the pair again"
             )
         if (bad := np.flatnonzero(some[1:] < some[:-1])).size:
             at = bad[0] + 1
             raise CorpusError(
                 f"{index}: document {first + at:,} begins at item {some[at]:,}, before the last one"
-                f" at {some[at - 1]:,}; make the pair again"
+                f" at {some[at - 1]:,}; create the pair again"
             )
     if marks[-1] != items:
         raise CorpusError(
-            f"{index}: its documents end at item {marks[-1]:,} of {items:,}; make the pair again"
+            f"{index}: its documents end at item {marks[-1]:,} of {items:,}; create the pair again"
         )
 
 
 class BinidxWriter:
-    """Writes a pair, a document an item, at the end of its `with`.
+    """Writes a pair, one item a document, which appears at the end of the `with` block.
 
-    Until then the files are called `.partial`; after an exception they are gone, and what was there
-    before is there. Raises CorpusError for ids that the type does not hold, and OSError.
+    Until then the files end in `.partial`; an exception removes them and leaves an older pair as it
+    was. Raises CorpusError for ids that the type cannot hold, and OSError.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -258,21 +264,21 @@ class BinidxWriter:
 
     @contextlib.contextmanager
     def _write(self) -> Iterator[None]:
-        with _replacing(self.data, self.index) as (self._data, self._index):
+        with replacing_all(self.data, self.index) as (self._data, self._index):
             self._index.write(bytes(HEADER.size))  # the counts are known at the end
             yield
             self._finish()
 
     def add(self, *pieces: Ids) -> None:
-        """Writes one document: the ids of its pieces, one behind the other."""
+        """Appends one document: the ids of its pieces."""
         count = 0
         for ids in pieces:
             count += len(ids)
             self._data.write(self._typed(ids).data)
         if count > LONGEST:
             raise CorpusError(
-                f"{self.data}: document {self.documents:,} has {count:,} tokens, and an item at"
-                f" most {LONGEST:,}; split it"
+                f"{self.data}: document {self.documents:,} has {count:,} tokens, more than the"
+                f" {LONGEST:,} of an item; split it"
             )
         self._index.write(struct.pack("<i", count))
         self.documents, self.tokens = self.documents + 1, self.tokens + count
@@ -284,14 +290,14 @@ class BinidxWriter:
         if array.min() < limits.min or array.max() > limits.max:
             odd = int(array.min() if array.min() < limits.min else array.max())
             raise CorpusError(
-                f"{self.data}: document {self.documents:,} holds the id {odd:,}, which"
-                f" {self.dtype.name} does not; take a larger type"
+                f"{self.data}: document {self.documents:,} has the id {odd:,}, which"
+                f" {self.dtype.name} cannot hold; take a larger type"
             )
         return array.astype(self.dtype)
 
     def _finish(self) -> None:
         self._index.flush()
-        sizes = _map(Path(self._index.name), "<i4", self.documents, HEADER.size)
+        sizes = map_array(Path(self._index.name), "<i4", self.documents, HEADER.size)
         _write_pointers(self._index, [sizes], self.dtype.itemsize)
         for first in range(0, self.documents + 1, ROWS):
             last = min(first + ROWS, self.documents + 1)
@@ -301,26 +307,21 @@ class BinidxWriter:
         self._index.write(HEADER.pack(MAGIC, 1, self.code, *counts))
 
 
-def merge(
-    parts: Iterable[str | Path],
-    path: str | Path,
-    report: Callable[[int], None] | None = None,
-) -> None:
-    """Writes the pair of all the parts' documents, in their order: byte for byte what one writer
-    would have written.
+def merge(parts: Iterable[str | Path], path: str | Path, report: Report | None = None) -> None:
+    """Writes the pair of all the parts' documents in order, byte for byte what one writer would
+    have written. `report` is called with the bytes of `.bin` copied.
 
-    `report` is told the bytes of `.bin` copied. Raises CorpusError for a part that is damaged or of
-    another type than the first, and OSError.
+    Raises CorpusError for a part that is damaged or of another type than the first, and OSError.
     """
     parts, dtype, items, marks = list(parts), None, 0, 1
-    with _replacing(*files_of(Path(path))) as (data, index):
+    with replacing_all(*files_of(Path(path))) as (data, index):
         for part in parts:
             pair = open_binidx(part)
             dtype = dtype or pair.tokens.dtype
             if pair.tokens.dtype != dtype:
                 raise CorpusError(
-                    f"{pair.path}.bin: {pair.tokens.dtype.name} tokens, and those before it are"
-                    f" {dtype.name}; make one or the other again"
+                    f"{pair.path}.bin: {pair.tokens.dtype.name} tokens, but those before it are"
+                    f" {dtype.name}; create one of them again"
                 )
             items, marks = items + len(pair.sizes), marks + len(pair.documents) - 1
             _append(files_of(pair.path)[0], data, report)
@@ -328,73 +329,44 @@ def merge(
             raise ValueError("nothing to merge")
         index.write(HEADER.pack(MAGIC, 1, CODES[dtype], items, marks))
         for pair in _mapped(parts):
-            for some in _rows(pair.sizes):
+            for some in _chunks(pair.sizes):
                 index.write(some.data)
         _write_pointers(index, (pair.sizes for pair in _mapped(parts)), dtype.itemsize)
         index.write(bytes(8))
         before = 0
         for pair in _mapped(parts):
-            for some in _rows(pair.documents[1:]):
+            for some in _chunks(pair.documents[1:]):
                 index.write((some + before).data)
             before += len(pair.sizes)
 
 
 def _mapped(parts: Iterable[str | Path]) -> Iterator[Binidx]:
-    """One at a time: all of them could be more than a process may have open."""
+    """One at a time: all of them could exceed the limit of open files."""
     for part in parts:
         yield _map_pair(*files_of(Path(part)))
 
 
-@contextlib.contextmanager
-def _replacing(*paths: Path) -> Iterator[list[BufferedRandom]]:
-    """Files to write, which take the place of `paths` together, the last one last; none does after
-    an exception."""
-    partial = [path.with_name(path.name + ".partial") for path in paths]
-    with contextlib.ExitStack() as stack:
-        for path in partial:
-            stack.callback(path.unlink, missing_ok=True)
-        files = [stack.enter_context(path.open("w+b")) for path in partial]
-        yield files
-        for file in files:
-            file.flush()
-            os.fsync(file.fileno())
-        # A kill between the renames leaves data without an index, never a pair that does not match.
-        paths[-1].unlink(missing_ok=True)
-        for old, new in zip(partial, paths, strict=True):
-            old.rename(new)
-    _sync(paths[-1].parent)
-
-
-def _sync(folder: Path) -> None:
-    """Puts the names in a folder on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_pointers(index: BufferedRandom, sizes: Iterable[np.ndarray], width: int) -> None:
+def _write_pointers(index: BinaryIO, sizes: Iterable[np.ndarray], width: int) -> None:
     end = 0
     for array in sizes:
-        for some in _rows(array):
+        for some in _chunks(array):
             lengths = width * some.astype("<i8")
             ends = end + np.cumsum(lengths)
             index.write((ends - lengths).data)
             end = int(ends[-1])
 
 
-def _rows(array: np.ndarray) -> Iterator[np.ndarray]:
+def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
     for first in range(0, len(array), ROWS):
         yield array[first : first + ROWS]
 
 
-def _append(path: Path, target: BufferedRandom, report: Callable[[int], None] | None) -> None:
-    """Copies a file to the end of another, by the kernel where it can."""
+def _append(path: Path, target: BinaryIO, report: Report | None) -> None:
+    """Copies a file to the end of another, inside the kernel where it can."""
     target.flush()
     with path.open("rb", buffering=0) as source:
         with contextlib.suppress(AttributeError, OSError):  # no such call, or not between these
-            while copied := os.copy_file_range(source.fileno(), target.fileno(), BYTES):
+            while copied := os.copy_file_range(source.fileno(), target.fileno(), COPY_BYTES):
                 if report:
                     report(copied)
         target.seek(0, os.SEEK_END)

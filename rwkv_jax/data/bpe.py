@@ -1,18 +1,18 @@
 r"""A byte-level BPE trained on the corpus itself: lossless for any text, no normaliser,
 `<|endoftext|>` is id 0.
 
-What a token may span is decided by `PIECES`. Bytes a token on the held-out files of Python 3.11's
-standard library (0.70 MB), trained on 15.2 MB of its other files, and the CPU seconds of that:
+`PIECES` decides what a token may span. Bytes a token on the held-out files of Python 3.11's
+standard library (0.70 MB), trained on 15.2 MB of its other files, and the CPU time of training:
 
 | pieces                                             | 2048 | 4096 | 8192 | training |
 |----------------------------------------------------|------|------|------|----------|
 | GPT-2's                                            | 2.99 | 3.36 | 3.61 |      6 s |
 | cl100k's                                           | 3.03 | 3.46 | 3.82 |      8 s |
 | names with `_`, line ends with their indentation   | 3.21 | 3.73 | 4.17 |      9 s |
-| these: the punctuation before a name joins it      | 3.32 | 3.88 | 4.40 |     13 s |
+| `PIECES`: punctuation joins the name after it      | 3.32 | 3.88 | 4.40 |     13 s |
 
-Whole lines as pieces reach 3.67, 4.39 and 5.19, but train for a minute, and a prompt then seldom
-ends where a token of the training text did.
+Whole lines as pieces reach 3.67, 4.39 and 5.19, but take a minute to train, and a prompt then
+seldom ends where a token of the training text ended.
 """
 
 from collections.abc import Iterable
@@ -38,8 +38,8 @@ PIECES = "|".join(
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """A tokenizer of `vocab_size` ids, or of fewer if the texts do not hold that many pairs worth a
-    token."""
+    """A tokenizer of `vocab_size` ids, or of fewer if the texts do not have enough pairs to
+    merge."""
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [

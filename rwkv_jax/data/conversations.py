@@ -1,4 +1,4 @@
-"""How conversations are written down, and which of it an assistant said.
+"""Conversations as text by a template, and which parts of it the assistant said.
 
     System: Be kind.
 
@@ -6,8 +6,8 @@
 
     Assistant: Hi. How can I help?
 
-Turns are separated by an empty line, which is nowhere else but in replies. Sources: the templates
-of BlinkDL's models, `RWKV-v7/RWKV7-G1x-templates.txt` of BlinkDL/RWKV-LM and `API_DEMO_CHAT.py` of
+Turns are separated by an empty line; inside a turn only replies have one. Sources: the templates of
+BlinkDL's models, `RWKV-v7/RWKV7-G1x-templates.txt` of BlinkDL/RWKV-LM and `API_DEMO_CHAT.py` of
 BlinkDL/ChatRWKV.
 """
 
@@ -19,25 +19,25 @@ from typing import Any
 import numpy as np
 
 END = "\n\n"
-"""Between turns, and in training nowhere else but in replies."""
+"""Between turns; in training text, otherwise only inside replies."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """How the turns of a conversation are written down."""
+    """The role names and rules by which the turns of a conversation become text."""
 
     user: str = "User"
     bot: str = "Assistant"
     system: str = "System"
-    """Whose turn the system prompt is; empty for models that know none."""
+    """Role of the system prompt; empty for models without one."""
     opening: str = ""
-    """Begins a conversation that has neither a system prompt nor a state to start from."""
+    """Text before the first turn of a conversation without a system prompt or an initial state."""
     paragraphs: bool = True
-    """Whether there may be empty lines in a reply; otherwise the first one ends it."""
+    """Whether a reply may have empty lines; otherwise the first one ends it."""
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """What ends a reply: somebody's next turn, or an empty line."""
+        """Strings that end a reply: the start of another turn, or an empty line."""
         roles = filter(None, (self.user, self.bot, self.system))
         return tuple(f"{END}{role}:" for role in roles) if self.paragraphs else (END,)
 
@@ -59,30 +59,30 @@ ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "bot", "gpt", "model"), "bot"),
 }
-"""What files call a template's roles."""
+"""Role names found in data sets, and the template's role that each one means."""
 
 Spans = tuple[tuple[int, int], ...]
-"""Parts of a text: first character, and the one after the last."""
+"""Parts of a text, as (first character, last + 1)."""
 
 
 class ConversationError(ValueError):
-    """Turns that are not a conversation."""
+    """A record that is not the text or conversation asked for."""
 
 
 def clean(text: str) -> str:
-    """What is typed, without empty lines: they separate turns."""
+    """A turn's content without empty lines, which would end the turn."""
     return re.sub(r"\n{2,}", "\n", text.replace("\r\n", "\n")).strip()
 
 
-def written(turns: list[Any], template: Template) -> tuple[str, Spans]:
-    """The conversation as text, and where in it the assistant speaks.
+def render(turns: list[Any], template: Template) -> tuple[str, Spans]:
+    """The conversation as text, and the spans of the assistant's replies in it.
 
-    A turn is a mapping with `role` and `content` (or `from` and `value`). A reply's part begins
-    after the colon and reaches to the next turn, so that its end is learnt too. Raises
-    `ConversationError` for anything else.
+    A turn is a mapping with `role` and `content` (or `from` and `value`). The span of a reply
+    starts after the colon and ends at the next turn, so that the model also learns to stop. Raises
+    ConversationError for anything else.
 
-    >>> written([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hi."}],
-    ...         TEMPLATES["g1"])
+    >>> render([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hi."}],
+    ...        TEMPLATES["g1"])
     ('User: hi\\n\\nAssistant: Hi.', ((20, 24),))
     """
     parts, spans, size = [], [], 0
@@ -90,10 +90,14 @@ def written(turns: list[Any], template: Template) -> tuple[str, Spans]:
         role, content = _turn(turn, number)
         name = getattr(template, role)
         if not name:
-            raise ConversationError(f"turn {number} is of role system, which the template has not")
-        keeps = role == "bot" and template.paragraphs
-        said = content.replace("\r\n", "\n").strip() if keeps else clean(content)
-        text = f" {said}" + (END if number < len(turns) else "")
+            raise ConversationError(
+                f"turn {number} has the role system, which the template does not have"
+            )
+        if role == "bot" and template.paragraphs:
+            content = content.replace("\r\n", "\n").strip()
+        else:
+            content = clean(content)
+        text = f" {content}" + (END if number < len(turns) else "")
         if role == "bot":
             begin = size + len(name) + 1
             spans.append((begin, begin + len(text)))
@@ -104,20 +108,22 @@ def written(turns: list[Any], template: Template) -> tuple[str, Spans]:
 
 def _turn(turn: Any, number: int) -> tuple[str, str]:
     if not isinstance(turn, Mapping):
-        raise ConversationError(f"turn {number} is no object with role and content")
+        raise ConversationError(f"turn {number} is not an object with role and content")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(role, str) or role not in ROLES:
-        raise ConversationError(f"turn {number} is of role {role!r}: one of {', '.join(ROLES)}")
+        raise ConversationError(
+            f"turn {number} has the role {role!r}, not one of {', '.join(ROLES)}"
+        )
     if not isinstance(content, str):
-        raise ConversationError(f"turn {number} has no content that is text")
+        raise ConversationError(f"turn {number} has no text as content")
     return ROLES[role], content
 
 
-def trained(text: str, spans: Spans, sizes: np.ndarray) -> np.ndarray | None:
-    """Of each token of a text, whether some of it is in one of the spans; and last of all, whether
-    the document's end is trained on: where a span reaches it.
+def loss_mask(text: str, spans: Spans, sizes: np.ndarray) -> np.ndarray | None:
+    """bool [tokens + 1]: whether each token of a text overlaps one of the spans, and for the
+    end-of-document id whether a span reaches the end of the text.
 
-    `sizes` are the tokens' lengths in bytes of UTF-8; None if they are not those of the text.
+    `sizes` are the tokens' lengths in bytes of UTF-8; None if they do not add up to the text.
     """
     ends = np.cumsum(sizes)
     if (ends[-1] if len(ends) else 0) != len(text.encode()):

@@ -1,8 +1,8 @@
 """The files behind `data.source`, and the bytes inside them, compressed or not.
 
-Everything is read in chunks, so a file larger than memory costs one chunk; a document that memory
-cannot hold is an error before it is read. A `.gz` or `.zst` file must end where its last member
-ends: one cut short is an error, never a shorter corpus."""
+Everything is read in chunks, so a file larger than memory costs one chunk; a document that does not
+fit in memory is an error before it is read. A `.gz` or `.zst` file must end where its last member
+ends: a truncated one is an error, never a shorter corpus."""
 
 import codecs
 import contextlib
@@ -25,8 +25,11 @@ CHUNK = 1 << 20
 COMPRESSED = (".gz", ".zst")
 TABLES = (".parquet", ".arrow")
 MEMORY_PER_BYTE = 50
-"""Bytes of memory that it takes to tokenise a byte of a document. Measured, one text of 10 MB and
-many together: 50 for a BPE of `tokenizers`, 10 to 16 for World, 10 for bytes."""
+"""Bytes of memory needed to tokenise a byte of a document. Measured with one text of 10 MB and with
+many small ones: 50 for a BPE of `tokenizers`, 10 to 16 for World, 10 for bytes."""
+
+Report = Callable[[int], None]
+"""Called now and then with the number of bytes read from disk since the last call."""
 
 
 class CorpusError(UserError):
@@ -41,19 +44,17 @@ class SourceFile:
     name: str
     """Path relative to the source's root, with forward slashes: the same on every machine."""
     begin: int = 0
-    """Of lines, only those that begin at this byte or behind it; of a Parquet file, only the groups
-    of rows from this one on."""
+    """Only the lines that start at this byte or later; of a Parquet file, only the row groups from
+    this index on."""
     end: int | None = None
-    """And only those before this one."""
+    """Only the lines or row groups before this one."""
 
     @property
     def compressed(self) -> bool:
-        """Whether its name says that it is."""
         return self.path.suffix in COMPRESSED
 
     @property
     def json_lines(self) -> bool:
-        """Whether each line of it is a JSON object."""
         stem = self.path.stem if self.compressed else self.path.name
         return stem.endswith(".jsonl")
 
@@ -63,11 +64,11 @@ class SourceFile:
         return self.path.suffix in TABLES
 
 
-def find_files(source: str, asked_as: str = "data.source = ") -> list[SourceFile]:
-    """Files of a `data.source`, sorted by name; hidden ones are left out of folders and globs. Of a
-    folder that Hugging Face's `datasets` saved, those that hold rows.
+def find_files(source: str, setting: str = "data.source = ") -> list[SourceFile]:
+    """The files of a `data.source`, sorted by name, without hidden ones in folders and globs. Of a
+    folder that Hugging Face's `datasets` saved, the files that hold rows.
 
-    Raises CorpusError, which begins with `asked_as` and the source, if there is none.
+    Raises CorpusError, which begins with `setting` and the source, if there are none.
     """
     if source == "stdlib":
         return _stdlib()
@@ -75,7 +76,7 @@ def find_files(source: str, asked_as: str = "data.source = ") -> list[SourceFile
     if path.is_file():
         return [SourceFile(path, path.name)]
     if path.is_dir():
-        found = _saved(path) or _below(path)
+        found = _saved_dataset(path) or _walk(path)
     elif glob.has_magic(source):
         pattern = str(path)
         plain = next(i for i, part in enumerate(path.parts) if glob.has_magic(part))
@@ -84,17 +85,17 @@ def find_files(source: str, asked_as: str = "data.source = ") -> list[SourceFile
         found = [SourceFile(p, p.relative_to(root).as_posix()) for p in paths if p.is_file()]
     else:
         raise CorpusError(
-            f"{asked_as}{source}: no such file or folder; give one that exists, a quoted glob,"
+            f"{setting}{source}: no such file or folder; give one that exists, a quoted glob,"
             " or stdlib"
         )
     if not found:
-        raise CorpusError(f"{asked_as}{source}: no files there; hidden files are not read")
+        raise CorpusError(f"{setting}{source}: no files in it; hidden files are not read")
     return sorted(found, key=lambda file: file.name)
 
 
-def _below(root: Path, suffix: str = "", without: tuple[str, ...] = ()) -> list[SourceFile]:
-    """Regular files below a folder that end in `suffix`, hidden ones and folders `without` left
-    out."""
+def _walk(root: Path, suffix: str = "", without: tuple[str, ...] = ()) -> list[SourceFile]:
+    """Regular files below a folder that end in `suffix`, except hidden files and folders, and
+    folders named in `without`."""
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
@@ -105,33 +106,35 @@ def _below(root: Path, suffix: str = "", without: tuple[str, ...] = ()) -> list[
     return found
 
 
-def _saved(root: Path) -> list[SourceFile]:
-    """Files of `datasets.save_to_disk`, in the order of their rows; none if it made no such
-    folder. Of several splits `train` is read."""
+def _saved_dataset(root: Path) -> list[SourceFile]:
+    """Files of `datasets.save_to_disk` in the order of their rows; none if the folder is not one of
+    these. Of several splits, `train` is read."""
     if (splits := root / "dataset_dict.json").is_file():
-        names = _described(splits, "splits")
+        names = _json_list(splits, "splits")
         if "train" not in names:
             raise CorpusError(
                 f"{root}: its splits are {', '.join(map(str, names))}, and none is train; name one:"
                 f" {root / str(names[0] if names else '')}"
             )
-        return [SourceFile(file.path, f"train/{file.name}") for file in _saved(root / "train")]
+        return [
+            SourceFile(file.path, f"train/{file.name}") for file in _saved_dataset(root / "train")
+        ]
     if not (state := root / "state.json").is_file() or not (root / "dataset_info.json").is_file():
         return []
-    if _described(state, "_indices_files", []):
+    if _json_list(state, "_indices_files", []):
         raise CorpusError(
-            f"{root}: a selection of rows, which only datasets reads; save it again after"
+            f"{root}: a selection of rows, which only datasets can read; save it again after"
             " .flatten_indices()"
         )
     try:
-        names = [file["filename"] for file in _described(state, "_data_files")]
+        names = [file["filename"] for file in _json_list(state, "_data_files")]
     except (TypeError, KeyError) as error:
         raise CorpusError(f"{state}: names no files; save the data set again") from error
     return [SourceFile(root / name, name) for name in names]
 
 
-def _described(path: Path, key: str, default: list | None = None) -> list:
-    """A list in a description that `datasets` left."""
+def _json_list(path: Path, key: str, default: list | None = None) -> list:
+    """The list under `key` in a JSON file that `datasets` wrote."""
     try:
         found = json.loads(path.read_bytes()).get(key, default)
     except (OSError, ValueError, AttributeError) as error:
@@ -143,7 +146,7 @@ def _described(path: Path, key: str, default: list | None = None) -> list:
 
 def _stdlib() -> list[SourceFile]:
     root = Path(sysconfig.get_path("stdlib"))
-    found = _below(root, ".py", without=("site-packages", "dist-packages"))
+    found = _walk(root, ".py", without=("site-packages", "dist-packages"))
     if not found:
         raise CorpusError(
             f"data.source = stdlib: no .py files below {root}; name a file or a folder instead"
@@ -151,13 +154,12 @@ def _stdlib() -> list[SourceFile]:
     return sorted(found, key=lambda file: file.name)
 
 
-def read_chunks(file: SourceFile, report: Callable[[int], None] | None = None) -> Iterator[bytes]:
-    """The file's decompressed bytes, in pieces; `report` is told how many bytes were read from
-    disk.
+def read_chunks(file: SourceFile, report: Report | None = None) -> Iterator[bytes]:
+    """The file's decompressed bytes, in chunks.
 
-    Raises CorpusError if the file cannot be read, or its compressed data is broken or cut short.
+    Raises CorpusError if the file cannot be read, or its compressed data is broken or truncated.
     """
-    # A line that begins at `begin` is known by the line end before it.
+    # A line that starts at `begin` is recognised by the line end before it.
     raw = _raw_chunks(file.path, report, 0 if file.table else max(0, file.begin - 1))
     try:
         if file.path.suffix == ".gz":
@@ -174,13 +176,11 @@ def read_chunks(file: SourceFile, report: Callable[[int], None] | None = None) -
         ) from error
     except EOFError as error:
         raise CorpusError(
-            f"{file.path}: compressed data is cut short; copy or compress it again"
+            f"{file.path}: compressed data is truncated; copy or compress it again"
         ) from error
 
 
-def _raw_chunks(
-    path: Path, report: Callable[[int], None] | None = None, start: int = 0
-) -> Iterator[bytes]:
+def _raw_chunks(path: Path, report: Report | None = None, start: int = 0) -> Iterator[bytes]:
     try:
         with path.open("rb") as stream:
             stream.seek(start)
@@ -195,8 +195,8 @@ def _raw_chunks(
 
 
 def _decompress(raw: Iterator[bytes], new_member: Callable) -> Iterator[bytes]:
-    """Bytes of one or more concatenated gzip members or zstd frames; EOFError if the last is cut
-    short."""
+    """Bytes of one or more concatenated gzip members or zstd frames; EOFError if the last one is
+    truncated."""
     member = new_member()
     for chunk in raw:
         while chunk:
@@ -209,18 +209,16 @@ def _decompress(raw: Iterator[bytes], new_member: Callable) -> Iterator[bytes]:
 
 
 def read_lines(
-    file: SourceFile,
-    report: Callable[[int], None] | None = None,
-    longest: int = sys.maxsize,
+    file: SourceFile, report: Report | None = None, longest: int = sys.maxsize
 ) -> Iterator[bytes]:
-    """The file's lines without their line ends (`\\n` or `\\r\\n`); of a part, those that begin in
-    it.
+    """The file's lines without their line ends (`\\n` or `\\r\\n`); of a part, the lines that start
+    in it.
 
     Raises CorpusError for a line of more than `longest` bytes, before all of it is read.
     """
     place, end = max(0, file.begin - 1), sys.maxsize if file.end is None else file.end
-    before = place < file.begin  # the line that begins before the part is not its own
-    held, size = [], 0  # a line without its end, so far
+    before = place < file.begin  # a line that starts before the part belongs to the part before
+    held, size = [], 0  # the line read so far, whose end is in a later chunk
     for chunk in read_chunks(file, report):
         *pieces, rest = chunk.split(b"\n")
         for piece in pieces:
@@ -244,8 +242,8 @@ def read_lines(
 
 
 def lines_before(file: SourceFile) -> int:
-    """How many lines begin before this part of the file does."""
-    # All but the first begin behind a line end.
+    """The number of lines that start before this part of the file."""
+    # Every line but the first starts after a line end.
     count, left = min(file.begin, 1), file.begin - 1
     for chunk in _raw_chunks(file.path):
         if left <= 0:
@@ -255,13 +253,9 @@ def lines_before(file: SourceFile) -> int:
     return count
 
 
-def read_whole(
-    file: SourceFile,
-    report: Callable[[int], None] | None = None,
-    longest: int = sys.maxsize,
-) -> bytes:
-    """All bytes of the file; raises CorpusError, before reading them all, for more than
-    `longest`."""
+def read_whole(file: SourceFile, report: Report | None = None, longest: int = sys.maxsize) -> bytes:
+    """All bytes of the file. Raises CorpusError for more than `longest`, before reading them
+    all."""
     pieces, size = [], 0
     for chunk in read_chunks(file, report):
         pieces.append(chunk)
@@ -273,8 +267,8 @@ def read_whole(
 
 def _too_long(what: str, longest: int, otherwise: str = "") -> CorpusError:
     return CorpusError(
-        f"{what} of more than {longest / 1e6:,.1f} MB, and tokenising it takes {MEMORY_PER_BYTE}"
-        f" times that in memory, which is not there; split it{otherwise}"
+        f"{what} of more than {longest / 1e6:,.1f} MB: tokenising it takes {MEMORY_PER_BYTE} times"
+        f" as much memory, which is not available; split it{otherwise}"
     )
 
 
@@ -285,14 +279,14 @@ def check_length(text: str, where: str, longest: int) -> None:
 
 
 def longest_document(workers: int = 1) -> int:
-    """Bytes of the longest document that each of these processes has the memory to tokenise."""
+    """Bytes of the longest document that each of `workers` processes has the memory to tokenise."""
     memory = available_memory()
     return sys.maxsize if memory is None else memory // (MEMORY_PER_BYTE * workers)
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that this process may still take: of the machine, or of its control groups if one has
-    less; None where the system does not say."""
+    """Bytes that this process can still allocate: what the machine has free, or its control groups
+    if that is less; None where the system does not say."""
     left = []
     with contextlib.suppress(OSError, IndexError, ValueError):
         meminfo = (root / "proc/meminfo").read_text()
@@ -306,45 +300,44 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
 
 def _left_in_groups(base: Path, path: str, controllers: str) -> Iterator[int]:
-    """What a control group and those around it have left. Pages of files that nobody has used
-    lately count as taken, but make way."""
+    """Bytes left in a control group and in each of its parents. Cached pages of files count as used
+    but are reclaimed on demand, so the inactive ones are added."""
     names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ")
-    limit, usage, idle = (
+    limit, usage, inactive = (
         names if controllers else ("memory.max", "memory.current", "inactive_file ")
     )
     group = base / path.lstrip("/")
     for folder in (group, *group.parents):
         with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
-            most, taken = (int((folder / name).read_text()) for name in (limit, usage))
+            most, used = (int((folder / name).read_text()) for name in (limit, usage))
             with contextlib.suppress(OSError, IndexError):
                 statistics = "\n" + (folder / "memory.stat").read_text()
-                taken -= int(statistics.split("\n" + idle)[1].split()[0])
-            yield most - taken
+                used -= int(statistics.split("\n" + inactive)[1].split()[0])
+            yield most - used
         if folder == base:
             break
 
 
-def hash_text(file: SourceFile, digest: Any = None) -> str | None:
-    """Feed the file's bytes to `digest`; None if they are UTF-8 text without NULs, else what is
-    wrong with them.
+def text_problem(file: SourceFile, digest: Any = None) -> str | None:
+    """Why the file is not UTF-8 text without NULs, or None; its bytes are fed to `digest`.
 
-    JSON lines and tables are hashed as they lie on disk and not looked into: reading them reports a
-    fault by its line or row."""
+    JSON lines and tables are hashed as they are on disk and not checked: reading them reports an
+    error with its line or row."""
     if file.json_lines or file.table:
         for chunk in _raw_chunks(file.path) if digest else ():
             digest.update(chunk)
         return None
-    decoder, length, fault = codecs.getincrementaldecoder("utf-8")(), 0, None
+    decoder, length, problem = codecs.getincrementaldecoder("utf-8")(), 0, None
     for chunk in read_chunks(file):
         if digest:
             digest.update(chunk)
-        if fault is None:
-            fault = _fault(decoder, chunk, length)
+        if problem is None:
+            problem = _chunk_problem(decoder, chunk, length)
         length += len(chunk)
-    return fault or _fault(decoder, b"", length, final=True)
+    return problem or _chunk_problem(decoder, b"", length, final=True)
 
 
-def _fault(
+def _chunk_problem(
     decoder: codecs.IncrementalDecoder, chunk: bytes, start: int, final: bool = False
 ) -> str | None:
     held_back = len(decoder.getstate()[0])

@@ -1,11 +1,11 @@
-"""Which sample comes when: pure functions of the sample's number, so that any step is as near as
-the first and no number of processes changes it.
+"""The order of samples, as pure functions of a sample's number: any step costs as much as the
+first, and the number of processes does not change it.
 
 Shuffled, every epoch visits each sample once in an order of its own: a keyed permutation (a Feistel
-network, walked until it lands inside the range) computed sample by sample; nothing is stored, and
-no library's generator decides it. The official trainers' order (RWKV-LM `RWKV-v7/train_temp`,
-`src/dataset.py`; `my_pile_stage` of the older ones) is a permutation of another kind: with a prime
-p = 2 mod 3, cubing permutes the numbers below p.
+network, iterated until it lands inside the range) computed sample by sample. Nothing is stored, and
+the order depends on no library's generator. The official trainers' order (RWKV-LM
+`RWKV-v7/train_temp`, `src/dataset.py`; `my_pile_stage` of the older ones) is another permutation:
+for a prime p = 2 mod 3, cubing permutes the numbers below p.
 """
 
 import functools
@@ -20,13 +20,13 @@ from rwkv_jax.data.files import CorpusError
 
 ROUNDS = 6
 SHARES = 1 << 40
-"""What weights of a mixture are counted in."""
+"""Weights of a mixture are rounded to multiples of 1 / SHARES."""
 
 
 def magic_prime(tokens: int, context: int) -> int:
     """The official order's period: the largest prime = 2 (mod 3) below the number of contexts.
 
-    Raises `CorpusError` where the trainers' own check would fail: it must be more than 0.9 of them.
+    Raises CorpusError where the trainers' own check fails: the prime must be more than 0.9 of them.
     """
     contexts = tokens // context
     prime = contexts - 1
@@ -35,28 +35,29 @@ def magic_prime(tokens: int, context: int) -> int:
     if prime < 2 or not 0.9 < prime / contexts <= 1:
         raise CorpusError(
             f"{tokens:,} tokens are {contexts:,} contexts of {context}, of which the official order"
-            f" would see {max(prime, 0):,}: too few; lower train.context, add text or repeat it, or"
+            f" would use {max(prime, 0):,}: too few; lower train.context, add text or repeat it, or"
             ' set data.sampler = "shuffle"'
         )
     return prime
 
 
 def magic_slots(samples: np.ndarray, prime: int) -> np.ndarray:
-    """Which context each sample of the official order is, int64; samples count from 0.
+    """int64: the context that each sample of the official order reads; samples count from 0.
 
     The official count starts from 1: mini-epoch x 40,320 + the sample in it + 1.
     """
-    # As the trainers compute it: in double precision, cut off.
+    # As the trainers compute it: in double precision, truncated.
     factor = int(prime * ((math.sqrt(5) - 1) / 2))
     return np.array([factor * pow(int(i) + 1, 3, prime) % prime for i in samples], np.int64)
 
 
 def official_sample(step: int, row: int, *, micro_batch: int, rank: int = 0, world: int = 1) -> int:
-    """The number of the sample that an official trainer of `world` devices has in a row of its own
-    batch.
+    """The number of the sample in a row of one device's batch, for an official trainer of `world`
+    devices.
 
-    Together the devices have the samples of one device with the whole batch, so the gradient is the
-    same. Raises `ValueError` if a mini-epoch is no whole number of steps, which they refuse too.
+    Together the devices read the samples of a single device with the whole batch, so the gradient
+    is the same. Raises ValueError, as the trainers do, if a mini-epoch is not a whole number of
+    steps.
     """
     steps, odd = divmod(MINI_EPOCH, micro_batch * world)
     if odd:
@@ -66,37 +67,37 @@ def official_sample(step: int, row: int, *, micro_batch: int, rank: int = 0, wor
 
 
 def shuffled(samples: np.ndarray, size: int, seed: str, epoch: int) -> np.ndarray:
-    """Where this epoch's permutation of range(size) sends each sample, int64."""
+    """int64: the image of each sample under this epoch's permutation of range(size)."""
     return _permute(samples, size, epoch_keys(seed, epoch)[1:])
 
 
-def turns(samples: np.ndarray, weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each sample of a mixture its source, and which sample of that source it is.
+def interleave(samples: np.ndarray, weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """int64: the source of each sample of a mixture, and the sample's number within that source.
 
     Of any first n samples a source has n times its share of the weights, to within one for two
-    sources and half a sample more with each doubling of them. Shares are whole 2^-40ths.
+    sources and half a sample more for each doubling of their number.
     """
     if len(weights) == 1:
         return np.zeros(len(samples), np.int64), np.asarray(samples, np.int64)
     half = len(weights) // 2
     share = round(SHARES * sum(weights[:half]) / sum(weights))
     share = min(max(share, 1), SHARES - 1)
-    numbers = np.asarray(samples).astype(object)  # Python's, which do not overflow
+    numbers = np.asarray(samples).astype(object)  # Python integers do not overflow
     before, after = (
         (((numbers + i) * share + SHARES // 2) // SHARES).astype(np.int64) for i in (0, 1)
     )
     source = np.empty(len(samples), np.int64)
     index = np.empty(len(samples), np.int64)
     first = after > before
-    source[first], index[first] = turns(before[first], weights[:half])
-    source[~first], index[~first] = turns((samples - before)[~first], weights[half:])
+    source[first], index[first] = interleave(before[first], weights[:half])
+    source[~first], index[~first] = interleave((samples - before)[~first], weights[half:])
     source[~first] += half
     return source, index
 
 
 @functools.lru_cache(maxsize=64)
 def epoch_keys(seed: str, epoch: int) -> tuple[int, ...]:
-    """Random 64-bit numbers of an epoch: one for any use, then those of its permutation."""
+    """Random 64-bit numbers of an epoch: one for the phase, then the keys of its permutation."""
     digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8 * (1 + ROUNDS)).digest()
     return tuple(int.from_bytes(digest[8 * i : 8 * i + 8]) for i in range(1 + ROUNDS))
 

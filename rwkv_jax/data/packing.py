@@ -1,8 +1,8 @@
-"""Documents packed whole into contexts, so that none is cut that fits one.
+"""Documents packed whole into contexts, so that only documents longer than a context are cut.
 
-Best fit, the longest first: a piece goes where it leaves least room (Ding et al. 2024,
-arXiv:2404.10830). A document longer than a context is cut into full ones and a rest. What stays
-empty is padding; with documents of all lengths that is less than a percent.
+Best fit, longest first: a piece goes where it leaves the least room (Ding et al. 2024,
+arXiv:2404.10830). A document longer than a context is cut into full contexts and a rest. The room
+left over is padding: less than a percent with documents of mixed lengths.
 """
 
 from typing import NamedTuple
@@ -11,24 +11,25 @@ import numpy as np
 
 
 class Packs(NamedTuple):
-    """Which pieces of documents share a context."""
+    """The pieces of documents that share a context."""
 
     first: np.ndarray
-    """int64 [packs + 1]: where each pack's pieces begin in the other two, and their end."""
+    """int64 [packs + 1]: index of each pack's first piece in the other two arrays and, last, their
+    length."""
     start: np.ndarray
-    """int64 [pieces]: which token of the stream is a piece's first target."""
+    """int64 [pieces]: the token of the stream that is the piece's first target."""
     length: np.ndarray
-    """int32 [pieces]: how many targets it has."""
+    """int32 [pieces]: the number of its targets."""
 
 
 def pack(starts: np.ndarray, context: int) -> Packs:
-    """The packs of documents that begin at these tokens, the last of which is the stream's end.
+    """The packs of documents that start at these tokens, the last of which is the stream's end.
 
-    A document's tokens, its end included, are its targets: `context` of them fit a pack. Memory
-    and time are those of the pieces, about a microsecond each.
+    A document's tokens, including its end, are its targets; a pack holds `context` of them. Memory
+    and time are proportional to the number of pieces, about a microsecond each.
     """
     start, length = _pieces(starts, context)
-    # Equal lengths in the order of the stream: the result depends on nothing else.
+    # Equal lengths stay in the order of the stream, so the result is unique.
     order = np.argsort(-length, kind="stable")
     start, length = start[order], length[order]
     pack_of = _best_fit(length, context)
@@ -49,25 +50,25 @@ def _pieces(starts: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _best_fit(length: np.ndarray, context: int) -> np.ndarray:
-    """Each piece's pack, for pieces from the longest on."""
+    """The pack of each piece; pieces are sorted, the longest first."""
     packs = np.empty(len(length), np.int64)
     full = int(np.searchsorted(-length, -context, side="right"))
     packs[:full] = np.arange(full)
     count = full
     open_packs: list[list[int]] = [[] for _ in range(context + 1)]  # by the room left in them
-    rooms = 0  # bit r: some pack has room r
+    rooms = 0  # bit r is set if some pack has room r
     for i, size in enumerate(length[full:].tolist(), full):
         fitting = rooms >> size
         if fitting:
             room = size + (fitting & -fitting).bit_length() - 1
-            mine = open_packs[room].pop()
+            chosen = open_packs[room].pop()
             if not open_packs[room]:
                 rooms ^= 1 << room
         else:
-            room, mine = context, count
+            room, chosen = context, count
             count += 1
-        packs[i] = mine
+        packs[i] = chosen
         if left := room - size:
-            open_packs[left].append(mine)
+            open_packs[left].append(chosen)
             rooms |= 1 << left
     return packs

@@ -1,27 +1,25 @@
-"""A corpus tokenised once: flat arrays of ids on disk, found again by content, settings and
-tokenizer.
+"""A corpus tokenised once, into a cache where it is found again by content, settings and tokenizer.
 
-One folder a corpus below the cache: `train.bin` and `heldout.bin` (uint16 or uint32, little-endian;
-each document followed by the end-of-document id), `heldout.txt` (the held-out documents
-themselves), `tokenizer/`, and `manifest.json`, whose file sizes say whether all of it is there. It
-is built in a `.partial` folder and renamed when complete, so that no kill leaves half a cache; a
-lock makes a second process wait and then share."""
+One folder a corpus below `data.cache`:
+
+    train.bin, train.idx       the training documents as a binidx pair
+    heldout.bin, heldout.idx   the held-out documents as another (older entries have no .idx, which
+                               is not needed here: every document ends with the same id)
+    train.mask                 with `data.train_on`: for each token a byte, 1 if it is trained on
+    heldout.txt, tokenizer/    the text of the held-out documents; the tokenizer
+    manifest.json              counts, and the sizes of all files, which reveal a damaged entry
+
+An entry is built in a `.partial` folder and renamed when it is complete, so that a kill leaves no
+half of one; a lock makes a second process wait and then use the same entry."""
 
 import contextlib
-import errno
 import fcntl
 import hashlib
-import itertools
 import json
-import os
-import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 from rich.console import Console
@@ -34,24 +32,34 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from rwkv_jax import disk
 from rwkv_jax.config import DataConfig
+from rwkv_jax.data.binidx import BinidxWriter, dtype_for
 from rwkv_jax.data.bpe import PIECES, train_bpe
-from rwkv_jax.data.conversations import trained
+from rwkv_jax.data.conversations import loss_mask
 from rwkv_jax.data.corpus import Corpus, CorpusError, Document, hash_share, open_corpus
+from rwkv_jax.data.files import Report
 from rwkv_jax.data.tokenizers import (
     JsonTokenizer,
     Tokenizer,
-    load_tokenizer,
     open_tokenizer,
+    pieces_of,
     token_sizes,
+)
+from rwkv_jax.data.tokens import (
+    HELDOUT_TEXT,
+    MANIFEST,
+    MASK,
+    SIDES,
+    TOKENIZER,
+    Tokens,
+    encoded,
+    open_cache,
 )
 from rwkv_jax.errors import UserError
 
 FORMAT = 2
-ARRAYS = ("train", "heldout")
-MASK = "train.mask"
 BATCH_CHARACTERS = 1 << 22
-LONG_DOCUMENT = 1 << 22
 BPE_TRAINING_BYTES = 16_000_000
 
 
@@ -59,109 +67,49 @@ class CacheError(UserError):
     """A token cache that cannot be written."""
 
 
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """A tokenised corpus, memory-mapped."""
-
-    folder: Path
-    tokenizer: Tokenizer
-    train: np.ndarray
-    heldout: np.ndarray
-    digest: str
-    """Hash of all ids of `train`, then all of `heldout`."""
-    train_bytes: int
-    """UTF-8 bytes of the documents that `train` holds."""
-    heldout_bytes: int
-    train_documents: int
-    heldout_documents: int
-    skipped_files: int
-    mask: np.ndarray | None = None
-    """Of each token of `train`, whether it is trained on; None: all are."""
-    documents: np.ndarray | None = None
-    """Where the documents of `train` start, and the end; None: after each end-of-document id."""
-
-    def heldout_text(self) -> bytes:
-        """The held-out documents, one behind the other, in the order of `heldout`."""
-        if self.documents is not None:
-            return self.tokenizer.decode_bytes(self.heldout)
-        return (self.folder / "heldout.txt").read_bytes()
-
-    def describe(self) -> dict[str, str]:
-        """What was prepared, for printing."""
-        sizes = {
-            name: f"{documents:,} documents, {size / 1e6:,.2f} MB, {len(ids):,} tokens"
-            for name, documents, size, ids in (
-                ("training", self.train_documents, self.train_bytes, self.train),
-                ("held out", self.heldout_documents, self.heldout_bytes, self.heldout),
-            )
-        }
-        name, ids, size = ("held-out", self.heldout, self.heldout_bytes)
-        if not size:
-            name, ids, size = ("training", self.train, self.train_bytes)
-        rate = f"{size / len(ids):.2f} bytes a token on {name} text"
-        described = sizes | {
-            "tokenizer": f"{self.tokenizer.kind}, {self.tokenizer.vocab_size:,} ids, {rate}"
-        }
-        if self.skipped_files:
-            described["skipped"] = f"{self.skipped_files:,} files that are not readable UTF-8 text"
-        return described
-
-
 def prepare(cfg: DataConfig, *, progress: bool = True) -> Tokens:
-    """The tokens of a corpus, from the cache if they are there, else made and put there.
+    """The tokens of a corpus, from the cache; a corpus that is not in it is tokenised into it.
 
-    Progress, where it is asked for, and notices go to stderr. Raises UserError: a source that
-    cannot be read, is empty or has no training or held-out document; a tokenizer that cannot be
-    used; a cache that cannot be written."""
+    Progress, if asked for, and notices go to stderr. Raises UserError: a source that cannot be
+    read, is empty or has no training or held-out document; a tokenizer that cannot be used; a cache
+    that cannot be written."""
     corpus = open_corpus(cfg)
     tokenizer = None if cfg.tokenizer == "bpe" else open_tokenizer(cfg.tokenizer)
-    recipe = (
-        tokenizer.identity()
-        if tokenizer
-        else f"bpe {cfg.bpe_vocab_size} {BPE_TRAINING_BYTES} {PIECES}"
-    )
-    key = hashlib.blake2b(
-        json.dumps([FORMAT, corpus.fingerprint, recipe]).encode(), digest_size=12
-    ).hexdigest()
-    folder = cfg.cache_root / key
-    with _writing(folder), _locked(folder, progress):
-        if folder.exists():
-            try:
-                return _open(folder)
-            except (OSError, ValueError) as error:
-                print(f"token cache {folder} is damaged ({error}): made again", file=sys.stderr)
-        partial = folder.with_suffix(".partial")
-        # Whoever holds the lock is the only writer: what lies there was left by a killed process.
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir()
-            _build(corpus, tokenizer, partial, progress)
+    recipe = f"bpe {cfg.bpe_vocab_size} {BPE_TRAINING_BYTES} {PIECES}"
+    key = json.dumps([FORMAT, corpus.fingerprint, tokenizer.identity() if tokenizer else recipe])
+    root = cfg.cache_root
+    folder = root / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
+    remedy = "set data.cache to another folder"
+    with disk.writing(
+        f"token cache {root}",
+        f"make it writable, or {remedy}",
+        full=f"free some space, or {remedy}",
+        error=CacheError,
+    ):
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, progress):
             if folder.exists():
-                shutil.rmtree(folder)
-            partial.rename(folder)
-        finally:
+                try:
+                    return open_cache(folder)
+                except (OSError, ValueError) as error:
+                    print(f"token cache {folder} is damaged ({error}): rebuilding", file=sys.stderr)
+            partial = folder.with_suffix(".partial")
+            # Only the holder of the lock writes: an existing one was left by a killed process.
             shutil.rmtree(partial, ignore_errors=True)
-        return _open(folder)
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turns a failure of the file system into one line."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some space" if full else "make it writable"
-        raise CacheError(
-            f"token cache {folder.parent}: {error.strerror}; {remedy}"
-            ", or set data.cache to another folder"
-        ) from error
+            try:
+                partial.mkdir()
+                _build(corpus, tokenizer, partial, progress)
+                if folder.exists():
+                    shutil.rmtree(folder)
+                partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+            return open_cache(folder)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path, progress: bool) -> Iterator[None]:
-    """Holds the cache entry's lock; the system drops it when the process ends, however it ends."""
+    """Holds the entry's lock, which the system drops when the process ends, however it ends."""
     with folder.with_suffix(".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -172,64 +120,43 @@ def _locked(folder: Path, progress: bool) -> Iterator[None]:
         yield
 
 
-def _open(folder: Path) -> Tokens:
-    """Raises OSError or ValueError if a part is missing or not as long as the manifest says."""
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    for name, size in manifest["sizes"].items():
-        found = (folder / name).stat().st_size
-        if found != size:
-            raise ValueError(f"{name} has {found:,} of {size:,} bytes")
-    arrays: dict[str, Any] = {
-        name: _map(folder / f"{name}.bin", manifest["dtype"]) for name in ARRAYS
-    }
-    if MASK in manifest["sizes"]:
-        arrays["mask"] = _map(folder / MASK, "?")
-    return Tokens(
-        folder,
-        load_tokenizer(folder / "tokenizer"),
-        **arrays,
-        digest=manifest["digest"],
-        **manifest["counts"],
-    )
-
-
-def _map(path: Path, dtype: str) -> np.ndarray:
-    # An empty file cannot be mapped.
-    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
-
-
 def _build(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, show: bool) -> None:
     bar = reading_bar(show)
+
+    def reporting(action: str) -> Report:
+        task = bar.add_task(action, total=corpus.bytes_on_disk)
+        return lambda count: bar.advance(task, count)
+
     # Older releases of rich print an empty line when a disabled bar stops: it is not started.
     with contextlib.nullcontext() if bar.disable else bar:
-        if tokenizer is None:
-            tokenizer = _train_tokenizer(corpus, bar)
-        counts = _tokenise(corpus, tokenizer, folder, bar)
-    tokenizer.save(folder / "tokenizer")
-    parts = sorted(path for path in folder.rglob("*") if path.is_file())
+        tokenizer = tokenizer or _train_tokenizer(corpus, reporting("training the BPE"))
+        counts = _write(corpus, tokenizer, folder, reporting("tokenising"))
+    tokenizer.save(folder / TOKENIZER)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
         "format": FORMAT,
         "source": corpus.cfg.source,
-        "dtype": _dtype(tokenizer).str,
+        "dtype": dtype_for(tokenizer.vocab_size).str,
         "digest": _digest(folder),
-        "sizes": {path.relative_to(folder).as_posix(): path.stat().st_size for path in parts},
+        "sizes": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
         "counts": counts | {"skipped_files": corpus.skipped},
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    disk.write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def _digest(folder: Path) -> str:
+    """Hash of the ids and of the mask."""
     digest = hashlib.blake2b(digest_size=12)
-    mask = [MASK] if (folder / MASK).exists() else []
-    for name in (*(f"{name}.bin" for name in ARRAYS), *mask):
-        with (folder / name).open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+    for path in (*(folder / f"{side}.bin" for side in SIDES), folder / MASK):
+        if path.exists():
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
     return digest.hexdigest()
 
 
 def reading_bar(show: bool = True) -> Progress:
-    """Of bytes that are read, on stderr; disabled where that is no terminal."""
+    """A bar on stderr that counts the bytes read; disabled where stderr is not a terminal."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
@@ -243,14 +170,13 @@ def reading_bar(show: bool = True) -> Progress:
     )
 
 
-def _train_tokenizer(corpus: Corpus, bar: Progress) -> Tokenizer:
-    """A BPE of the training documents; of a share of them, chosen by hash, if they are more than
-    the pairs need."""
+def _train_tokenizer(corpus: Corpus, report: Report) -> Tokenizer:
+    """A BPE of the training documents; of a sample of them, chosen by hash, if there is more text
+    than its training needs."""
     share = BPE_TRAINING_BYTES / max(1, corpus.bytes_on_disk)
-    task = bar.add_task("training the BPE", total=corpus.bytes_on_disk)
     chosen = (
         piece
-        for document in corpus.documents(lambda count: bar.advance(task, count))
+        for document in corpus.documents(report)
         if not document.heldout and (share >= 1 or hash_share(f"bpe {document.name}") < share)
         for piece in pieces_of(document.text)
     )
@@ -258,118 +184,47 @@ def _train_tokenizer(corpus: Corpus, bar: Progress) -> Tokenizer:
     return JsonTokenizer(bpe.to_str(), "bpe", "the BPE just trained")
 
 
-def _tokenise(corpus: Corpus, tokenizer: Tokenizer, folder: Path, bar: Progress) -> dict[str, int]:
-    """Writes the arrays and the held-out text; the counts that `Tokens` reports."""
-    counts = dict.fromkeys(
-        [f"{name}_{what}" for name in ARRAYS for what in ("documents", "bytes")], 0
-    )
-    task = bar.add_task("tokenising", total=corpus.bytes_on_disk)
+def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, report: Report) -> dict[str, int]:
+    """Writes the pairs, the mask and the held-out text; returns the manifest's counts."""
+    cfg, dtype = corpus.cfg, dtype_for(tokenizer.vocab_size)
+    masked = cfg.train_on != "all"
+    sizes = token_sizes(tokenizer) if masked else np.zeros(0)
+    counts, trained = {f"{side}_bytes": 0 for side in SIDES}, 0
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in ARRAYS}
-        text = stack.enter_context((folder / "heldout.txt").open("wb"))
-        writer = _Writer(tokenizer, files)
-        if corpus.cfg.train_on != "all":
-            files[MASK] = stack.enter_context((folder / MASK).open("wb"))
-        for documents in _batches(corpus.documents(lambda count: bar.advance(task, count))):
-            for document in documents:
-                data = document.text.encode()
-                name = ARRAYS[document.heldout]
-                counts[f"{name}_documents"] += 1
-                counts[f"{name}_bytes"] += len(data)
-                if document.heldout:
-                    text.write(data)
-            writer.write(documents)
-        for file in (*files.values(), text):
-            file.flush()
-            os.fsync(file.fileno())
-    _require_both(corpus.cfg, counts)
-    if corpus.cfg.train_on != "all" and not writer.trained:
+        pairs = {side: stack.enter_context(BinidxWriter(folder / side, dtype)) for side in SIDES}
+        text = stack.enter_context(disk.replacing(folder / HELDOUT_TEXT))
+        mask = stack.enter_context(disk.replacing(folder / MASK)) if masked else None
+        for document, ids in encoded(corpus.documents(report), tokenizer, BATCH_CHARACTERS):
+            side, data = SIDES[document.heldout], document.text.encode()
+            pairs[side].add(ids)
+            counts[f"{side}_bytes"] += len(data)
+            if document.heldout:
+                text.write(data)
+            elif mask:
+                chosen = _loss_mask(document, sizes[ids[:-1]])
+                mask.write(chosen.tobytes())
+                trained += int(chosen.sum())
+    counts |= {f"{side}_documents": pair.documents for side, pair in pairs.items()}
+    _require_documents(cfg, counts["train_documents"], counts["heldout_documents"])
+    if masked and not trained:
         raise CorpusError(
-            f"data.train_on = {corpus.cfg.train_on}: nothing of {corpus.cfg.source} is trained on;"
-            " mark some of it, or train on all"
+            f"data.train_on = {cfg.train_on}: nothing of {cfg.source} is trained on; mark some of"
+            " it, or train on all"
         )
     return counts
 
 
-class _Writer:
-    """Writes documents' ids, and of training documents which are trained on if that is asked."""
-
-    def __init__(self, tokenizer: Tokenizer, files: Mapping[str, IO[bytes]]):
-        self._tokenizer, self._files = tokenizer, files
-        self.trained = 0
-        """Tokens so far that are marked to be trained on."""
-        self._dtype = _dtype(tokenizer)
-
-    def write(self, documents: list[Document]) -> None:
-        """Appends them, each followed by the end-of-document id."""
-        pieces = [pieces_for(self._tokenizer, document.text) for document in documents]
-        encoded = iter(self._tokenizer.encode_batch([piece for some in pieces for piece in some]))
-        for document, some in zip(documents, pieces, strict=True):
-            parts = [np.asarray(ids, self._dtype) for ids in itertools.islice(encoded, len(some))]
-            file = self._files[ARRAYS[document.heldout]]
-            for ids in (*parts, np.asarray([self._tokenizer.eod], self._dtype)):
-                file.write(ids.tobytes())
-            if document.spans is not None and not document.heldout:
-                mask = self._mask(document, np.concatenate(parts))
-                self._files[MASK].write(mask.tobytes())
-                self.trained += int(mask.sum())
-
-    def _mask(self, document: Document, ids: np.ndarray) -> np.ndarray:
-        mask = trained(document.text, document.spans or (), self._sizes[ids])
-        if mask is None:
-            raise CorpusError(
-                f"{document.name}: the tokens do not give the text back byte for byte, so what is"
-                " trained on cannot be found in them; name a byte-level data.tokenizer (world)"
-            )
-        return mask
-
-    @cached_property
-    def _sizes(self) -> np.ndarray:
-        return token_sizes(self._tokenizer)
+def _loss_mask(document: Document, sizes: np.ndarray) -> np.ndarray:
+    mask = loss_mask(document.text, document.spans or (), sizes)
+    if mask is None:
+        raise CorpusError(
+            f"{document.name}: the tokens do not decode to the text byte for byte, so the parts"
+            " that are trained on cannot be located; choose a byte-level data.tokenizer (world)"
+        )
+    return mask
 
 
-def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in groups large enough to keep every core busy and small enough to hold."""
-    group, size = [], 0
-    for document in documents:
-        group.append(document)
-        size += len(document.text)
-        if size >= BATCH_CHARACTERS:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
-def pieces_for(tokenizer: Tokenizer, text: str) -> list[str]:
-    """`pieces_of`, where the tokens of the pieces, together, are those of the text. Our BPE and
-    World have no token with a line end before a character that is no space, and bytes have none of
-    two; what another vocabulary does at a cut is not known."""
-    return [text] if tokenizer.kind == "file" else pieces_of(text)
-
-
-def pieces_of(text: str) -> list[str]:
-    """The text cut into parts of a few MB, as a tokenizer's own memory is many times that of what
-    it encodes.
-
-    Cuts lie at a line end before a line that is not indented, where our BPE never has a token
-    across. Text without such a place stays whole."""
-    pieces, start = [], 0
-    while len(text) - start > LONG_DOCUMENT:
-        place = re.compile(r"\n(?=\S)").search(text, start + LONG_DOCUMENT)
-        if not place:
-            break
-        pieces.append(text[start : place.end()])
-        start = place.end()
-    return [*pieces, text[start:]]
-
-
-def _require_both(cfg: DataConfig, counts: dict[str, int]) -> None:
-    train, heldout = (counts[f"{name}_documents"] for name in ARRAYS)
+def _require_documents(cfg: DataConfig, train: int, heldout: int) -> None:
     if not train + heldout:
         raise CorpusError(
             f"data.source = {cfg.source}: no text in it; give a file, folder or glob that has some"
@@ -382,5 +237,5 @@ def _require_both(cfg: DataConfig, counts: dict[str, int]) -> None:
     if not heldout and cfg.heldout:
         raise CorpusError(
             f"data.heldout = {cfg.heldout} holds out none of the {train:,} documents:"
-            f" raise it, add documents, or set data.heldout=0 to train without held-out text"
+            " raise it, add documents, or set data.heldout=0 to train without held-out text"
         )

@@ -5,25 +5,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rwkv_jax.data.files import CorpusError, SourceFile
+from rwkv_jax.data.files import CorpusError, Report, SourceFile
 from rwkv_jax.errors import UserError
 
 ROWS = 256
 
 
 def read_rows(
-    file: SourceFile, field: str, *more: str, report: Callable[[int], None] | None = None
+    file: SourceFile, field: str, *more: str, report: Report | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """A column and those of `more` that are there, row by row, counted from 1 and from the file's
-    beginning. The column holds text, or a conversation's turns as a list.
+    """The values of a column, and of those of `more` that exist, row by row; rows count from 1 at
+    the start of the file. The column holds text, or the turns of a conversation as a list.
 
-    `report` is told the bytes on disk that the rows take. Raises CorpusError naming file and row of
-    what is neither, UserError without pyarrow.
+    Raises CorpusError naming file and row of anything else, UserError without pyarrow.
     """
     with _reading(file) as arrow, _open(arrow, file) as table:
         _check_column(arrow, table.schema, file, field)
         columns = [field, *(name for name in more if name in table.schema.names)]
-        number, told = table.first, 0
+        number, reported = table.first, 0
         for batch, place in table.batches(columns):
             for values in zip(*map(batch.column, columns), strict=True):
                 number += 1
@@ -31,14 +30,14 @@ def read_rows(
                 where = f"{file.path}:{number}"
                 yield number, {name: _value(value, where, name) for name, value in named}
             if report:
-                report(place - told)
-                told = place
+                report(place - reported)
+                reported = place
         if report:
-            report(table.size - told)
+            report(table.size - reported)
 
 
 def group_sizes(file: SourceFile) -> list[int]:
-    """Bytes on disk of each group of rows of a Parquet file."""
+    """Bytes on disk of each row group of a Parquet file."""
     with _reading(file) as arrow, _open(arrow, file) as table:
         return table.groups
 
@@ -47,12 +46,12 @@ def group_sizes(file: SourceFile) -> list[int]:
 class _Table:
     schema: Any
     first: int
-    """Rows before those that are read."""
+    """Number of rows before the part that is read."""
     size: int
-    """Bytes on disk of those that are read."""
+    """Bytes on disk of the part that is read."""
     groups: list[int]
     batches: Callable[[list[str]], Iterator[tuple[Any, int]]]
-    """Record batches with these columns, and the bytes on disk up to the end of each."""
+    """Record batches of the given columns, each with the bytes on disk up to its end."""
 
 
 @contextlib.contextmanager
@@ -82,12 +81,12 @@ def _open(arrow: Any, file: SourceFile) -> Iterator[_Table]:
         if file.path.suffix == ".parquet":
             yield _parquet(stack.enter_context(arrow.parquet.ParquetFile(mapped)), file)
             return
-        # `datasets` writes streams; files of the other Arrow format begin with a name.
-        whole = mapped.read(6) == b"ARROW1"
+        # `datasets` writes Arrow streams; Arrow files start with this name.
+        seekable = mapped.read(6) == b"ARROW1"
         mapped.seek(0)
-        open_it = arrow.ipc.open_file if whole else arrow.ipc.open_stream
-        reader = stack.enter_context(open_it(mapped))
-        each = (reader.get_batch(i) for i in range(reader.num_record_batches)) if whole else reader
+        open_reader = arrow.ipc.open_file if seekable else arrow.ipc.open_stream
+        reader = stack.enter_context(open_reader(mapped))
+        each = map(reader.get_batch, range(reader.num_record_batches)) if seekable else reader
         rows = ((batch, mapped.tell()) for batch in each)
         yield _Table(reader.schema, 0, mapped.size(), [], lambda _: rows)
 
@@ -116,9 +115,9 @@ def _parquet(parquet: Any, file: SourceFile) -> _Table:
 
 def _check_column(arrow: Any, schema: Any, file: SourceFile, field: str) -> None:
     if field not in schema.names:
-        there = ", ".join(schema.names) or "none"
+        found = ", ".join(schema.names) or "none"
         raise CorpusError(
-            f"{file.path}: no column {field!r}; set data.field to one of those there: {there}"
+            f"{file.path}: no column {field!r}; set data.field to one of its columns: {found}"
         )
     kind = schema.field(field).type
     inner = kind.value_type if arrow.types.is_dictionary(kind) else kind
@@ -139,5 +138,5 @@ def _value(value: Any, where: str, field: str) -> Any:
             f"{where}: column {field!r} is not UTF-8 ({error.reason}); convert it first"
         ) from error
     if found is None:
-        raise CorpusError(f"{where}: column {field!r} is null; leave out such rows")
+        raise CorpusError(f"{where}: column {field!r} is null; remove such rows")
     return found

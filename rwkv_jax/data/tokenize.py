@@ -1,19 +1,16 @@
-"""Text of any size tokenised into one binidx pair, by every core, over as many starts as it takes.
+"""Text of any size tokenised into one binidx pair, on every core, resumable.
 
-The text is cut into units of some 32 MB, by the names and sizes of its files alone. Each worker
-reads, tokenises and writes a unit by itself, `OUT.parts/00012.bin` and `.idx`; the last of its
-files to appear, `.json`, says that the part is whole. A command that was stopped goes on with the
-parts that are there; when there are all, they are merged in their order. So the bytes of the result
-depend on the text alone.
+The text is cut into units of some 32 MB, by the names and sizes of its files alone. A worker reads,
+tokenises and writes one unit at a time, `OUT.parts/00012.bin` and `.idx`; `00012.json` appears last
+and marks the part as finished. A command that was stopped resumes with the finished parts; once all
+are finished, they are merged in order. So the bytes of the result depend on the text alone.
 
-Workers are processes of one thread each: of a unit's 2.4 s half goes into parsing JSON lines and
-into making lists and arrays of ids, which hold the interpreter's lock that threads of one process
-share.
+Workers are processes of one thread each: half of a unit's 2.4 s goes into parsing JSON lines and
+into building lists and arrays of ids, which hold the interpreter lock.
 """
 
 import contextlib
 import ctypes
-import errno
 import fcntl
 import hashlib
 import itertools
@@ -25,68 +22,60 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
+from rwkv_jax import disk
 from rwkv_jax.config import DataConfig
 from rwkv_jax.data.binidx import BinidxWriter, dtype_for, files_of, merge, open_binidx
-from rwkv_jax.data.corpus import Corpus, fault_of
-from rwkv_jax.data.files import CorpusError, SourceFile, find_files, longest_document
-from rwkv_jax.data.prepare import pieces_for
+from rwkv_jax.data.corpus import Corpus, names_file, skip_reason
+from rwkv_jax.data.files import CorpusError, Report, SourceFile, find_files, longest_document
 from rwkv_jax.data.tables import group_sizes
 from rwkv_jax.data.tokenizers import Tokenizer, open_tokenizer
+from rwkv_jax.data.tokens import encoded
 from rwkv_jax.errors import UserError, within_memory
 from rwkv_jax.interrupts import blocked_interrupts, deferred_interrupts
 
 FORMAT = 1
 UNIT = 32 << 20
+BATCH_CHARACTERS = 1 << 20
 STEP = 1 << 20
 """Bytes between two reports of a worker."""
 PATIENCE_S = 0.2
-"""Seconds of waiting for workers after which Ctrl-C is looked for."""
+"""Seconds to wait for workers before checking for Ctrl-C."""
+ALL_TEXT: dict[str, Any] = {"mixture": {}, "heldout": 0.0, "train_on": "all"}
+RESUME = "run the same command again to resume"
 
 Progress = Callable[[int, int], None]
-"""Told the bytes on disk that are done, and all."""
+"""Called with the bytes on disk that are done, and with all of them."""
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What a part holds, or all of them."""
+class Counts(NamedTuple):
+    """The contents of a part, or of all of them."""
 
     documents: int = 0
     bytes: int = 0
     """UTF-8 bytes of the documents."""
     tokens: int = 0
-    """With one after each document."""
+    """Including one end-of-document id a document."""
     skipped: int = 0
     """Files of folders that are not readable UTF-8 text."""
-
-    def __add__(self, other: "Counts") -> "Counts":
-        pairs = zip(asdict(self).values(), asdict(other).values(), strict=True)
-        return Counts(*(a + b for a, b in pairs))
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What a worker does at a time."""
+    """The work of a worker at a time."""
 
     cfg: DataConfig
     files: tuple[SourceFile, ...]
     size: int
     """Bytes on disk."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    unit: Unit
-    path: Path
-    """Of its part."""
+    part: Path = Path()
+    """The pair that it becomes."""
 
 
 @dataclass(frozen=True)
@@ -97,78 +86,74 @@ class Result:
     """Without `.bin` and `.idx`."""
     counts: Counts
     new_bytes: int
-    """Of the text, those that this call tokenised and found no finished part of."""
+    """UTF-8 bytes tokenised by this call, without those of parts finished before."""
 
 
 def tokenize(
     sources: Sequence[str],
     out: str | Path,
+    cfg: DataConfig,
     *,
-    tokenizer: str = "world",
-    field: str = "text",
-    document: str = "file",
-    template: str = "g1",
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Result:
-    """The documents of the sources as a pair, each followed by the end-of-document id, with a
+    """Writes the documents of the sources as a pair, each followed by the end-of-document id, and a
     description beside it, `OUT.json`.
 
-    Without `workers` there is one for each core. Notices go to stderr. Raises UserError: a source
-    that cannot be read, which it names by file and line; a folder that cannot be written; a worker
-    that was killed. Parts that are finished by then stay for the next call.
+    Of `cfg`, `tokenizer`, `field`, `document` and `template` apply. `workers` is the number of
+    processes; None: one for each core. Notices go to stderr. Raises UserError for a source that
+    cannot be read, with file and line; a folder that cannot be written; a worker that was killed.
+    Parts finished by then are kept for the next call.
     """
     if str(out).endswith("/") or Path(out).name in ("", ".."):
         raise UserError(f"OUT = {str(out)!r}: a folder; name the pair in it")
     data, index = files_of(Path(out).expanduser())
-    prefix, known = data.with_suffix(""), open_tokenizer(tokenizer, "--tokenizer ")
-    if not overwrite and (there := [path for path in (data, index) if path.exists()]):
-        raise UserError(f"{there[0]}: is there already; name another, or add --overwrite")
-    parts, about = (prefix.with_name(prefix.name + end) for end in (".parts", ".json"))
-    settings: dict[str, Any] = {"field": field, "document": document, "template": template}
+    prefix, tokenizer = data.with_suffix(""), open_tokenizer(cfg.tokenizer, "--tokenizer ")
+    if not overwrite and (existing := [path for path in (data, index) if path.exists()]):
+        raise UserError(f"{existing[0]}: already exists; name another, or add --overwrite")
+    parts, description = (prefix.with_name(prefix.name + end) for end in (".parts", ".json"))
     units, skipped = [], 0
     for source in sources:
-        found = find_files(source, "SOURCE = ")
-        own = [file for file in found if not _is_of(file.path, prefix)]
-        more, faulty = _plan(DataConfig(source=source, heldout=0.0, **settings), own)
+        files = [x for x in find_files(source, "SOURCE = ") if not _is_output(x.path, prefix)]
+        more, faulty = _plan(replace(cfg, source=source, **ALL_TEXT), files)
         units, skipped = units + more, skipped + faulty
-    paths = [parts / f"{i:05}" for i in range(len(units))]
-    workers = min(workers or _cores(), max(1, len(units)))
-    with _writing(prefix), _parts(parts, paths, _fingerprint(units, known)):
-        had = [_counts(path) for path in paths]
-        jobs = [
-            _Job(unit, path)
-            for unit, path, counts in zip(units, paths, had, strict=True)
-            if counts is None
-        ]
-        _work(jobs, workers, tokenizer, _counter(units, jobs, progress))
-        counts = _sum(map(_required, paths)) + Counts(skipped=skipped)
+    units = [replace(unit, part=parts / f"{i:05}") for i, unit in enumerate(units)]
+    with (
+        disk.writing(
+            prefix, "make it writable, or name another OUT", full=f"free some space, then {RESUME}"
+        ),
+        _parts(parts, units, _fingerprint(units, tokenizer)),
+    ):
+        before = [_counts(unit.part) for unit in units]
+        todo = [unit for unit, done in zip(units, before, strict=True) if done is None]
+        workers = min(workers or _cores(), max(1, len(units)))
+        _work(todo, workers, cfg.tokenizer, _counter(units, todo, progress))
+        counts = _sum([*(_required(unit.part) for unit in units), Counts(skipped=skipped)])
         if not counts.documents:
             raise CorpusError(f"{' '.join(sources)}: no text in it; give some that has")
-        merge(paths, prefix)
-        described = {"tokenizer": known.identity(), "kind": known.kind, **asdict(counts)}
-        _write_json(about, described | settings | {"sources": list(sources)})
-    return Result(prefix, counts, counts.bytes - _sum(filter(None, had)).bytes)
+        merge([unit.part for unit in units], prefix)
+        about = {"tokenizer": tokenizer.identity(), "kind": tokenizer.kind, **counts._asdict()}
+        about |= {name: getattr(cfg, name) for name in ("field", "document", "template")}
+        _write_json(description, about | {"sources": list(sources)})
+    return Result(prefix, counts, counts.bytes - _sum(filter(None, before)).bytes)
 
 
 def _cores() -> int:
-    """Those that this process may use, where the system says."""
+    """The cores that this process may use, where the system says."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _sum(counts: Iterable[Counts]) -> Counts:
-    return sum(counts, Counts())
+    return Counts(*map(sum, zip(*counts, strict=True)))
 
 
-def _counter(
-    units: Iterable[Unit], jobs: Iterable[_Job], progress: Progress | None
-) -> Callable[[int], None]:
-    """Adds up what workers read, for `progress`."""
+def _counter(units: list[Unit], todo: list[Unit], progress: Progress | None) -> Report:
+    """Adds up the bytes read by workers, for `progress`."""
     total = sum(unit.size for unit in units)
-    done = total - sum(job.unit.size for job in jobs)
+    done = total - sum(unit.size for unit in todo)
 
     def add(count: int) -> None:
         nonlocal done
@@ -180,23 +165,22 @@ def _counter(
     return add
 
 
-def _is_of(path: Path, prefix: Path) -> bool:
-    """Whether it is the pair itself, what describes it, or in its parts: no text, where OUT lies in
-    a folder that is read."""
-    beside = [prefix.with_name(prefix.name + end) for end in (".bin", ".idx", ".json", ".parts")]
-    own = {os.path.abspath(x) for x in beside}
-    whole = os.path.abspath(path).removesuffix(".partial")
-    return whole in own or os.path.dirname(whole) in own
+def _is_output(path: Path, prefix: Path) -> bool:
+    """Whether a file is the pair itself, its description or in its parts, and so no text, where OUT
+    lies in a folder that is read."""
+    outputs = {os.path.abspath(f"{prefix}{end}") for end in (".bin", ".idx", ".json", ".parts")}
+    whole = os.path.abspath(path).removesuffix(disk.PARTIAL)
+    return whole in outputs or os.path.dirname(whole) in outputs
 
 
 def _plan(cfg: DataConfig, files: Iterable[SourceFile]) -> tuple[list[Unit], int]:
-    """The files cut into units in their order, and how many are left out."""
+    """The files cut into units in their order, and the number of files skipped."""
     units, group, size, skipped = [], [], 0, 0
     for file in files:
         on_disk = file.path.stat().st_size
         lines = file.json_lines or (cfg.document == "line" and not file.table)
         cut = lines and not file.compressed and on_disk > UNIT
-        if cut and fault_of(file, _named(cfg)):  # of a small file its worker says so
+        if cut and skip_reason(file, cfg):  # a small file is checked by its worker
             skipped += 1
             continue
         for piece, length in _cut(file, on_disk, cut):
@@ -210,13 +194,8 @@ def _plan(cfg: DataConfig, files: Iterable[SourceFile]) -> tuple[list[Unit], int
     return units, skipped
 
 
-def _named(cfg: DataConfig) -> bool:
-    """Whether the source is a file given by its own path."""
-    return Path(cfg.source).expanduser().is_file()
-
-
 def _cut(file: SourceFile, size: int, lines: bool) -> Iterator[tuple[SourceFile, int]]:
-    """Parts of a file and their bytes on disk."""
+    """Parts of a file, each with its bytes on disk."""
     if lines:
         for begin in range(0, size, UNIT):
             end = min(begin + UNIT, size)
@@ -234,13 +213,13 @@ def _cut(file: SourceFile, size: int, lines: bool) -> Iterator[tuple[SourceFile,
 
 
 def _fingerprint(units: list[Unit], tokenizer: Tokenizer) -> str:
-    """A hash of what decides the parts. Contents are not read: files that changed have another size
-    or time."""
+    """A hash of all that decides the parts. Contents are not read: a file that changed has another
+    size or time."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps([FORMAT, UNIT, tokenizer.identity()]).encode())
     for unit in units:
         cfg = unit.cfg
-        about: list[Any] = [cfg.field, cfg.document, cfg.template, _named(cfg)]
+        about: list[Any] = [cfg.field, cfg.document, cfg.template, names_file(cfg.source)]
         for file in unit.files:
             found = file.path.stat()
             about.append([str(file.path), file.begin, file.end, found.st_size, found.st_mtime_ns])
@@ -249,22 +228,9 @@ def _fingerprint(units: list[Unit], tokenizer: Tokenizer) -> str:
 
 
 @contextlib.contextmanager
-def _writing(prefix: Path) -> Iterator[None]:
-    """Turns a failure of the file system into one line."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "make it writable, or name another OUT"
-        if full:
-            remedy = "free some space: the same command goes on"
-        raise UserError(f"{error.filename or prefix}: {error.strerror}; {remedy}") from error
-
-
-@contextlib.contextmanager
-def _parts(folder: Path, paths: list[Path], fingerprint: str) -> Iterator[None]:
-    """Has the folder of parts for itself; what is in it is of this text, or is removed. At the end
-    it is removed, after an exception only if no part in it is finished."""
+def _parts(folder: Path, units: list[Unit], fingerprint: str) -> Iterator[None]:
+    """Locks the folder of parts, and removes parts of another text. At the end the folder is
+    removed, after an exception only if it holds no finished part."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:
@@ -274,59 +240,60 @@ def _parts(folder: Path, paths: list[Path], fingerprint: str) -> Iterator[None]:
                 f"{folder}: another process is writing it; wait for it, or name another OUT"
             ) from None
         manifest = folder / "manifest.json"
-        if (known := _load(manifest).get("fingerprint")) != fingerprint:
+        if (known := _read_json(manifest).get("fingerprint")) != fingerprint:
             old = [path for path in folder.iterdir() if path.name != "lock"]
             if not known and any(not path.name.startswith(manifest.name) for path in old):
                 raise UserError(f"{folder}: holds other files; remove it, or name another OUT")
             if known:
-                print(f"{folder}: of other text or settings; made anew", file=sys.stderr)
+                print(f"{folder}: has parts of other text or settings: rebuilding", file=sys.stderr)
             for path in old:
                 path.unlink()
             _write_json(manifest, {"format": FORMAT, "fingerprint": fingerprint})
-        elif finished := sum(_counts(path) is not None for path in paths):
-            print(f"{folder}: {finished:,} of {len(paths):,} parts are there", file=sys.stderr)
+        elif finished := _finished(units):
+            print(f"{folder}: {finished:,} of {len(units):,} parts are done", file=sys.stderr)
         try:
             yield
         except BaseException as error:
-            finished = sum(_counts(path) is not None for path in paths)
+            finished = _finished(units)
             if not finished:
                 shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(
-                    f"stopped with {finished:,} of {len(paths):,} parts done;"
-                    " the same command goes on"
+                    f"stopped with {finished:,} of {len(units):,} parts done; {RESUME}"
                 ) from None
             raise
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _work(
-    jobs: Sequence[_Job], workers: int, tokenizer: str, report: Callable[[int], None]
-) -> None:
-    """Does the jobs in processes, which end with this one, however it ends."""
-    waiting, longest = iter(jobs), longest_document(workers)
-    hands: dict[Connection, tuple[BaseProcess, _Job]] = {}
+def _finished(units: list[Unit]) -> int:
+    return sum(_counts(unit.part) is not None for unit in units)
+
+
+def _work(units: Sequence[Unit], workers: int, tokenizer: str, report: Report) -> None:
+    """Makes the units' parts in processes, which end with this one, however it ends."""
+    waiting, longest = iter(units), longest_document(workers)
+    busy: dict[Connection, tuple[BaseProcess, Unit]] = {}
     with deferred_interrupts() as check:
         try:
-            for job in itertools.islice(waiting, workers):
+            for unit in itertools.islice(waiting, workers):
                 process, pipe = _start(tokenizer, longest)
-                hands[pipe] = process, job
-                _give(pipe, job)
-            while hands:
-                for pipe in wait(list(hands), PATIENCE_S):
+                busy[pipe] = process, unit
+                _send(pipe, unit)
+            while busy:
+                for pipe in wait(list(busy), PATIENCE_S):
                     assert isinstance(pipe, Connection)
-                    process, job = hands[pipe]
-                    if not _hear(pipe, process, job, report):
+                    process, unit = busy[pipe]
+                    if not _receive(pipe, process, unit, report):
                         continue
-                    job = next(waiting, None)
-                    _give(pipe, job)
-                    if job:
-                        hands[pipe] = process, job
+                    unit = next(waiting, None)
+                    _send(pipe, unit)
+                    if unit:
+                        busy[pipe] = process, unit
                     else:
-                        hands.pop(pipe)[0].join()
+                        busy.pop(pipe)[0].join()
                 check()
         finally:
-            for process, _ in hands.values():
+            for process, _ in busy.values():
                 process.terminate()
                 process.join()
 
@@ -334,10 +301,10 @@ def _work(
 def _start(tokenizer: str, longest: int) -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    given = theirs, tokenizer, longest, os.getpid()
-    process = context.Process(target=_serve, args=given, daemon=True)
+    arguments = theirs, tokenizer, longest, os.getpid()
+    process = context.Process(target=_serve, args=arguments, daemon=True)
     # Ctrl-C is for this process, which ends the others: they inherit that it is blocked. Starting
-    # Python's tracker of resources would unblock it again, so that comes first.
+    # Python's resource tracker would unblock it again, so that comes first.
     resource_tracker.ensure_running()
     with blocked_interrupts():
         process.start()
@@ -345,25 +312,25 @@ def _start(tokenizer: str, longest: int) -> tuple[BaseProcess, Connection]:
     return process, ours
 
 
-def _give(pipe: Connection, job: _Job | None) -> None:
-    """Sends a worker what is next; None: it may end."""
-    with contextlib.suppress(ConnectionError):  # it has died: hearing from it will say so
-        pipe.send(job)
+def _send(pipe: Connection, unit: Unit | None) -> None:
+    """Sends a worker its next unit; None ends it."""
+    with contextlib.suppress(ConnectionError):  # it has died, which receiving will report
+        pipe.send(unit)
 
 
-def _hear(pipe: Connection, process: BaseProcess, job: _Job, report: Callable[[int], None]) -> bool:
-    """Takes one message of a worker: whether its job is done. Raises what it raised."""
+def _receive(pipe: Connection, process: BaseProcess, unit: Unit, report: Report) -> bool:
+    """Takes one message of a worker; whether its unit is done. Raises the worker's exception."""
     try:
         message = pipe.recv()
     except (EOFError, OSError):
         process.join()
-        name = job.unit.files[0].path
-        how = f"exit code {process.exitcode}"
-        if (process.exitcode or 0) < 0:
-            how = f"{signal.Signals(-(process.exitcode or 0)).name}, as when memory runs out"
+        code = process.exitcode or 0
+        how = f"exit code {code}"
+        if code < 0:
+            how = f"{signal.Signals(-code).name}, as when memory runs out"
         raise UserError(
-            f"{name}, or what follows it: the worker that read it has died ({how}); the same"
-            " command goes on, with --workers for fewer of them"
+            f"{unit.files[0].path}, or a file after it: the worker that read it has died ({how});"
+            f" {RESUME}, with --workers for fewer of them"
         ) from None
     if isinstance(message, Exception):
         raise message
@@ -373,16 +340,16 @@ def _hear(pipe: Connection, process: BaseProcess, job: _Job, report: Callable[[i
 
 
 def _serve(pipe: Connection, name: str, longest: int, parent: int) -> None:
-    """A worker: answers each job with the bytes it has read, now and then, and at last None."""
+    """A worker: for each unit sends the bytes it has read, now and then, and at last None."""
     _die_with(parent)
     os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    with contextlib.suppress(EOFError, ConnectionError):  # whoever asked is gone
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
         tokenizer = None
-        while job := pipe.recv():
+        while unit := pipe.recv():
             try:
                 tokenizer = tokenizer or open_tokenizer(name)
-                with within_memory("take fewer --workers: the same command goes on"):
-                    _make_part(job, tokenizer, longest, pipe.send)
+                with within_memory(f"{RESUME}, with fewer --workers"):
+                    _make_part(unit, tokenizer, longest, pipe.send)
             except Exception as error:
                 error.add_note(traceback.format_exc())
                 pipe.send(error)
@@ -391,37 +358,35 @@ def _serve(pipe: Connection, name: str, longest: int, parent: int) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """So that no worker writes a part that the next command has begun anew."""
-    with contextlib.suppress(AttributeError, OSError):  # elsewhere than on Linux
+    """So that no worker still writes a part which the next command has started to rebuild."""
+    with contextlib.suppress(AttributeError, OSError):  # not on Linux
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)
 
 
-def _make_part(
-    job: _Job, tokenizer: Tokenizer, longest: int, report: Callable[[int], None]
-) -> None:
+def _make_part(unit: Unit, tokenizer: Tokenizer, longest: int, report: Report) -> None:
     """Tokenises a unit into its part."""
-    cfg, dtype = job.unit.cfg, dtype_for(tokenizer.vocab_size)
-    size = skipped = 0
-    with BinidxWriter(job.path, dtype) as writer, _in_steps(report) as read:
-        for file in job.unit.files:
-            if not file.begin and file.end is None and fault_of(file, _named(cfg)):
+    cfg, size, skipped = unit.cfg, 0, 0
+    with (
+        BinidxWriter(unit.part, dtype_for(tokenizer.vocab_size)) as writer,
+        _in_steps(report) as read,
+    ):
+        for file in unit.files:
+            if not file.begin and file.end is None and skip_reason(file, cfg):
                 skipped += 1
                 continue
-            for document in Corpus(cfg, (file,), 0, 0, "", longest).documents(read):
+            documents = Corpus(cfg, (file,), longest=longest).documents(read)
+            for document, ids in encoded(documents, tokenizer, BATCH_CHARACTERS):
                 size += len(document.text.encode())
-                pieces = (tokenizer.encode(piece) for piece in pieces_for(tokenizer, document.text))
-                arrays = (np.fromiter(ids, dtype, len(ids)) for ids in pieces)
-                writer.add(*arrays, [tokenizer.eod])
-    _write_json(
-        _described(job.path), asdict(Counts(writer.documents, size, writer.tokens, skipped))
-    )
+                writer.add(ids)
+    counts = Counts(writer.documents, size, writer.tokens, skipped)
+    _write_json(_description(unit.part), counts._asdict())
 
 
 @contextlib.contextmanager
-def _in_steps(report: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
-    """Adds up what is reported to make few messages of it."""
+def _in_steps(report: Report) -> Iterator[Report]:
+    """Adds up reports, so that fewer messages are sent."""
     held = 0
 
     def add(count: int) -> None:
@@ -435,29 +400,29 @@ def _in_steps(report: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
     report(held)
 
 
-def _described(path: Path) -> Path:
-    return path.with_name(path.name + ".json")
+def _description(part: Path) -> Path:
+    return part.with_name(part.name + ".json")
 
 
-def _counts(path: Path) -> Counts | None:
-    """What a finished part holds; None if it is not there, or damaged."""
+def _counts(part: Path) -> Counts | None:
+    """The contents of a finished part; None if there is none, or it is damaged."""
     try:
-        counts = Counts(**_load(_described(path)))
-        pair = open_binidx(path)
+        counts = Counts(**_read_json(_description(part)))
+        pair = open_binidx(part)
     except (TypeError, CorpusError):
         return None
     whole = (counts.documents, counts.tokens) == (len(pair.sizes), len(pair.tokens))
     return counts if whole else None
 
 
-def _required(path: Path) -> Counts:
-    if (counts := _counts(path)) is None:
-        raise CorpusError(f"{path}.bin: damaged since it was written; the same command goes on")
+def _required(part: Path) -> Counts:
+    if (counts := _counts(part)) is None:
+        raise CorpusError(f"{part}.bin: damaged since it was written; {RESUME}")
     return counts
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """A JSON object that `_write_json` wrote; an empty one if there is none."""
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one if there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -466,13 +431,4 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """All of it, or what was there before."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    disk.write_text(path, json.dumps(value, indent=2) + "\n")

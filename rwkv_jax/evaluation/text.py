@@ -25,8 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.data.prepare import pieces_of
-from rwkv_jax.data.tokenizers import Tokenizer
+from rwkv_jax.data.tokenizers import Tokenizer, pieces_of
 from rwkv_jax.errors import UserError
 from rwkv_jax.evaluation.bits import Evaluation, Settings, finite, perplexity, token_costs
 from rwkv_jax.models import Model

@@ -21,7 +21,7 @@ from rwkv_jax.checkpoint.keymaps import check
 from rwkv_jax.checkpoint.store import CHECKPOINTS, CONFIG, DamagedError, Store, read_config, sweep
 from rwkv_jax.checkpoint.weights import check_tokenizer, load, naming, read
 from rwkv_jax.config import Config, ModelConfig, literal
-from rwkv_jax.data.loader import Loader, open_loader
+from rwkv_jax.data.loader import Batching, Loader, open_loader
 from rwkv_jax.data.sources import Data
 from rwkv_jax.toml import TYPED
 from rwkv_jax.training import hosts
@@ -124,8 +124,7 @@ def resolve(cfg: Config, data: Data) -> tuple[Config, Loader]:
         )
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=given or needed))
     train = cfg.train
-    loader = open_loader(
-        data.streams,
+    batching = Batching(
         seed=train.seed,
         batch=train.batch,
         context=train.context,
@@ -134,6 +133,7 @@ def resolve(cfg: Config, data: Data) -> tuple[Config, Loader]:
         packing=cfg.data.packing,
         reset=cfg.data.reset,
     )
+    loader = open_loader(data.streams, batching)
     if not train.steps:
         steps = -(-cfg.data.exit_tokens // (train.batch * train.context))
         if cfg.data.sampler == "magic_prime":

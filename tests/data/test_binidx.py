@@ -1,4 +1,5 @@
-"""The official pair of files: what is written, byte for byte, and what is said of damaged ones."""
+"""The official pair of files: what is written, byte for byte, and the messages about damaged
+ones."""
 
 import itertools
 import struct
@@ -103,7 +104,7 @@ def test_merging_keeps_documents_of_several_items(tmp_path):
     assert written(tmp_path / "c") == official(DOCUMENTS + DOCUMENTS[:2], marks=[0, 2, 2, 4, 6])
 
 
-def test_merging_without_the_kernels_help(tmp_path, monkeypatch):
+def test_merging_without_copy_file_range(tmp_path, monkeypatch):
     def none(*_):
         raise OSError("not between these")
 
@@ -113,9 +114,9 @@ def test_merging_without_the_kernels_help(tmp_path, monkeypatch):
     assert written(tmp_path / "c") == official(DOCUMENTS * 2)
 
 
-def test_only_like_is_merged(tmp_path):
+def test_only_pairs_of_one_type_are_merged(tmp_path):
     parts = [write(tmp_path / "a", DOCUMENTS), write(tmp_path / "b", DOCUMENTS, np.int32)]
-    with pytest.raises(CorpusError, match=r"b\.bin: int32 tokens, and those before it are uint16"):
+    with pytest.raises(CorpusError, match=r"b\.bin: int32 tokens, but those before it are uint16"):
         merge(parts, tmp_path / "c")
     assert not list(tmp_path.glob("c*"))
 
@@ -139,7 +140,7 @@ def test_named_by_prefix_or_either_file(tmp_path, monkeypatch):
         assert is_binidx(str(name))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert is_binidx("~/a") and open_binidx("~/a").path == path
-    assert is_binidx(f"{tmp_path}/gone.bin")  # opening says what is missing
+    assert is_binidx(f"{tmp_path}/gone.bin")  # opening it names the missing file
     for name in (f"{tmp_path}/gone", f"{tmp_path}/*.bin", "stdlib", str(tmp_path)):
         assert not is_binidx(name)
     path.mkdir()
@@ -159,7 +160,7 @@ def test_ids_that_do_not_fit(tmp_path):
     before = written(write(tmp_path / "a", DOCUMENTS))
     for ids in ([1, 65536], np.array([-1]), [2**40]):
         with (
-            pytest.raises(CorpusError, match=r"document 1 holds the id .* uint16 does not"),
+            pytest.raises(CorpusError, match=r"document 1 has the id .* uint16 cannot hold"),
             BinidxWriter(tmp_path / "a", np.uint16) as writer,
         ):
             writer.add([0])
@@ -167,14 +168,14 @@ def test_ids_that_do_not_fit(tmp_path):
     assert written(tmp_path / "a") == before
 
 
-def test_items_that_sizes_cannot_count(tmp_path, monkeypatch):
+def test_items_longer_than_their_index_can_say(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LONGEST", 3)
-    with pytest.raises(CorpusError, match="document 0 has 4 tokens, and an item at most 3"):
+    with pytest.raises(CorpusError, match="document 0 has 4 tokens, more than the 3 of an item"):
         write(tmp_path / "a", [[1, 2, 3, 4]])
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_an_exception_leaves_what_was_there(tmp_path, there):
+def test_an_exception_leaves_an_older_pair(tmp_path, there):
     if there:
         write(tmp_path / "a", DOCUMENTS)
     names = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -208,7 +209,7 @@ def test_unreadable(tmp_path, monkeypatch):
     def barred(*_, **__):
         raise PermissionError(13, "Permission denied", f"{path}.bin")
 
-    monkeypatch.setattr(module, "_map", barred)
+    monkeypatch.setattr(module, "map_array", barred)
     assert "a.bin: cannot be read (Permission denied)" in fault(path)
 
 
@@ -229,28 +230,28 @@ SIZES, POINTERS, MARKS = 34, 34 + 4 * 4, 34 + 12 * 4
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data, index: (data, b"NOTANIDX\0" + index[9:]), "no binidx index"),
+        (lambda data, index: (data, b"NOTANIDX\0" + index[9:]), "not a binidx index"),
         (lambda data, index: (data, b""), "ends at byte 0, inside its header of 34"),
         (lambda data, index: (data, index[:33]), "ends at byte 33, inside its header"),
-        (packed(9, "Q", 2), "byte 9: version 2, and 1 is known"),
-        (packed(17, "B", 9), "byte 17: items are of no known type (code 9)"),
-        (packed(17, "B", 0), "byte 17: items are of no known type (code 0)"),
+        (packed(9, "Q", 2), "byte 9: version 2, only 1 is known"),
+        (packed(17, "B", 9), "byte 17: items are of an unknown type (code 9)"),
+        (packed(17, "B", 0), "byte 17: items are of an unknown type (code 0)"),
         (packed(17, "B", 6), "floating-point numbers, not tokens (code 6)"),
         (packed(17, "B", 7), "floating-point numbers, not tokens (code 7)"),
-        (lambda data, index: (data, index[:-1]), "a.idx: cut short: 121 bytes"),
+        (lambda data, index: (data, index[:-1]), "a.idx: truncated: 121 bytes"),
         (lambda data, index: (data, index + b"\0"), "a.idx: too long: 123 bytes"),
-        (packed(18, "Q", 2**64 - 1), "a.idx: cut short: 122 bytes, and 18,446,744,073,709,551,615"),
-        (lambda data, index: (data[:-1], index), "a.bin: cut short at byte 21, inside a token"),
-        (lambda data, index: (data[:-2], index), "a.bin: cut short: 20 bytes, and item 3 ends"),
-        (lambda data, index: (b"", index), "a.bin: cut short: 0 bytes, and item 0 ends"),
-        (lambda data, index: (data + b"\0\0", index), "24 bytes, and the items of a.idx end at"),
+        (packed(18, "Q", 2**64 - 1), "a.idx: truncated: 122 bytes, but 18,446,744,073,709,551,615"),
+        (lambda data, index: (data[:-1], index), "a.bin: truncated at byte 21, inside a token"),
+        (lambda data, index: (data[:-2], index), "a.bin: truncated: 20 bytes, but item 3 ends"),
+        (lambda data, index: (b"", index), "a.bin: truncated: 0 bytes, but item 0 ends"),
+        (lambda data, index: (data + b"\0\0", index), "24 bytes, but the items of a.idx end at"),
         (packed(SIZES + 4, "i", -2), "item 1 has -2 tokens"),
         (packed(SIZES, "i", 4), "item 1 begins at byte 6 of a.bin, inside another"),
-        (packed(POINTERS, "q", 2), "item 0 begins at byte 2 of a.bin, behind bytes of no item"),
+        (packed(POINTERS, "q", 2), "item 0 begins at byte 2 of a.bin, after bytes of no item"),
         (packed(POINTERS + 8, "q", 7), "item 1 begins at byte 7 of a.bin, inside a token of 2"),
         (packed(POINTERS + 8, "q", 40), "item 1 begins at byte 40 of a.bin, outside its 22"),
         (packed(POINTERS + 16, "q", -2), "item 2 begins at byte -2 of a.bin, outside its 22"),
-        (packed(SIZES + 12, "i", 6), "a.bin: cut short: 22 bytes, and item 3 ends at byte 24"),
+        (packed(SIZES + 12, "i", 6), "a.bin: truncated: 22 bytes, but item 3 ends at byte 24"),
         (packed(MARKS, "q", 1), "its document marks begin at item 1, not 0"),
         (packed(MARKS + 8, "q", 3), "document 2 begins at item 2, before the last one at 3"),
         (packed(MARKS + 16, "q", 9), "document 2 begins at item 9 of 4"),

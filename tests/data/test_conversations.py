@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rwkv_jax.config import DataConfig
-from rwkv_jax.data.conversations import TEMPLATES, ConversationError, trained, written
+from rwkv_jax.data.conversations import TEMPLATES, ConversationError, loss_mask, render
 from rwkv_jax.data.corpus import open_corpus
 from rwkv_jax.data.files import CorpusError
 from rwkv_jax.data.prepare import prepare
@@ -45,8 +45,8 @@ TURNS = [
         ("g1", [], ""),
     ],
 )
-def test_written(template, turns, text):
-    got, spans = written(turns, TEMPLATES[template])
+def test_render(template, turns, text):
+    got, spans = render(turns, TEMPLATES[template])
     marked = got
     for first, end in reversed(spans):
         marked = f"{marked[:first]}{{{marked[first:end]}}}{marked[end:]}"
@@ -56,22 +56,25 @@ def test_written(template, turns, text):
 @pytest.mark.parametrize(
     "turns, message",
     [
-        (["hi"], "turn 1 is no object with role and content"),
-        ([TURNS[1], {"role": "tool", "content": ""}], "turn 2 is of role 'tool': one of system"),
-        ([{"role": "user"}], "turn 1 has no content that is text"),
-        ([{"role": ["user"], "content": ""}], r"turn 1 is of role \['user'\]: one of system"),
+        (["hi"], "turn 1 is not an object with role and content"),
+        (
+            [TURNS[1], {"role": "tool", "content": ""}],
+            "turn 2 has the role 'tool', not one of system",
+        ),
+        ([{"role": "user"}], "turn 1 has no text as content"),
+        ([{"role": ["user"], "content": ""}], r"turn 1 has the role \['user'\], not one of system"),
     ],
 )
-def test_what_is_no_conversation(turns, message):
+def test_turns_that_are_not_a_conversation(turns, message):
     with pytest.raises(ConversationError, match=message):
-        written(turns, TEMPLATES["g1"])
-    with pytest.raises(ConversationError, match="role system, which the template has not"):
-        written(TURNS, TEMPLATES["raven"])
+        render(turns, TEMPLATES["g1"])
+    with pytest.raises(ConversationError, match="role system, which the template does not have"):
+        render(TURNS, TEMPLATES["raven"])
 
 
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=6), st.integers(0, 63))
-def test_tokens_of_which_some_is_in_a_span_are_trained(parts, chosen):
-    """Against the text's bytes one by one; the end where the last span reaches it."""
+def test_tokens_that_overlap_a_span_are_trained_on(parts, chosen):
+    """Against the text's bytes one by one; and the end of the document if a span reaches it."""
     text, spans, at = "".join(parts), [], 0
     for i, part in enumerate(parts):
         if chosen >> i & 1:
@@ -82,13 +85,13 @@ def test_tokens_of_which_some_is_in_a_span_are_trained(parts, chosen):
         inside[len(text[:first].encode()) : len(text[:last].encode())] = True
     ids = np.array(WORLD.encode(text), int)
     sizes = SIZES[ids]
-    mask = trained(text, tuple(spans), sizes)
+    mask = loss_mask(text, tuple(spans), sizes)
     assert mask is not None
     ends = np.cumsum(sizes)
     expected = [inside[end - size : end].any() for end, size in zip(ends, sizes, strict=True)]
     assert mask[:-1].tolist() == expected
     assert mask[-1] == any(last == len(text) for _, last in spans)
-    assert trained(text + "x", (), sizes) is None
+    assert loss_mask(text + "x", (), sizes) is None
 
 
 def source(tmp_path, *records):
@@ -109,12 +112,12 @@ def test_only_answers_are_trained(tmp_path):
     again = prepare(cfg, progress=False)
     assert tokens.mask is not None and (tokens.mask == again.mask).all()
     assert len(tokens.mask) == len(tokens.train)
-    said = [
+    replies = [
         WORLD.decode_bytes(tokens.train[part]).decode()
         for part in np.split(np.arange(len(tokens.train)), np.flatnonzero(np.diff(tokens.mask)) + 1)
         if tokens.mask[part[0]]
     ]
-    assert said == [" <think>\nWell\n</think>\n\nHello é.\n\n", " Bye!", " Bye!"]
+    assert replies == [" <think>\nWell\n</think>\n\nHello é.\n\n", " Bye!", " Bye!"]
     ends = np.flatnonzero(tokens.train == 0)
     assert tokens.mask[ends].tolist() == [True, True, False]
     everything = prepare(config(tmp_path, path, field="messages"), progress=False)
@@ -134,7 +137,7 @@ def test_spans_of_text(tmp_path):
     "record, settings, message",
     [
         ({"text": "x"}, {"train_on": "answers"}, "text, not a list of turns, which data.train_on"),
-        ({"text": [1]}, {}, "turn 1 is no object"),
+        ({"text": [1]}, {}, "turn 1 is not an object"),
         ({"text": TURNS}, {"train_on": "spans"}, 'turns have no spans; set data.train_on = "ans'),
         ({"text": "ab", "spans": [[0, 3]]}, {"train_on": "spans"}, r"holds \[0, 3\], not \[first"),
         ({"text": "ab"}, {"train_on": "spans"}, "'spans' holds None, not"),

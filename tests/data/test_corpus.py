@@ -1,4 +1,4 @@
-"""What becomes of files, folders, globs and JSON lines, and what is said of bad ones."""
+"""Files, folders, globs and JSON lines as documents, and the messages about bad ones."""
 
 import gzip
 import json
@@ -93,7 +93,7 @@ def test_a_file_of_one_line_has_a_heldout_end(tmp_path, end):
     assert [d.heldout for d in documents(path, heldout=0.0)] == [False]
 
 
-def test_what_is_not_utf8_text_is_left_out_of_a_folder_and_counted(tree):
+def test_files_that_are_not_utf8_are_skipped_in_a_folder_and_counted(tree):
     clean = open_corpus(DataConfig(source=str(tree)))
     write(tree / "latin.txt", "naïve".encode("latin-1"))
     write(tree / "late.txt", b"x" * (CHUNK - 1) + "é".encode() + b"\xff")
@@ -208,10 +208,10 @@ def test_missing_source(tmp_path):
 
 
 def test_nothing_in_the_source(tmp_path):
-    assert "no files there" in fault(tmp_path)
-    assert "no files there" in fault(f"{tmp_path}/*.txt")
+    assert "no files in it" in fault(tmp_path)
+    assert "no files in it" in fault(f"{tmp_path}/*.txt")
     write(tmp_path / "x.bin", b"\0")
-    assert "none of the 1 files there is UTF-8 text" in fault(tmp_path)
+    assert "none of its 1 files is UTF-8 text" in fault(tmp_path)
 
 
 def test_lone_file_in_another_encoding(tmp_path):
@@ -230,7 +230,7 @@ def test_lone_file_in_another_encoding(tmp_path):
         ('["text"]', "a JSON list, not an object with a field 'text'"),
         (
             '{"body": "a", "id": 1}',
-            "no field 'text'; set data.field to one of those there: body, id",
+            "no field 'text'; set data.field to one of its fields: body, id",
         ),
         ('{"text": 5}', "field 'text': a int, not text or a list of turns; set data.field"),
         ('{"text": "\\ud800"}', "field 'text' holds half a surrogate pair, which is not text"),
@@ -248,17 +248,17 @@ def test_json_lines_in_another_encoding(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_compressed_data_cut_short_or_damaged(tmp_path, name, suffix):
+def test_compressed_data_truncated_or_damaged(tmp_path, name, suffix):
     whole = compress(b"\n".join(b'{"text": "%d"}' % i for i in range(1000)), suffix)
     path = write(tmp_path / (name + suffix), whole[:-9])
     write(tmp_path / "b.txt", "fine")
     for source in (path, tmp_path):
-        assert fault(source).startswith(f"{path}: compressed data is cut short")
+        assert fault(source).startswith(f"{path}: compressed data is truncated")
     write(path, b"plain text")
     for source in (path, tmp_path):
         assert fault(source).startswith(f"{path}: not valid {suffix} data")
     write(path, b"")
-    assert "cut short" in fault(path)
+    assert "truncated" in fault(path)
 
 
 def test_unreadable_file_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""Parts of files, and documents that memory cannot hold."""
+"""Parts of files, and documents that do not fit in memory."""
 
 import gzip
 import itertools
@@ -52,7 +52,7 @@ def test_faults_in_a_part_are_named_by_the_file_s_lines(tmp_path):
         ("a.jsonl", "file", "byte 6: a line of more than 3.0 MB.* split it$"),
     ],
 )
-def test_documents_that_memory_does_not_allow(tmp_path, suffix, name, document, message):
+def test_documents_that_do_not_fit_in_memory(tmp_path, suffix, name, document, message):
     content = b'"abc"\n' + b"x" * (8 * CHUNK) + b"\n"
     if name == "a.jsonl":
         content = b"     \n" + content[6:]

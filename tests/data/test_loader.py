@@ -1,4 +1,4 @@
-"""Batches: every sample once an epoch, decided by seed and step alone, documents kept apart."""
+"""Batches: every sample once an epoch, decided by seed and step alone, documents isolated."""
 
 import time
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rwkv_jax.data import loader, order
 from rwkv_jax.data.files import CorpusError
-from rwkv_jax.data.loader import Batch, Stream, open_loader, prefetched
+from rwkv_jax.data.loader import Batch, Batching, Stream, open_loader, prefetched
 
 EOD = 0
 
@@ -22,9 +22,7 @@ def count_up(length: int) -> np.ndarray:
 
 def opened(tokens, *, batch=4, context=16, seed=0, vocab_size=2**32, **settings):
     stream = Stream("text", tokens, EOD)
-    return open_loader(
-        [stream], seed=seed, batch=batch, context=context, vocab_size=vocab_size, **settings
-    )
+    return open_loader([stream], Batching(seed, batch, context, vocab_size, **settings))
 
 
 def read(tokens, step, *, rows=slice(None), **settings):
@@ -45,8 +43,8 @@ def starts(tokens, count, *, context, seed=0) -> np.ndarray:
 def test_every_window_once_an_epoch(length, context, seed):
     hypothesis.assume(length > context)
     tokens, windows = count_up(length), windows_of(count_up(length), context)
-    begun = starts(tokens, 2 * windows, context=context, seed=seed).reshape(2, windows)
-    for epoch in np.sort(begun):
+    first = starts(tokens, 2 * windows, context=context, seed=seed).reshape(2, windows)
+    for epoch in np.sort(first):
         assert (np.diff(epoch) == context).all()
         assert epoch[0] >= 0 and epoch[-1] + context + 1 <= length
     assert length - windows * context < 2 * context  # what an epoch leaves out
@@ -173,8 +171,8 @@ def test_steps_far_ahead():
     windows = windows_of(tokens, 16)
     epoch = -(-step // windows)
     mine = opened(tokens, batch=1)
-    begun = [mine.read(epoch * windows + i).inputs[0, 0] for i in range(windows)]
-    assert (np.diff(np.sort(begun)) == 16).all()
+    first = [mine.read(epoch * windows + i).inputs[0, 0] for i in range(windows)]
+    assert (np.diff(np.sort(first)) == 16).all()
 
 
 SETTINGS = [
@@ -240,11 +238,12 @@ def test_packs_leave_little_empty():
 
 
 def test_a_document_that_begins_elsewhere_begins_with_its_own_end():
-    """Pairs whose documents do not end with the id: what is before belongs to another."""
+    """Pairs whose documents do not end with the id: the token before belongs to another
+    document."""
     ids = np.arange(1, 21, dtype=np.uint16)
     stream = Stream("text", ids, EOD, documents=np.array([0, 4, 20]))
     settings = {"seed": 0, "batch": 2, "context": 16, "vocab_size": 99, "packing": "documents"}
-    inputs, targets, reset, mask = open_loader([stream], **settings).read(0)
+    inputs, targets, reset, mask = open_loader([stream], Batching(**settings)).read(0)
     rows = {int(targets[row, 0]): row for row in range(2)}
     row = rows[5]
     assert inputs[row].tolist() == [EOD, *range(5, 20)] and targets[row].tolist() == [*range(5, 21)]
@@ -256,12 +255,12 @@ def test_a_document_that_begins_elsewhere_begins_with_its_own_end():
 
 @pytest.mark.parametrize("sampler", ["shuffle", "sequential"])
 def test_documents_that_do_not_end_with_the_id_start_afresh(sampler):
-    """What the index says counts: the first token of each is predicted from the id, from nothing
-    before."""
+    """The index decides: the first token of each document is predicted from the id alone, from no
+    token before."""
     tokens, starts = count_up(600), np.arange(0, 601, 20)
     stream = Stream("text", tokens, EOD, documents=starts)
     settings = {"seed": 0, "batch": 4, "context": 16, "vocab_size": 999, "sampler": sampler}
-    mine = open_loader([stream], **settings)
+    mine = open_loader([stream], Batching(**settings))
     seen = 0
     for step in range(9):
         inputs, targets, reset, _ = mine.read(step)
@@ -273,20 +272,20 @@ def test_documents_that_do_not_end_with_the_id_start_afresh(sampler):
 
 
 @given(length=st.integers(200, 2000), context=st.integers(1, 20), batch=st.integers(1, 5))
-def test_rows_go_on_where_they_were(length, context, batch):
+def test_rows_continue_where_they_stopped(length, context, batch):
     tokens = count_up(length)
     mine = opened(tokens, batch=batch, context=context, sampler="sequential")
     steps = mine.epoch[0] // batch
     batches = [mine.read(step) for step in range(2 * steps)]
     for row in range(batch):
-        lane = np.concatenate([x.inputs[row] for x in batches])
-        assert (lane[: steps * context] == lane[0] + np.arange(steps * context)).all()
-        assert (lane[steps * context :] == lane[: steps * context]).all()
+        row_tokens = np.concatenate([x.inputs[row] for x in batches])
+        assert (row_tokens[: steps * context] == row_tokens[0] + np.arange(steps * context)).all()
+        assert (row_tokens[steps * context :] == row_tokens[: steps * context]).all()
         fresh = [x.reset[row] for x in batches]
         assert [x.any() for x in fresh] == [i % steps == 0 for i in range(2 * steps)]
         assert fresh[0].tolist() == [True] + [False] * (context - 1)
-    begun = sorted(batches[0].inputs[:, 0].tolist())
-    assert begun == [1 + row * steps * context for row in range(batch)]
+    first = sorted(batches[0].inputs[:, 0].tolist())
+    assert first == [1 + row * steps * context for row in range(batch)]
 
 
 def test_without_resets_nothing_is_marked():
@@ -299,29 +298,29 @@ def test_without_resets_nothing_is_marked():
 @given(weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=9), start=st.integers(0, 10**9))
 def test_mixtures_hold_on_every_prefix(weights, start):
     samples = np.arange(3000)
-    source, index = order.turns(samples, weights)
+    source, index = order.interleave(samples, weights)
     counts = np.cumsum(source[:, None] == np.arange(len(weights)), 0)
     expected = (samples[:, None] + 1) * (np.array(weights) / sum(weights))
     assert np.abs(counts - expected).max() <= 0.5 + 0.5 * np.ceil(np.log2(len(weights))) + 0.01
     for number in range(len(weights)):
         mine = index[source == number]
         assert (mine == np.arange(len(mine))).all()
-    million = order.turns(10**9 + samples, weights)[1][-1] + 1
-    share = weights[order.turns(10**9 + samples, weights)[0][-1]] / sum(weights)
+    million = order.interleave(10**9 + samples, weights)[1][-1] + 1
+    share = weights[order.interleave(10**9 + samples, weights)[0][-1]] / sum(weights)
     assert abs(million - share * (10**9 + len(samples))) < 3
-    far = order.turns(start + samples[:100], weights)
-    assert (far[0][50:] == order.turns(start + samples[50:100], weights)[0]).all()
+    far = order.interleave(start + samples[:100], weights)
+    assert (far[0][50:] == order.interleave(start + samples[50:100], weights)[0]).all()
 
 
 def test_each_source_of_a_mixture_has_its_own_epochs():
     a, b = count_up(400), count_up(300) + 1000
     streams = [Stream("a", a, EOD, weight=0.25), Stream("b", b, EOD, weight=0.75)]
-    mine = open_loader(streams, seed=0, batch=8, context=16, vocab_size=10**4)
+    mine = open_loader(streams, Batching(0, 8, 16, 10**4))
     rows = np.concatenate([mine.read(step).inputs[:, 0] for step in range(100)])
     for name, (stream, offset) in enumerate(((a, 0), (b, 1000))):
-        begun = rows[(rows > 1000) == bool(name)] - offset - 1
+        first = rows[(rows > 1000) == bool(name)] - offset - 1
         windows = windows_of(stream, 16)
-        for epoch in begun[: len(begun) // windows * windows].reshape(-1, windows):
+        for epoch in first[: len(first) // windows * windows].reshape(-1, windows):
             assert (np.diff(np.sort(epoch)) == 16).all()
 
 
@@ -329,21 +328,19 @@ def test_masks_follow_the_targets():
     tokens = count_up(500)
     mask = tokens % 3 == 0
     streams = [Stream("a", tokens, EOD, mask=mask), Stream("b", tokens + 1000, EOD)]
-    mine = open_loader(streams, seed=0, batch=4, context=16, vocab_size=10**4)
+    mine = open_loader(streams, Batching(0, 4, 16, 10**4))
     for step in range(20):
         batch = mine.read(step)
         expected = (batch.targets % 3 == 0) | (batch.targets > 1000)
         assert (batch.mask == expected).all()
-    packed = open_loader(
-        streams[:1], seed=0, batch=1, context=64, vocab_size=10**4, packing="documents"
-    )
+    packed = open_loader(streams[:1], Batching(0, 1, 64, 10**4, packing="documents"))
     batch = packed.read(0)
     assert (batch.mask == (batch.targets % 3 == 0) & (batch.targets > 0)).all()
 
 
-def test_an_id_that_the_model_has_not():
+def test_an_id_outside_the_vocabulary():
     tokens = count_up(500)
-    with pytest.raises(CorpusError, match=r"text: token \d+ is \d+, and the model has 100 ids"):
+    with pytest.raises(CorpusError, match=r"text: token \d+ is \d+, but the model has 100 ids"):
         for step in range(10):
             read(tokens, step, vocab_size=100)
 

@@ -1,4 +1,4 @@
-"""The official order against numbers of the official trainer, and its own claims."""
+"""The official order against numbers of the official trainer, and its properties."""
 
 import json
 from pathlib import Path

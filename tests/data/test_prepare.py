@@ -1,7 +1,10 @@
-"""The token cache: what it holds, when it is used again, and what no accident may leave behind."""
+"""The token cache: its contents, when it is used again, and what no interruption leaves behind."""
 
+import errno
+import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,9 +17,12 @@ import pytest
 
 from rwkv_jax.config import DataConfig
 from rwkv_jax.data import prepare as module
+from rwkv_jax.data import tokenizers
+from rwkv_jax.data.binidx import BinidxWriter, open_binidx
 from rwkv_jax.data.corpus import CorpusError, open_corpus
-from rwkv_jax.data.prepare import CacheError, Tokens, prepare
+from rwkv_jax.data.prepare import CacheError, prepare
 from rwkv_jax.data.tokenizers import JsonTokenizer, TokenizerError
+from rwkv_jax.data.tokens import Tokens
 from rwkv_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -43,7 +49,7 @@ def cfg(source, tmp_path):
 
 @pytest.fixture
 def builds(monkeypatch) -> list[Path]:
-    """The folders that caches are really built in."""
+    """The folders in which caches are built."""
     seen, build = [], module._build
 
     def spy(corpus, tokenizer, folder, show):
@@ -104,13 +110,55 @@ def test_arrays_hold_every_document_of_their_side(cfg, tokenizer):
     assert isinstance(tokens.train, np.memmap) and not tokens.train.flags.writeable
 
 
+def test_both_sides_are_pairs_as_other_trainers_read_them(cfg):
+    tokens = prepare(cfg(tokenizer="world"), progress=False)
+    for side, count in (("train", tokens.train_documents), ("heldout", tokens.heldout_documents)):
+        pair, ids = open_binidx(tokens.folder / side), getattr(tokens, side)
+        assert (pair.tokens == ids).all() and len(pair.sizes) == count
+        assert (pair.starts[1:] == np.flatnonzero(ids == tokens.tokenizer.eod) + 1).all()
+
+
+@pytest.mark.parametrize("train_on", ["all", "answers"])
+def test_an_entry_of_an_earlier_version_is_used(cfg, builds, tmp_path, train_on):
+    """Key, files and manifest in the earlier format, which had no index."""
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hi."}]
+    text = tmp_path / "chat.jsonl"
+    text.write_text("".join(json.dumps({"text": [*turns, *turns[:i]]}) + "\n" for i in (1, 2)))
+    config = cfg(source=str(text), tokenizer="bytes", heldout=0.0, train_on=train_on)
+    new = prepare(config, progress=False)
+    key = json.dumps([2, open_corpus(config).fingerprint, "bytes"]).encode()
+    folder = tmp_path / "cache" / hashlib.blake2b(key, digest_size=12).hexdigest()
+    assert new.folder == folder
+    files = {"train.bin": np.array(new.train, "<u2").tobytes(), "heldout.bin": b""}
+    if new.mask is not None:
+        files["train.mask"] = np.array(new.mask).tobytes()
+    digest = hashlib.blake2b(b"".join(files.values()), digest_size=12).hexdigest()
+    files |= {"heldout.txt": b"", "tokenizer/meta.json": b'{"kind": "bytes"}\n'}
+    counts = {
+        f"{side}_{what}": 0 for side in ("train", "heldout") for what in ("documents", "bytes")
+    }
+    counts |= {"train_documents": 2, "train_bytes": new.train_bytes, "skipped_files": 0}
+    manifest = {"format": 2, "source": str(text), "dtype": "<u2", "digest": digest}
+    manifest |= {"sizes": {name: len(data) for name, data in files.items()}, "counts": counts}
+    for path in (*folder.glob("*.idx"), folder / "manifest.json"):
+        path.unlink()
+    for name, data in {**files, "manifest.json": json.dumps(manifest).encode()}.items():
+        (folder / name).write_bytes(data)
+    old = prepare(config, progress=False)
+    assert len(builds) == 1
+    assert old.digest == new.digest == digest
+    for name in ("train", "heldout", "mask"):
+        assert np.array_equal(getattr(old, name), getattr(new, name))
+    assert old.describe() == new.describe()
+
+
 def test_larger_vocabularies_take_four_bytes(cfg, tmp_path):
     vocabulary = {f"w{i}": i for i in range(70_000)} | {"<eos>": 70_000}
     described = {"model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}}
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps({"version": "1.0", "added_tokens": [], **described}), "utf-8")
     tokens = prepare(cfg(tokenizer=str(path)), progress=False)
-    assert tokens.train.dtype == np.uint32
+    assert tokens.train.dtype == np.int32  # as in any pair
     assert tokens.train[-1] == tokens.tokenizer.eod == 70_000
 
 
@@ -147,7 +195,7 @@ def test_second_time_is_read_from_the_cache(cfg, builds, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_changes_the_tokens_makes_them_again(cfg, builds, source):
+def test_settings_and_text_that_change_the_tokens_rebuild_them(cfg, builds, source):
     for settings in ({}, {"tokenizer": "bytes"}, {"bpe_vocab_size": 513}, {"heldout": 0.3}):
         prepare(cfg(**settings), progress=False)
     (source / "new.py").write_text("new", encoding="utf-8")
@@ -159,10 +207,18 @@ def test_what_changes_the_tokens_makes_them_again(cfg, builds, source):
 
 
 @pytest.mark.parametrize(
-    "name", ["train.bin", "heldout.bin", "heldout.txt", "manifest.json", "tokenizer/tokenizer.json"]
+    "name",
+    [
+        "train.bin",
+        "train.idx",
+        "heldout.bin",
+        "heldout.txt",
+        "manifest.json",
+        "tokenizer/tokenizer.json",
+    ],
 )
 @pytest.mark.parametrize("damage", ["truncate", "remove"])
-def test_damaged_cache_is_made_again_with_a_notice(cfg, builds, capfd, name, damage):
+def test_damaged_cache_is_rebuilt_with_a_notice(cfg, builds, capfd, name, damage):
     whole = prepare(cfg(), progress=False)
     expected = whole.train.copy()
     path = whole.folder / name
@@ -175,22 +231,22 @@ def test_damaged_cache_is_made_again_with_a_notice(cfg, builds, capfd, name, dam
     assert (again.train == expected).all()
     notice = capfd.readouterr().err
     assert notice.count("\n") == 1
-    assert "is damaged (" in notice and notice.endswith("): made again\n")
+    assert "is damaged (" in notice and notice.endswith("): rebuilding\n")
 
 
-def test_killed_while_building_leaves_nothing_that_counts(cfg, tmp_path, builds):
+def test_a_kill_while_building_leaves_nothing_behind(cfg, tmp_path, builds):
     """A real kill -9 in the middle, found by the next process, which builds and cleans up."""
     config = cfg()
     script = f"""
         import time
         from rwkv_jax.config import DataConfig
         from rwkv_jax.data import prepare
-        write = prepare._Writer.write
+        add = prepare.BinidxWriter.add
         def slow(*arguments):
-            write(*arguments)
+            add(*arguments)
             print("written", flush=True)
             time.sleep(60)
-        prepare._Writer.write = slow
+        prepare.BinidxWriter.add = slow
         prepare.prepare(DataConfig(**{vars(config)!r}))
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
@@ -206,7 +262,7 @@ def test_killed_while_building_leaves_nothing_that_counts(cfg, tmp_path, builds)
 
 
 def test_two_processes_build_once(cfg, tmp_path, builds):
-    """The second waits for the first, which does not go on before the second says so."""
+    """The second waits for the first, which does not continue before the second says so."""
     script = f"""
         from rwkv_jax.config import DataConfig
         from rwkv_jax.data import prepare
@@ -235,37 +291,44 @@ def test_interrupted_build_cleans_up(cfg, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module._Writer, "write", interrupt)
+    monkeypatch.setattr(module.BinidxWriter, "add", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare(cfg(), progress=False)
     assert entries(tmp_path) == {".lock"}
 
 
-def test_full_disk(cfg, tmp_path):
-    """A limit on the size of files, set in a process of its own, stops a write half-way."""
-    script = f"""
-        import resource
-        from rwkv_jax.config import DataConfig
-        from rwkv_jax.data.prepare import CacheError, prepare
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-        try:
-            prepare(DataConfig(**{vars(cfg(tokenizer="bytes"))!r}))
-        except CacheError as error:
-            print(error)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stderr == ""
-    assert done.stdout == (
-        f"token cache {tmp_path}/cache: File too large; free some space,"
-        " or set data.cache to another folder\n"
+@pytest.mark.parametrize("reason", ["File too large", "No space left on device"])
+def test_a_disk_that_refuses(cfg, tmp_path, monkeypatch, reason):
+    """In the middle of a write: by a limit on the size of files, or as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    remedy = "make it writable"
+    try:
+        if reason == "File too large":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        else:
+            add, remedy = BinidxWriter.add, "free some space"
+
+            def full(writer, ids):
+                if writer.tokens > 10_000:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                add(writer, ids)
+
+            monkeypatch.setattr(BinidxWriter, "add", full)
+        with pytest.raises(CacheError) as caught:
+            prepare(cfg(tokenizer="bytes"), progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value) == (
+        f"token cache {tmp_path}/cache: {reason}; {remedy}, or set data.cache to another folder"
     )
     assert entries(tmp_path) == {".lock"}
 
 
 def test_cache_that_cannot_be_made(cfg, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CacheError, match=r"token cache .*/file/cache: Not a directory; make it"):
+    with pytest.raises(
+        CacheError, match=r"/file/cache: Not a directory; make it writable, or set data.cache"
+    ):
         prepare(cfg(cache=str(tmp_path / "file" / "cache")), progress=False)
 
 
@@ -326,15 +389,15 @@ def test_long_documents_are_cut_where_no_token_crosses(cfg, monkeypatch):
     assert isinstance(tokens.tokenizer, JsonTokenizer)
     text = "".join(
         (ROOT / "rwkv_jax" / "data" / f"{name}.py").read_text(encoding="utf-8")
-        for name in ("bpe", "corpus", "prepare")
+        for name in ("bpe", "corpus", "tokenize")
     )
-    monkeypatch.setattr(module, "LONG_DOCUMENT", 100)
-    pieces = module.pieces_of(text)
+    monkeypatch.setattr(tokenizers, "LONG_DOCUMENT", 100)
+    pieces = tokenizers.pieces_of(text)
     assert len(pieces) > 20 and "".join(pieces) == text
     encoded = [i for piece in tokens.tokenizer.encode_batch(pieces) for i in piece]
     assert encoded == tokens.tokenizer.encode(text)
-    assert module.pieces_of("x" * 1000) == ["x" * 1000]
-    assert module.pieces_of("") == [""]
+    assert tokenizers.pieces_of("x" * 1000) == ["x" * 1000]
+    assert tokenizers.pieces_of("") == [""]
 
 
 def test_description(cfg, source):

@@ -1,4 +1,4 @@
-"""What a run reads: text, binidx pairs, and mixtures."""
+"""The data of a run: text, binidx pairs, and mixtures."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rwkv_jax.config import DataConfig
-from rwkv_jax.data import sources
+from rwkv_jax.data import tokens
 from rwkv_jax.data.binidx import BinidxWriter
 from rwkv_jax.data.files import CorpusError
 from rwkv_jax.data.sources import open_data
@@ -52,10 +52,10 @@ def test_all_of_a_pair_is_trained_on_when_nothing_is_held_out(tmp_path, pair):
     assert len(data.heldout) == data.heldout_bytes == 0
 
 
-def test_of_long_pairs_some_is_looked_at(tmp_path, pair, monkeypatch):
+def test_long_pairs_are_sampled(tmp_path, pair, monkeypatch):
     path = pair(documents=[b"ab" * 500] * 40)
     exact = open_data(config(tmp_path, source=str(path)), progress=False)
-    monkeypatch.setattr(sources, "LOOKED_AT", 6400)
+    monkeypatch.setattr(tokens, "SAMPLED_TOKENS", 6400)
     some = open_data(config(tmp_path, source=str(path)), progress=False)
     assert some.bytes_per_token == pytest.approx(exact.bytes_per_token, rel=1e-2)
     other = pair("other", documents=[b"ab" * 500] * 39 + [b"x" * 1000])
@@ -65,7 +65,7 @@ def test_of_long_pairs_some_is_looked_at(tmp_path, pair, monkeypatch):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"tokenizer": "bpe"}, "holds tokens, not text: say by data.tokenizer which"),
+        ({"tokenizer": "bpe"}, "holds tokens, not text: name the tokenizer"),
         ({"train_on": "answers"}, "does not say who speaks"),
         ({"heldout": 0.01}, "holds out 0 of the 5 documents"),
     ],
@@ -81,14 +81,14 @@ def test_ids_of_another_vocabulary(tmp_path, pair):
         ids = np.fromfile(f"{path}.bin", np.int32)
         ids[7] = value
         ids.tofile(f"{path}.bin")
-        message = rf"pair.bin: token 7 is {value}, and data.tokenizer \(bytes\) has 257 ids"
+        message = rf"pair.bin: token 7 is {value}, but data.tokenizer \(bytes\) has 257 ids"
         with pytest.raises(CorpusError, match=message):
             open_data(config(tmp_path, source=str(path)), progress=False)
 
 
-def test_ids_in_places_that_are_not_looked_at(tmp_path, pair, monkeypatch):
-    """A long pair opens; what is held out is looked at whole."""
-    monkeypatch.setattr(sources, "LOOKED_AT", 640)
+def test_ids_in_places_that_are_not_sampled(tmp_path, pair, monkeypatch):
+    """A long pair opens; held-out documents are checked whole."""
+    monkeypatch.setattr(tokens, "SAMPLED_TOKENS", 640)
     path = pair(documents=[b"a" * 100] * 40)
     ids = np.fromfile(f"{path}.bin", np.uint16)
     for place, opens in ((2100, True), (4000, False)):

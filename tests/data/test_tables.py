@@ -1,4 +1,4 @@
-"""Rows of Parquet and Arrow files as documents, and what is said of bad ones."""
+"""Rows of Parquet and Arrow files as documents, and the messages about bad ones."""
 
 import builtins
 import json
@@ -30,7 +30,7 @@ def fault(source: Path | str, **settings) -> str:
 
 
 def save(path: Path, texts=TEXTS, kind=None, **columns) -> Path:
-    """A file of the kind that its ending says; `.arrow` as `datasets` writes it."""
+    """A file of the format of its ending; `.arrow` as `datasets` writes it."""
     table = pa.table({"id": pa.array(range(len(texts))), "text": pa.array(texts, kind), **columns})
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
@@ -42,7 +42,7 @@ def save(path: Path, texts=TEXTS, kind=None, **columns) -> Path:
 
 
 def save_to_disk(root: Path, parts: list[list[str]]) -> Path:
-    """A folder as `datasets.save_to_disk` leaves it."""
+    """A folder as `datasets.save_to_disk` writes it."""
     names = [f"data-{i:05}-of-{len(parts):05}.arrow" for i in range(len(parts))]
     for name, texts in zip(names, parts, strict=True):
         save(root / name, texts)
@@ -142,12 +142,12 @@ def test_damaged_folder_of_datasets(tmp_path, state, message):
 @pytest.mark.parametrize("ending", [".parquet", ".arrow"])
 def test_bad_columns_are_named_by_file_and_row(tmp_path, ending):
     path = save(tmp_path / f"a{ending}", ["fine"] * 300 + [None])
-    assert fault(path) == f"{path}:301: column 'text' is null; leave out such rows"
+    assert fault(path) == f"{path}:301: column 'text' is null; remove such rows"
     assert fault(path, field="id") == (
         f"{path}:1: column 'id' holds int64, not text or a list of turns; set data.field to another"
     )
     assert fault(path, field="body") == (
-        f"{path}: no column 'body'; set data.field to one of those there: id, text"
+        f"{path}: no column 'body'; set data.field to one of its columns: id, text"
     )
     raw = pa.array([b"fine", b"\xff"], pa.binary()).view(pa.string())
     path = save(tmp_path / f"b{ending}", ["fine"] * 2, raw=raw)
@@ -169,7 +169,9 @@ def test_conversations_are_those_of_json_lines(tmp_path, ending):
     assert all(d.spans for d in found)
     assert [d.text for d in documents(path, field="messages")] == [d.text for d in due]
     path = save(tmp_path / f"b{ending}", ["fine"], messages=[[{"role": "cook", "content": "x"}]])
-    message = f"{path}:1: column 'messages': turn 1 is of role 'cook': one of system, user, human"
+    message = (
+        f"{path}:1: column 'messages': turn 1 has the role 'cook', not one of system, user, human"
+    )
     assert fault(path, field="messages").startswith(message)
     assert fault(path, train_on="answers").startswith(f"{path}:1: column 'text': text, not a list")
 
@@ -206,7 +208,7 @@ def test_without_pyarrow(tmp_path, monkeypatch):
         documents(path)
 
 
-def test_a_row_that_memory_does_not_allow(tmp_path):
+def test_a_row_that_does_not_fit_in_memory(tmp_path):
     path = save(tmp_path / "a.parquet", ["fine", "x" * 2000])
     with pytest.raises(CorpusError, match=r"a\.parquet:2: a text of more than .* split it"):
         list(open_corpus(DataConfig(source=str(path)), longest=1000).documents())

@@ -1,4 +1,4 @@
-"""`tokenize`: the pair that comes of text, whatever the units, the workers and the accidents."""
+"""`tokenize`: the same pair whatever the units, the workers and the interruptions."""
 
 import errno
 import functools
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,15 +21,21 @@ from rwkv_jax.config import DataConfig
 from rwkv_jax.data import tokenize as module
 from rwkv_jax.data.binidx import BinidxWriter, open_binidx
 from rwkv_jax.data.corpus import CorpusError, open_corpus
-from rwkv_jax.data.prepare import LONG_DOCUMENT
-from rwkv_jax.data.tokenize import Counts, tokenize
-from rwkv_jax.data.tokenizers import ByteTokenizer, Tokenizer, open_tokenizer
+from rwkv_jax.data.tokenize import Counts, Result
+from rwkv_jax.data.tokenizers import LONG_DOCUMENT, ByteTokenizer, Tokenizer, open_tokenizer
 from rwkv_jax.errors import UserError
 
 pyarrow = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402
 
 ROOT = Path(program.__file__).parents[1]
+
+
+def tokenize(sources: list[str], out: Path, **settings: Any) -> Result:
+    """With arguments of the function and settings of its config."""
+    arguments = {x: settings.pop(x) for x in ("workers", "overwrite", "progress") if x in settings}
+    cfg = DataConfig(**{"tokenizer": "world"} | settings)
+    return module.tokenize(sources, out, cfg, **arguments)
 
 
 @functools.cache
@@ -38,13 +45,13 @@ def opened(name: str, *_) -> Tokenizer:
 
 @pytest.fixture
 def here(monkeypatch):
-    """Work is done in this process, one unit after another; returns those that were."""
+    """Does the work in this process, one unit after another; yields the units that are done."""
     done = []
 
-    def work(jobs, workers, tokenizer, report):
-        for job in jobs:
-            module._make_part(job, opened(tokenizer), 1 << 40, report)
-            done.append(job)
+    def work(units, workers, tokenizer, report):
+        for unit in units:
+            module._make_part(unit, opened(tokenizer), 1 << 40, report)
+            done.append(unit)
 
     monkeypatch.setattr(module, "_work", work)
     monkeypatch.setattr(module, "open_tokenizer", opened)
@@ -83,7 +90,7 @@ def written(path: Path) -> tuple[bytes, bytes]:
 
 
 def left(path: Path) -> set[str]:
-    """What lies beside OUT, by its ending."""
+    """The files beside OUT, by their endings."""
     return {x.name.removeprefix(path.name) for x in path.parent.glob(f"{path.name}*")}
 
 
@@ -141,16 +148,16 @@ def test_progress_is_in_bytes_and_ends_at_all_of_them(sources, tmp_path, here):
     assert seen == sorted(seen) and seen[0][0] == 0 and total - seen[-1][0] < 20
 
 
-def test_goes_on_where_it_was_stopped(sources, tmp_path, here, monkeypatch, capsys):
+def test_resumes_where_it_was_stopped(sources, tmp_path, here, monkeypatch, capsys):
     make = module._make_part
 
-    def stop(job, *rest):
-        if job.path.name == "00007":
+    def stop(unit, *rest):
+        if unit.part.name == "00007":
             raise KeyboardInterrupt
-        make(job, *rest)
+        make(unit, *rest)
 
     monkeypatch.setattr(module, "_make_part", stop)
-    with pytest.raises(KeyboardInterrupt, match=r"^stopped with 7 of \d+ parts done; the same"):
+    with pytest.raises(KeyboardInterrupt, match=r"^stopped with 7 of \d+ parts done; run the same"):
         tokenize(sources, tmp_path / "out")
     assert left(tmp_path / "out") == {".parts"}
     monkeypatch.setattr(module, "_make_part", make)
@@ -158,15 +165,15 @@ def test_goes_on_where_it_was_stopped(sources, tmp_path, here, monkeypatch, caps
     (parts / "00003.bin").write_bytes(b"damaged since")
     here.clear()
     result = tokenize(sources, tmp_path / "out")
-    assert [job.path.name for job in here][:2] == ["00003", "00007"]
+    assert [unit.part.name for unit in here][:2] == ["00003", "00007"]
     assert 0 < result.new_bytes < result.counts.bytes
-    assert re.search(r"out\.parts: 6 of \d+ parts are there", capsys.readouterr().err)
+    assert re.search(r"out\.parts: 6 of \d+ parts are done", capsys.readouterr().err)
     assert written(tmp_path / "out") == expected(sources, tmp_path / "due")
     assert left(tmp_path / "out") == {".bin", ".idx", ".json"}
 
 
 @pytest.mark.parametrize("change", ["text", "tokenizer", "field"])
-def test_parts_of_something_else_are_made_anew(tmp_path, here, monkeypatch, capsys, change):
+def test_parts_of_something_else_are_rebuilt(tmp_path, here, monkeypatch, capsys, change):
     monkeypatch.setattr(module, "UNIT", 20)
     path, settings = tmp_path / "a.jsonl", {}
     path.write_text("".join(json.dumps({"text": f"{i}", "b": "x"}) + "\n" for i in range(9)))
@@ -176,7 +183,7 @@ def test_parts_of_something_else_are_made_anew(tmp_path, here, monkeypatch, caps
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "out.bin"))
 
     monkeypatch.setattr(module, "merge", full)
-    with pytest.raises(UserError, match="No space left on device; free some space: the same"):
+    with pytest.raises(UserError, match="No space left on device; free some space, then run"):
         tokenize([str(path)], tmp_path / "out", tokenizer="bytes")
     assert left(tmp_path / "out") == {".parts"}
     monkeypatch.setattr(module, "merge", merge)
@@ -185,7 +192,7 @@ def test_parts_of_something_else_are_made_anew(tmp_path, here, monkeypatch, caps
     else:
         settings = {"tokenizer": {"tokenizer": "world"}, "field": {"field": "b"}}[change]
     tokenize([str(path)], tmp_path / "out", **{"tokenizer": "bytes"} | settings)
-    assert "of other text or settings; made anew" in capsys.readouterr().err
+    assert "has parts of other text or settings: rebuilding" in capsys.readouterr().err
     tokenize([str(path)], tmp_path / "due", **{"tokenizer": "bytes"} | settings)
     assert written(tmp_path / "out") == written(tmp_path / "due")
 
@@ -198,16 +205,16 @@ def test_out_in_the_folder_that_is_read(tmp_path, here, monkeypatch):
     assert written(tmp_path / "out") == before
 
 
-def test_what_is_there_is_not_replaced_unasked(tmp_path, here):
+def test_existing_files_are_not_replaced_unasked(tmp_path, here):
     (tmp_path / "a.txt").write_text("text")
     for name in ("out.idx", "out.bin"):
         (tmp_path / name).write_bytes(b"mine")
-        with pytest.raises(UserError, match=f"{name}: is there already; name another, or add --o"):
+        with pytest.raises(UserError, match=f"{name}: already exists; name another, or add --o"):
             tokenize([str(tmp_path / "a.txt")], tmp_path / "out")
     assert (tmp_path / "out.bin").read_bytes() == b"mine" and not here
 
 
-def test_files_that_are_no_text(tmp_path, here, monkeypatch):
+def test_files_that_are_not_text(tmp_path, here, monkeypatch):
     monkeypatch.setattr(module, "UNIT", 4)
     root = tmp_path / "text"
     root.mkdir()
@@ -248,7 +255,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, here):
 
 
 def test_workers_give_the_same_bytes(sources, tmp_path):
-    tokenize(sources, tmp_path / "out", workers=3)
+    tokenize(sources, tmp_path / "out", workers=2)
     assert written(tmp_path / "out") == expected(sources, tmp_path / "due")
 
 
@@ -293,33 +300,43 @@ def test_command(tmp_path, capsys):
     assert "context 8192" not in out  # too few for it
     assert ByteTokenizer().decode_bytes(open_binidx(tmp_path / "out").tokens) == b"word " * 60_000
     assert program.main(arguments) == 2
-    assert "out.bin: is there already" in capsys.readouterr().err
+    assert "out.bin: already exists" in capsys.readouterr().err
     assert program.main(["tokenize", f"{tmp_path}/no", "-o", f"{tmp_path}/b"]) == 2
     assert f"SOURCE = {tmp_path}/no: no such file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         program.main([*arguments, "--workers", "0"])
-    assert "0: a whole number from 1 on is needed" in capsys.readouterr().err
+    assert "0: not a whole number of at least 1" in capsys.readouterr().err
+
+
+SMALL_UNITS = """
+import sys
+from rwkv_jax import __main__
+from rwkv_jax.data import tokenize
+tokenize.UNIT = 2 << 20
+sys.exit(__main__.main(sys.argv[1:]))
+"""
 
 
 def test_ctrl_c_and_on(tmp_path):
-    """As a terminal sends it: to the command and its workers."""
+    """Sent as by a terminal, to the command and its workers."""
     path = tmp_path / "a.jsonl"
     line = json.dumps({"text": "Words of many kinds, and numbers like 12345. " * 200}) + "\n"
-    path.write_text(line * (80 * (1 << 20) // len(line)))
-    command = [sys.executable, "-m", "rwkv_jax", "tokenize", str(path), "-o", f"{tmp_path}/out"]
+    path.write_text(line * ((20 << 20) // len(line)))
+    command = [sys.executable, "-c", SMALL_UNITS, "tokenize", str(path), "-o", f"{tmp_path}/out"]
     command += ["--workers", "1"]
-    begun = subprocess.Popen(
+    started = subprocess.Popen(
         command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     deadline = time.monotonic() + 100
     while not (tmp_path / "out.parts" / "00000.json").exists():
-        assert begun.poll() is None and time.monotonic() < deadline
+        assert started.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(begun.pid, signal.SIGINT)
-    _, err = begun.communicate(timeout=60)
-    assert begun.returncode == 130, err
-    assert re.fullmatch(r"\nstopped with \d of 3 parts done; the same command goes on\n", err)
+    os.killpg(started.pid, signal.SIGINT)
+    _, err = started.communicate(timeout=60)
+    assert started.returncode == 130, err
+    stopped = r"\nstopped with \d of 10 parts done; run the same command again to resume\n"
+    assert re.fullmatch(stopped, err)
     assert left(tmp_path / "out") == {".parts"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and re.search(r"\d of 3 parts are there", done.stderr)
+    assert done.returncode == 0 and re.search(r"\d of 10 parts are done", done.stderr)
     assert left(tmp_path / "out") == {".bin", ".idx", ".json"}

@@ -32,7 +32,7 @@ TEXT = st.text(st.characters(exclude_categories=("Cs",))) | st.lists(st.sampled_
 
 
 def metaspace() -> Tokenizer:
-    """A vocabulary in the manner of SentencePiece: a mark for the space, bytes as a fallback."""
+    """A vocabulary as SentencePiece makes it: a mark for the space, bytes as a fallback."""
     tokens = ["<unk>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581", "a", "\u2581a"]
     model = models.BPE(
         {token: i for i, token in enumerate(tokens)},
@@ -97,12 +97,12 @@ def test_batches_encode_as_one_by_one(tokenizer, texts):
 def test_stream_gives_the_text_whole_characters_at_a_time(tokenizer, text, sizes):
     if tokenizer.kind == "file":
         text = text.replace("\u2581", "")
-    ids, stream, said = tokenizer.encode(text), StreamDecoder(tokenizer), ""
+    ids, stream, decoded = tokenizer.encode(text), StreamDecoder(tokenizer), ""
     for size in [*sizes, len(ids)]:
-        said += stream.push(ids[:size])
+        decoded += stream.push(ids[:size])
         ids = ids[size:]
-        assert text.startswith(said)
-    assert said == text
+        assert text.startswith(decoded)
+    assert decoded == text
     assert stream.finish() == ""
 
 
@@ -116,7 +116,7 @@ def test_stream_marks_what_is_no_character():
 
 
 @given(text=TEXT)
-def test_end_of_document_says_nothing(tokenizer, text):
+def test_end_of_document_decodes_to_nothing(tokenizer, text):
     ids = tokenizer.encode(text)
     with_ends = [tokenizer.eod, *ids, tokenizer.eod]
     assert tokenizer.decode_bytes(with_ends) == tokenizer.decode_bytes(ids)

@@ -10,8 +10,8 @@ import pytest
 
 from rwkv_jax import models
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.data.prepare import Tokens
 from rwkv_jax.data.tokenizers import ByteTokenizer
+from rwkv_jax.data.tokens import Tokens
 from rwkv_jax.evaluation.bits import Settings, compressors, evaluate
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from evaluation.subjects import EOD, guesser, model, nats
 
-from rwkv_jax.data import prepare
-from rwkv_jax.data.prepare import Tokens
+from rwkv_jax.data import tokenizers
 from rwkv_jax.data.tokenizers import ByteTokenizer
+from rwkv_jax.data.tokens import Tokens
 from rwkv_jax.errors import UserError
 from rwkv_jax.evaluation import text as module
 from rwkv_jax.evaluation.bits import Settings, evaluate
@@ -135,7 +135,7 @@ def test_a_limit_cuts_and_reads_no_further():
 
 
 def test_a_limit_spares_the_rest_of_a_long_document(monkeypatch):
-    monkeypatch.setattr(prepare, "LONG_DOCUMENT", 100)
+    monkeypatch.setattr(tokenizers, "LONG_DOCUMENT", 100)
     encoded = []
 
     class Counting(ByteTokenizer):

@@ -15,7 +15,7 @@ from training.meshes import MESHES, config
 from rwkv_jax import models, sharding
 from rwkv_jax.checkpoint.store import Store
 from rwkv_jax.config import DataConfig, MeshConfig
-from rwkv_jax.data.loader import Stream, open_loader
+from rwkv_jax.data.loader import Batching, Stream, open_loader
 from rwkv_jax.params import is_spec
 from rwkv_jax.planning.plan import abstract_batch
 from rwkv_jax.training.mesh import LocalRows, MeshError, make_mesh, params_shardings
@@ -33,14 +33,8 @@ def loader(cfg, masked=False):
     mask = tokens % 3 > 0 if masked else None
     streams = [Stream("noise", tokens, 0, mask)]
     train = cfg.train
-    return open_loader(
-        streams,
-        seed=0,
-        batch=train.batch,
-        context=train.context,
-        vocab_size=66,
-        sampler="sequential" if train.carry_state else "shuffle",
-    )
+    sampler = "sequential" if train.carry_state else "shuffle"
+    return open_loader(streams, Batching(0, train.batch, train.context, 66, sampler))
 
 
 def steps(cfg, mesh, count=2, masked=False):

@@ -17,7 +17,7 @@ from rwkv_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from rwkv_jax.data.loader import Batch, Stream, open_loader
+from rwkv_jax.data.loader import Batch, Batching, Stream, open_loader
 from rwkv_jax.loss import token_nats
 from rwkv_jax.toml import load_config
 from rwkv_jax.training.objective import hidden_states, objective
@@ -207,7 +207,7 @@ def test_documents_of_a_pack_do_not_see_each_other(version):
         ends = np.cumsum(lengths)
         mask = np.zeros(len(tokens), bool)
         mask[ends[number] - lengths[number] : ends[number]] = True
-        loader = open_loader([Stream("", tokens, 0, mask=mask)], **settings)
+        loader = open_loader([Stream("", tokens, 0, mask=mask)], Batching(**settings))
         assert loader.epoch == (4,)
         rows = loader.read(0)
         assert rows.mask.sum() == lengths[number] and rows.reset.sum() == 8

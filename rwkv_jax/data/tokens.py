@@ -1,0 +1,236 @@
+"""Token files: what all of them hold, and the opened tokens of a source.
+
+Text becomes token files in one way, `encoded`: each document's ids, followed by the end-of-document
+id, appended to a binidx pair (`binidx.py`). `prepare.py` does so for the cache of a run,
+`tokenize.py` in parallel for a pair of the user's. `open_cache` and `open_pair` open either as
+`Tokens`."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_jax.config import DataConfig
+from rwkv_jax.data.binidx import Binidx, dtype_for, map_array, open_binidx
+from rwkv_jax.data.corpus import Document
+from rwkv_jax.data.files import CorpusError
+from rwkv_jax.data.loader import SCAN
+from rwkv_jax.data.tokenizers import (
+    Tokenizer,
+    load_tokenizer,
+    open_tokenizer,
+    pieces_for,
+    token_sizes,
+)
+
+SIDES = ("train", "heldout")
+"""The two pairs of a cached corpus."""
+MASK, HELDOUT_TEXT, MANIFEST, TOKENIZER = "train.mask", "heldout.txt", "manifest.json", "tokenizer"
+
+SAMPLED_TOKENS = 1 << 26
+"""Of a longer pair only so many tokens are read when it is opened, in chunks spread over it:
+reading all of a terabyte would take an hour."""
+SAMPLED_CHUNKS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A tokenised source, memory-mapped."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    train: np.ndarray
+    heldout: np.ndarray
+    digest: str
+    """Hash of the ids; equal for equal data."""
+    train_bytes: int
+    """UTF-8 bytes of the training documents."""
+    heldout_bytes: int
+    train_documents: int
+    heldout_documents: int
+    skipped_files: int
+    mask: np.ndarray | None = None
+    """bool: which tokens of `train` are trained on; None: all."""
+    documents: np.ndarray | None = None
+    """Where the documents of `train` start and, last, end; None: after each end-of-document id."""
+
+    def heldout_text(self) -> bytes:
+        """The held-out documents, concatenated in the order of `heldout`."""
+        if self.documents is not None:  # a pair, whose text is not at hand
+            return self.tokenizer.decode_bytes(self.heldout)
+        return (self.folder / HELDOUT_TEXT).read_bytes()
+
+    def describe(self) -> dict[str, str]:
+        """A summary for printing."""
+        described = {
+            name: f"{documents:,} documents, {size / 1e6:,.2f} MB, {len(ids):,} tokens"
+            for name, documents, size, ids in (
+                ("training", self.train_documents, self.train_bytes, self.train),
+                ("held out", self.heldout_documents, self.heldout_bytes, self.heldout),
+            )
+        }
+        name, ids, size = ("held-out", self.heldout, self.heldout_bytes)
+        if not size:
+            name, ids, size = ("training", self.train, self.train_bytes)
+        rate = f"{size / len(ids):.2f} bytes a token on {name} text"
+        kind, ids = self.tokenizer.kind, self.tokenizer.vocab_size
+        described["tokenizer"] = f"{kind}, {ids:,} ids, {rate}"
+        if self.skipped_files:
+            described["skipped"] = f"{self.skipped_files:,} files that are not readable UTF-8 text"
+        return described
+
+
+def encoded(
+    documents: Iterable[Document], tokenizer: Tokenizer, characters: int
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """Each document with its ids, the end-of-document id last, in the type of a token file.
+
+    Documents are encoded in batches of so many `characters`: enough to use every core where the
+    tokenizer can, few enough to hold."""
+    dtype = dtype_for(tokenizer.vocab_size)
+    end = np.array([tokenizer.eod], dtype)
+    for batch in _batches(documents, characters):
+        pieces = [pieces_for(tokenizer, document.text) for document in batch]
+        ids = iter(tokenizer.encode_batch(list(itertools.chain.from_iterable(pieces))))
+        for document, some in zip(batch, pieces, strict=True):
+            parts = [np.fromiter(x, dtype, len(x)) for x in itertools.islice(ids, len(some))]
+            yield document, np.concatenate([*parts, end])
+
+
+def _batches(documents: Iterable[Document], characters: int) -> Iterator[list[Document]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def open_cache(folder: Path) -> Tokens:
+    """A corpus that `prepare` has written, by its manifest.
+
+    Raises OSError or ValueError if a file is missing or does not have the manifest's size."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    for name, size in manifest["sizes"].items():
+        found = (folder / name).stat().st_size
+        if found != size:
+            raise ValueError(f"{name} has {found:,} of {size:,} bytes")
+
+    def array(name: str, dtype: str) -> np.ndarray:
+        return map_array(folder / name, dtype, manifest["sizes"][name] // np.dtype(dtype).itemsize)
+
+    return Tokens(
+        folder,
+        load_tokenizer(folder / TOKENIZER),
+        *(array(f"{side}.bin", manifest["dtype"]) for side in SIDES),
+        digest=manifest["digest"],
+        **manifest["counts"],
+        mask=array(MASK, "?") if MASK in manifest["sizes"] else None,
+    )
+
+
+def open_pair(cfg: DataConfig) -> Tokens:
+    """A binidx pair; its last documents are held out."""
+    pair = open_binidx(Path(cfg.source).expanduser())
+    if cfg.tokenizer == "bpe":
+        raise CorpusError(
+            f"{pair.path}.bin holds tokens, not text: name the tokenizer that made them with"
+            " data.tokenizer (world, bytes, or a tokenizer.json)"
+        )
+    if cfg.train_on != "all":
+        raise CorpusError(
+            f"{pair.path}.bin does not say who speaks: data.train_on = {cfg.train_on!r} needs the"
+            " text, as JSON lines"
+        )
+    tokenizer = open_tokenizer(cfg.tokenizer)
+    _check_tokenizer(pair, tokenizer, cfg.tokenizer)
+    starts = pair.starts
+    if not len(pair.tokens):
+        raise CorpusError(f"{pair.path}.bin: no tokens in it; create the pair from some text")
+    documents = len(starts) - 1
+    held = round(documents * cfg.heldout)
+    if cfg.heldout and not 0 < held < documents:
+        raise CorpusError(
+            f"data.heldout = {cfg.heldout} holds out {held} of the {documents:,} documents of"
+            f" {pair.path}: set it to 0 to train on all, or to a share that leaves some of both"
+        )
+    cut, sizes = int(starts[documents - held]), token_sizes(tokenizer)
+    samples = _samples(cut)
+    sampled = sum(chunk.stop - chunk.start for chunk in samples)
+    train_bytes = _bytes(pair, samples, tokenizer, sizes)
+    return Tokens(
+        folder=pair.path.parent,
+        tokenizer=tokenizer,
+        train=pair.tokens[:cut],
+        heldout=pair.tokens[cut:],
+        digest=_digest(pair, starts),
+        train_bytes=round(train_bytes * cut / sampled) if sampled else 0,
+        heldout_bytes=_bytes(pair, _chunks(cut, len(pair.tokens)), tokenizer, sizes),
+        train_documents=documents - held,
+        heldout_documents=held,
+        skipped_files=0,
+        documents=starts[: documents - held + 1],
+    )
+
+
+def _check_tokenizer(pair: Binidx, tokenizer: Tokenizer, name: str) -> None:
+    """Compares it with the description that the `tokenize` command leaves beside a pair."""
+    path = pair.path.with_name(pair.path.name + ".json")
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    found = described.get("tokenizer") if isinstance(described, Mapping) else None
+    # A run's own BPE, opened as a file, has another kind and the same checksum.
+    if isinstance(found, str) and found.split()[-1:] != tokenizer.identity().split()[-1:]:
+        raise CorpusError(
+            f"data.tokenizer = {name} is {tokenizer.identity()}, and {path} says that"
+            f" {pair.path.name}.bin was made with {found}; give that one"
+        )
+
+
+def _bytes(pair: Binidx, chunks: list[slice], tokenizer: Tokenizer, sizes: np.ndarray) -> int:
+    """UTF-8 bytes of the tokens in chunks of a pair. Raises CorpusError for the first id found that
+    the tokenizer does not have."""
+    total = 0
+    for chunk in chunks:
+        ids = np.asarray(pair.tokens[chunk])
+        wrong = np.flatnonzero((ids < 0) | (ids >= len(sizes)))
+        if len(wrong):
+            place = chunk.start + int(wrong[0])
+            raise CorpusError(
+                f"{pair.path}.bin: token {place:,} is {int(pair.tokens[place]):,}, but"
+                f" data.tokenizer ({tokenizer.kind}) has {len(sizes):,} ids; name the tokenizer"
+                " that made it"
+            )
+        total += int(sizes[ids].sum())
+    return total
+
+
+def _digest(pair: Binidx, starts: np.ndarray) -> str:
+    digest = hashlib.blake2b(digest_size=12)
+    digest.update(json.dumps([len(pair.tokens), pair.tokens.dtype.str]).encode())
+    digest.update(starts.tobytes())
+    for chunk in _samples(len(pair.tokens)):
+        digest.update(pair.tokens[chunk].tobytes())
+    return digest.hexdigest()
+
+
+def _samples(stop: int) -> list[slice]:
+    """Chunks of the first `stop` tokens: all of them, or a sample of very many."""
+    if stop <= SAMPLED_TOKENS:
+        return _chunks(0, stop)
+    size = SAMPLED_TOKENS // SAMPLED_CHUNKS
+    starts = np.linspace(0, stop - size, SAMPLED_CHUNKS).astype(np.int64).tolist()
+    return [slice(start, start + size) for start in starts]
+
+
+def _chunks(start: int, stop: int) -> list[slice]:
+    return [slice(i, min(i + SCAN, stop)) for i in range(start, stop, SCAN)]
