@@ -94,14 +94,14 @@ class ChannelMix(Generic[Leaf]):
 
 
 @struct.dataclass
-class Carry:
+class Carry(Generic[Leaf]):
     """What passes from layer to layer besides `x`: the first layer's values."""
 
-    v_first: Array  # [b, t, c]
-    known: Array  # bool: false before the first layer, which defines v_first
+    v_first: Leaf  # [b, t, c]
+    known: Leaf  # bool: false before the first layer, which defines v_first
 
 
-def init_carry(x: Float[Array, "b t c"]) -> Carry:
+def init_carry(x: Float[Array, "b t c"]) -> Carry[Array]:
     """The carry before the first layer."""
     return Carry(jnp.zeros_like(x), jnp.zeros((), bool))
 
@@ -109,13 +109,13 @@ def init_carry(x: Float[Array, "b t c"]) -> Carry:
 def time_mix(
     params: TimeMix[Array],
     x: Float[Array, "b t c"],
-    carry: Carry,
+    carry: Carry[Array],
     last: Float[Array, "b c"],
     state: Float[Array, "b h v k"],
     *,
     shift: Callable[..., tuple] = nn.token_shift,
     wkv: Callable[..., tuple] = wkv7,
-) -> tuple[Float[Array, "b t c"], Carry, Float[Array, "b c"], Float[Array, "b h v k"]]:
+) -> tuple[Float[Array, "b t c"], Carry[Array], Float[Array, "b c"], Float[Array, "b h v k"]]:
     """The time mix of `x`, the carry, and the states of the token shift and the WKV.
 
     `last` and `state` are those after the tokens before `x`; zeros start a document.
@@ -158,7 +158,7 @@ def normalise(x: Float[Array, "*shape n"]) -> Float[Array, "*shape n"]:
 def channel_mix(
     params: ChannelMix[Array],
     x: Float[Array, "b t c"],
-    carry: Carry,
+    carry: Carry[Array],
     last: Float[Array, "b c"],
     *,
     shift: Callable[..., tuple] = nn.token_shift,

@@ -46,13 +46,13 @@ class ChannelMix(Generic[Leaf]):
 
 
 @struct.dataclass
-class Carry(rwkv7.Carry):
+class Carry(rwkv7.Carry[Leaf]):
     """Version 7's, and the embedded tokens."""
 
-    embedded: Array  # [b, t, c]
+    embedded: Leaf  # [b, t, c]
 
 
-def init_carry(x: Float[Array, "b t c"]) -> Carry:
+def init_carry(x: Float[Array, "b t c"]) -> Carry[Array]:
     """The carry before the first layer, where `x` is the embedded tokens."""
     return Carry(embedded=x, **vars(rwkv7.init_carry(x)))
 
@@ -75,7 +75,7 @@ def gather(block: Any, dtype: Any) -> Any:
 def channel_mix(
     params: ChannelMix[Array],
     x: Float[Array, "b t c"],
-    carry: Carry,
+    carry: Carry[Array],
     last: Float[Array, "b c"],
     *,
     shift: Callable[..., tuple] = nn.token_shift,

@@ -103,8 +103,8 @@ def test_its_training_step(cfg):
     )
     tokens = np.arange(34, dtype=np.int32).reshape(2, 17)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], tokens[:, :-1] < 0)
-    state = init_train_state(run, cfg)
-    step = make_train_step(run, cfg)
+    state = init_train_state(run)
+    step = make_train_step(run)
     state, before = step(state, batch)
     state, after = step(state, batch)
     assert int(state.step) == 2 and after.loss < before.loss
