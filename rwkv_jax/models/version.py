@@ -29,48 +29,41 @@ class Block(Generic[Leaf]):
     ffn: Any
 
 
-def no_carry(x: Float[Array, "b t c"]) -> None:
-    """The carry of versions that pass nothing but `x` from layer to layer."""
-
-
-def no_look_up(blocks: PyTree, tokens: Array) -> PyTree:
-    """The blocks of versions without tables indexed by token."""
-    return blocks
-
-
 class Version(NamedTuple):
-    """A version: its parameters and functions, and the facts that others need to know."""
+    """A version: its parameters and functions, and the facts that others need to know.
+
+    specs             cfg -> the table of one layer's parameters, stacked over layers
+    init_state        (cfg, batch) -> a fresh state of one layer
+    time_mix          (params, x, carry, last, state, *, shift, wkv) -> (out, carry, last, state)
+    channel_mix       (params, x, carry, last, *, shift) -> (out, last)
+    wkv               the recurrence, one of `rwkv_jax.wkv`
+    init_carry        x, the embedded tokens -> what the first layer is given besides
+    look_up           (blocks, tokens) -> blocks, tables indexed by token replaced by their rows
+    gather            (block, dtype) -> one layer's parameters, gathered for use
+    recall            a WKV state -> the values that tokens read from it, to be measured
+    recurrence_flops  FLOPs of the recurrence per token, channel, and channel of its head
+    decay_name        the official parameter of the time mix that sets decays where no token does
+    decay             that parameter's values -> factors per token
+    warmup_start      fraction of the peak learning rate where the official warm-up starts
+    pypi_transposed   whether PyPI `rwkv` has the matrices of the state as [h, k, v]
+    chat_template     the template (`rwkv_jax.data.conversations`) that chat models likely have
+    """
 
     specs: Callable[[ModelConfig], Block[ParamSpec]]
-    """The table of one layer's parameters, stacked over layers."""
     init_state: Callable[[ModelConfig, int], BlockState[Array]]
-    """(cfg, batch): a fresh state of one layer."""
     time_mix: Callable[..., tuple]
-    """(params, x, carry, last, state, *, shift, wkv) -> (out, carry, last, state)."""
     channel_mix: Callable[..., tuple]
-    """(params, x, carry, last, *, shift) -> (out, last)."""
     wkv: Callable[..., tuple]
-    """The recurrence, one of `rwkv_jax.wkv`."""
-    init_carry: Callable[[Array], Any] = no_carry
-    """What the first layer is given besides the embedded tokens `x`."""
-    look_up: Callable[[PyTree, Array], PyTree] = no_look_up
-    """(blocks, tokens): the blocks, each table indexed by token replaced by its rows."""
+    init_carry: Callable[[Array], Any] = lambda x: None
+    look_up: Callable[[PyTree, Array], PyTree] = lambda blocks, tokens: blocks
     gather: Callable[[PyTree, Any], PyTree] = sharding.gather
-    """(block, dtype): one layer's parameters, gathered for use."""
     recall: Callable[[Any], Array] = lambda wkv: wkv
-    """A WKV state as the values that tokens read from it, to be measured."""
     recurrence_flops: int = 4
-    """FLOPs of the recurrence per token, channel, and channel of its head."""
     decay_name: str = "time_decay"
-    """The official parameter of the time mix that sets decays where no token does."""
     decay: Callable[[np.ndarray], np.ndarray] = lambda raw: np.exp(-np.exp(raw))
-    """That parameter's values as factors per token."""
     warmup_start: float = 0.01
-    """The fraction of the peak learning rate at which the official trainer's warm-up starts."""
     pypi_transposed: bool = False
-    """Whether PyPI `rwkv` has the matrices of the state as [h, k, v]."""
     chat_template: str = "world"
-    """The template (`rwkv_jax.data.conversations`) that its chat models were likely trained on."""
 
 
 def block(
