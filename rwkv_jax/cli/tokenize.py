@@ -92,7 +92,7 @@ def _tokenize(args: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[int, int], None] | None]:
     """Yields a function that moves a bar on stderr; None where stderr is not a terminal."""
-    from rwkv_jax.data.prepare import reading_bar
+    from rwkv_jax.console import reading_bar
 
     bar = reading_bar()
     if bar.disable:

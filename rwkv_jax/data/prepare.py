@@ -22,18 +22,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from rwkv_jax import disk
 from rwkv_jax.config import DataConfig
+from rwkv_jax.console import reading_bar
 from rwkv_jax.data.binidx import BinidxWriter, dtype_for
 from rwkv_jax.data.bpe import PIECES, train_bpe
 from rwkv_jax.data.conversations import loss_mask
@@ -153,21 +145,6 @@ def _digest(folder: Path) -> str:
                 while chunk := file.read(1 << 20):
                     digest.update(chunk)
     return digest.hexdigest()
-
-
-def reading_bar(show: bool = True) -> Progress:
-    """A bar on stderr that counts the bytes read; disabled where stderr is not a terminal."""
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not (show and console.is_terminal),
-    )
 
 
 def _train_tokenizer(corpus: Corpus, report: Report) -> Tokenizer:

@@ -114,7 +114,7 @@ def test_a_bad_file_is_named(tmp_path):
     for name, content, message in (
         ("empty", b"\n\n", "empty: no questions in it"),
         ("latin", '{"text": "caf\xe9 noir"}'.encode("latin-1"), "latin:1: not UTF-8"),
-        ("cut.gz", gzip.compress(b'{"text": "a b"}')[:-9], "cut.gz: compressed data is cut short"),
+        ("cut.gz", gzip.compress(b'{"text": "a b"}')[:-9], "cut.gz: compressed data is truncated"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
