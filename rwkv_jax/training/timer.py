@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
@@ -17,8 +17,8 @@ class StepTimer:
     `KINDS`; both since the beginning (`total`) and since `restart` (`recent`)."""
 
     def __init__(self):
-        self.total: Counter[str] = Counter()
-        self.recent: Counter[str] = Counter()
+        self.total: dict[str, float] = defaultdict(float)
+        self.recent: dict[str, float] = defaultdict(float)
         self._last: float | None = None
         """When the last step ended; None if something else came after it."""
 
@@ -39,7 +39,7 @@ class StepTimer:
         """Counts a step that has just ended."""
         now = time.perf_counter()
         if self._last is not None:
-            self._count("tokens", tokens)
+            self._count("tokens", float(tokens))
             self._count("steps", now - self._last)
         self._last = now
 
@@ -70,13 +70,13 @@ class StepTimer:
 
     def _count(self, kind: str, amount: float) -> None:
         for counter in (self.recent, self.total):
-            counter[kind] += amount  # pyright: ignore[reportArgumentType]
+            counter[kind] += amount
 
 
 def seconds(counter: Mapping[str, float]) -> dict[str, float]:
     """Seconds by `KINDS`; waiting for data, which happens within steps, is taken off those."""
     steps = max(counter["steps"] - counter["data"], 0.0)
-    return {kind: float(counter[kind]) for kind in KINDS} | {"steps": steps}
+    return {kind: counter[kind] for kind in KINDS} | {"steps": steps}
 
 
 def _speed(counter: Mapping[str, float]) -> float:

@@ -204,7 +204,7 @@ STATED = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCE
     ("changes", "expected"),
     [
         ({"JAX_NUM_PROCESSES": "x"}, "JAX_NUM_PROCESSES = x: a whole number is needed"),
-        ({"JAX_NUM_PROCESSES": None}, "JAX_NUM_PROCESSES is not set; .* go together"),
+        ({"JAX_NUM_PROCESSES": None}, "JAX_NUM_PROCESSES is not set; set all of JAX_COORD"),
         ({"JAX_COORDINATOR_ADDRESS": None}, "JAX_COORDINATOR_ADDRESS is not set"),
         ({"JAX_COORDINATOR_ADDRESS": "a"}, "= a: host:port of the first process is needed"),
         ({"JAX_COORDINATOR_ADDRESS": "a:99999"}, "= a:99999: a port is a number from 1 to 65535"),
