@@ -81,7 +81,7 @@ def token_nats(
 
         return _over_chunks(chunk, None, head, (hidden, targets), chunk_tokens)[1]
 
-    return _on_shards(run, "bt", hidden, head, targets)
+    return _on_shards(run, "bt", hidden, sharding.gather(head), targets)
 
 
 def _over_chunks(chunk, carry, head, arrays, chunk_tokens):
