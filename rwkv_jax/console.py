@@ -1,15 +1,18 @@
-"""What a run prints: a header, its progress, and the tables at the end.
+"""Tables, bars and the progress of a run.
 
-In a terminal progress is a bar; elsewhere (a log file, a pipe) it is a plain line for each line of
-`metrics.jsonl`.
+In a terminal the progress of a run is a bar; elsewhere (a log file, a pipe) it is a plain line for
+each line of `metrics.jsonl`.
 """
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -18,8 +21,11 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
+    track,
 )
 from rich.table import Table
+
+T = TypeVar("T")
 
 
 class LastingConsole(Console):
@@ -32,14 +38,35 @@ class LastingConsole(Console):
 
 
 def header(console: Console, title: str, *sections: Mapping[str, str]) -> None:
-    """Prints a table of two columns, names and values, with a rule between sections."""
+    """Prints a table of two columns, names and values, with a rule between sections. An empty value
+    is left out."""
     table = Table(title=escape(title), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for rows in sections:
         for name, value in rows.items():
-            table.add_row(name, escape(value))
+            if value:
+                table.add_row(name, escape(value))
         table.add_section()
+    console.print(table)
+
+
+def numbers(
+    console: Console, titles: Sequence[str], rows: Iterable[Sequence[str]], **style: Any
+) -> None:
+    """Prints a table: names in the first column, numbers on the right in the others; `style` is
+    that of rich's `Table`.
+
+    A narrow terminal wraps names, and then lines, but no number is cut off.
+    """
+    table = Table(**style)
+    table.add_column(escape(titles[0]), overflow="fold")
+    for title in titles[1:]:
+        table.add_column(escape(title), justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    needed = Measurement.get(console, console.options.update(max_width=1000), table).minimum
+    console.width = max(console.width, needed)  # a terminal wraps lines where rich would cut them
     console.print(table)
 
 
@@ -53,9 +80,19 @@ def comparison(console: Console, rows: Mapping[str, float], best: str) -> None:
     console.print(table)
 
 
-@contextlib.contextmanager
-def counting(console: Console, what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that counts; yields `report(done, total)`."""
+def tracked(console: Console, items: Collection[T], what: str) -> Iterable[T]:
+    """The items, counted by a bar if the console is a terminal."""
+    if not console.is_terminal:
+        return items
+    return track(items, what, console=console, transient=True)
+
+
+Reporting = AbstractContextManager[Callable[[int, int], None] | None]
+"""A bar; the context's value is `report(done, total)`, or None if the bar is disabled."""
+
+
+def counting(console: Console, what: str, unit: str) -> Reporting:
+    """A bar that counts, disabled if the console is not a terminal."""
     columns = (
         TextColumn(escape(what)),
         BarColumn(bar_width=None),
@@ -63,9 +100,20 @@ def counting(console: Console, what: str, unit: str) -> Iterator[Callable[[int, 
         TextColumn(f"{unit}  ETA"),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=console, expand=True, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    shown = console.is_terminal
+    bar = Progress(*columns, console=console, expand=True, transient=True, disable=not shown)
+    return reporting(bar, "")
+
+
+@contextlib.contextmanager
+def reporting(bar: Progress, task: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Shows a bar with one task."""
+    if bar.disable:  # older releases of rich print an empty line when a disabled bar stops
+        yield None
+        return
+    number = bar.add_task(task, total=None)
+    with bar:
+        yield lambda done, total: bar.update(number, completed=done, total=total)
 
 
 def reading_bar(show: bool = True) -> Progress:

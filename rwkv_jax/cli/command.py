@@ -6,8 +6,9 @@ import errno
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from rwkv_jax.config import DataConfig
 from rwkv_jax.errors import UserError
 from rwkv_jax.interrupts import interruptible
 
@@ -70,16 +71,26 @@ def _abandon_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds the argument MODEL."""
+def add_model(parser: argparse.ArgumentParser, name: str = "model") -> None:
+    """Adds the argument MODEL, or one of another name that takes the same."""
     files = ".pth, .safetensors, Hugging Face folder, or folder of a run"
-    parser.add_argument("model", metavar="MODEL", help=files)
+    parser.add_argument(name, metavar=name.upper(), help=files)
 
 
 def add_tokenizer(add: Callable[..., object]) -> None:
     """Adds the option --tokenizer of a model; `add` is a parser's or a group's `add_argument`."""
     what = "world, bytes or a tokenizer.json (default: the model's own)"
     add("--tokenizer", default="", metavar="NAME", help=what)
+
+
+def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Parameters, config and tokenizer as MODEL and --tokenizer say. What JAX compiles from now on
+    is cached."""
+    from rwkv_jax.checkpoint.weights import load_with_tokenizer
+    from rwkv_jax.compiled import keep_compiled_programs
+
+    keep_compiled_programs(DataConfig().cache_root)
+    return load_with_tokenizer(args.model, args.tokenizer)
 
 
 def width() -> int | None:

@@ -5,7 +5,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from rwkv_jax.cli.command import command, run, spoken
+from rwkv_jax.cli.command import add_model, command, run, spoken
 from rwkv_jax.errors import UserError
 
 ABOUT = """
@@ -26,16 +26,11 @@ larger than memory. OUT appears once all of it is on disk.
 def main(arguments: list[str], prog: str = "python -m rwkv_jax convert") -> int:
     """Runs the command line; returns the exit code: 2 for bad input, 130 when interrupted."""
     parser = command(prog, "MODEL OUT [options]", ABOUT)
+    add_model(parser)
     add = parser.add_argument
-    add(
-        "model", metavar="MODEL", help=".pth, .safetensors, Hugging Face folder, or folder of a run"
-    )
     add("out", metavar="OUT", help=".pth, .safetensors, or a new folder")
-    add(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="round to this type (default: the stored type)",
-    )
+    types = ("float32", "float16", "bfloat16")
+    add("--dtype", choices=types, help="round to this type (default: the stored type)")
     add("--overwrite", action="store_true", help="replace OUT if it exists")
     return run(spoken(prog), partial(_convert, parser.parse_args(arguments)))
 

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rwkv_jax.cli.command import command, run, spoken, width
+from rich.console import Console
+from rich.markup import escape
+
+from rwkv_jax.cli.command import add_model, command, run, spoken, width
+from rwkv_jax.console import numbers, tracked
 
 ABOUT = """
 Compare two files of weights of any format tensor by tensor, the largest difference first.
@@ -22,14 +26,22 @@ FEW = 20
 
 @dataclass(frozen=True)
 class Row:
-    """The comparison of one tensor."""
+    """The comparison of one tensor.
+
+    `relative` is the RMS of the difference divided by that of A, `largest` the largest difference;
+    both are infinite where `note` says why the tensors cannot be compared.
+    """
 
     name: str
     shape: str
     relative: float
-    """RMS of the difference divided by that of A; infinite if only one file has the tensor."""
     largest: float
     note: str = ""
+
+    def cells(self) -> list[str]:
+        """The row as text."""
+        sizes = ["", ""] if self.note else [f"{self.relative:.3g}", f"{self.largest:.3g}"]
+        return [self.name, self.shape, *sizes, self.note]
 
 
 def main(arguments: list[str], prog: str = "python -m rwkv_jax diff") -> int:
@@ -37,12 +49,9 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax diff") -> int:
     input."""
     parser = command(prog, "A B [--all]", ABOUT)
     for name in ("A", "B"):
-        parser.add_argument(
-            name, help=".pth, .safetensors, Hugging Face folder, or folder of a run"
-        )
-    parser.add_argument(
-        "--all", action="store_true", help=f"all tensors, not only the {FEW} that differ most"
-    )
+        add_model(parser, name)
+    few = f"all tensors, not only the {FEW} that differ most"
+    parser.add_argument("--all", action="store_true", help=few)
     differing: list[Row] = []
     code = run(spoken(prog), partial(_diff, parser.parse_args(arguments), differing))
     return code or int(bool(differing))
@@ -50,11 +59,6 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax diff") -> int:
 
 def _diff(args: argparse.Namespace, differing: list[Row]) -> None:
     # Here, so that --help answers at once.
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import track
-    from rich.table import Table
-
     from rwkv_jax.checkpoint.keymaps import optional
     from rwkv_jax.checkpoint.weights import read
 
@@ -62,22 +66,16 @@ def _diff(args: argparse.Namespace, differing: list[Row]) -> None:
     first, second = (read(path).tensors for path in (args.A, args.B))
     in_both = first.keys() & second.keys()
     union = dict.fromkeys([*first, *second])
-    names: Any = [name for name in union if name in in_both or not optional(name)]
-    if console.is_terminal:
-        names = track(names, "comparing", console=console, transient=True)
-    rows = [_compare(name, first.get(name), second.get(name)) for name in names]
+    names = [name for name in union if name in in_both or not optional(name)]
+    compared = tracked(console, names, "comparing")
+    rows = [_compare(name, first.get(name), second.get(name)) for name in compared]
     rows.sort(key=lambda row: -row.relative)
     differing += [row for row in rows if row.relative or row.note]
     shown = rows if args.all else differing[:FEW]
     if shown:
-        table = Table(title=escape(f"A: {args.A}   B: {args.B}"), title_justify="left")
-        table.add_column("tensor", overflow="fold")
-        for name in ("shape", "difference", "largest", ""):
-            table.add_column(name, justify="right")
-        for row in shown:
-            numbers = ["", ""] if row.note else [f"{row.relative:.3g}", f"{row.largest:.3g}"]
-            table.add_row(escape(row.name), row.shape, *numbers, row.note)
-        console.print(table)
+        titles = ("tensor", "shape", "difference", "largest", "")
+        title = escape(f"A: {args.A}   B: {args.B}")
+        numbers(console, titles, map(Row.cells, shown), title=title, title_justify="left")
     same, left = len(rows) - len(differing), len(differing) - len(shown)
     more = f"; {left:,} more differ (--all shows them)" if left > 0 else ""
     console.print(f"{same:,} of {len(rows):,} tensors hold the same numbers{more}", highlight=False)

@@ -7,13 +7,18 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
 
 from rwkv_jax import disk
-from rwkv_jax.cli.command import command, run, spoken, width
+from rwkv_jax.cli.command import add_model, add_tokenizer, command, load_model, run, spoken, width
+from rwkv_jax.config import DataConfig
+from rwkv_jax.console import LastingConsole, counting, numbers
 from rwkv_jax.errors import UserError, within_memory
 
 ABOUT = """
@@ -46,9 +51,7 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax eval") -> int:
 
 def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
     parser = command(prog, "MODEL [TEXT]... [options]", ABOUT)
-    parser.add_argument(
-        "model", metavar="MODEL", help=".pth, .safetensors, Hugging Face folder, or folder of a run"
-    )
+    add_model(parser)
     parser.add_argument(
         "text",
         metavar="TEXT",
@@ -58,72 +61,62 @@ def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
         " without a task: the text that a run held out",
     )
 
-    what = parser.add_argument_group("what to measure")
-    add = what.add_argument
+    add = parser.add_argument_group("what to measure").add_argument
     add("--field", metavar="NAME", help="the field of a JSON line that holds the text (text)")
     add("--lambada", metavar="FILE", action="append", default=[], help="ends of texts")
     add("--choices", metavar="FILE", action="append", default=[], help="multiple choice")
-    add(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="only the first N tokens of each text and N questions of each task",
-    )
+    few = "only the first N tokens of each text and N questions of each task"
+    add("--limit", type=int, metavar="N", help=few)
 
-    shown = parser.add_argument_group("output")
-    add = shown.add_argument
+    add = parser.add_argument_group("output").add_argument
     add("--by-position", action="store_true", help="bits per byte by position in the document")
     add("--plot", metavar="PNG", type=Path, help="the same as a curve")
     add("--json", metavar="FILE", type=Path, help="all results, for programs")
 
-    model = parser.add_argument_group("computation")
-    add = model.add_argument
-    add(
-        "--tokenizer",
-        default="",
-        metavar="NAME",
-        help="world, bytes or a tokenizer.json (default: that of the model)",
-    )
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="compute type (float32 on CPU, bfloat16 elsewhere)",
-    )
-    add(
-        "--batch",
-        type=int,
-        default=16,
-        metavar="N",
-        help="documents or answers that are read side by side; fewer take less memory (16)",
-    )
+    add = parser.add_argument_group("computation").add_argument
+    add_tokenizer(add)
+    types = "compute type (float32 on CPU, bfloat16 elsewhere)"
+    add("--dtype", choices=("float32", "bfloat16"), help=types)
+    rows = "documents or answers that are read side by side; fewer take less memory (16)"
+    add("--batch", type=int, default=16, metavar="N", help=rows)
     return parser.parse_intermixed_args(arguments)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     _check(args)
     # Imported here, so that --help and a mistyped option answer at once.
-    from rwkv_jax.console import LastingConsole
+    import jax
+
     from rwkv_jax.evaluation import tasks
+    from rwkv_jax.evaluation.bits import Settings
+    from rwkv_jax.sampling.decode import decoding_dtype
 
     # Faults in these files are found before the model is loaded, which may take long.
     endings = [(name, tasks.read_endings(name, args.limit or 0)) for name in args.lambada]
     choices = [(name, tasks.read_choices(name, args.limit or 0)) for name in args.choices]
     sources = _sources(args)
     with within_memory("lower --batch, or --dtype bfloat16"):
-        subject = _load(args)
-        cfg, facts = subject.cfg, subject.facts()
+        params, cfg, tokenizer = load_model(args)
+        count = sum(leaf.size for leaf in jax.tree.leaves(params))
+        dtype = args.dtype or decoding_dtype().__name__
+        subject = _Subject(params, tokenizer, Settings(cfg, rows=args.batch, dtype=dtype))
         console = LastingConsole(width=width(), highlight=False)
         console.print(
-            f"RWKV-{cfg.version}, {facts['parameters']:,} parameters, {cfg.layers} layers of width"
-            f" {cfg.width}, in {facts['dtype']}",
+            f"RWKV-{cfg.version}, {count:,} parameters, {cfg.layers} layers of width"
+            f" {cfg.width}, in {dtype}",
             markup=False,
         )
         results = {
             "model": args.model,
-            **facts,
+            "version": cfg.version,
+            "parameters": count,
+            "tokenizer": tokenizer.identity(),
+            "dtype": dtype,
             "texts": _texts(args, subject, console, sources),
-            "lambada": _tasks(subject, console, endings, tasks.score_endings, ENDINGS),
-            "choices": _tasks(subject, console, choices, tasks.score_choices, CHOICES),
+            "lambada": _tasks(
+                subject, console, endings, tasks.score_endings, "ends of texts", ENDINGS
+            ),
+            "choices": _tasks(subject, console, choices, tasks.score_choices, "choices", CHOICES),
         }
     if args.json:
         text = json.dumps(_jsonable(results), indent=2, ensure_ascii=False)
@@ -149,7 +142,6 @@ def _check(args: argparse.Namespace) -> None:
 def _sources(args: argparse.Namespace) -> list[tuple[str, Iterable[str]]]:
     """The texts to read, each with its documents."""
     from rwkv_jax.checkpoint.store import CONFIG, read_config
-    from rwkv_jax.config import DataConfig
 
     if args.text:
         field = "text" if args.field is None else args.field
@@ -219,50 +211,12 @@ def _stdin() -> list[str]:
         raise UserError(f"stdin: byte {error.start} is not UTF-8; convert it first") from None
 
 
-@dataclass(frozen=True)
-class _Subject:
+class _Subject(NamedTuple):
     """The model to measure."""
 
     params: Any
-    cfg: Any
     tokenizer: Any
-    options: dict[str, Any]
-    """Keyword arguments of the functions that measure it."""
-
-    def facts(self) -> dict[str, Any]:
-        """For --json."""
-        import jax
-
-        return {
-            "version": self.cfg.version,
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.params)),
-            "tokenizer": self.tokenizer.identity(),
-            "dtype": self.options["dtype"],
-        }
-
-
-def _load(args: argparse.Namespace) -> _Subject:
-    from rwkv_jax.checkpoint.weights import load_with_tokenizer
-    from rwkv_jax.compiled import keep_compiled_programs
-    from rwkv_jax.config import DataConfig
-    from rwkv_jax.sampling.decode import decoding_dtype
-
-    keep_compiled_programs(DataConfig().cache_root)
-    params, cfg, tokenizer = load_with_tokenizer(args.model, args.tokenizer)
-    dtype = args.dtype or decoding_dtype().__name__
-    return _Subject(params, cfg, tokenizer, {"cfg": cfg, "batch": args.batch, "dtype": dtype})
-
-
-@contextlib.contextmanager
-def _progress(what: str, unit: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on stderr; yields its `report(done, total)`, None where stderr is no terminal."""
-    from rich.console import Console
-
-    from rwkv_jax.console import counting
-
-    console = Console(stderr=True)
-    with counting(console, what, unit) if console.is_terminal else contextlib.nullcontext() as bar:
-        yield bar
+    settings: Any
 
 
 def _texts(
@@ -279,8 +233,8 @@ def _texts(
     results, marks = [], []
     for name, documents in sources:
         text = encode(name, documents, subject.tokenizer, args.limit or 0)
-        with _progress(name, "tokens") as report:
-            found = measure(subject.params, text, **subject.options, report=report)
+        with counting(Console(stderr=True), name, "tokens") as report:
+            found = measure(subject.params, text, subject.settings, report=report)
         results.append((name, found))
         marks.append(compressors(text.content))
     columns = ["text", "tokens", "bits/byte", *dict.fromkeys(itertools.chain(*marks))]
@@ -295,7 +249,8 @@ def _texts(
             _positions(console, name, found.buckets)
     if args.plot and results:
         with disk.writing(args.plot, "name another file for --plot"):
-            plot(results, args.plot, f"{Path(args.model).name}, RWKV-{subject.cfg.version}")
+            version = subject.settings.cfg.version
+            plot(results, args.plot, f"{Path(args.model).name}, RWKV-{version}")
     return [
         {"name": name, **_facts(x), "compressors": mark}
         for (name, x), mark in zip(results, marks, strict=True)
@@ -322,22 +277,19 @@ def _facts(text: Any) -> dict[str, Any]:
     return asdict(text) | rates(text) | words | {"buckets": buckets}
 
 
-Columns = dict[str, Callable[[str, Any], str]]
+Columns = dict[str, Callable[[Any], str]]
 
-ENDINGS: Columns = {
-    "ends of texts": lambda name, _: name,
-    "questions": lambda _, x: f"{x.questions:,}",
-    "accuracy, %": lambda _, x: _percent(x.accuracy, x.error),
-    "perplexity": lambda _, x: _number(x.perplexity),
+COMMON: Columns = {
+    "questions": lambda x: f"{x.questions:,}",
+    "accuracy, %": lambda x: _percent(x.accuracy, x.error),
 }
+ENDINGS: Columns = {**COMMON, "perplexity": lambda x: _number(x.perplexity)}
 CHOICES: Columns = {
-    "choices": lambda name, _: name,
-    "questions": lambda _, x: f"{x.questions:,}",
-    "accuracy, %": lambda _, x: _percent(x.accuracy, x.error),
-    "by bytes, %": lambda _, x: _percent(x.normalised, x.normalised_error),
-    "guessing, %": lambda _, x: _percent(x.guessing),
+    **COMMON,
+    "by bytes, %": lambda x: _percent(x.normalised, x.normalised_error),
+    "guessing, %": lambda x: _percent(x.guessing),
 }
-"""Columns of the results of a task."""
+"""Columns of the results of a task, after the file's name."""
 
 
 def _tasks(
@@ -345,38 +297,30 @@ def _tasks(
     console: Any,
     files: Sequence[tuple[str, Any]],
     score: Callable[..., Any],
+    title: str,
     columns: Columns,
 ) -> list[dict[str, Any]]:
     """Scores files of questions and prints the results; returns them for --json."""
-    rows, facts, settings = [], [], {"tokenizer": subject.tokenizer, **subject.options}
+    params, tokenizer, settings = subject
+    rows, facts = [], []
     for name, questions in files:
-        with _progress(name, "answers") as report:
-            found = score(subject.params, questions, **settings, report=report)
-        rows.append([cell(name, found) for cell in columns.values()])
+        with counting(Console(stderr=True), name, "answers") as report:
+            found = score(params, questions, settings, tokenizer=tokenizer, report=report)
+        rows.append([name, *(cell(found) for cell in columns.values())])
         errors = {x: getattr(found, x) for x in ("error", "normalised_error") if hasattr(found, x)}
         facts.append({"name": name, **asdict(found), **errors})
-    _table(console, list(columns), rows)
+    _table(console, [title, *columns], rows)
     return facts
 
 
 def _table(console: Any, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Names on the left, numbers on the right; without rules where it is not a terminal."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
+    """Without rules where it is not a terminal."""
     if not rows:
         return
     rules = box.SIMPLE_HEAD if console.is_terminal else None
-    table = Table(box=rules, pad_edge=False)
-    table.add_column(escape(columns[0]), overflow="fold")
-    for name in columns[1:]:
-        table.add_column(escape(name), justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(escape, row))
     if not rules:  # which come with empty lines
         console.print()
-    console.print(table)
+    numbers(console, columns, rows, box=rules, pad_edge=False)
 
 
 def _number(x: float) -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -11,12 +11,9 @@ import numpy as np
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.measure import Measurement
-from rich.progress import track
-from rich.table import Table
 
 from rwkv_jax.cli.command import add_model, command, run, spoken, width
-from rwkv_jax.console import header
+from rwkv_jax.console import header, numbers, tracked
 from rwkv_jax.errors import UserError
 
 ABOUT = """
@@ -120,8 +117,7 @@ def _inspect(args: argparse.Namespace, wrong: list[str]) -> None:
     wrong += [problem for problem, _ in problems(tensors, cfg)]
 
     _print_header(console, weights, cfg)
-    names = track(tensors, "reading", console=console, transient=True)
-    names = names if console.is_terminal else tensors
+    names = tracked(console, tensors, "reading")
     statistics = {name: statistics_of(tensors[name]) for name in names}
     _print_groups(console, statistics)
     _print_layers(console, cfg, tensors, statistics)
@@ -160,7 +156,7 @@ def _print_header(console: Console, weights: Any, cfg: Any) -> None:
         "tokenizer": tokenizer,
         "parameters": f"{sum(math.prod(x.shape) for x in weights.tensors.values()):,}",
     }
-    header(console, "", {name: text for name, text in rows.items() if text})
+    header(console, "", rows)
 
 
 def _print_groups(console: Console, statistics: Mapping[str, Statistics]) -> None:
@@ -202,17 +198,8 @@ def _print_layers(
     _print_table(console, title, (*titles, "att.output", "ffn.value"), rows)
 
 
-def _print_table(console: Console, title: str, titles: Iterable[str], rows: Iterable) -> None:
-    """Without rules between columns, so that it fits a terminal of 80; a narrower one wraps lines,
-    but no number is cut off."""
-    first, *others = titles
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column(first, overflow="fold")
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, *numbers in rows:
-        table.add_row(escape(name), *numbers)
-    needed = Measurement.get(console, console.options.update(max_width=1000), table).minimum
+def _print_table(console: Console, title: str, titles: Sequence[str], rows: Iterable) -> None:
+    """Without rules between columns, so that it fits a terminal of 80."""
     console.print(f"\n[italic]{title}[/]\n", highlight=False)
-    console.width = max(console.width, needed)  # a terminal wraps lines where rich would cut them
-    console.print(table)
+    style = {"padding": (0, 1, 0, 0), "pad_edge": False, "show_edge": False}
+    numbers(console, titles, rows, box=box.SIMPLE_HEAD, **style)

@@ -2,14 +2,20 @@
 
 import argparse
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from rwkv_jax.cli.command import command, run, spoken, width
+from rwkv_jax.config import Config, ConfigError, DataConfig
+from rwkv_jax.console import header
+from rwkv_jax.hardware import Topology, TopologyError, open_topology
+from rwkv_jax.toml import load_config
 
 if TYPE_CHECKING:
-    from rwkv_jax.config import DataConfig
     from rwkv_jax.planning.plan import Plan
 
 HELP = """
@@ -47,14 +53,7 @@ def _plan(args: argparse.Namespace) -> None:
     if args.topology != "here":
         # Compiling needs no device, and those that are present would only be in the way.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from dataclasses import replace
-
-    from rich.console import Console
-
-    from rwkv_jax.config import ConfigError
-    from rwkv_jax.hardware import open_topology
     from rwkv_jax.planning.plan import make_plan
-    from rwkv_jax.toml import load_config
 
     cfg = load_config(args.config, args.overrides)
     if args.tries < 1:
@@ -72,7 +71,7 @@ def _plan(args: argparse.Namespace) -> None:
     _show(console, plan)
 
 
-def _vocab_size(data: "DataConfig") -> int:
+def _vocab_size(data: DataConfig) -> int:
     """The vocabulary size that training would choose; a BPE tokenizer is not trained yet."""
     from rwkv_jax.data.tokenizers import open_tokenizer
 
@@ -81,9 +80,8 @@ def _vocab_size(data: "DataConfig") -> int:
     return open_tokenizer(data.tokenizer).vocab_size
 
 
-def _fit(console: Any, cfg: Any, topology: Any, args: argparse.Namespace) -> None:
+def _fit(console: Console, cfg: Config, topology: Topology, args: argparse.Namespace) -> None:
     """Prints each plan that is tried, then the one with the fastest step of those that fit."""
-    from rwkv_jax.hardware import TopologyError
     from rwkv_jax.planning.plan import Plan, fit
 
     if topology.chip is None:
@@ -113,9 +111,7 @@ def _fit(console: Any, cfg: Any, topology: Any, args: argparse.Namespace) -> Non
     )
 
 
-def _show(console: Any, plan: "Plan") -> None:
-    from rwkv_jax.console import header
-
+def _show(console: Console, plan: "Plan") -> None:
     sections = [_run(plan), _memory(plan), _flops(plan), _traffic(plan), _time(plan)]
     header(console, "plan", *sections)
 

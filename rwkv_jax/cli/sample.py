@@ -9,7 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from rwkv_jax.cli.command import add_model, add_tokenizer, command, run, spoken
+from rwkv_jax.cli.command import add_model, add_tokenizer, command, load_model, run, spoken
 from rwkv_jax.errors import UserError
 
 ABOUT = """
@@ -56,7 +56,7 @@ def _sample(args: argparse.Namespace) -> None:
 def _write(args: argparse.Namespace, given: dict[str, float | int]) -> None:
     from rwkv_jax import states
     from rwkv_jax.cli.terminal import TextDialogue, note, print_texts
-    from rwkv_jax.sampling import Sampling, Session, generate_with
+    from rwkv_jax.sampling import Generator, Sampling, Session, generate_with
     from rwkv_jax.sampling.settings import check_max_tokens, check_seed
 
     if args.system is not None or args.think or args.template:
@@ -79,7 +79,7 @@ def _write(args: argparse.Namespace, given: dict[str, float | int]) -> None:
     if args.save_state:
         states.check_save_path(Path(args.save_state))
     _allow_any_text()
-    generator = _load(args)
+    generator = Generator(*load_model(args))
     saved = states.load(args.state, generator.cfg) if args.state else None
     prefix = _prefix(args.state, saved, generator) if saved else None
     limits = {"max_tokens": tokens, "sampling": sampling, "stop": stop}
@@ -109,6 +109,7 @@ def _chat(args: argparse.Namespace, given: dict[str, float | int]) -> None:
     from rwkv_jax import states
     from rwkv_jax.cli.chat import chat
     from rwkv_jax.data.conversations import TEMPLATES
+    from rwkv_jax.sampling import Generator
     from rwkv_jax.sampling.chat import CHAT_SAMPLING
 
     if args.prompt or args.prompt_file or args.stop or args.interactive or not args.echo:
@@ -123,7 +124,7 @@ def _chat(args: argparse.Namespace, given: dict[str, float | int]) -> None:
     if given:
         settings["sampling"] = CHAT_SAMPLING.with_flags(given)
     _allow_any_text()
-    generator = _load(args)
+    generator = Generator(*load_model(args))
     _edit_lines()
     saved = states.load(args.state, generator.cfg) if args.state else None
     resume = saved is not None and "chat" in saved.notes
@@ -190,16 +191,6 @@ def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
     number("--frequency", help="subtracted once more for each time it was written (0.2)")
     number("--decay", help="factor on those counts, per token (0.996)")
     return parser.parse_intermixed_args(arguments)
-
-
-def _load(args: argparse.Namespace):
-    from rwkv_jax.checkpoint.weights import load_with_tokenizer
-    from rwkv_jax.compiled import keep_compiled_programs
-    from rwkv_jax.config import DataConfig
-    from rwkv_jax.sampling import Generator
-
-    keep_compiled_programs(DataConfig().cache_root)
-    return Generator(*load_with_tokenizer(args.model, args.tokenizer))
 
 
 def _read(name: str) -> str:

@@ -3,11 +3,15 @@
 import argparse
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from rich.console import Console
+
 from rwkv_jax.cli.command import command, run, spoken, width
+from rwkv_jax.config import DataConfig
+from rwkv_jax.console import header, reading_bar, reporting
 from rwkv_jax.errors import UserError
 
 ABOUT = """
@@ -34,25 +38,13 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax tokenize") -> int
     add = parser.add_argument
     add("source", metavar="SOURCE", nargs="+", help="file, folder, quoted glob, or stdlib")
     add("-o", "--out", metavar="OUT", required=True, help="name of the pair, without .bin")
-    add(
-        "--tokenizer",
-        metavar="T",
-        default="world",
-        help="world (default), bytes, or a tokenizer.json (or its folder)",
-    )
+    what = "world (default), bytes, or a tokenizer.json (or its folder)"
+    add("--tokenizer", metavar="T", default="world", help=what)
     add("--field", default="text", metavar="NAME", help="field or column of the text (text)")
-    add(
-        "--document",
-        choices=("file", "line"),
-        default="file",
-        help="a document of plain text is a file (default) or a line",
-    )
-    add(
-        "--template",
-        choices=("g1", "world", "raven"),
-        default="g1",
-        help="how the turns of a conversation become text, if the field holds one (g1)",
-    )
+    what = "a document of plain text is a file (default) or a line"
+    add("--document", choices=("file", "line"), default="file", help=what)
+    what = "how the turns of a conversation become text, if the field holds one (g1)"
+    add("--template", choices=("g1", "world", "raven"), default="g1", help=what)
     add("--workers", type=_count, metavar="N", help="processes (default: one for each core)")
     add("--overwrite", action="store_true", help="replace OUT if it exists")
     return run(spoken(prog), partial(_tokenize, parser.parse_args(arguments)))
@@ -67,7 +59,6 @@ def _count(text: str) -> int:
 
 def _tokenize(args: argparse.Namespace) -> None:
     # Here, so that --help answers at once.
-    from rwkv_jax.config import DataConfig
     from rwkv_jax.data.tokenize import tokenize
 
     start = time.monotonic()
@@ -77,7 +68,7 @@ def _tokenize(args: argparse.Namespace) -> None:
         document=args.document,
         template=args.template,
     )
-    with _bar() as progress:
+    with reporting(reading_bar(), "tokenising") as progress:
         result = tokenize(
             args.source,
             args.out,
@@ -89,26 +80,9 @@ def _tokenize(args: argparse.Namespace) -> None:
     _report(result, time.monotonic() - start)
 
 
-@contextlib.contextmanager
-def _bar() -> Iterator[Callable[[int, int], None] | None]:
-    """Yields a function that moves a bar on stderr; None where stderr is not a terminal."""
-    from rwkv_jax.console import reading_bar
-
-    bar = reading_bar()
-    if bar.disable:
-        yield None
-        return
-    task = bar.add_task("tokenising", total=None)
-    with bar:
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
 def _report(result: Any, seconds: float) -> None:
-    from rich.console import Console
-
-    from rwkv_jax.console import header
-
     counts, console = result.counts, Console(width=width())
+    skipped = f"{counts.skipped:,} files that are not readable UTF-8 text"
     rows = {
         "pair": f"{result.path}.bin, {result.path.name}.idx",
         "documents": f"{counts.documents:,}",
@@ -116,11 +90,9 @@ def _report(result: Any, seconds: float) -> None:
         "tokens": f"{counts.tokens:,}",
         "bytes a token": f"{counts.bytes / counts.tokens:.3f}",
         "speed": f"{result.new_bytes / 1e6 / seconds:,.1f} MB/s" if result.new_bytes else "",
-        "skipped": "",
+        "skipped": skipped if counts.skipped else "",
     }
-    if counts.skipped:
-        rows["skipped"] = f"{counts.skipped:,} files that are not readable UTF-8 text"
-    header(console, "", {name: text for name, text in rows.items() if text})
+    header(console, "", rows)
     console.print("\nfor the official recipe:", highlight=False)
     console.print(f"  data.exit_tokens = {counts.tokens}", highlight=False)
     for context, prime in _primes(counts.tokens):

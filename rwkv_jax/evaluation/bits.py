@@ -34,6 +34,8 @@ from rwkv_jax.loss import token_nats
 from rwkv_jax.typing import Callable, PyTree
 
 T = TypeVar("T")
+Report = Callable[[int, int], None]
+"""Called with what is done so far, and the total."""
 
 
 @runtime_checkable
@@ -58,17 +60,17 @@ class Heldout(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model reads text: [rows, window] tokens at a time."""
+    """How a model reads text: `window` tokens of at most `rows` documents at a time.
+
+    `dtype` is the compute type, as `jnp.dtype` takes it; `implementation` that of the operators
+    (None: chosen by device and shape).
+    """
 
     cfg: ModelConfig
-    rows: int
-    """Documents that are read side by side, at most."""
-    window: int
-    """Tokens of each that are read at once."""
+    rows: int = 16
+    window: int = 512
     dtype: Any = "float32"
-    """Compute type, as `jnp.dtype` takes it."""
     implementation: str | None = None
-    """Of the operators; None: chosen by device and shape."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,12 @@ def evaluate(
     settings: Settings,
     *,
     limit: int = 0,
-    report: Callable[[int, int], None] | None = None,
+    report: Report | None = None,
 ) -> Evaluation:
     """The cost of the held-out documents, or of about `limit` of their tokens (0: all of them).
 
-    `report(done, total)` is called with the tokens read so far. A part is the same at every call:
-    documents in a fixed random order, the last one cut. `tokens.heldout` must not be empty.
+    A part is the same at every call: documents in a fixed random order, the last one cut. `report`
+    counts tokens. `tokens.heldout` must not be empty.
     """
     eod, stream = tokens.tokenizer.eod, np.asarray(tokens.heldout)
     documents, size = _documents(stream, eod), tokens.heldout_bytes
@@ -124,14 +126,10 @@ def evaluate(
         documents = _some(documents, limit)
         # The last of these is cut, so its bytes are counted from its tokens.
         size = sum(len(tokens.tokenizer.decode_bytes(document)) for document in documents)
-    count = sum(map(len, documents))
-    nats, done = 0.0, 0
-    for costs in token_costs(params, documents, settings, eod=eod):
+    nats = 0.0
+    for costs in token_costs(params, documents, settings, eod=eod, report=report):
         nats += float(np.sum(costs.nats, dtype=np.float64))
-        done += len(costs.nats)
-        if report:
-            report(done, count)
-    return Evaluation(nats, count, size)
+    return Evaluation(nats, sum(map(len, documents)), size)
 
 
 def finite(nats: np.ndarray) -> np.ndarray:
@@ -142,23 +140,27 @@ def finite(nats: np.ndarray) -> np.ndarray:
 
 
 class Costs(NamedTuple):
-    """What some tokens cost, one number for each token."""
+    """The cost of some tokens: for each token -log p (float32), the index of its document, and the
+    number of tokens of that document before it."""
 
     nats: np.ndarray
-    """float32: -log p."""
     document: np.ndarray
-    """Index of the token's document."""
     position: np.ndarray
-    """Number of tokens of its document before it."""
 
 
 def token_costs(
-    params: PyTree, documents: Sequence[np.ndarray], settings: Settings, *, eod: int
+    params: PyTree,
+    documents: Sequence[np.ndarray],
+    settings: Settings,
+    *,
+    eod: int,
+    report: Report | None = None,
 ) -> Iterator[Costs]:
     """The cost of every token of the documents, a window of every row at a time.
 
     A document is an array of at least one id, and is read from a fresh state, `eod` first. With a
     mesh in context (`sharding.use_mesh`), on which `params` are, its devices share the rows.
+    `report` counts tokens.
     """
     if not documents:
         return
@@ -174,9 +176,13 @@ def token_costs(
             )
             yield nats, document, position
 
+    done, total = 0, sum(map(len, documents))
     for nats, document, position in one_late(windows()):
         counted = document >= 0
         yield Costs(np.asarray(nats)[counted], document[counted], position[counted])
+        done += int(counted.sum())
+        if report:
+            report(done, total)
 
 
 def one_late(items: Iterable[T]) -> Iterator[T]:

@@ -8,10 +8,10 @@ effect. Continuations are padded on the right, after their end.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,8 @@ import numpy as np
 from jax import lax
 
 from rwkv_jax import models, states
-from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import Tokenizer
-from rwkv_jax.evaluation.bits import finite, one_late
+from rwkv_jax.evaluation.bits import Report, Settings, finite, one_late
 from rwkv_jax.models import Model
 from rwkv_jax.typing import Array
 
@@ -54,41 +53,42 @@ class Score(NamedTuple):
     """Whether each of its tokens is the most likely one."""
 
 
-def split(tokenizer: Tokenizer, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
-    """The ids of a prompt, `eod` first, and of its continuation.
+def encode(tokenizer: Tokenizer, prompt: str, continuations: Sequence[str]) -> Prompt:
+    """A prompt and its continuations as ids.
 
-    As in lm-eval, white space at the prompt's end is moved to the continuation, since tokens begin
+    As in lm-eval, white space at the prompt's end is moved to each continuation, since tokens begin
     with it, and the two texts are encoded as one. If a token then spans both, they are encoded one
     by one (lm-eval scores the rest of the continuation's tokens, or none).
     """
     kept = prompt.rstrip()
-    continuation = prompt[len(kept) :] + continuation
-    before, whole = tokenizer.encode(kept), tokenizer.encode(kept + continuation)
-    after = whole[len(before) :]
-    if whole[: len(before)] != before:
-        after = tokenizer.encode(continuation)
-    return [tokenizer.eod, *before], after
+    before = tokenizer.encode(kept)
+
+    def ids(continuation: str) -> list[int]:
+        continuation = prompt[len(kept) :] + continuation
+        whole = tokenizer.encode(kept + continuation)
+        spans = whole[: len(before)] != before
+        return tokenizer.encode(continuation) if spans else whole[len(before) :]
+
+    return Prompt([tokenizer.eod, *before], [ids(text) for text in continuations])
 
 
 def score(
     params: Model[Array],
     prompts: Sequence[Prompt],
+    settings: Settings,
     *,
-    cfg: ModelConfig,
-    batch: int = 16,
-    dtype: Any = jnp.float32,
-    report: Callable[[int, int], None] | None = None,
+    report: Report | None = None,
 ) -> list[list[Score]]:
-    """The scores of each prompt's continuations, `batch` of them read side by side.
+    """The scores of each prompt's continuations, of which `settings.rows` are read side by side (in
+    windows of `WIDTHS`).
 
-    `report(done, total)` is called with the continuations scored so far. An empty continuation has
-    probability 1. Raises `UserError` for a model that predicts NaN.
+    `report` counts continuations. An empty continuation has probability 1. Raises `UserError` for a
+    model that predicts NaN.
     """
     first = np.cumsum([0] + [len(prompt.continuations) for prompt in prompts]).tolist()
     log_p, greedy = np.zeros(first[-1]), np.ones(first[-1], bool)
     done = sum(not ids for prompt in prompts for ids in prompt.continuations)
-    calls = _calls(params, prompts, first, cfg, batch, jnp.dtype(dtype))
-    for call in one_late(calls):
+    for call in one_late(_calls(params, prompts, first, settings)):
         rows, width = slice(len(call.numbers)), call.log_p.shape[1]
         counted = np.arange(width) < call.left[:, None]
         log_p[call.numbers] += np.sum(
@@ -105,44 +105,38 @@ def score(
 class _Answer(NamedTuple):
     """A continuation to be scored."""
 
-    number: int
-    """Counted over all prompts."""
-    row: int
-    """Of its prompt's state."""
+    number: int  # counted over all prompts
+    row: int  # of its prompt's state
     inputs: list[int]
     ids: list[int]
 
 
 class _Call(NamedTuple):
-    """The results of one call to the device."""
+    """The results of one call to the device.
+
+    `numbers` are the continuations in the first rows; the other rows are padding. `left` is the
+    number of tokens that each had left before the call, 0 or less if it has ended.
+    """
 
     numbers: list[int]
-    """The continuation in each row; the rows after these are padding."""
     left: np.ndarray
-    """Number of tokens that each had left before the call; 0 or less if it has ended."""
-    log_p: Array
-    """[b, t]."""
-    greedy: Array
-    """[b, t]."""
+    log_p: Array  # [b, t]
+    greedy: Array  # [b, t]
 
 
 def _calls(
-    params: Model[Array],
-    prompts: Sequence[Prompt],
-    first: list[int],
-    cfg: ModelConfig,
-    batch: int,
-    dtype: Any,
+    params: Model[Array], prompts: Sequence[Prompt], first: list[int], settings: Settings
 ) -> Iterator[_Call]:
     """`first` has the index of each prompt's first continuation, and their total."""
     if not first[-1]:
         return
+    cfg, batch, dtype = settings.cfg, settings.rows, jnp.dtype(settings.dtype)
     eod, height = prompts[0].ids[0], min(batch, first[-1])
     advance, judge = (partial(f, params, eod=eod, cfg=cfg, dtype=dtype) for f in (_advance, _judge))
     fresh = models.init_state(cfg, min(batch, len(prompts)), params)
     # Longest first: a lack of memory shows at once, and neighbours are of about equal length.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids), reverse=True)
-    for group in _groups(order, batch):
+    for group in groups(order, batch):
         # A prompt's last token is the first input of its continuations.
         state, beginnings = fresh, [prompts[i].ids[:-1] for i in group]
         for tokens in _cut(_padded(beginnings, min(batch, len(prompts)), eod, left=True)):
@@ -153,7 +147,7 @@ def _calls(
             for j, ids in enumerate(prompts[i].continuations)
             if ids
         ]
-        for part in _groups(sorted(answers, key=lambda x: len(x.ids), reverse=True), batch):
+        for part in groups(sorted(answers, key=lambda x: len(x.ids), reverse=True), batch):
             rows = [answer.row for answer in part]
             forked = states.take(state, rows + [0] * (height - len(rows)))
             left = np.array([len(answer.ids) for answer in part])
@@ -167,7 +161,7 @@ def _calls(
                 left = left - some.shape[1]
 
 
-def _groups(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+def groups(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 

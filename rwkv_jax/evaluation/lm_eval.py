@@ -32,8 +32,7 @@ from rwkv_jax.config import DataConfig, ModelConfig
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.errors import UserError
 from rwkv_jax.evaluation.bits import Settings, finite, token_costs
-from rwkv_jax.evaluation.continuations import Prompt, score, split
-from rwkv_jax.evaluation.text import WINDOW
+from rwkv_jax.evaluation.continuations import encode, groups, score
 from rwkv_jax.models import Model
 from rwkv_jax.sampling import Generator, Prefix, Sampling, generate_with
 from rwkv_jax.sampling.decode import decoding_dtype, decoding_layout
@@ -80,31 +79,24 @@ class RWKV(LM):
         super().__init__()
         if isinstance(pretrained, str | Path):
             pretrained = load_with_tokenizer(pretrained, tokenizer)
-        self.params, self.cfg, self.tokenizer = pretrained
-        self.dtype = jnp.dtype(dtype or decoding_dtype())
+        self.params, cfg, self.tokenizer = pretrained
         automatic = str(batch_size).startswith("auto")
-        self.batch = (max_batch_size or BATCH) if automatic else int(batch_size)
-        if self.batch < 1:
-            raise UserError(f"batch_size {self.batch}: 1 or more, or auto")
+        rows = (max_batch_size or BATCH) if automatic else int(batch_size)
+        if rows < 1:
+            raise UserError(f"batch_size {rows}: 1 or more, or auto")
+        self.settings = Settings(cfg, rows, dtype=jnp.dtype(dtype or decoding_dtype()))
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """log p of each continuation, and whether all of its tokens are the most likely ones."""
         shared: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             shared.setdefault(request.args[0], []).append(index)
-        prompts = []
-        for context, which in shared.items():
-            ids = [split(self.tokenizer, context, requests[index].args[1]) for index in which]
-            prompts.append(Prompt(ids[0][0], [after for _, after in ids]))
+        prompts = [
+            encode(self.tokenizer, context, [requests[index].args[1] for index in which])
+            for context, which in shared.items()
+        ]
         with _progress("continuations") as report:
-            scores = score(
-                self.params,
-                prompts,
-                cfg=self.cfg,
-                batch=self.batch,
-                dtype=self.dtype,
-                report=report,
-            )
+            scores = score(self.params, prompts, self.settings, report=report)
         found = {
             index: (one.log_p, one.greedy)
             for which, some in zip(shared.values(), scores, strict=True)
@@ -117,15 +109,10 @@ class RWKV(LM):
         texts = [np.asarray(self.tokenizer.encode(request.args[0]), int) for request in requests]
         some = [index for index, text in enumerate(texts) if len(text)]
         nats = np.zeros(len(texts))
-        documents = [texts[index] for index in some]
-        settings = Settings(self.cfg, rows=self.batch, window=WINDOW, dtype=self.dtype)
-        costs = token_costs(self.params, documents, settings, eod=self.tokenizer.eod)
+        documents, eod = [texts[index] for index in some], self.tokenizer.eod
         with _progress("tokens") as report:
-            done, total = 0, sum(map(len, texts))
-            for cost in costs:
+            for cost in token_costs(self.params, documents, self.settings, eod=eod, report=report):
                 np.add.at(nats, np.array(some)[cost.document], cost.nats.astype(float))
-                done += len(cost.nats)
-                report(done, total)
         return (-finite(nats)).tolist()
 
     def generate_until(self, requests: list[Any]) -> list[str]:
@@ -137,8 +124,7 @@ class RWKV(LM):
         with _progress("texts") as report:
             done = 0
             for settings, indices in alike.items():
-                for first in range(0, len(indices), self.batch):
-                    which = indices[first : first + self.batch]
+                for which in groups(indices, self.settings.rows):
                     contexts = [requests[index].args[0] for index in which]
                     chunks = self._write(contexts, json.loads(settings), which[0])
                     for chunk in chunks:
@@ -165,10 +151,11 @@ class RWKV(LM):
     def _generator(self) -> tuple[Generator, Prefix]:
         """For generating text, and the beginning of a document; made when first needed, as it holds
         a copy of the parameters."""
-        params = decoding_layout(self.params, self.cfg, self.dtype)
-        generator = Generator(params, self.cfg, self.tokenizer)
+        cfg = self.settings.cfg
+        params = decoding_layout(self.params, cfg, self.settings.dtype)
+        generator = Generator(params, cfg, self.tokenizer)
         document = generator.prefill([[]], [0])
-        return generator, Prefix(document.state, self.cfg, document.logits)
+        return generator, Prefix(document.state, cfg, document.logits)
 
 
 def _sampling(settings: dict[str, Any]) -> Sampling:

@@ -30,19 +30,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.files import SourceFile, read_lines
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.errors import UserError
-from rwkv_jax.evaluation.bits import perplexity
-from rwkv_jax.evaluation.continuations import Prompt, Score, score, split
+from rwkv_jax.evaluation.bits import Report, Settings, perplexity
+from rwkv_jax.evaluation.continuations import Prompt, encode, score
 from rwkv_jax.models import Model
 from rwkv_jax.typing import Array
-
-Report = Callable[[int, int], None]
 
 
 class TaskError(UserError):
@@ -67,12 +63,11 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class EndingsResult:
-    """Scores on ends of texts."""
+class Result:
+    """The share of questions that are answered right."""
 
     questions: int
     accuracy: float
-    perplexity: float
 
     @property
     def error(self) -> float:
@@ -81,19 +76,18 @@ class EndingsResult:
 
 
 @dataclass(frozen=True)
-class ChoicesResult:
-    """Scores on multiple choice."""
+class EndingsResult(Result):
+    """Scores on ends of texts."""
 
-    questions: int
-    accuracy: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class ChoicesResult(Result):
+    """Scores on multiple choice; `guessing` is the accuracy of random guesses."""
+
     normalised: float
     guessing: float
-    """The accuracy of random guesses."""
-
-    @property
-    def error(self) -> float:
-        """The accuracy's standard error; NaN for a single question."""
-        return _standard_error(self.accuracy, self.questions)
 
     @property
     def normalised_error(self) -> float:
@@ -220,16 +214,14 @@ def _text(record: dict[str, Any], name: str) -> str:
 def score_endings(
     params: Model[Array],
     questions: Sequence[Ending],
+    settings: Settings,
     *,
-    cfg: ModelConfig,
     tokenizer: Tokenizer,
-    batch: int = 16,
-    dtype: Any = jnp.float32,
     report: Report | None = None,
 ) -> EndingsResult:
-    """Accuracy and perplexity of the ends, `batch` of which are read side by side."""
-    pairs = [(question.prompt, [question.target]) for question in questions]
-    scores = [one for [one] in _scores(params, pairs, cfg, tokenizer, batch, dtype, report)]
+    """Accuracy and perplexity of the ends; `report` counts them."""
+    prompts = [_prompt(tokenizer, x.prompt, [x.target]) for x in questions]
+    scores = [one for [one] in score(params, prompts, settings, report=report)]
     return EndingsResult(
         questions=len(scores),
         accuracy=float(np.mean([one.greedy for one in scores])),
@@ -240,17 +232,15 @@ def score_endings(
 def score_choices(
     params: Model[Array],
     questions: Sequence[Choice],
+    settings: Settings,
     *,
-    cfg: ModelConfig,
     tokenizer: Tokenizer,
-    batch: int = 16,
-    dtype: Any = jnp.float32,
     report: Report | None = None,
 ) -> ChoicesResult:
-    """Accuracy by log p and by log p per byte; `batch` choices are read side by side."""
-    pairs = [(question.prompt, question.choices) for question in questions]
+    """Accuracy by log p and by log p per byte; `report` counts choices."""
+    prompts = [_prompt(tokenizer, x.prompt, x.choices) for x in questions]
     right, normalised = [], []
-    scored = _scores(params, pairs, cfg, tokenizer, batch, dtype, report)
+    scored = score(params, prompts, settings, report=report)
     for question, scores in zip(questions, scored, strict=True):
         log_p = np.array([one.log_p for one in scores])
         lengths = np.array([len(choice.encode()) for choice in question.choices])
@@ -264,22 +254,7 @@ def score_choices(
     )
 
 
-def _scores(
-    params: Model[Array],
-    pairs: Sequence[tuple[str, Sequence[str]]],
-    cfg: ModelConfig,
-    tokenizer: Tokenizer,
-    batch: int,
-    dtype: Any,
-    report: Report | None,
-) -> list[list[Score]]:
-    prompts = []
-    for prompt, answers in pairs:
-        ids = [split(tokenizer, prompt, _spaced(prompt, answer)) for answer in answers]
-        prompts.append(Prompt(ids[0][0], [after for _, after in ids]))
-    return score(params, prompts, cfg=cfg, batch=batch, dtype=dtype, report=report)
-
-
-def _spaced(prompt: str, answer: str) -> str:
-    separate = not prompt or prompt[-1].isspace() or answer[0].isspace()
-    return answer if separate else f" {answer}"
+def _prompt(tokenizer: Tokenizer, prompt: str, answers: Sequence[str]) -> Prompt:
+    separated = not prompt or prompt[-1].isspace()
+    spaced = [x if separated or x[0].isspace() else f" {x}" for x in answers]
+    return encode(tokenizer, prompt, spaced)

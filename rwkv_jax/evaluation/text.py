@@ -17,25 +17,26 @@ may be easier or harder than the rest.
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import Tokenizer, pieces_of
 from rwkv_jax.errors import UserError
-from rwkv_jax.evaluation.bits import Evaluation, Settings, finite, perplexity, token_costs
+from rwkv_jax.evaluation.bits import (
+    Evaluation,
+    Report,
+    Settings,
+    finite,
+    perplexity,
+    token_costs,
+)
 from rwkv_jax.models import Model
 from rwkv_jax.typing import Array
 
 FIRST_BUCKET = 16
 """Positions; each bucket after the second is twice as long as the one before it."""
-
-WINDOW = 512
-"""Tokens of a document that are read at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,25 +110,18 @@ def _ids(document: str, tokenizer: Tokenizer, enough: int) -> list[int]:
 
 
 def measure(
-    params: Model[Array],
-    text: Text,
-    *,
-    cfg: ModelConfig,
-    batch: int = 16,
-    dtype: Any = jnp.float32,
-    report: Callable[[int, int], None] | None = None,
+    params: Model[Array], text: Text, settings: Settings, *, report: Report | None = None
 ) -> Measured:
-    """The cost of the text, at most `batch` documents of it read side by side.
+    """The cost of the text; `report` counts tokens.
 
-    `report(done, total)` is called with the tokens read so far. Raises `UserError` for a model that
-    predicts NaN.
+    Raises `UserError` for a model that predicts NaN.
 
     >>> import jax
     >>> from rwkv_jax import ModelConfig, init_params
     >>> from rwkv_jax.data.tokenizers import ByteTokenizer
     >>> cfg = ModelConfig(version="7", layers=1, width=64, vocab_size=257)
     >>> text = encode("a line", ["All is well that ends well."], ByteTokenizer())
-    >>> found = measure(init_params(cfg, jax.random.key(0)), text, cfg=cfg)
+    >>> found = measure(init_params(cfg, jax.random.key(0)), text, Settings(cfg))
     >>> found.tokens, [(x.start, x.stop) for x in found.buckets]
     (28, [(0, 16), (16, 28)])
     >>> round(found.bits_per_byte)  # an untrained model guesses
@@ -135,21 +129,17 @@ def measure(
     """
     lengths = np.array([len(document) for document in text.documents])
     edges = _edges(int(lengths.max()))
-    nats, done, count = np.zeros(len(edges) - 1), 0, int(lengths.sum())
-    settings = Settings(cfg, rows=batch, window=WINDOW, dtype=dtype)
-    for costs in token_costs(params, text.documents, settings, eod=text.tokenizer.eod):
+    nats, eod = np.zeros(len(edges) - 1), text.tokenizer.eod
+    for costs in token_costs(params, text.documents, settings, eod=eod, report=report):
         bucket = np.searchsorted(edges, costs.position, side="right") - 1
         nats += np.bincount(bucket, weights=costs.nats, minlength=len(nats))
-        done += len(costs.nats)
-        if report:
-            report(done, count)
     buckets = tuple(
         _bucket(text, lengths, start, stop, float(some))
         for (start, stop), some in zip(itertools.pairwise(edges), finite(nats), strict=True)
     )
     return Measured(
         nats=float(nats.sum()),
-        tokens=count,
+        tokens=int(lengths.sum()),
         bytes=len(text.content),
         words=text.words,
         documents=len(lengths),

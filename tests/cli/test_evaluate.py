@@ -1,6 +1,7 @@
 """The command `eval`: its tables, curve, JSON and error messages."""
 
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -25,7 +26,7 @@ from rwkv_jax.config import Config, DataConfig
 from rwkv_jax.data.binidx import BinidxWriter
 from rwkv_jax.data.prepare import prepare
 from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.evaluation import continuations, text
+from rwkv_jax.evaluation import bits, continuations, text
 from rwkv_jax.toml import to_toml
 from rwkv_jax.training.state import TrainState, to_trees
 
@@ -74,7 +75,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_and_plain(monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-    monkeypatch.setattr(text, "WINDOW", 16)
+    short = functools.partialmethod(bits.Settings.__init__, window=16)
+    monkeypatch.setattr(bits.Settings, "__init__", short)
     monkeypatch.setattr(continuations, "WIDTHS", (16,))
 
 

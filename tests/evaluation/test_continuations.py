@@ -8,7 +8,8 @@ from evaluation.subjects import EOD, log_p_of_next, model
 
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.evaluation import continuations
-from rwkv_jax.evaluation.continuations import Prompt, score, split
+from rwkv_jax.evaluation.bits import Settings
+from rwkv_jax.evaluation.continuations import Prompt, encode, score
 
 
 def some_prompts(seed=0):
@@ -42,7 +43,7 @@ def narrow(monkeypatch):
 def test_each_is_what_it_is_alone(version, tuned):
     params, cfg = model(version, tuned)
     prompts = some_prompts()
-    found = score(params, prompts, cfg=cfg, batch=3)
+    found = score(params, prompts, Settings(cfg, rows=3))
     for prompt, scores in zip(prompts, found, strict=True):
         expected = list(alone(version, prompt, tuned))
         assert [one.greedy for one in scores] == [greedy for _, greedy in expected]
@@ -57,9 +58,9 @@ def test_each_is_what_it_is_alone(version, tuned):
 def test_neither_batch_nor_widths_matter(batch, widths, monkeypatch):
     params, cfg = model("7")
     prompts = some_prompts()
-    expected = score(params, prompts, cfg=cfg, batch=3)
+    expected = score(params, prompts, Settings(cfg, rows=3))
     monkeypatch.setattr(continuations, "WIDTHS", widths)
-    found = score(params, prompts, cfg=cfg, batch=batch)
+    found = score(params, prompts, Settings(cfg, rows=batch))
     for some, others in zip(found, expected, strict=True):
         np.testing.assert_allclose(np.array(some), np.array(others), rtol=2e-5)
 
@@ -71,22 +72,24 @@ def test_greedy_is_what_the_model_would_write():
         written.append(int(np.argmax(log_p_of_next("7", [*prompt, *written, 0])[-1])))
     assert EOD not in written
     slips = [[*written[:i], 1 + written[i] % 256, *written[i + 1 :]] for i in range(6)]
-    [scores] = score(params, [Prompt([EOD, *prompt], [written, *slips])], cfg=cfg, batch=3)
+    [scores] = score(params, [Prompt([EOD, *prompt], [written, *slips])], Settings(cfg, rows=3))
     assert [one.greedy for one in scores] == [True] + 6 * [False]
 
 
 def test_progress_is_reported_to_the_end():
     params, cfg = model("7")
     seen = []
-    score(params, some_prompts(), cfg=cfg, batch=3, report=lambda *x: seen.append(x))
+    score(params, some_prompts(), Settings(cfg, rows=3), report=lambda *x: seen.append(x))
     assert seen[-1] == (10, 10)
     assert all(one <= other for one, other in itertools.pairwise(seen))
 
 
 def test_nothing_to_score():
     params, cfg = model("7")
-    assert score(params, [], cfg=cfg) == []
-    assert score(params, [Prompt([EOD, 4], []), Prompt([EOD], [[]])], cfg=cfg) == [[], [(0, True)]]
+    settings = Settings(cfg)
+    assert score(params, [], settings) == []
+    nothing = [Prompt([EOD, 4], []), Prompt([EOD], [[]])]
+    assert score(params, nothing, settings) == [[], [(0, True)]]
 
 
 class Pairs(ByteTokenizer):
@@ -97,13 +100,23 @@ class Pairs(ByteTokenizer):
         return [300 if i == 1 else i for i in ids]
 
 
-def test_split_as_one_text():
+def test_encoded_as_one_text():
     one = ByteTokenizer().encode
-    assert split(ByteTokenizer(), "to", " be") == ([EOD, *one("to")], one(" be"))
+
+    def encoded(tokenizer, prompt, *continuations):
+        found = encode(tokenizer, prompt, continuations)
+        return found.ids, *found.continuations
+
+    assert encoded(ByteTokenizer(), "to", " be") == ([EOD, *one("to")], one(" be"))
     # White space is the continuation's.
-    assert split(ByteTokenizer(), "to \n", "be") == ([EOD, *one("to")], one(" \nbe"))
-    assert split(ByteTokenizer(), "", "be") == ([EOD], one("be"))
-    assert split(ByteTokenizer(), " ", "be") == ([EOD], one(" be"))
-    assert split(Pairs(), "c", "ab") == ([EOD, *one("c")], [300])
+    assert encoded(ByteTokenizer(), "to \n", "be", "") == (
+        [EOD, *one("to")],
+        one(" \nbe"),
+        one(" \n"),
+    )
+    assert encoded(ByteTokenizer(), "", "be") == ([EOD], one("be"))
+    assert encoded(ByteTokenizer(), " ", "be") == ([EOD], one(" be"))
+    assert encoded(Pairs(), "c", "ab") == ([EOD, *one("c")], [300])
     # A token would lie across: each text's own.
-    assert split(Pairs(), "ca", "bab") == ([EOD, *one("ca")], [*one("b"), 300])
+    spanning = encoded(Pairs(), "ca", "bab", "ab")
+    assert spanning == ([EOD, *one("ca")], [*one("b"), 300], [300])

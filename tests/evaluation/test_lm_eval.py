@@ -16,6 +16,7 @@ from rwkv_jax.checkpoint import weights
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.errors import UserError
 from rwkv_jax.evaluation import tasks
+from rwkv_jax.evaluation.bits import Settings
 from rwkv_jax.evaluation.text import encode, measure
 
 ROOT = Path(tasks.__file__).parents[2]
@@ -127,10 +128,10 @@ def test_choosing(results, folder):
     questions = tasks.read_choices(folder / "data.jsonl")
     # lm-eval always puts a space between.
     questions[3] = tasks.Choice("Why?\n", (" so", " not so"), 1)
-    expected = tasks.score_choices(params, questions, cfg=cfg, tokenizer=TOKENIZER, batch=3)
+    expected = tasks.score_choices(params, questions, Settings(cfg, rows=3), tokenizer=TOKENIZER)
     found = results["results"]["choosing"]
     assert found["acc,none"] == expected.accuracy
-    shorter = tasks.score_choices(params, questions[:3], cfg=cfg, tokenizer=TOKENIZER, batch=3)
+    shorter = tasks.score_choices(params, questions[:3], Settings(cfg, rows=3), tokenizer=TOKENIZER)
     samples = results["samples"]["choosing"]
     assert np.mean([one["acc_bytes"] for one in samples[:3]]) == shorter.normalised
 
@@ -140,7 +141,7 @@ def test_ending(results):
     endings = [
         tasks.Ending(line["question"], f" {line['choices'][line['answer']]}") for line in LINES
     ]
-    expected = tasks.score_endings(params, endings, cfg=cfg, tokenizer=TOKENIZER, batch=3)
+    expected = tasks.score_endings(params, endings, Settings(cfg, rows=3), tokenizer=TOKENIZER)
     found = results["results"]["ending"]
     assert found["acc,none"] == expected.accuracy
     assert found["perplexity,none"] == pytest.approx(expected.perplexity, rel=1e-5)
@@ -153,7 +154,7 @@ def test_reading(results):
         ids = TOKENIZER.encode(line["question"])
         # All but the end of the document, which lm-eval does not ask for.
         text = encode("line", [line["question"]], TOKENIZER, len(ids))
-        nats += measure(params, text, cfg=cfg, batch=1).nats
+        nats += measure(params, text, Settings(cfg, rows=1)).nats
         size += len(ids)
     found = results["results"]["reading"]["bits_per_byte,none"]
     assert found == pytest.approx(nats / size / np.log(2), rel=1e-5)

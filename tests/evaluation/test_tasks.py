@@ -12,6 +12,7 @@ from evaluation.subjects import guesser, log_p_of_next, model
 
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.errors import UserError
+from rwkv_jax.evaluation.bits import Settings
 from rwkv_jax.evaluation.tasks import (
     Choice,
     Ending,
@@ -127,7 +128,7 @@ def test_endings_known_beforehand():
     params, cfg = guesser({"x": 0.5, "y": 0.25})
     rest = math.log(0.25 / 255)
     questions = [Ending("so", "xxx"), Ending("", "x"), Ending("a", "xy"), Ending("b ", "x")]
-    result = score_endings(params, questions, cfg=cfg, tokenizer=TOKENIZER, batch=4)
+    result = score_endings(params, questions, Settings(cfg, rows=4), tokenizer=TOKENIZER)
     # Right: the second alone; the others have a space, or the second best letter, in them.
     expected = [rest + 3 * math.log(0.5), math.log(0.5), rest + math.log(0.5) + math.log(0.25)]
     expected.append(rest + math.log(0.5))
@@ -145,7 +146,7 @@ def test_choices_known_beforehand():
         Choice("?", ("y", "y"), 1),  # of equal ones the first is taken
         Choice("", ("éx", "zz"), 0),  # by three bytes, not two characters
     ]
-    result = score_choices(params, questions, cfg=cfg, tokenizer=TOKENIZER, batch=4)
+    result = score_choices(params, questions, Settings(cfg, rows=4), tokenizer=TOKENIZER)
     assert (result.questions, result.accuracy, result.normalised) == (5, 1 / 5, 3 / 5)
     assert result.guessing == pytest.approx((4 / 2 + 1 / 3) / 5)
     assert result.error == pytest.approx(np.std([1, 0, 0, 0, 0], ddof=1) / math.sqrt(5))
@@ -171,7 +172,7 @@ def test_endings_and_choices_of_a_random_model():
         normalised.append(np.argmax(sums / lengths) == question.answer)
         endings += [Ending(question.prompt, choice) for choice in question.choices]
         nats += list(-sums)
-    found = score_choices(params, questions, cfg=cfg, tokenizer=TOKENIZER, batch=4)
+    found = score_choices(params, questions, Settings(cfg, rows=4), tokenizer=TOKENIZER)
     assert (found.accuracy, found.normalised) == (np.mean(right), np.mean(normalised))
-    result = score_endings(params, endings, cfg=cfg, tokenizer=TOKENIZER, batch=4)
+    result = score_endings(params, endings, Settings(cfg, rows=4), tokenizer=TOKENIZER)
     assert result.perplexity == pytest.approx(math.exp(np.mean(nats)), rel=1e-4)

@@ -11,7 +11,6 @@ from rwkv_jax.data import tokenizers
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.data.tokens import Tokens
 from rwkv_jax.errors import UserError
-from rwkv_jax.evaluation import text as module
 from rwkv_jax.evaluation.bits import Settings, evaluate
 from rwkv_jax.evaluation.continuations import Prompt, score
 from rwkv_jax.evaluation.text import encode, measure
@@ -19,16 +18,15 @@ from rwkv_jax.evaluation.text import encode, measure
 DOCUMENTS = ["a", "héllo wörld, " * 6, "1 2 3 4 5 6 7 8 9", "x" * 15, "of  white\n\nspace " * 3]
 
 
-@pytest.fixture(autouse=True)
-def short_windows(monkeypatch):
-    monkeypatch.setattr(module, "WINDOW", 16)
+def reading(cfg, rows=16, window=16):
+    return Settings(cfg, rows, window)
 
 
 @pytest.mark.parametrize("version", [*(pytest.param(x, marks=pytest.mark.slow) for x in "46"), "7"])
 def test_every_token_is_counted_where_it_stands(version):
     params, cfg = model(version)
     text = encode("some", DOCUMENTS, ByteTokenizer())
-    found = measure(params, text, cfg=cfg, batch=2)
+    found = measure(params, text, reading(cfg, 2))
     data = [document.encode() for document in DOCUMENTS]
     costs = [nats(version, [1 + byte for byte in some] + [EOD]) for some in data]
     assert found.nats == pytest.approx(sum(cost.sum() for cost in costs), rel=2e-6)
@@ -44,12 +42,11 @@ def test_every_token_is_counted_where_it_stands(version):
 
 
 @pytest.mark.parametrize("batch, window", [pytest.param(1, 64, marks=pytest.mark.slow), (100, 5)])
-def test_neither_batch_nor_window_matter(batch, window, monkeypatch):
+def test_neither_batch_nor_window_matter(batch, window):
     params, cfg = model("7")
     text = encode("some", DOCUMENTS, ByteTokenizer())
-    expected = measure(params, text, cfg=cfg, batch=2)
-    monkeypatch.setattr(module, "WINDOW", window)
-    found = measure(params, text, cfg=cfg, batch=batch)
+    expected = measure(params, text, reading(cfg, 2))
+    found = measure(params, text, reading(cfg, batch, window))
     assert [x.nats for x in found.buckets] == pytest.approx(
         [x.nats for x in expected.buckets], rel=1e-5
     )
@@ -69,7 +66,9 @@ def test_neither_batch_nor_window_matter(batch, window, monkeypatch):
 def test_buckets_double_and_cover_all(longest, stops):
     params, cfg = guesser({"x": 0.5})
     found = measure(
-        params, encode("x", ["x" * (longest - 1) or "x"], ByteTokenizer(), longest), cfg=cfg
+        params,
+        encode("x", ["x" * (longest - 1) or "x"], ByteTokenizer(), longest),
+        reading(cfg),
     )
     assert [part.stop for part in found.buckets] == stops
     assert [part.start for part in found.buckets] == [0, *stops[:-1]]
@@ -81,7 +80,7 @@ def test_buckets_double_and_cover_all(longest, stops):
 def test_rates_of_a_model_known_by_heart():
     params, cfg = guesser({"x": 0.5, " ": 0.25})
     rest = math.log(0.25 / 255)  # of eod too
-    found = measure(params, encode("x", ["x xx", "xxx\n"], ByteTokenizer()), cfg=cfg)
+    found = measure(params, encode("x", ["x xx", "xxx\n"], ByteTokenizer()), reading(cfg))
     expected = -(6 * math.log(0.5) + math.log(0.25) + 3 * rest)
     assert found.nats == pytest.approx(expected, rel=1e-6)
     assert found.bits_per_byte == pytest.approx(expected / 8 / math.log(2), rel=1e-6)
@@ -92,10 +91,10 @@ def test_rates_of_a_model_known_by_heart():
 def test_rates_that_no_number_can_hold():
     params, cfg = guesser({"x": 0.5})
     assert (
-        measure(params, encode("x", ["x" * 5000], ByteTokenizer()), cfg=cfg).word_perplexity
+        measure(params, encode("x", ["x" * 5000], ByteTokenizer()), reading(cfg)).word_perplexity
         == math.inf
     )
-    found = measure(params, encode("x", [" " * 16], ByteTokenizer()), cfg=cfg)
+    found = measure(params, encode("x", [" " * 16], ByteTokenizer()), reading(cfg))
     assert math.isnan(found.word_perplexity)
     # The last bucket is the end of the document alone.
     assert math.isnan(found.buckets[-1].bits_per_byte) and found.buckets[-1].perplexity > 1
@@ -117,7 +116,7 @@ def test_costs_what_heldout_text_costs_in_training():
         skipped_files=0,
     )
     expected = evaluate(params, tokens, Settings(cfg, rows=4, window=16))
-    found = measure(params, text, cfg=cfg, batch=4)
+    found = measure(params, text, reading(cfg, 4))
     assert found.bits_per_byte == pytest.approx(expected.bits_per_byte, rel=1e-9)
     assert (found.tokens, found.loss) == (expected.tokens, pytest.approx(expected.loss, rel=1e-9))
 
@@ -160,7 +159,7 @@ def test_progress_is_reported_to_the_end():
     params, cfg = guesser({"x": 0.5})
     seen = []
     text = encode("some", DOCUMENTS, ByteTokenizer())
-    measure(params, text, cfg=cfg, batch=2, report=lambda *x: seen.append(x))
+    measure(params, text, reading(cfg, 2), report=lambda *x: seen.append(x))
     assert seen[-1] == (len(text.content) + 5,) * 2 and seen == sorted(seen)
 
 
@@ -168,6 +167,6 @@ def test_a_model_that_predicts_nan_is_an_error():
     params, cfg = guesser({"x": 0.5})
     broken = params.replace(head=params.head.at[0, 0].set(math.nan))
     with pytest.raises(UserError, match="the model predicts NaN"):
-        measure(broken, encode("x", ["x"], ByteTokenizer()), cfg=cfg, batch=1)
+        measure(broken, encode("x", ["x"], ByteTokenizer()), reading(cfg, 1))
     with pytest.raises(UserError, match="the model predicts NaN"):
-        score(broken, [Prompt([EOD], [[1]])], cfg=cfg)
+        score(broken, [Prompt([EOD], [[1]])], reading(cfg))
