@@ -1,4 +1,4 @@
-"""Writing files: replaced as a whole or not at all, and a disk that refuses is one line."""
+"""Files: one is replaced as a whole or not at all, and a disk that refuses is one line."""
 
 import contextlib
 import errno
@@ -14,6 +14,17 @@ PARTIAL = ".partial"
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a disk, or of a user's share of one, that has no space left."""
+
+
+@contextlib.contextmanager
+def reading(name: object, remedy: str, error: type[UserError]) -> Iterator[None]:
+    """Turns what the file system refuses to read into one line, as `writing` does:
+    `PATH: cannot be read (reason); remedy`."""
+    try:
+        yield
+    except OSError as refused:
+        path = refused.filename or name
+        raise error(f"{path}: cannot be read ({refused.strerror}); {remedy}") from refused
 
 
 @contextlib.contextmanager

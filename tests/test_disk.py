@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from rwkv_jax.disk import replacing, replacing_all, write_text, writing
+from rwkv_jax.disk import reading, replacing, replacing_all, write_text, writing
 from rwkv_jax.errors import UserError
 
 
@@ -93,5 +93,9 @@ def test_refusals_name_the_file_the_reason_and_the_remedy(tmp_path):
         with pytest.raises(UserError) as refused, writing("runs", "", full="free some space"):
             raise OSError(number, os.strerror(number))
         assert str(refused.value) == f"runs: {os.strerror(number)}; free some space"
+    with pytest.raises(Error) as refused, reading("runs", "make it", Error):
+        missing.read_bytes()
+    reason = "cannot be read (No such file or directory)"
+    assert str(refused.value) == f"{missing}: {reason}; make it"
     with pytest.raises(TimeoutError), writing("runs", ""):
         raise TimeoutError("concerns no file")

@@ -11,15 +11,17 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, TypeVar, runtime_checkable
 
 import ml_dtypes
 import numpy as np
 
 from rwkv_jax import disk
 from rwkv_jax.checkpoint.errors import WeightsError, shown
+
+Entry = TypeVar("Entry")
 
 MAX_INDEX = 16 << 20
 """The most bytes of the part of a file that describes the tensors; a model needs about 100 a
@@ -154,6 +156,16 @@ def is_shape(shape: Sequence) -> bool:
         and all(type(size) is int and size >= 0 for size in shape)
         and math.prod(size or 1 for size in shape) < 1 << 59
     )
+
+
+def unique(pairs: Iterable[tuple[str, Entry]]) -> dict[str, Entry]:
+    """Entries by name. Raises ValueError for two of one name."""
+    found = {}
+    for name, entry in pairs:
+        if name in found:
+            raise ValueError(f"two entries are named {shown(name)}")
+        found[name] = entry
+    return found
 
 
 def as_bytes(array: ArrayLike) -> memoryview:

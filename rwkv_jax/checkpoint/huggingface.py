@@ -193,27 +193,29 @@ def _norm(official: str, there: str) -> list[Source]:
     ]
 
 
-_FLA = [
-    Source("emb.weight", "model.embeddings.weight"),
-    *_norm("blocks.0.ln0", "model.layers.0.pre_norm"),
-    *_norm("ln_out", "model.norm"),
-    Source("head.weight", "lm_head.weight"),
-    Source("head.weight", "model.embeddings.weight", when=("tie_word_embeddings", True)),
-]
-_FLA_LAYER = [
-    *_norm("ln1", "attn_norm"),
-    *_norm("ln2", "ffn_norm"),
-    Source("att.ln_x.weight", "attn.g_norm.weight"),
-    Source("att.ln_x.bias", "attn.g_norm.bias"),
-    Source("att.output.weight", "attn.o_proj.weight"),
-    Source("ffn.value.weight", "ffn.value.weight"),
-]
+def _fla(name: str, mark: str, layer: Iterable[Source], **expected: Any) -> Layout:
+    """A layout of FLA; `layer` are the sources of its own."""
+    whole = [
+        Source("emb.weight", "model.embeddings.weight"),
+        *_norm("blocks.0.ln0", "model.layers.0.pre_norm"),
+        *_norm("ln_out", "model.norm"),
+        Source("head.weight", "lm_head.weight"),
+        Source("head.weight", "model.embeddings.weight", when=("tie_word_embeddings", True)),
+    ]
+    every_layer = [
+        *_norm("ln1", "attn_norm"),
+        *_norm("ln2", "ffn_norm"),
+        Source("att.ln_x.weight", "attn.g_norm.weight"),
+        Source("att.ln_x.bias", "attn.g_norm.bias"),
+        Source("att.output.weight", "attn.o_proj.weight"),
+        Source("ffn.value.weight", "ffn.value.weight"),
+    ]
+    expected |= {"norm_eps": 1e-5, "norm_first": True, "hidden_act": "sqrelu"}
+    return _layout(name, "model.layers", mark, whole, [*every_layer, *layer], **expected)
+
+
 _FLA6_LAYER = [
-    *_FLA_LAYER,
-    *(
-        Source(f"att.{x}.weight", f"attn.{x[0]}_proj.linear.weight")
-        for x in ("receptance", "key", "value", "gate")
-    ),
+    *(Source(f"att.{x}.weight", f"attn.{x[0]}_proj.linear.weight") for x in _PROJECTIONS),
     *(Source(f"att.time_maa_{x}", "attn.x_bias", _part(i)) for i, x in enumerate("rwkvg")),
     Source("att.time_maa_x", "attn.x_proj.0.mu", VECTOR),
     Source("att.time_maa_w1", "attn.x_proj.0.linear.weight", Form(_mixes_in)),
@@ -228,7 +230,6 @@ _FLA6_LAYER = [
     Source("ffn.receptance.weight", "ffn.receptance.linear.weight"),
 ]
 _FLA7_LAYER = [
-    *_FLA_LAYER,
     *(Source(f"att.x_{x}", f"attn.x_{x}", ROW) for x in "rwkvag"),
     *(Source(f"att.x_{x}", "attn.x_x", _part(i)) for i, x in enumerate("rwkvag")),
     *(Source(f"att.{x}0", f"attn.{x}_lora.lora.2.bias", VECTOR) for x in "wav"),
@@ -237,29 +238,16 @@ _FLA7_LAYER = [
     Source("att.k_k", "attn.k_k", VECTOR),
     Source("att.k_a", "attn.k_a", VECTOR),
     Source("att.r_k", "attn.r_k"),
-    *(
-        Source(f"att.{x}.weight", f"attn.{x[0]}_proj.weight")
-        for x in ("receptance", "key", "value")
-    ),
+    *(Source(f"att.{x}.weight", f"attn.{x[0]}_proj.weight") for x in _PROJECTIONS if x != "gate"),
     Source("ffn.x_k", "ffn.x_k", VECTOR),
     Source("ffn.key.weight", "ffn.key.weight"),
 ]
 
-_FLA_EXPECTED = {"norm_eps": 1e-5, "norm_first": True, "hidden_act": "sqrelu"}
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        _layout("fla-rwkv7", "model.layers", "attn.r_k", _FLA, _FLA7_LAYER, **_FLA_EXPECTED),
-        _layout(
-            "fla-rwkv6",
-            "model.layers",
-            "attn.x_bias",
-            _FLA,
-            _FLA6_LAYER,
-            **_FLA_EXPECTED,
-            expand_k=1,
-            expand_v=1,
-        ),
+        _fla("fla-rwkv7", "attn.r_k", _FLA7_LAYER),
+        _fla("fla-rwkv6", "attn.x_bias", _FLA6_LAYER, expand_k=1, expand_v=1),
         _renamed("remote-rwkv7", "model", "attention.r_k", _V7),
         _renamed("remote-rwkv6", "rwkv", "attention.time_maa_x", _V6, head_size_divisor=8),
         _renamed("remote-rwkv5", "rwkv", "attention.gate.weight", _V5, head_size_divisor=8),

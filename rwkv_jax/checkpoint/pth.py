@@ -24,20 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import ml_dtypes
 import numpy as np
 
+from rwkv_jax.checkpoint import files
 from rwkv_jax.checkpoint.errors import WeightsError, shown
-from rwkv_jax.checkpoint.files import (
-    MAX_INDEX,
-    ArrayLike,
-    as_bytes,
-    check_dtypes,
-    is_shape,
-    kind,
-    reading,
-    replacing,
-)
+from rwkv_jax.checkpoint.files import ArrayLike
 
 _STORAGES = {
     "float64": "Double",
@@ -53,10 +44,7 @@ _STORAGES = {
 }
 """The storage class of each dtype. Types that torch got later are in untyped storages."""
 
-_DTYPES = {
-    name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
-    for name in (*_STORAGES, "uint16", "uint32", "uint64")
-}
+_DTYPES = {name: np.dtype(name) for name in (*_STORAGES, "uint16", "uint32", "uint64")}
 
 _UNTYPED = "torch.storage.UntypedStorage"
 
@@ -142,7 +130,7 @@ class _Archive:
     def read(self, name: str) -> bytes:
         """A copy of an entry of moderate size."""
         found = self.find(name)
-        if len(found) > MAX_INDEX:
+        if len(found) > files.MAX_INDEX:
             raise WeightsError(f"its entry {shown(name)} is too large; save the state dict alone")
         return self.memory[found.start : found.stop]
 
@@ -153,7 +141,7 @@ def read_pth(path: Path | str) -> dict[str, np.ndarray]:
 
     Raises WeightsError, one line, for a file that cannot be read, is damaged, or is unsafe.
     """
-    with reading(Path(path)) as memory:
+    with files.reading(Path(path)) as memory:
         archive = _open(memory)
         ordered = f"{archive.folder}byteorder" in archive.entries
         if ordered and archive.read("byteorder") != b"little":
@@ -164,7 +152,7 @@ def read_pth(path: Path | str) -> dict[str, np.ndarray]:
 
 def _open(memory: mmap.mmap) -> _Archive:
     if memory[:4] != b"PK\3\4":
-        raise WeightsError(kind(memory))
+        raise WeightsError(files.kind(memory))
     try:
         with zipfile.ZipFile(memory) as archive:  # pyright: ignore[reportArgumentType, reportCallIssue]
             found = archive.infolist()
@@ -173,11 +161,7 @@ def _open(memory: mmap.mmap) -> _Archive:
             f"has no complete zip directory at its end ({shown(error)}): truncated? download it"
             " again"
         ) from error
-    entries = {}
-    for entry in found:
-        if entry.filename in entries:
-            raise ValueError(f"two entries are named {shown(entry.filename)}")
-        entries[entry.filename] = entry
+    entries = files.unique((entry.filename, entry) for entry in found)
     pickles = [name for name in entries if name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise WeightsError(f"holds {len(pickles)} data.pkl, not one; save it with torch.save")
@@ -336,7 +320,7 @@ def _array(archive: _Archive, name: str, tensor: _Tensor) -> np.ndarray:
         )
     if tensor.flipped:
         raise WeightsError(f"{name} is a conjugate or negative view; save a clone of it")
-    if not is_shape(shape) or len(shape) != len(tensor.strides):
+    if not files.is_shape(shape) or len(shape) != len(tensor.strides):
         raise ValueError(f"{name} has an impossible shape")
     # The stride of an axis of length 1 is never used and may be any number.
     steps = [0 if n == 1 else step for n, step in zip(shape, tensor.strides, strict=True)]
@@ -365,12 +349,12 @@ def write_pth(path: Path | str, tensors: Mapping[str, ArrayLike]) -> None:
     not have or a file that cannot be written; an older file at `path` is then unchanged.
     """
     path = Path(path)
-    check_dtypes(path, tensors, _DTYPES)
-    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+    files.check_dtypes(path, tensors, _DTYPES)
+    with files.replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
         _write(file, archive, "data.pkl", memoryview(_pickle(tensors)))
         _write(file, archive, "byteorder", memoryview(b"little"))
         for key, array in enumerate(tensors.values()):
-            _write(file, archive, f"data/{key}", as_bytes(array))
+            _write(file, archive, f"data/{key}", files.as_bytes(array))
         _write(file, archive, "version", memoryview(b"3\n"))
 
 

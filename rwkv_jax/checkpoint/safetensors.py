@@ -19,20 +19,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from rwkv_jax.checkpoint import files
 from rwkv_jax.checkpoint.errors import WeightsError, shown
-from rwkv_jax.checkpoint.files import (
-    MAX_INDEX,
-    ArrayLike,
-    as_bytes,
-    check_dtypes,
-    is_shape,
-    kind,
-    reading,
-    replacing,
-)
+from rwkv_jax.checkpoint.files import ArrayLike
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """A model in one file; the list of tensors of a model in several."""
@@ -42,25 +33,14 @@ _SHARD = re.compile(r"\w[\w. -]*")
 
 _METADATA = "__metadata__"
 
-_DTYPES = {
-    code: np.dtype(scalar)
-    for code, scalar in {
-        "U64": np.uint64,
-        "I64": np.int64,
-        "F64": np.float64,
-        "F32": np.float32,
-        "U32": np.uint32,
-        "I32": np.int32,
-        "BF16": ml_dtypes.bfloat16,
-        "F16": np.float16,
-        "U16": np.uint16,
-        "I16": np.int16,
-        "I8": np.int8,
-        "U8": np.uint8,
-        "BOOL": np.bool_,
-    }.items()
+_CODES = {
+    "bool": "BOOL",
+    "bfloat16": "BF16",
+    **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
+    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
+    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
 }
-_CODES = {dtype.name: code for code, dtype in _DTYPES.items()}
+_DTYPES = {code: np.dtype(name) for name, code in _CODES.items()}
 
 
 def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
@@ -71,7 +51,7 @@ def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
     """
     tensors = {}
     for file, names in _files(Path(path)):
-        with reading(file) as memory:
+        with files.reading(file) as memory:
             found, _ = _read(memory)
             for name in found if names is None else names:
                 if name not in found:
@@ -86,7 +66,7 @@ def read_metadata(path: Path | str) -> dict[str, str]:
     """The metadata of a file, or of all files of a model. Raises as `read_safetensors`."""
     metadata = {}
     for file, _ in _files(Path(path)):
-        with reading(file) as memory:
+        with files.reading(file) as memory:
             metadata |= _read(memory)[1]
     return metadata
 
@@ -101,12 +81,10 @@ def _files(path: Path) -> list[tuple[Path, list[str] | None]]:
     if not path.name.endswith(".index.json"):
         return [(path, None)]
     shards: dict[str, list[str]] = {}
-    with reading(path) as memory:
-        match _json(memory, 0, len(memory)):
-            case {"weight_map": dict(places)}:
-                pass
-            case _:
-                raise ValueError("no weight_map")
+    with files.reading(path) as memory:
+        places = _json(memory, 0, len(memory)).get("weight_map")
+        if not isinstance(places, dict):
+            raise ValueError("no weight_map")
         for name, shard in places.items():
             if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
                 raise WeightsError(
@@ -119,7 +97,7 @@ def _files(path: Path) -> list[tuple[Path, list[str] | None]]:
 def _read(memory: mmap.mmap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The tensors and the metadata of a file."""
     if memory[8:9] != b"{":
-        raise WeightsError(kind(memory))
+        raise WeightsError(files.kind(memory))
     start = 8 + int.from_bytes(memory[:8], "little")
     header = _json(memory, 8, start)
     metadata = header.pop(_METADATA, {})
@@ -146,7 +124,7 @@ def _part(name: str, entry: object) -> tuple[int, int, np.dtype, list[int]]:
             if code not in _DTYPES:
                 raise WeightsError(f"{name} has the type {shown(code)}; save it as F32 or BF16")
             dtype = _DTYPES[code]
-            if is_shape(shape) and math.prod(shape) * dtype.itemsize == end - begin:
+            if files.is_shape(shape) and math.prod(shape) * dtype.itemsize == end - begin:
                 return begin, end - begin, dtype, shape
     raise ValueError(f"{name} has an impossible shape or place")
 
@@ -155,20 +133,11 @@ def _json(memory: mmap.mmap, start: int, stop: int) -> dict[str, Any]:
     """A JSON object; a name that occurs twice is an error."""
     if stop > len(memory):
         raise ValueError("its header reaches beyond the end of the file")
-    if stop - start > MAX_INDEX:
+    if stop - start > files.MAX_INDEX:
         raise WeightsError("its list of tensors is too large; split the model")
-    found = json.loads(memory[start:stop].decode(), object_pairs_hook=_unique)
+    found = json.loads(memory[start:stop].decode(), object_pairs_hook=files.unique)
     if not isinstance(found, dict):
         raise ValueError("not a JSON object")
-    return found
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{shown(name)} twice")
-        found[name] = value
     return found
 
 
@@ -185,7 +154,7 @@ def write_safetensors(
     path = Path(path)
     if _METADATA in tensors:
         raise WeightsError(f"{path}: no tensor can be named {_METADATA}; rename it")
-    check_dtypes(path, tensors, _CODES)
+    files.check_dtypes(path, tensors, _CODES)
     # Wide types first, so that all are aligned.
     ranks = {name: (-np.dtype(array.dtype).itemsize, name) for name, array in tensors.items()}
     order = sorted(tensors, key=ranks.__getitem__)
@@ -198,7 +167,7 @@ def write_safetensors(
         header[name] = {"dtype": _CODES[dtype.name], "shape": shape, "data_offsets": offsets}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(path) as file:
+    with files.replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            file.write(as_bytes(tensors[name]))
+            file.write(files.as_bytes(tensors[name]))

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from rwkv_jax import disk
 from rwkv_jax.checkpoint import huggingface, store
 from rwkv_jax.checkpoint.errors import WeightsError, shown
 from rwkv_jax.checkpoint.files import (
@@ -79,18 +80,13 @@ def read(path: Path | str) -> Weights:
     they are a complete model is checked by `from_official`.
     """
     path = Path(path).expanduser()
-    try:
+    with disk.reading(path, "name one that exists and is readable", WeightsError):
         if path.is_dir():
             found = _read_folder(path)
         elif path.suffix in SAFETENSORS or (path.is_file() and _begins(path)[8:9] == b"{"):
             found = _official(path, "safetensors", read_safetensors(path))
         else:
             found = _official(path, "pth", read_pth(path))
-    except OSError as error:
-        raise WeightsError(
-            f"{error.filename or path}: cannot be read ({error.strerror}); name one that exists and"
-            " is readable"
-        ) from error
     return replace(found, tensors=plain(found.tensors))
 
 

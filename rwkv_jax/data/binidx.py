@@ -25,8 +25,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from rwkv_jax.data.files import CorpusError, Report
-from rwkv_jax.disk import replacing_all
+from rwkv_jax import disk
+from rwkv_jax.data.files import CorpusError, Report, unreported
 
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\0\0"
@@ -38,6 +38,8 @@ LONGEST = 2**31 - 1
 ROWS = 1 << 20
 """Entries of an index processed at a time."""
 COPY_BYTES = 1 << 26
+COPY = "copy it again"
+"""The remedy for a file that did not arrive whole."""
 
 Ids = Sequence[int] | np.ndarray
 
@@ -102,54 +104,43 @@ def open_binidx(path: str | Path) -> Binidx:
             raise CorpusError(
                 f"{file}: no such file; a pair is .bin and .idx: put this one beside {other.name}"
             )
-    try:
+    with disk.reading(index, "make it readable", CorpusError):
         pair = _map_pair(data, index)
         _check_items(pair, data, index)
         _check_documents(pair, index)
-    except OSError as error:
-        raise CorpusError(
-            f"{error.filename or index}: cannot be read ({error.strerror}); make it readable"
-        ) from error
-    return pair
+        return pair
+
+
+def _damaged(file: Path, problem: str, remedy: str = "create the pair again") -> CorpusError:
+    return CorpusError(f"{file}: {problem}; {remedy}")
 
 
 def _map_pair(data: Path, index: Path) -> Binidx:
     with index.open("rb") as stream:
         head = stream.read(HEADER.size)
     if len(head) < HEADER.size:
-        raise CorpusError(
-            f"{index}: ends at byte {len(head)}, inside its header of {HEADER.size}; copy it again"
-        )
+        raise _damaged(index, f"ends at byte {len(head)}, inside its header of {HEADER.size}", COPY)
     magic, version, code, items, marks = HEADER.unpack(head)
     if magic != MAGIC:
-        raise CorpusError(
-            f"{index}: not a binidx index: its first bytes are {magic!r}, not {MAGIC!r};"
-            " create the pair with: python -m rwkv_jax tokenize"
-        )
+        problem = f"not a binidx index: its first bytes are {magic!r}, not {MAGIC!r}"
+        raise _damaged(index, problem, "create the pair with: python -m rwkv_jax tokenize")
     if version != 1:
-        raise CorpusError(
-            f"{index}: byte 9: version {version}, only 1 is known; create the pair again"
-        )
+        raise _damaged(index, f"byte 9: version {version}, only 1 is known")
     if code not in DTYPES:
         kind = "floating-point numbers, not tokens" if code in FLOATS else "of an unknown type"
-        raise CorpusError(
-            f"{index}: byte 17: items are {kind} (code {code}); create the pair again with one of "
-            + ", ".join(f"{code} ({np.dtype(name).name})" for code, name in DTYPES.items())
-        )
+        known = ", ".join(f"{code} ({np.dtype(name).name})" for code, name in DTYPES.items())
+        remedy = f"create the pair again with one of {known}"
+        raise _damaged(index, f"byte 17: items are {kind} (code {code})", remedy)
     size, expected = index.stat().st_size, HEADER.size + 12 * items + 8 * marks
     if size != expected:
         wrong = "truncated" if size < expected else "too long"
-        raise CorpusError(
-            f"{index}: {wrong}: {size:,} bytes, but {items:,} items with {marks:,} document marks"
-            f" take {expected:,}; copy it again"
-        )
+        found = f"{items:,} items with {marks:,} document marks"
+        raise _damaged(index, f"{wrong}: {size:,} bytes, but {found} take {expected:,}", COPY)
     dtype = np.dtype(DTYPES[code])
     tokens, rest = divmod(data.stat().st_size, dtype.itemsize)
     if rest:
-        raise CorpusError(
-            f"{data}: truncated at byte {data.stat().st_size:,}, inside a token of"
-            f" {dtype.itemsize} bytes; copy it again"
-        )
+        place = f"byte {data.stat().st_size:,}, inside a token of {dtype.itemsize} bytes"
+        raise _damaged(data, f"truncated at {place}", COPY)
     return Binidx(
         data.with_suffix(""),
         map_array(data, dtype, tokens),
@@ -173,29 +164,23 @@ def _check_items(pair: Binidx, data: Path, index: Path) -> None:
         sizes = pair.sizes[first : first + ROWS].astype(np.int64)
         if (bad := np.flatnonzero(sizes < 0)).size:
             item, size = first + bad[0], sizes[bad[0]]
-            raise CorpusError(f"{index}: item {item:,} has {size:,} tokens; create the pair again")
+            raise _damaged(index, f"item {item:,} has {size:,} tokens")
         ends = end + width * np.cumsum(sizes)
         begins = ends - width * sizes
         found = pair.pointers[first : first + ROWS]
         if (bad := np.flatnonzero(found != begins)).size:
             item, pointer, expected = first + bad[0], int(found[bad[0]]), int(begins[bad[0]])
-            raise CorpusError(
-                f"{index}: item {item:,} begins at byte {pointer:,} of {data.name}"
-                f"{_misplaced(pointer, expected, width, length)}, but the items before it end at"
-                f" {expected:,}; create the pair again"
-            )
+            place = f"byte {pointer:,} of {data.name}{_misplaced(pointer, expected, width, length)}"
+            before = f"the items before it end at {expected:,}"
+            raise _damaged(index, f"item {item:,} begins at {place}, but {before}")
         end = int(ends[-1])
         if end > length:
             item = first + np.searchsorted(ends, length, "right")
-            raise CorpusError(
-                f"{data}: truncated: {length:,} bytes, but item {item:,} ends at byte"
-                f" {ends[item - first]:,}; copy it again"
-            )
+            place = f"item {item:,} ends at byte {ends[item - first]:,}"
+            raise _damaged(data, f"truncated: {length:,} bytes, but {place}", COPY)
     if end < length:
-        raise CorpusError(
-            f"{data}: {length:,} bytes, but the items of {index.name} end at byte {end:,}:"
-            " the files do not match; copy both again"
-        )
+        problem = f"{length:,} bytes, but the items of {index.name} end at byte {end:,}"
+        raise _damaged(data, f"{problem}: the files do not match", "copy both again")
 
 
 def _misplaced(pointer: int, expected: int, width: int, length: int) -> str:
@@ -212,24 +197,18 @@ def _check_documents(pair: Binidx, index: Path) -> None:
     marks, items = pair.documents, len(pair.sizes)
     if not len(marks) or marks[0]:
         found = f"begin at item {marks[0]:,}, not 0" if len(marks) else "are missing"
-        raise CorpusError(f"{index}: its document marks {found}; create the pair again")
+        raise _damaged(index, f"its document marks {found}")
     for first in range(0, len(marks), ROWS):
         some = marks[first : first + ROWS + 1]  # and the next one's first
         if (bad := np.flatnonzero(some > items)).size:
-            raise CorpusError(
-                f"{index}: document {first + bad[0]:,} begins at item {some[bad[0]]:,} of"
-                f" {items:,}; create the pair again"
-            )
+            place = f"item {some[bad[0]]:,} of {items:,}"
+            raise _damaged(index, f"document {first + bad[0]:,} begins at {place}")
         if (bad := np.flatnonzero(some[1:] < some[:-1])).size:
             at = bad[0] + 1
-            raise CorpusError(
-                f"{index}: document {first + at:,} begins at item {some[at]:,}, before the last one"
-                f" at {some[at - 1]:,}; create the pair again"
-            )
+            place = f"item {some[at]:,}, before the last one at {some[at - 1]:,}"
+            raise _damaged(index, f"document {first + at:,} begins at {place}")
     if marks[-1] != items:
-        raise CorpusError(
-            f"{index}: its documents end at item {marks[-1]:,} of {items:,}; create the pair again"
-        )
+        raise _damaged(index, f"its documents end at item {marks[-1]:,} of {items:,}")
 
 
 class BinidxWriter:
@@ -264,7 +243,7 @@ class BinidxWriter:
 
     @contextlib.contextmanager
     def _write(self) -> Iterator[None]:
-        with replacing_all(self.data, self.index) as (self._data, self._index):
+        with disk.replacing_all(self.data, self.index) as (self._data, self._index):
             self._index.write(bytes(HEADER.size))  # the counts are known at the end
             yield
             self._finish()
@@ -299,22 +278,21 @@ class BinidxWriter:
         self._index.flush()
         sizes = map_array(Path(self._index.name), "<i4", self.documents, HEADER.size)
         _write_pointers(self._index, [sizes], self.dtype.itemsize)
-        for first in range(0, self.documents + 1, ROWS):
-            last = min(first + ROWS, self.documents + 1)
-            self._index.write(np.arange(first, last, dtype="<i8").data)
+        marks = self.documents + 1
+        for first in range(0, marks, ROWS):
+            self._index.write(np.arange(first, min(first + ROWS, marks), dtype="<i8").data)
         self._index.seek(0)
-        counts = self.documents, self.documents + 1
-        self._index.write(HEADER.pack(MAGIC, 1, self.code, *counts))
+        self._index.write(HEADER.pack(MAGIC, 1, self.code, self.documents, marks))
 
 
-def merge(parts: Iterable[str | Path], path: str | Path, report: Report | None = None) -> None:
+def merge(parts: Iterable[str | Path], path: str | Path, report: Report = unreported) -> None:
     """Writes the pair of all the parts' documents in order, byte for byte what one writer would
     have written. `report` is called with the bytes of `.bin` copied.
 
     Raises CorpusError for a part that is damaged or of another type than the first, and OSError.
     """
     parts, dtype, items, marks = list(parts), None, 0, 1
-    with replacing_all(*files_of(Path(path))) as (data, index):
+    with disk.replacing_all(*files_of(Path(path))) as (data, index):
         for part in parts:
             pair = open_binidx(part)
             dtype = dtype or pair.tokens.dtype
@@ -361,16 +339,14 @@ def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
         yield array[first : first + ROWS]
 
 
-def _append(path: Path, target: BinaryIO, report: Report | None) -> None:
+def _append(path: Path, target: BinaryIO, report: Report) -> None:
     """Copies a file to the end of another, inside the kernel where it can."""
     target.flush()
     with path.open("rb", buffering=0) as source:
         with contextlib.suppress(AttributeError, OSError):  # no such call, or not between these
             while copied := os.copy_file_range(source.fileno(), target.fileno(), COPY_BYTES):
-                if report:
-                    report(copied)
+                report(copied)
         target.seek(0, os.SEEK_END)
         rest = os.fstat(source.fileno()).st_size - source.tell()
         shutil.copyfileobj(source, target, 1 << 20)
-        if report:
-            report(rest)
+        report(rest)

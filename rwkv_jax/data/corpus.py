@@ -31,6 +31,7 @@ from rwkv_jax.data.files import (
     read_lines,
     read_whole,
     text_problem,
+    unreported,
 )
 from rwkv_jax.data.tables import read_rows
 
@@ -64,7 +65,7 @@ class Corpus:
     longest: int = sys.maxsize
     """The most bytes that a document may have."""
 
-    def documents(self, report: Report | None = None) -> Iterator[Document]:
+    def documents(self, report: Report = unreported) -> Iterator[Document]:
         """Non-empty documents in the order of the files.
 
         Raises CorpusError naming file and line of what cannot be read.
@@ -89,7 +90,7 @@ class Corpus:
                 heldout = hash_share(text) < self.cfg.heldout
                 yield Document(f"{file.name}:{number}", text, heldout, spans)
 
-    def _whole(self, file: SourceFile, report: Report | None) -> Iterator[Document]:
+    def _whole(self, file: SourceFile, report: Report) -> Iterator[Document]:
         data = read_whole(file, report, self.longest)
         try:
             text = _decode(data)
@@ -106,7 +107,7 @@ class Corpus:
         elif text:
             yield Document(file.name, text, hash_share(file.name) < self.cfg.heldout)
 
-    def _lines(self, file: SourceFile, report: Report | None) -> Iterator[Line]:
+    def _lines(self, file: SourceFile, report: Report) -> Iterator[Line]:
         for number, line in enumerate(read_lines(file, report, self.longest), 1):
             if file.json_lines and not line.strip():
                 continue
@@ -120,7 +121,7 @@ class Corpus:
                 raise CorpusError(f"{place}: {problem}") from problem
             yield number, text, spans
 
-    def _rows(self, file: SourceFile, report: Report | None) -> Iterator[Line]:
+    def _rows(self, file: SourceFile, report: Report) -> Iterator[Line]:
         more = ["spans"] if self.cfg.train_on == "spans" else []
         for number, record in read_rows(file, self.cfg.field, *more, report=report):
             where = f"{file.path}:{number}"

@@ -19,6 +19,7 @@ from typing import Any
 
 import zstandard
 
+from rwkv_jax import disk
 from rwkv_jax.errors import UserError
 
 CHUNK = 1 << 20
@@ -30,6 +31,10 @@ many small ones: 50 for a BPE of `tokenizers`, 10 to 16 for World, 10 for bytes.
 
 Report = Callable[[int], None]
 """Called now and then with the number of bytes read from disk since the last call."""
+
+
+def unreported(count: int) -> None:
+    """The `Report` to nobody."""
 
 
 class CorpusError(UserError):
@@ -154,7 +159,7 @@ def _stdlib() -> list[SourceFile]:
     return sorted(found, key=lambda file: file.name)
 
 
-def read_chunks(file: SourceFile, report: Report | None = None) -> Iterator[bytes]:
+def read_chunks(file: SourceFile, report: Report = unreported) -> Iterator[bytes]:
     """The file's decompressed bytes, in chunks.
 
     Raises CorpusError if the file cannot be read, or its compressed data is broken or truncated.
@@ -180,18 +185,15 @@ def read_chunks(file: SourceFile, report: Report | None = None) -> Iterator[byte
         ) from error
 
 
-def _raw_chunks(path: Path, report: Report | None = None, start: int = 0) -> Iterator[bytes]:
-    try:
-        with path.open("rb") as stream:
-            stream.seek(start)
-            while chunk := stream.read(CHUNK):
-                if report:
-                    report(len(chunk))
-                yield chunk
-    except OSError as error:
-        raise CorpusError(
-            f"{path}: cannot be read ({error.strerror}); make it readable, or leave it out"
-        ) from error
+def _raw_chunks(path: Path, report: Report = unreported, start: int = 0) -> Iterator[bytes]:
+    with (
+        disk.reading(path, "make it readable, or leave it out", CorpusError),
+        path.open("rb") as stream,
+    ):
+        stream.seek(start)
+        while chunk := stream.read(CHUNK):
+            report(len(chunk))
+            yield chunk
 
 
 def _decompress(raw: Iterator[bytes], new_member: Callable) -> Iterator[bytes]:
@@ -209,7 +211,7 @@ def _decompress(raw: Iterator[bytes], new_member: Callable) -> Iterator[bytes]:
 
 
 def read_lines(
-    file: SourceFile, report: Report | None = None, longest: int = sys.maxsize
+    file: SourceFile, report: Report = unreported, longest: int = sys.maxsize
 ) -> Iterator[bytes]:
     """The file's lines without their line ends (`\\n` or `\\r\\n`); of a part, the lines that start
     in it.
@@ -253,7 +255,7 @@ def lines_before(file: SourceFile) -> int:
     return count
 
 
-def read_whole(file: SourceFile, report: Report | None = None, longest: int = sys.maxsize) -> bytes:
+def read_whole(file: SourceFile, report: Report = unreported, longest: int = sys.maxsize) -> bytes:
     """All bytes of the file. Raises CorpusError for more than `longest`, before reading them
     all."""
     pieces, size = [], 0

@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rwkv_jax.data.files import CorpusError, Report, SourceFile
+from rwkv_jax.data.files import CorpusError, Report, SourceFile, unreported
 from rwkv_jax.errors import UserError
 
 ROWS = 256
 
 
 def read_rows(
-    file: SourceFile, field: str, *more: str, report: Report | None = None
+    file: SourceFile, field: str, *more: str, report: Report = unreported
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The values of a column, and of those of `more` that exist, row by row; rows count from 1 at
     the start of the file. The column holds text, or the turns of a conversation as a list.
@@ -29,11 +29,9 @@ def read_rows(
                 named = zip(columns, values, strict=True)
                 where = f"{file.path}:{number}"
                 yield number, {name: _value(value, where, name) for name, value in named}
-            if report:
-                report(place - reported)
-                reported = place
-        if report:
-            report(table.size - reported)
+            report(place - reported)
+            reported = place
+        report(table.size - reported)
 
 
 def group_sizes(file: SourceFile) -> list[int]:

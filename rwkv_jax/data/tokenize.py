@@ -36,7 +36,7 @@ from rwkv_jax.data.corpus import Corpus, names_file, skip_reason
 from rwkv_jax.data.files import CorpusError, Report, SourceFile, find_files, longest_document
 from rwkv_jax.data.tables import group_sizes
 from rwkv_jax.data.tokenizers import Tokenizer, open_tokenizer
-from rwkv_jax.data.tokens import encoded
+from rwkv_jax.data.tokens import encoded, grouped
 from rwkv_jax.errors import UserError, within_memory
 from rwkv_jax.interrupts import blocked_interrupts, deferred_interrupts
 
@@ -112,7 +112,7 @@ def tokenize(
     prefix, tokenizer = data.with_suffix(""), open_tokenizer(cfg.tokenizer, "--tokenizer ")
     if not overwrite and (existing := [path for path in (data, index) if path.exists()]):
         raise UserError(f"{existing[0]}: already exists; name another, or add --overwrite")
-    parts, description = (prefix.with_name(prefix.name + end) for end in (".parts", ".json"))
+    parts = Path(f"{prefix}.parts")
     units, skipped = [], 0
     for source in sources:
         files = [x for x in find_files(source, "SOURCE = ") if not _is_output(x.path, prefix)]
@@ -135,7 +135,7 @@ def tokenize(
         merge([unit.part for unit in units], prefix)
         about = {"tokenizer": tokenizer.identity(), "kind": tokenizer.kind, **counts._asdict()}
         about |= {name: getattr(cfg, name) for name in ("field", "document", "template")}
-        _write_json(description, about | {"sources": list(sources)})
+        _write_json(Path(f"{prefix}.json"), about | {"sources": list(sources)})
     return Result(prefix, counts, counts.bytes - _sum(filter(None, before)).bytes)
 
 
@@ -175,7 +175,7 @@ def _is_output(path: Path, prefix: Path) -> bool:
 
 def _plan(cfg: DataConfig, files: Iterable[SourceFile]) -> tuple[list[Unit], int]:
     """The files cut into units in their order, and the number of files skipped."""
-    units, group, size, skipped = [], [], 0, 0
+    pieces, skipped = [], 0
     for file in files:
         on_disk = file.path.stat().st_size
         lines = file.json_lines or (cfg.document == "line" and not file.table)
@@ -183,15 +183,8 @@ def _plan(cfg: DataConfig, files: Iterable[SourceFile]) -> tuple[list[Unit], int
         if cut and skip_reason(file, cfg):  # a small file is checked by its worker
             skipped += 1
             continue
-        for piece, length in _cut(file, on_disk, cut):
-            if group and size + length > UNIT:
-                units.append(Unit(cfg, tuple(group), size))
-                group, size = [], 0
-            group.append(piece)
-            size += length
-    if group:
-        units.append(Unit(cfg, tuple(group), size))
-    return units, skipped
+        pieces += _cut(file, on_disk, cut)
+    return [Unit(cfg, tuple(group), size) for group, size in grouped(pieces, UNIT)], skipped
 
 
 def _cut(file: SourceFile, size: int, lines: bool) -> Iterator[tuple[SourceFile, int]]:
@@ -201,13 +194,8 @@ def _cut(file: SourceFile, size: int, lines: bool) -> Iterator[tuple[SourceFile,
             end = min(begin + UNIT, size)
             yield replace(file, begin=begin, end=end), end - begin
     elif file.path.suffix == ".parquet" and size > UNIT:
-        first, length, sizes = 0, 0, group_sizes(file)
-        for i, group in enumerate(sizes):
-            if length and length + group > UNIT:
-                yield replace(file, begin=first, end=i), length
-                first, length = i, 0
-            length += group
-        yield replace(file, begin=first, end=len(sizes)), length
+        for rows, length in grouped(enumerate(group_sizes(file)), UNIT):
+            yield replace(file, begin=rows[0], end=rows[-1] + 1), length
     else:
         yield file, size
 
@@ -381,7 +369,7 @@ def _make_part(unit: Unit, tokenizer: Tokenizer, longest: int, report: Report) -
                 size += len(document.text.encode())
                 writer.add(ids)
     counts = Counts(writer.documents, size, writer.tokens, skipped)
-    _write_json(_description(unit.part), counts._asdict())
+    _write_json(Path(f"{unit.part}.json"), counts._asdict())
 
 
 @contextlib.contextmanager
@@ -400,14 +388,10 @@ def _in_steps(report: Report) -> Iterator[Report]:
     report(held)
 
 
-def _description(part: Path) -> Path:
-    return part.with_name(part.name + ".json")
-
-
 def _counts(part: Path) -> Counts | None:
     """The contents of a finished part; None if there is none, or it is damaged."""
     try:
-        counts = Counts(**_read_json(_description(part)))
+        counts = Counts(**_read_json(Path(f"{part}.json")))
         pair = open_binidx(part)
     except (TypeError, CorpusError):
         return None

@@ -28,6 +28,7 @@ import numpy as np
 import tokenizers
 from tokenizers import pre_tokenizers
 
+from rwkv_jax import disk
 from rwkv_jax.data.bpe import END_OF_DOCUMENT
 from rwkv_jax.errors import UserError
 
@@ -344,14 +345,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _read_text(path: Path) -> str:
+    remedy = "restore the tokenizer's files"
     try:
-        return path.read_bytes().decode()
-    except OSError as error:
-        raise TokenizerError(
-            f"{path}: cannot be read ({error.strerror}); restore the tokenizer's files"
-        ) from error
+        with disk.reading(path, remedy, TokenizerError):
+            return path.read_bytes().decode()
     except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path}: not UTF-8; restore the tokenizer's files") from error
+        raise TokenizerError(f"{path}: not UTF-8; {remedy}") from error
 
 
 def _checksum(content: str) -> str:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -26,6 +27,8 @@ from rwkv_jax.data.tokenizers import (
     pieces_for,
     token_sizes,
 )
+
+Item = TypeVar("Item")
 
 SIDES = ("train", "heldout")
 """The two pairs of a cached corpus."""
@@ -89,11 +92,12 @@ def encoded(
 ) -> Iterator[tuple[Document, np.ndarray]]:
     """Each document with its ids, the end-of-document id last, in the type of a token file.
 
-    Documents are encoded in batches of so many `characters`: enough to use every core where the
-    tokenizer can, few enough to hold."""
+    Documents are encoded in batches of up to so many `characters`: enough to use every core where
+    the tokenizer can, few enough to hold."""
     dtype = dtype_for(tokenizer.vocab_size)
     end = np.array([tokenizer.eod], dtype)
-    for batch in _batches(documents, characters):
+    sized = ((document, len(document.text)) for document in documents)
+    for batch, _ in grouped(sized, characters):
         pieces = [pieces_for(tokenizer, document.text) for document in batch]
         ids = iter(tokenizer.encode_batch(list(itertools.chain.from_iterable(pieces))))
         for document, some in zip(batch, pieces, strict=True):
@@ -101,16 +105,18 @@ def encoded(
             yield document, np.concatenate([*parts, end])
 
 
-def _batches(documents: Iterable[Document], characters: int) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= characters:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def grouped(items: Iterable[tuple[Item, int]], most: int) -> Iterator[tuple[list[Item], int]]:
+    """Items, given with their sizes, in groups with theirs: each is as large as fits in `most`, or
+    a single larger item."""
+    group, size = [], 0
+    for item, more in items:
+        if group and size + more > most:
+            yield group, size
+            group, size = [], 0
+        group.append(item)
+        size += more
+    if group:
+        yield group, size
 
 
 def open_cache(folder: Path) -> Tokens:

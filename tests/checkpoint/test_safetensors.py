@@ -137,7 +137,7 @@ def file_of(header, data=bytes(8)):
         (file_of(b'{"\xff": 1}'), "damaged ('utf-8' codec can't decode"),
         (file_of(b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "maximum recursion depth"),
         (file_of(b'{"a": ' + b"9" * 10_000 + b"}"), "damaged (Exceeds the limit"),
-        (file_of(b'{"x\\n": {}, "x\\n": {}}'), r"damaged (x\n twice); download it again"),
+        (file_of(b'{"x\\n": {}, "x\\n": {}}'), r"damaged (two entries are named x\n); down"),
         (file_of({"x": part()}, bytes(7)), "x reaches beyond the end of the file"),
         (file_of({"x": part()}, bytes(9)), "1 bytes belong to no tensor"),
         (file_of({"x": part("F8_E4M3", (8,))}), "x has the type F8_E4M3; save it as F32 or BF16"),
