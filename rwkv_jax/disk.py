@@ -1,4 +1,4 @@
-"""Files: one is replaced as a whole or not at all, and a disk that refuses is one line."""
+"""Files are replaced as a whole or not at all, and an OSError becomes one line."""
 
 import contextlib
 import errno
@@ -18,8 +18,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextlib.contextmanager
 def reading(name: object, remedy: str, error: type[UserError]) -> Iterator[None]:
-    """Turns what the file system refuses to read into one line, as `writing` does:
-    `PATH: cannot be read (reason); remedy`."""
+    """Turns an OSError into one line, as `writing`: `PATH: cannot be read (reason); remedy`."""
     try:
         yield
     except OSError as refused:
@@ -35,10 +34,10 @@ def writing(
     full: str = "free some space",
     error: type[UserError] = UserError,
 ) -> Iterator[None]:
-    """Turns what the file system refuses into one line: `PATH: reason; remedy`.
+    """Turns an OSError into one line: `PATH: reason; remedy`.
 
-    The path is the refused file's, or `name` where the system does not say. `full` is the remedy
-    for a disk without space, `error` the class that is raised.
+    The path is the one that the OSError names, or `name` if it names none. `full` is the remedy for
+    a disk without space, `error` the class that is raised.
     """
     try:
         yield

@@ -150,7 +150,8 @@ def kind(memory: mmap.mmap) -> str:
 
 
 def is_shape(shape: Sequence) -> bool:
-    """Whether numpy can make an array of it, which depends on the other sizes even if one is 0."""
+    """Whether numpy can make an array of this shape; its limit holds for the other sizes even if
+    one is 0."""
     return (
         len(shape) <= 64
         and all(type(size) is int and size >= 0 for size in shape)

@@ -19,7 +19,7 @@ The layouts, the code that makes them, and the files that these tables were deri
                         PyPI package rwkv7-hf (0.9.0: modeling_rwkv7.py) has the same names and
                         shapes
 
-What names do not show:
+Differences that the names do not show:
 
 - transformers divides the output matrices of layer 6 and later by powers of two when it first runs
   a model (`rescale_every`). Files saved before that, and all converted files, hold them undivided.

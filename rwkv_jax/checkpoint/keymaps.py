@@ -35,11 +35,12 @@ class _Version(NamedTuple):
     """How a version's checkpoint is recognised and measured."""
 
     marks: tuple[str, ...]
-    """Tensors of the first layer that no version after this one has together."""
+    """Tensors of the first layer; no later entry of `_VERSIONS` has all of them."""
     sizes: Mapping[str, tuple[str, int]] = MappingProxyType({})
-    """Settings of `ModelConfig`, or `heads`: a tensor of the last layer and an axis of it."""
+    """Settings of `ModelConfig`, or `heads`, each with the tensor of the last layer and its axis
+    that has this size."""
     flags: Mapping[str, str] = MappingProxyType({})
-    """Settings that are true if the first layer has a tensor."""
+    """Settings, each with the tensor of the first layer whose presence makes it true."""
     per_channel: bool = False
     """Whether the decay has an axis of channels."""
 

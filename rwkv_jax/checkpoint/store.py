@@ -69,7 +69,7 @@ class Store:
         items: dict[str, Any] = {META: ocp.args.JsonSave(meta)}
         items |= {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         with _writing(self.folder):
-            # Orbax would skip the second of two concurrent saves without a word.
+            # Orbax would silently skip the second of two concurrent saves.
             self._manager.wait_until_finished()
             self._manager.save(step, args=ocp.args.Composite(**items))
 
@@ -142,8 +142,8 @@ def sweep(folder: Path) -> None:
 
 
 def _placed(abstract: PyTree) -> PyTree:
-    """With a sharding for every array, which need not be the one it was saved with: its own, or
-    the first device."""
+    """The tree with a sharding for every array: its own, or the first device. Arrays may have been
+    saved with other ones."""
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first), abstract
@@ -167,8 +167,8 @@ def _writing(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reading(checkpoint: Path) -> Iterator[None]:
-    """Turns whatever a damaged checkpoint raises into a `DamagedError`; lack of memory and a disk
-    that fails are not its fault."""
+    """Turns whatever a damaged checkpoint raises into a `DamagedError`. Lack of memory passes as it
+    is, and a failing disk is a `StoreError`."""
     try:
         yield
     except Exception as error:
@@ -192,7 +192,7 @@ def _reading(checkpoint: Path) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """The package versions that a checkpoint records, for whoever has to read it later."""
+    """The package versions that a checkpoint records, so that a later reader knows them."""
     found = {}
     for name in ("rwkv_jax", "jax", "orbax-checkpoint"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

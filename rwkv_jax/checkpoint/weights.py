@@ -57,10 +57,10 @@ PILE_FILE = "20B_tokenizer.json"
 """The Pile's vocabulary in official repositories."""
 
 KNOWN = {WorldTokenizer.vocab_size: "world", ByteTokenizer.vocab_size: "bytes"}
-"""Embedding rows of models with a vocabulary that needs no file, and its name."""
+"""Vocabularies that need no file, by the embedding rows of their models."""
 
 PADDING = 128
-"""A model has fewer than this many embedding rows more than its tokenizer has tokens."""
+"""Fewer than this many of a model's embedding rows may be padding, which no token uses."""
 
 
 @dataclass(frozen=True)
@@ -277,8 +277,8 @@ def _official(
     tensors: Mapping[str, np.ndarray],
     config: dict[str, Any] | None = None,
 ) -> Weights:
-    """Tensors in official names, or in Hugging Face's with `config`, by default that beside
-    them."""
+    """Tensors in official names, or in Hugging Face's with `config`, by default the one in their
+    folder."""
     with naming(path):
         if not huggingface.is_huggingface(tensors):
             return Weights(path, kind, tensors)

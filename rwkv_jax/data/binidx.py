@@ -46,18 +46,20 @@ Ids = Sequence[int] | np.ndarray
 
 @dataclass(frozen=True, eq=False)
 class Binidx:
-    """A checked pair, memory-mapped."""
+    """A checked pair, memory-mapped.
+
+    path       without `.bin` and `.idx`
+    tokens     all of `.bin`
+    sizes      the number of tokens of each item
+    pointers   the byte of `.bin` at which each item starts
+    documents  the first item of each document and, last, the number of items
+    """
 
     path: Path
-    """Without `.bin` and `.idx`."""
     tokens: np.ndarray
-    """All of `.bin`."""
     sizes: np.ndarray
-    """Number of tokens of each item."""
     pointers: np.ndarray
-    """Byte of `.bin` at which each item starts."""
     documents: np.ndarray
-    """First item of each document and, last, the number of items."""
 
     @property
     def starts(self) -> np.ndarray:

@@ -52,7 +52,7 @@ TEMPLATES = {
     ),
     "raven": Template("Bob", "Alice", system="", paragraphs=False),
 }
-"""G1 models; World models; Raven and Pile ones, those with the 20B vocabulary."""
+"""For G1 models, for World models, and for those with the 20B vocabulary (Raven and Pile)."""
 
 ROLES = {
     "system": "system",

@@ -3,8 +3,8 @@
 A document is a file (`data.document = "file"`), a line (`"line"`, and always for `.jsonl`), or a
 row of a table (`.parquet`, `.arrow`). A document is held out if the BLAKE2b hash of its name (for
 lines and rows: of its text, so that equal ones stay together) falls below `data.heldout`: adding a
-document moves no other, and no random state is involved. A single plain file that is one document
-cannot be split like that; there the last `data.heldout` of it, from a line start on, is held out.
+document moves no other, and no random state is involved. Of a single plain file that is one
+document, the last `data.heldout` share is held out, from the start of a line.
 
 Only UTF-8 is read. A file in another encoding (PEP 263 allows that in Python sources: 4 of Python
 3.11's 1,790) or with NULs is skipped in a folder and counted, never guessed at; named by its own
@@ -201,7 +201,7 @@ def skip_reason(file: SourceFile, cfg: DataConfig, digest: Any = None) -> str | 
 
 
 class _Problem(ValueError):
-    """What is wrong with a document; whoever catches it adds the place."""
+    """A fault in a document; the caller adds the place."""
 
 
 def _decode(data: bytes) -> str:

@@ -34,7 +34,7 @@ Report = Callable[[int], None]
 
 
 def unreported(count: int) -> None:
-    """The `Report` to nobody."""
+    """A `Report` that does nothing."""
 
 
 class CorpusError(UserError):

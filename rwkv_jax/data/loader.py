@@ -33,18 +33,20 @@ SCAN = 1 << 24
 
 
 class Batch(NamedTuple):
-    """The input of one training step."""
+    """The input of one training step; all arrays are [b, t].
+
+    inputs   int32: the tokens
+    targets  int32: the token after each input
+    reset    bool: a document starts here. The end-of-document id between two documents belongs to
+             the second, so that its first token is predicted from that id and a fresh state, as in
+             sampling
+    mask     bool: which targets are trained on; None: all of them
+    """
 
     inputs: np.ndarray
-    """int32 [b, t]"""
     targets: np.ndarray
-    """int32 [b, t]: the token after each input."""
     reset: np.ndarray
-    """bool [b, t]: a document starts here. The end-of-document id between two documents belongs to
-    the second, so that its first token is predicted from that id and a fresh state, as in
-    sampling."""
     mask: np.ndarray | None = None
-    """bool [b, t]: which targets are trained on; None: all of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,15 +167,16 @@ def open_loader(streams: Sequence[Stream], how: Batching) -> Loader:
 
 
 class Windows(NamedTuple):
-    """How a stream is cut into samples of one length."""
+    """How a stream is cut into samples of one length.
+
+    epoch   the number of samples in one epoch
+    starts  the first token of each sample, given the samples' numbers
+    fresh   which samples start from a fresh state whatever tokens they start with; None: none
+    """
 
     epoch: int
-    """Samples in one epoch."""
     starts: Callable[[np.ndarray], np.ndarray]
-    """The first token of each sample."""
     fresh: Callable[[np.ndarray], np.ndarray] | None = None
-    """Which samples start from a fresh state whatever tokens they start with; None: none of
-    them."""
 
 
 def epoch_windows(stream: Stream, context: int) -> int:
@@ -190,7 +193,8 @@ def epoch_windows(stream: Stream, context: int) -> int:
 def _shuffled(stream: Stream, how: Batching, seed: str) -> Windows:
     context = how.context
     windows = epoch_windows(stream, context)
-    # The last window needs its next token too; the phase may take what the windows leave over.
+    # The last window also needs the token after it. The phase shifts all windows by some of the
+    # tokens that they leave over.
     spare = min(context, len(stream.ids) - windows * context)
 
     def starts(samples: np.ndarray) -> np.ndarray:

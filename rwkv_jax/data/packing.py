@@ -11,15 +11,17 @@ import numpy as np
 
 
 class Packs(NamedTuple):
-    """The pieces of documents that share a context."""
+    """The pieces of documents that share a context.
+
+    first   int64 [packs + 1]: the index of each pack's first piece in the other two arrays and,
+            last, their length
+    start   int64 [pieces]: the token of the stream that is the piece's first target
+    length  int32 [pieces]: the number of its targets
+    """
 
     first: np.ndarray
-    """int64 [packs + 1]: index of each pack's first piece in the other two arrays and, last, their
-    length."""
     start: np.ndarray
-    """int64 [pieces]: the token of the stream that is the piece's first target."""
     length: np.ndarray
-    """int32 [pieces]: the number of its targets."""
 
 
 def pack(starts: np.ndarray, context: int) -> Packs:

@@ -72,7 +72,7 @@ class Data:
 
     @property
     def digest(self) -> str:
-        """Equal for equal data."""
+        """A hash of all sources: equal for equal data."""
         digests = [tokens.digest for tokens in self.sources.values()]
         if len(digests) == 1:
             return digests[0]

@@ -55,27 +55,26 @@ Progress = Callable[[int, int], None]
 
 
 class Counts(NamedTuple):
-    """The contents of a part, or of all of them."""
+    """The contents of a part, or of all of them: documents, their UTF-8 bytes, and their tokens
+    with one end-of-document id each; and the files of folders that were skipped because they are
+    not readable UTF-8 text."""
 
     documents: int = 0
     bytes: int = 0
-    """UTF-8 bytes of the documents."""
     tokens: int = 0
-    """Including one end-of-document id a document."""
     skipped: int = 0
-    """Files of folders that are not readable UTF-8 text."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """The work of a worker at a time."""
+    """What a worker tokenises at a time."""
 
     cfg: DataConfig
     files: tuple[SourceFile, ...]
     size: int
     """Bytes on disk."""
     part: Path = Path()
-    """The pair that it becomes."""
+    """The pair that is written."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def tokenize(
     progress: Progress | None = None,
 ) -> Result:
     """Writes the documents of the sources as a pair, each followed by the end-of-document id, and a
-    description beside it, `OUT.json`.
+    description of it, `OUT.json`.
 
     Of `cfg`, `tokenizer`, `field`, `document` and `template` apply. `workers` is the number of
     processes; None: one for each core. Notices go to stderr. Raises UserError for a source that

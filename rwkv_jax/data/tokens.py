@@ -63,7 +63,7 @@ class Tokens:
 
     def heldout_text(self) -> bytes:
         """The held-out documents, concatenated in the order of `heldout`."""
-        if self.documents is not None:  # a pair, whose text is not at hand
+        if self.documents is not None:  # a pair: it has no text
             return self.tokenizer.decode_bytes(self.heldout)
         return (self.folder / HELDOUT_TEXT).read_bytes()
 
@@ -187,7 +187,7 @@ def open_pair(cfg: DataConfig) -> Tokens:
 
 
 def _check_tokenizer(pair: Binidx, tokenizer: Tokenizer, name: str) -> None:
-    """Compares it with the description that the `tokenize` command leaves beside a pair."""
+    """Compares it with the description that the `tokenize` command leaves next to a pair."""
     path = pair.path.with_name(pair.path.name + ".json")
     try:
         described = json.loads(path.read_text(encoding="utf-8"))

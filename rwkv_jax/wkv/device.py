@@ -9,20 +9,21 @@ from rwkv_jax.typing import Callable
 
 
 def by_platform(**forms: Callable) -> Callable:
-    """The function of the platform that a program is compiled for ("cpu", "cuda", "tpu"), or
-    `default`."""
+    """A function that runs the form for the platform that the program is compiled for ("cpu",
+    "cuda", "tpu"), or `default`."""
     return lambda *args: lax.platform_dependent(*args, **forms)
 
 
 def device_kind() -> str:
-    """Its name: that of the mesh that is set, or of this process' first device."""
+    """The name of the device that a program is traced for: of the mesh in context, or of this
+    process."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 def accelerator() -> str | None:
-    """XLA's name of the accelerator that a program is traced for: of the mesh that is set, or of
-    this process; None for a CPU."""
+    """XLA's name of the platform that a program is traced for: of the mesh in context, or of this
+    process; None for a CPU."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
     if platform == "gpu" and jax.default_backend() == "gpu" and _is_rocm():

@@ -1,5 +1,5 @@
-"""The kernels of versions 5 to 7, whose state is a matrix for each head: the form around one, and
-XLA's beside it."""
+"""What the kernels of versions 5 to 7 share, whose state is a matrix for each head: inputs of any
+length in whole chunks, and XLA's passes with the kernel's arguments."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def unsupported(x: Any) -> str | None:
 
 
 def kept_dtype(x: Any) -> Any:
-    """Of the states that are kept for the backward pass. float16 would overflow."""
+    """The dtype of the states that are kept for the backward pass. float16 would overflow."""
     return jnp.bfloat16 if x.v.dtype == jnp.bfloat16 else jnp.float32
 
 

@@ -56,10 +56,7 @@ def pass_letters(
     they do not mix), c chunks, t tokens, s tokens of a chunk, n, v, k channels of a head, m those
     of all heads."""
     return {
-        "forward": (
-            Forward(tokens, shared, state, starts),
-            Outputs(tokens, state, entering),
-        ),
+        "forward": (Forward(tokens, shared, state, starts), Outputs(tokens, state, entering)),
         "backward": (
             Backward(tokens, shared, entering, tokens, state, starts),
             Gradients(tokens, shared, state),
@@ -78,21 +75,25 @@ class Tile(NamedTuple):
 
 
 class Driver(NamedTuple):
-    """How kernels run on one platform."""
+    """How kernels run on one platform.
+
+    platform     XLA's name: "cuda" or "tpu"
+    letters      what `pass_letters` returns
+    run          (kernel, "forward" or "backward", inputs, shapes of the outputs, interpret)
+                 -> outputs
+    multiple     (heads, channels of a head) -> `run` takes a multiple of so many heads
+    pack         (states that enter the chunks [chunks, *state], x) -> `Outputs.entering`
+    unpack       the inverse of `pack`, in float32
+    unsupported  x -> why there is no kernel for these inputs; None if there is one
+    """
 
     platform: str
-    """XLA's name: "cuda" or "tpu"."""
     letters: dict[str, tuple[PyTree, PyTree]]
     run: Callable[..., Any]
-    """(kernel, "forward" or "backward", inputs, shapes of the outputs, interpret) -> outputs."""
     multiple: Callable[[int, int], int]
-    """(heads, channels of a head) -> `run` takes a multiple of so many heads."""
     pack: Callable[[Any, Any], Any]
-    """(states that enter the chunks [chunks, *state], x) -> `Outputs.entering`."""
     unpack: Callable[[Any, Any], Any]
-    """The inverse of `pack`, in float32."""
     unsupported: Callable[[Any], str | None]
-    """Why there is no kernel for inputs x, if there is none."""
 
 
 class Passes(NamedTuple):

@@ -15,12 +15,15 @@ from rwkv_jax.typing import Callable, PyTree
 
 
 class Axis(NamedTuple):
-    """An axis of the grid: how many indices of a dimension a program's block has, by letter; None
-    is one index, and a block without that dimension."""
+    """An axis of the grid.
+
+    blocks     how many indices of a dimension a program's block has, by letter; None: one index,
+               and the block does not have that dimension
+    backwards  whether programs along the axis go from the end of those dimensions to their start
+    """
 
     blocks: dict[str, int | None]
     backwards: bool = False
-    """Programs along it go from the end of those dimensions to their start."""
 
 
 def map_letters(f: Callable[..., Any], letters: PyTree, *trees: PyTree) -> PyTree:

@@ -35,18 +35,9 @@ from rwkv_jax.wkv.pallas.kernel import (
 )
 from rwkv_jax.wkv.pallas.launch import Axis, launch, map_letters
 from rwkv_jax.wkv.pallas.mosaic import LANES
-from rwkv_jax.wkv.v4 import chunked
+from rwkv_jax.wkv.v4 import chunked, sweeps
 from rwkv_jax.wkv.v4.recurrence import LOG_ZERO, Inputs, Wkv4State
-from rwkv_jax.wkv.v4.sweeps import (
-    SweptBack,
-    Tokens,
-    gradient_of_state,
-    gradient_of_sums,
-    inner,
-    step,
-    step_again,
-    step_back,
-)
+from rwkv_jax.wkv.v4.sweeps import SweptBack, Tokens
 
 SIZE = 16
 """Tokens at a time."""
@@ -85,7 +76,7 @@ def forward(
     """Each token's y, and the state after the last."""
     out = []
     for x in tokens:
-        state, y = step(log_w, u, state, x)
+        state, y = sweeps.step(log_w, u, state, x)
         out.append(y)
     return out, state
 
@@ -101,11 +92,11 @@ def backward(
     """Each token's (dk, dv), and what is carried to the token before the first."""
     readings = []
     for x, d in zip(tokens, dy, strict=True):
-        state, reading = step_again(log_w, u, state, (x, d))
+        state, reading = sweeps.step_again(log_w, u, state, (x, d))
         readings.append(reading)
-    carry, out = (after, inner(state, after.grad)), []
+    carry, out = (after, sweeps.inner(state, after.grad)), []
     for x, reading in zip(reversed(tokens), reversed(readings), strict=True):
-        carry, gradients = step_back(log_w, carry, (x, x.v - reading.gap, reading))
+        carry, gradients = sweeps.step_back(log_w, carry, (x, x.v - reading.gap, reading))
         out.append(gradients)
     return out[::-1], carry[0]
 
@@ -307,8 +298,9 @@ def _passes(kernel: Kernel, interpret: bool) -> Passes:
     def backward(args: Any, residuals: Any, cotangents: Any) -> Any:
         entering, last = residuals
         dy, dlast = cotangents
-        dx, dshared, grad, _ = run_backward(args, entering, (dy, gradient_of_sums(dlast, last)))
-        return dx, dshared, gradient_of_state(grad, args[2]), None
+        cotangents = dy, sweeps.gradient_of_sums(dlast, last)
+        dx, dshared, grad, _ = run_backward(args, entering, cotangents)
+        return dx, dshared, sweeps.gradient_of_state(grad, args[2]), None
 
     return Passes(primal, forward, backward)
 

@@ -155,16 +155,16 @@ def from_initial(
     """
 
     def join(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
-        begun, since = second
-        return first[0] | begun, jnp.where(begun, since, first[1] + since)
+        restarted, since = second
+        return first[0] | restarted, jnp.where(restarted, since, first[1] + since)
 
     log_w = jnp.maximum(x.log_w.astype(initial.dtype), XLA_LOG_ZERO)
     starts = jnp.broadcast_to(reset[:, :, None, None], log_w.shape)
     # Shifted by a token: the state before token t is decayed by those from the start to t - 1.
     before = jnp.pad(log_w, ((0, 0), (1, 0), (0, 0), (0, 0)))
     fresh = jnp.pad(starts, ((0, 0), (0, 1), (0, 0), (0, 0)))
-    begun, since = lax.associative_scan(join, (fresh, jnp.where(fresh, 0, before)), axis=1)
-    kept = jnp.where(begun, jnp.exp(since), 0)
+    restarted, since = lax.associative_scan(join, (fresh, jnp.where(fresh, 0, before)), axis=1)
+    kept = jnp.where(restarted, jnp.exp(since), 0)
     reading = x.r.astype(initial.dtype) * kept[:, :-1]
     late = jnp.einsum("bthk,hvk->bthv", reading, initial, precision=lax.Precision.HIGHEST)
     return late, initial[None] * kept[:, -1, :, None]

@@ -16,21 +16,9 @@ from rwkv_jax.typing import Array, Float, Shaped
 from rwkv_jax.wkv.chunks import chunk_size
 from rwkv_jax.wkv.form import Starts
 from rwkv_jax.wkv.gradient import outputs_of, with_gradient
+from rwkv_jax.wkv.v4 import sweeps
 from rwkv_jax.wkv.v4.recurrence import LOG_ZERO, Inputs, Wkv4State, blend
-from rwkv_jax.wkv.v4.sweeps import (
-    SweptBack,
-    Tokens,
-    advance,
-    gradient_of_state,
-    gradient_of_sums,
-    meet,
-    readings,
-    retreat,
-    split_chunks,
-    sweep,
-    sweep_back,
-    tokens,
-)
+from rwkv_jax.wkv.v4.sweeps import SweptBack, Tokens
 
 CHUNK = 64
 
@@ -101,14 +89,15 @@ def forward(
 ) -> tuple[tuple[Array, Wkv4State], Wkv4State]:
     """(`y`, the state after), and the states that enter the chunks, as in `chunked.py`."""
     t = x.k.shape[1]
-    chunks = jax.tree.map(side_by_side, tokens(x.k, x.v, reset, x.mask, chunk_size(CHUNK, t)))
+    size = chunk_size(CHUNK, t)
+    chunks = jax.tree.map(side_by_side, sweeps.tokens(x.k, x.v, reset, x.mask, size))
 
     def step(state: Wkv4State, token: Tokens) -> tuple[Wkv4State, None]:
-        return advance(meet(state, token), token, x.log_w), None
+        return sweeps.advance(sweeps.meet(state, token), token, x.log_w), None
 
     added, _ = lax.scan(step, Wkv4State.empty(chunks.k.shape[1:], x.k.dtype), chunks)
     entering, last = join(total_decay(x.log_w, chunks), added, state)
-    y = merge_chunks(sweep(x.log_w, x.u, chunks, entering)[1], t)
+    y = merge_chunks(sweeps.sweep(x.log_w, x.u, chunks, entering)[1], t)
     return (y, last), jax.tree.map(chunks_first, entering)
 
 
@@ -124,25 +113,25 @@ def backward(
     dy, dlast = cotangents
     t = x.k.shape[1]
     size = chunk_size(CHUNK, t)
-    chunks = jax.tree.map(side_by_side, tokens(x.k, x.v, reset, x.mask, size))
-    y, dy = (side_by_side(split_chunks(z, size)) for z in (y, dy))
-    reading = readings(x.log_w, x.u, chunks, dy, entering)
+    chunks = jax.tree.map(side_by_side, sweeps.tokens(x.k, x.v, reset, x.mask, size))
+    y, dy = (side_by_side(sweeps.split_chunks(z, size)) for z in (y, dy))
+    reading = sweeps.readings(x.log_w, x.u, chunks, dy, entering)
 
     def step(grad: Wkv4State, inputs: tuple) -> tuple[Wkv4State, None]:
         token, y, reading = inputs
-        return retreat(grad, token, y, reading, x.log_w), None
+        return sweeps.retreat(grad, token, y, reading, x.log_w), None
 
     empty = Wkv4State.empty(chunks.k.shape[1:], x.k.dtype)
     added, _ = lax.scan(step, empty, (chunks, y, reading), reverse=True)
     decay = total_decay(x.log_w, chunks)
-    leaving, first = join(decay, added, gradient_of_sums(dlast, last), reverse=True)
+    leaving, first = join(decay, added, sweeps.gradient_of_sums(dlast, last), reverse=True)
     ends = jax.tree.map(lambda e, s: jnp.concatenate([e[:, 1:], s[:, None]], 1), entering, last)
 
     after = SweptBack(leaving, jnp.zeros_like(empty.num), jnp.zeros_like(empty.num))
-    before, gradients = sweep_back(x.log_w, chunks, y, reading, ends, after)
+    before, gradients = sweeps.sweep_back(x.log_w, chunks, y, reading, ends, after)
     dk, dv = map(partial(merge_chunks, t=t), gradients)
     dx = Inputs(jnp.sum(before.log_w, (0, 1)), dk, dv, jnp.sum(before.u, (0, 1)))
-    return dx, gradient_of_state(first, state), None
+    return dx, sweeps.gradient_of_state(first, state), None
 
 
 wkv4 = with_gradient("wkv4", outputs_of(forward), forward, backward, keeps_outputs=True)

@@ -14,18 +14,9 @@ from rwkv_jax.typing import Array, Float, Shaped
 from rwkv_jax.wkv.chunks import chunk_size
 from rwkv_jax.wkv.form import Starts
 from rwkv_jax.wkv.gradient import with_gradient
+from rwkv_jax.wkv.v4 import sweeps
 from rwkv_jax.wkv.v4.recurrence import Inputs, Wkv4State, in_place
-from rwkv_jax.wkv.v4.sweeps import (
-    SweptBack,
-    Tokens,
-    gradient_of_state,
-    gradient_of_sums,
-    readings,
-    split_chunks,
-    sweep,
-    sweep_back,
-    tokens,
-)
+from rwkv_jax.wkv.v4.sweeps import SweptBack, Tokens
 
 CHUNK = 64
 
@@ -45,10 +36,10 @@ def forward(
 ) -> tuple[tuple[Array, Wkv4State], Wkv4State]:
     """(`y`, the state after), and the states that enter the chunks of `size` tokens."""
     t = x.k.shape[1]
-    chunks = jax.tree.map(chunks_first, tokens(x.k, x.v, reset, x.mask, chunk_size(size, t)))
+    chunks = jax.tree.map(chunks_first, sweeps.tokens(x.k, x.v, reset, x.mask, chunk_size(size, t)))
 
     def chunk(state: Wkv4State, tokens: Tokens) -> tuple[Wkv4State, tuple[Array, Wkv4State]]:
-        after, y = sweep(x.log_w, x.u, tokens, state)
+        after, y = sweeps.sweep(x.log_w, x.u, tokens, state)
         return after, (y, state)
 
     last, (y, entering) = lax.scan(chunk, state, chunks)
@@ -66,22 +57,22 @@ def backward(
     dy, dlast = cotangents
     t = x.k.shape[1]
     size = chunk_size(CHUNK, t)
-    chunks = jax.tree.map(chunks_first, tokens(x.k, x.v, reset, x.mask, size))
-    y, dy = (chunks_first(split_chunks(z, size)) for z in (y, dy))
+    chunks = jax.tree.map(chunks_first, sweeps.tokens(x.k, x.v, reset, x.mask, size))
+    y, dy = (chunks_first(sweeps.split_chunks(z, size)) for z in (y, dy))
 
     def chunk(carry: tuple[SweptBack, Wkv4State], inputs: tuple) -> tuple[tuple, tuple]:
         after, end = carry
         tokens, y, dy, entering = inputs
-        reading = readings(x.log_w, x.u, tokens, dy, entering)
-        before, gradients = sweep_back(x.log_w, tokens, y, reading, end, after)
+        reading = sweeps.readings(x.log_w, x.u, tokens, dy, entering)
+        before, gradients = sweeps.sweep_back(x.log_w, tokens, y, reading, end, after)
         return (before, entering), gradients
 
     zeros = jnp.zeros_like(last.num)
-    carry = (SweptBack(gradient_of_sums(dlast, last), zeros, zeros), last)
+    carry = (SweptBack(sweeps.gradient_of_sums(dlast, last), zeros, zeros), last)
     (before, _), gradients = lax.scan(chunk, carry, (chunks, y, dy, entering), reverse=True)
     dk, dv = map(partial(merge_chunks, t=t), gradients)
     dx = Inputs(jnp.sum(before.log_w, 0), dk, dv, jnp.sum(before.u, 0))
-    return dx, gradient_of_state(before.grad, state), None
+    return dx, sweeps.gradient_of_state(before.grad, state), None
 
 
 wkv4 = with_gradient("wkv4", in_place, forward, backward, keeps_outputs=True)

@@ -6,13 +6,7 @@ state a chunk is kept, not one a token. The algebra is in `algebra.py`.
 """
 
 from rwkv_jax.typing import Array, Float
-from rwkv_jax.wkv.chunks import (
-    DocumentIds,
-    documents,
-    scan_chunks,
-    scan_chunks_back,
-    transpose,
-)
+from rwkv_jax.wkv.chunks import DocumentIds, documents, scan_chunks, scan_chunks_back, transpose
 from rwkv_jax.wkv.form import Output, Starts, State
 from rwkv_jax.wkv.gradient import outputs_of, with_gradient
 from rwkv_jax.wkv.v6 import algebra
@@ -22,11 +16,7 @@ CHUNK = 32
 
 
 def forward(
-    x: Tokens,
-    heads: Heads,
-    state: Float[Array, "b h k v"],
-    reset: Starts,
-    size: int = CHUNK,
+    x: Tokens, heads: Heads, state: Float[Array, "b h k v"], reset: Starts, size: int = CHUNK
 ) -> tuple[tuple[Array, Array], Array]:
     """(`y`, the state after), and the states that enter the chunks of `size` tokens; all states
     transposed, as in `algebra.py`."""

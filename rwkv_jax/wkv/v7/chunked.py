@@ -16,10 +16,7 @@ CHUNK = 32
 
 
 def forward(
-    x: Inputs,
-    state: Float[Array, "b h v k"],
-    reset: Starts,
-    size: int = CHUNK,
+    x: Inputs, state: Float[Array, "b h v k"], reset: Starts, size: int = CHUNK
 ) -> tuple[tuple[Array, Array], Array]:
     """(`y`, the state after), and the states that enter the chunks of `size` tokens."""
 
