@@ -48,9 +48,13 @@ class Data:
         size = sum(weight * x.train_bytes / len(x.train) for x, weight in shares)
         return size / sum(self.weights)
 
-    @cached_property
+    @property
     def heldout(self) -> np.ndarray:
         """The held-out documents of all sources, concatenated."""
+        return self._heldout  # no cached_property itself: a protocol asks for a property
+
+    @cached_property
+    def _heldout(self) -> np.ndarray:
         parts = [tokens.heldout for tokens in self.sources.values()]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
