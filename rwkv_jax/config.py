@@ -71,14 +71,16 @@ class _Table:
 
 
 class VersionSettings(NamedTuple):
-    """What a config knows of a version of the model, before JAX is imported."""
+    """What a config knows of a version of the model, before JAX is imported.
+
+    optional      its settings among those that not all versions have
+    ffn_ratio     default hidden width of the channel mix, over `width`
+    ffn_multiple  that default is rounded down to a multiple of this
+    """
 
     optional: tuple[str, ...]
-    """Its settings among those that not all versions have."""
     ffn_ratio: float
-    """Default hidden width of the channel mix, over `width`."""
     ffn_multiple: int = 1
-    """What that default is rounded down to a multiple of."""
 
 
 _OPTIONAL_7 = ("head_size", "rank_w", "rank_a", "rank_v", "rank_g")

@@ -24,23 +24,26 @@ class TopologyError(UserError):
 
 @dataclass(frozen=True)
 class Chip:
-    """One accelerator; rates are per second."""
+    """One accelerator; rates are per second.
+
+    flops       floating-point operations in bfloat16 matrix products
+    memory      bytes
+    bandwidth   bytes read from or written to its memory
+    links       bytes sent, in one direction, to neighbouring chips
+    kinds       its names in JAX's `device_kind`, or parts of them
+    dimensions  allowed lengths of a topology's shape: TPU slices are grids, of GPUs it is
+                machines x GPUs
+    network     bytes sent to chips of other machines; 0: `links` reach those too
+    """
 
     name: str
     flops: float
-    """Floating-point operations in bfloat16 matrix products."""
     memory: int
-    """Bytes."""
     bandwidth: float
-    """Bytes read from or written to its memory."""
     links: float
-    """Bytes sent, in one direction, to neighbouring chips."""
     kinds: tuple[str, ...]
-    """Names of it in JAX's `device_kind`, or parts of them."""
     dimensions: tuple[int, ...]
-    """Allowed lengths of a topology's shape: TPU slices are grids, GPUs are machines x GPUs."""
     network: float = 0.0
-    """Bytes sent to chips of other machines; 0: `links` reach those too."""
 
 
 CHIPS = {
@@ -60,26 +63,28 @@ def chip_of(device_kind: str) -> Chip | None:
 
 
 class Gpu(NamedTuple):
-    """What XLA's compiler needs to know of a GPU."""
+    """What XLA's compiler needs to know of a GPU.
+
+    major, minor  compute capability
+    cores         multiprocessors
+    block         bytes of shared memory that a block can use
+    core          bytes of shared memory of a multiprocessor
+    l2            MiB
+    memory        GiB
+    bandwidth     GB/s
+    clock         GHz
+    """
 
     name: str
     major: int
-    """Compute capability."""
     minor: int
     cores: int
-    """Multiprocessors."""
     block: int
-    """Bytes of shared memory that a block can use."""
     core: int
-    """Bytes of shared memory of a multiprocessor."""
     l2: int
-    """MiB."""
     memory: int
-    """GiB."""
     bandwidth: int
-    """GB/s."""
     clock: float
-    """GHz."""
 
     def target_config(self) -> str:
         """XLA's description of the GPU (`GpuTargetConfigProto`, as text)."""

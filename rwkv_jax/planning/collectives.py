@@ -31,16 +31,18 @@ _MESH_GROUPS = re.compile(
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective operation of a program."""
+    """One collective operation of a program.
+
+    size    bytes of its result on one device
+    groups  int [groups, members]: the devices of each group, or a permute's (source, target) pairs;
+            None: one group of all devices
+    times   how often the program runs it
+    """
 
     kind: str
     size: int
-    """Bytes of its result on one device."""
     groups: np.ndarray | None
-    """int [groups, members]: the devices of each group, or a permute's (source, target) pairs;
-    None: one group of all devices."""
     times: int
-    """How often the program runs it."""
 
     def axes(self, shape: dict[str, int]) -> tuple[str, ...]:
         """The mesh axes that it communicates over, in a mesh of this shape."""

@@ -43,24 +43,28 @@ class PlanError(UserError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What one step of a run needs; sizes are bytes per device."""
+    """What one step of a run needs; sizes are bytes per device.
+
+    kernel         whether the recurrence runs as a Pallas kernel
+    carried        the batch, and the recurrent states carried to the next step
+    rest           activations and temporaries
+    program_flops  per step, all devices together
+    needed_flops   the same, by the model's formula
+    traffic        mesh axes -> kind of collective -> bytes received per step
+    """
 
     cfg: Config
     topology: Topology
     mesh: dict[str, int]
     kernel: bool
-    """Whether the recurrence runs as a Pallas kernel."""
     parameters: int
     optimizer: int
     carried: int
     gradients: int
     rest: int
     program_flops: int
-    """Per step, all devices together."""
     needed_flops: int
-    """The same, by the model's formula."""
     traffic: dict[tuple[str, ...], dict[str, int]]
-    """Mesh axes -> kind of collective -> bytes received per step."""
     seconds_to_compile: float
 
     @property
@@ -97,8 +101,8 @@ class Plan:
 
     @property
     def link_rate(self) -> float:
-        """Bytes per second that a chip receives. Between machines, what all GPUs of one receive
-        enters it once, over the networks of all of them together."""
+        """Bytes per second that a chip receives. Between machines, data for all GPUs of a machine
+        enters it once, over the networks of its GPUs together."""
         chip, hosts = self.topology.chip, self.topology.hosts
         assert chip
         if hosts == 1 or not chip.network:

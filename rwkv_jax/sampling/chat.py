@@ -102,15 +102,17 @@ def _closing(text: str) -> str:
 
 @dataclass(frozen=True)
 class ReplySettings:
-    """How replies are written. Raises `UserError` for a value out of range."""
+    """How replies are written. Raises `UserError` for a value out of range.
+
+    think       a thinking mode, one of `THINK`
+    max_tokens  of one reply, with its thought
+    seed        of the next reply; each reply increments it
+    """
 
     think: str = "off"
-    """A thinking mode, one of `THINK`."""
     sampling: Sampling = CHAT_SAMPLING
     max_tokens: int = 2000
-    """Of one reply, with its thought."""
     seed: int = 0
-    """Of the next reply; each reply increments it."""
 
     def __post_init__(self):
         if self.think not in THINK:
@@ -141,29 +143,32 @@ class _Position:
 
 @dataclass(frozen=True)
 class _Question:
+    """A question that was read: `ids` are its tokens, `decoding` is the state after them (kept for
+    the last question only)."""
+
     text: str
     think: str
     before: _Position
     ids: list[int]
-    """All tokens read for it."""
     decoding: DecodeState[Array] | None
-    """The state after reading it; kept for the last question only."""
 
 
 @dataclass
 class _Reply:
-    """A reply while it is written."""
+    """A reply while it is written.
+
+    ids    all tokens drawn, which may run past the end of the reply
+    base   the state after the first `base_tokens`, whose text (`base_length` characters) is final
+    shown  number of characters of the thought and of the answer that were yielded
+    """
 
     question: _Question
     ids: list[int]
-    """All tokens drawn, which may run past the end of the reply."""
     base: DecodeState[Array]
-    """The state after the first `base_tokens`, whose text (`base_length` characters) is final."""
     base_tokens: int = 0
     base_length: int = 0
     text: str = ""
     shown: tuple[int, int] = (0, 0)
-    """Number of characters of the thought and of the answer that were yielded."""
 
     @property
     def beginning(self) -> str:

@@ -51,19 +51,22 @@ drawn."""
 
 @struct.dataclass
 class DecodeState(Generic[Leaf]):
-    """A batch of texts being written: one row each, independent of the others."""
+    """A batch of texts being written: one row each, independent of the others.
+
+    state   after the last token read or written, unstacked
+    logits  [b, V], of the next token, before penalties
+    counts  the tokens drawn so far, for penalties
+    keys    [b], from the rows' seeds; the draw of a token is keyed by this and `drawn`
+    drawn   [b], number of tokens drawn so far
+    done    [b], whether the row is complete: no more tokens are drawn in it
+    """
 
     state: State
-    """After the last token read or written, unstacked."""
     logits: Leaf
-    """[b, V], of the next token, before penalties."""
     counts: Counts[Leaf]
     keys: Leaf
-    """[b], from the rows' seeds. The draw of a token is keyed by this and `drawn`."""
     drawn: Leaf
-    """[b], number of tokens drawn so far."""
     done: Leaf
-    """[b], whether the row is complete: no more tokens are drawn in it."""
 
 
 class Prefix:

@@ -107,14 +107,10 @@ def _is_one_of_several(environment: Mapping[str, str]) -> bool:
     script of a SLURM job (`sbatch`) outside of `srun`.
     """
 
-    def above_one(name: str) -> bool:
-        return environment.get(name, "1").strip() not in ("", "0", "1")
-
+    counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
     return (
         any(name in environment for name in VARIABLES)
-        or above_one("SLURM_STEP_NUM_TASKS")
-        or above_one("OMPI_COMM_WORLD_SIZE")
-        or above_one("MEGASCALE_NUM_SLICES")
+        or any(environment.get(name, "1").strip() not in ("", "0", "1") for name in counts)
         or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
         or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys()
         or _on_tpu_machine(environment)

@@ -22,15 +22,17 @@ from rwkv_jax.typing import Array, Bool, Callable, Float, Int, PyTree
 
 
 class Examples(NamedTuple):
-    """The rows of a batch, or of one of the equal parts that `train.accumulate` cuts it into."""
+    """The rows of a batch, or of one of the equal parts that `train.accumulate` cuts it into.
+
+    targets  the token that follows each input
+    reset    where a document starts: nothing before it is remembered
+    weight   of each token in the loss, with mean 1 over the whole batch; None is 1 for all
+    """
 
     inputs: Int[Array, "b t"]
     targets: Int[Array, "b t"]
-    """The token that follows each input."""
     reset: Bool[Array, "b t"]
-    """Where a document starts: nothing before it is remembered."""
     weight: Float[Array, "b t"] | None
-    """Of each token in the loss, with mean 1 over the whole batch; None is 1 for all."""
 
 
 Objective = Callable[..., tuple[Float[Array, ""], tuple[Float[Array, ""], PyTree]]]

@@ -15,8 +15,10 @@ def plot(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draws the lines of `metrics.jsonl` into a PNG file, which is replaced when it is complete."""
     train = [line for line in lines if "loss" in line]
     heldout = [line for line in lines if "heldout_bpb" in line]
+    from matplotlib.ticker import EngFormatter  # slow to import
+
     with plots.bits_per_byte(path, title, "tokens") as axes:
-        axes.xaxis.set_major_formatter(_engineering())
+        axes.xaxis.set_major_formatter(EngFormatter())
         if train:
             tokens, bpb = (np.array([line[key] for line in train]) for key in ("tokens", "bpb"))
             smoothed = smooth(bpb)
@@ -30,12 +32,6 @@ def plot(lines: list[dict[str, Any]], path: Path, title: str) -> None:
                 label = f"{name} {value:.3f}"
                 axes.axhline(value, color="0.35", linestyle=style, linewidth=1, label=label)
         _set_range(axes, train, heldout)
-
-
-def _engineering() -> Any:
-    from matplotlib.ticker import EngFormatter
-
-    return EngFormatter()
 
 
 def _draw_heldout(axes: Any, lines: list[dict[str, Any]]) -> None:

@@ -67,7 +67,7 @@ class Report:
         weights = f"from {train.init}, which sets version and sizes"
         rows = {
             "model": f"{_title(cfg.model)}, {count:,} parameters",
-            **({"weights": weights} if train.init else {}),
+            "weights": weights if train.init else "",
             **data.describe(),
             "training": f"{train.steps:,} steps of {train.batch} x {train.context} tokens:"
             f" {seen:,} tokens, {seen / data.train_tokens:.2f} epochs",

@@ -21,19 +21,22 @@ from rwkv_jax.typing import Array, Bool, Callable, Float, Leaf, PyTree
 
 @struct.dataclass
 class Metrics(Generic[Leaf]):
-    """What one step reports; scalars but for `bad_gradients`."""
+    """What one step reports; scalars but for `bad_gradients`.
+
+    loss           cross entropy in nats per token, without regularisers
+    grad_norm      global norm, before clipping
+    state_rms      root mean square of the recurrent state after the batch
+    lr             learning rate
+    finite         whether loss and gradient are finite; if not, the step changed nothing
+    bad_gradients  which parameters, in `jax.tree.leaves` order, had a non-finite gradient
+    """
 
     loss: Leaf
-    """Cross entropy in nats per token, without regularisers."""
     grad_norm: Leaf
-    """Global norm, before clipping."""
     state_rms: Leaf
-    """Root mean square of the recurrent state after the batch."""
     lr: Leaf
     finite: Leaf
-    """Loss and gradient are finite. If not, the step changed nothing."""
     bad_gradients: Leaf
-    """Which parameters, in `jax.tree.leaves` order, had a non-finite gradient."""
 
 
 def make_train_step(cfg: Config, objective: Objective = objective) -> jax.stages.Wrapped:
