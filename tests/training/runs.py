@@ -1,9 +1,18 @@
 """A corpus and a config so small that a whole run takes seconds."""
 
+import dataclasses
+import shutil
 from pathlib import Path
+
+import jax
 
 from rwkv_jax.config import Config
 from rwkv_jax.toml import load_config
+from rwkv_jax.training.objective import Objective, objective
+from rwkv_jax.training.step import make_train_step
+
+END = {"data.exit_tokens": 14 * 2 * 32}
+"""Where the schedule ends, however long a run is, so that runs of all lengths share a program."""
 
 LINES = (
     "def add(a, b):\n    return a + b\n\n",
@@ -44,3 +53,22 @@ def settings(folder: Path, **overrides: object) -> list[str]:
 
 def config(folder: Path, **overrides: object) -> Config:
     return load_config(None, settings(folder, **overrides))
+
+
+def copy(run: Path, folder: Path) -> None:
+    """Copies what `settings` wrote, and the run, into another folder, as if made there."""
+    shutil.copytree(run, folder, dirs_exist_ok=True)
+    stated = folder / "run" / "config.toml"
+    stated.write_text(stated.read_text().replace(str(run), str(folder)))
+
+
+def train_step(cfg: Config, objective: Objective = objective) -> jax.stages.Wrapped:
+    """`make_train_step`, traced and compiled once for all runs of a test session whose steps are
+    the same."""
+    steps = 1 if cfg.data.exit_tokens else cfg.train.steps  # which end the schedule
+    train = dataclasses.replace(cfg.train, output="run", steps=steps)
+    key = repr((cfg.model, cfg.optimizer, train, cfg.data.exit_tokens, objective))
+    return _STEPS.setdefault(key, make_train_step(cfg, objective))
+
+
+_STEPS: dict[str, jax.stages.Wrapped] = {}

@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiling import QUICK_FLAGS
 from official import checkpoint
 from rich.console import Console
 from training.processes import LIMITED
-from training.runs import config, settings
+from training.runs import END, config, copy, settings, train_step
 
 from rwkv_jax.checkpoint import weights
 from rwkv_jax.checkpoint.keymaps import from_official
 from rwkv_jax.checkpoint.store import load_run
+from rwkv_jax.cli.train import main
 from rwkv_jax.data.loader import Loader
 from rwkv_jax.data.prepare import prepare
 from rwkv_jax.errors import UserError
@@ -32,29 +32,35 @@ from rwkv_jax.training.loop import NonFiniteError, train
 from rwkv_jax.training.metrics import read_metrics
 from rwkv_jax.training.objective import objective
 from rwkv_jax.training.report import Report
+from rwkv_jax.training.step import make_train_step
 
 ROOT = Path(__file__).parents[2]
 TIMES = ("seconds", "tokens_per_s", "steps", "data", "saving", "evaluating")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Every run compiles the same programs."""
-    from jax.experimental.compilation_cache import compilation_cache
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A corpus and a finished run of it, to read only; what it printed, and its times."""
+    folder, spent = tmp_path_factory.mktemp("finished"), []
+    summary = Report.summary
 
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0, 0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield jax.config.jax_compilation_cache_dir
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    def noted(report):
+        spent.append(dict(report.timer.total))
+        return summary(report)
+
+    with pytest.MonkeyPatch.context() as patch, (folder / "stdout").open("w") as file:
+        patch.setattr(Report, "summary", noted)
+        patch.setattr(loop, "make_train_step", train_step)
+        given = config(folder, **END, **{"train.keep": 1})
+        assert train(given, console=Console(file=file, width=100)) == folder / "run"
+    return folder, (folder / "stdout").read_text(), spent[0]
+
+
+@pytest.fixture
+def one_program(monkeypatch):
+    """Runs with the same step share its program, and draw no curves."""
+    monkeypatch.setattr(loop, "make_train_step", train_step)
+    monkeypatch.setattr(Report, "curve", lambda _: None)
 
 
 @pytest.fixture
@@ -82,7 +88,9 @@ def interrupt_at(monkeypatch, step, kind=signal.SIGINT):
 
 
 @pytest.mark.parametrize("version", [pytest.param("4", marks=pytest.mark.slow), "7"])
-def test_resumed_run_is_the_run_that_never_stopped(version, tmp_path, console, monkeypatch):
+def test_resumed_run_is_the_run_that_never_stopped(
+    version, tmp_path, console, monkeypatch, one_program
+):
     parts = {"model.version": version, "train.accumulate": 2}
     handler = signal.getsignal(signal.SIGINT)
     whole = config(tmp_path, **parts, **{"train.output": tmp_path / "whole"})
@@ -126,17 +134,8 @@ def test_a_finished_run_is_evaluated_again_and_may_be_made_longer(tmp_path, cons
         train(shorter, console=console)
 
 
-def test_final_table_curve_and_checkpoints(tmp_path, console, monkeypatch):
-    summary, spent = Report.summary, []
-
-    def noted(report):
-        spent.append(dict(report.timer.total))
-        return summary(report)
-
-    monkeypatch.setattr(Report, "summary", noted)
-    folder = train(config(tmp_path, **{"train.keep": 1}), console=console)
-    console.file.flush()
-    printed = (tmp_path / "stdout").read_text()
+def test_final_table_curve_and_checkpoints(finished):
+    folder, printed, spent = finished[0] / "run", *finished[1:]
     final = metrics(folder)[-1]
     assert f"{final['heldout_bpb']:.3f}" in printed
     for name, value in final["compressors"].items():
@@ -150,13 +149,13 @@ def test_final_table_curve_and_checkpoints(tmp_path, console, monkeypatch):
     losses = [line["loss"] for line in metrics(folder) if "loss" in line]
     assert losses[-1] < losses[0]
     # The summary is of all that was done, the last evaluation too.
-    assert spent[0].keys() == {"tokens", "steps", "data", "saving", "evaluating"}
+    assert spent.keys() == {"tokens", "steps", "data", "saving", "evaluating"}
 
 
 def test_divergence_names_the_step_the_gradient_and_the_last_good_checkpoint(
     tmp_path, console, monkeypatch
 ):
-    original, calls = loop.make_train_step, []
+    original, calls = make_train_step, []
 
     def counted(*args, **settings):
         calls.append(args)
@@ -174,6 +173,7 @@ def test_divergence_names_the_step_the_gradient_and_the_last_good_checkpoint(
         return train_step
 
     monkeypatch.setattr(loop, "make_train_step", poisoned)
+    monkeypatch.setattr(Report, "curve", lambda _: None)
     with pytest.raises(NonFiniteError) as caught:
         train(config(tmp_path), console=console, objective=counted)
     assert calls  # the objective given is the one that is minimised
@@ -184,18 +184,19 @@ def test_divergence_names_the_step_the_gradient_and_the_last_good_checkpoint(
     assert max(line["step"] for line in metrics(tmp_path / "run")) <= 7
 
 
-def test_refuses_a_folder_that_is_not_this_runs(tmp_path, console):
-    folder = train(config(tmp_path), console=console)
+def test_refuses_a_folder_that_is_not_this_runs(finished, tmp_path, console):
+    copy(finished[0], tmp_path)
+    folder = tmp_path / "run"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"holds another run \(optimizer.beta2 is 0.99 there, 0.9"):
-        train(config(tmp_path, **{"optimizer.beta2": 0.9}), console=console)
+        train(config(tmp_path, **END, **{"optimizer.beta2": 0.9}), console=console)
     other = settings(tmp_path)[2].removeprefix("data.source=") + "/more.py"
     Path(other).write_text("x = 1\n" * 50)
     with pytest.raises(UserError, match=r"was trained on other text than data\.source"):
-        train(config(tmp_path, **{"data.tokenizer": "bytes"}), console=console)
+        train(config(tmp_path, **END, **{"data.tokenizer": "bytes"}), console=console)
     document = Path(other).with_name("7.py")
     Path(other).unlink()
-    same = config(tmp_path)  # which writes the corpus
+    same = config(tmp_path, **END)  # which writes the corpus
     document.write_text(document.read_text().replace("a", "b", 1))  # of the same size
     with pytest.raises(UserError, match=r"was trained on other text than data\.source"):
         train(same, console=console)
@@ -232,22 +233,15 @@ def test_a_run_that_never_came_to_a_checkpoint_gives_up_its_folder(tmp_path, con
     assert "width = 64" in (tmp_path / "run" / "config.toml").read_text()
 
 
-def start(tmp_path, cache, *extra):
+def start(tmp_path, *extra):
     """`train.py` as a user starts it."""
     toml = tmp_path / "empty.toml"
     toml.write_text("")
-    env = {
-        **os.environ,
-        "XLA_FLAGS": QUICK_FLAGS,
-        "JAX_COMPILATION_CACHE_DIR": cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
     return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", toml, *settings(tmp_path), *extra],
+        [sys.executable, ROOT / "train.py", toml, *settings(tmp_path, **END), *extra],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=env,
         cwd=tmp_path,
     )
 
@@ -262,14 +256,14 @@ def wait_for(condition, process, seconds=120):
 
 
 @pytest.mark.slow
-def test_kill_9_leaves_a_run_that_resumes_exactly(tmp_path, compiled_once):
+def test_kill_9_leaves_a_run_that_resumes_exactly(tmp_path):
     many = ("train.steps=150", "train.checkpoint_every=15", "train.eval_every=70")
-    whole = start(tmp_path, compiled_once, *many, f"train.output={tmp_path / 'whole'}")
+    whole = start(tmp_path, *many, f"train.output={tmp_path / 'whole'}")
     out, err = whole.communicate(timeout=300)
     assert whole.returncode == 0, err
     assert "xz -9" in out
     folder, log = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
-    process = start(tmp_path, compiled_once, *many)
+    process = start(tmp_path, *many)
     wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 15, process)
     process.kill()  # wherever it is
     process.communicate()
@@ -277,22 +271,22 @@ def test_kill_9_leaves_a_run_that_resumes_exactly(tmp_path, compiled_once):
     assert 45 <= max(line["step"] for line in read_metrics(log)) < 150
     with log.open("a") as file:
         file.write('{"step": 149, "lo')  # the half line of a kill while writing
-    last = start(tmp_path, compiled_once, *many)
+    last = start(tmp_path, *many)
     out, err = last.communicate(timeout=300)
     assert last.returncode == 0, err
     assert "resuming from step" in out
     assert metrics(folder) == metrics(tmp_path / "whole")
 
 
-def test_a_disk_that_takes_no_checkpoint_is_one_line(tmp_path):
+def test_a_disk_that_takes_no_checkpoint_is_one_line(finished, tmp_path):
     """Files may not grow beyond 20 kB: the writes fail inside the library, as on a full disk."""
     prepare(config(tmp_path).data)
-    (tmp_path / "empty.toml").write_text("")
     done = subprocess.run(
-        [sys.executable, *LIMITED, tmp_path / "empty.toml", *settings(tmp_path)],
+        [sys.executable, *LIMITED, os.devnull, *settings(tmp_path, **END)],
         capture_output=True,
         text=True,
-        env={**os.environ, "XLA_FLAGS": QUICK_FLAGS, "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        # It finds the programs of `finished`, and writes none: that would fail, too.
+        env={**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"},
     )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
@@ -301,8 +295,8 @@ def test_a_disk_that_takes_no_checkpoint_is_one_line(tmp_path):
     assert not [path.name for path in folder.iterdir() if path.name.isdigit()]
 
 
-def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, compiled_once):
-    process = start(tmp_path, compiled_once, "train.steps=1000000")
+def test_ctrl_c_saves_and_says_how_to_resume(finished, tmp_path):
+    process = start(tmp_path, "train.steps=1000000")
     log = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: log.exists() and log.read_text(), process)
     process.send_signal(signal.SIGINT)
@@ -323,10 +317,11 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, compiled_once):
         (["model.vocab_size=100"], "model.vocab_size = 100: the tokenizer"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(extra, expected, tmp_path, compiled_once):
-    process = start(tmp_path, compiled_once, *extra)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2
+def test_bad_input_is_one_line_and_exit_code_2(extra, expected, tmp_path, capsys):
+    assert main([os.devnull, *settings(tmp_path), *extra], "python train.py") == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith("train.py: ")
     assert expected in err
     assert len(err.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
@@ -346,8 +341,8 @@ def test_help_is_instant_and_shows_the_uses():
     assert not {"jax", "numpy"} & imported
 
 
-def test_metrics_are_json_that_any_reader_takes(tmp_path, console):
-    folder = train(config(tmp_path), console=console)
+def test_metrics_are_json_that_any_reader_takes(finished):
+    folder = finished[0] / "run"
 
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")
@@ -356,7 +351,7 @@ def test_metrics_are_json_that_any_reader_takes(tmp_path, console):
         json.loads(line, parse_constant=refuse)
 
 
-def test_stopped_while_starting_it_starts_again(tmp_path, console, monkeypatch):
+def test_stopped_while_starting_it_starts_again(tmp_path, console, monkeypatch, one_program):
     """Whatever kills the process before the first step leaves a folder that is a run."""
 
     class Killed(Exception):
@@ -365,7 +360,7 @@ def test_stopped_while_starting_it_starts_again(tmp_path, console, monkeypatch):
     def kill(*_):
         raise Killed
 
-    cfg = config(tmp_path)
+    cfg = config(tmp_path, **END, **{"train.steps": 2})
     for module, moment in (
         (setup, "Store"),
         (setup, "init_train_state"),
@@ -381,8 +376,8 @@ def test_stopped_while_starting_it_starts_again(tmp_path, console, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_reader_that_leaves_does_not_end_the_run(tmp_path, compiled_once):
-    process = start(tmp_path, compiled_once)
+def test_a_reader_that_leaves_does_not_end_the_run(tmp_path):
+    process = start(tmp_path)
     assert process.stdout.readline()
     process.stdout.close()
     with process.stderr as stderr:
@@ -393,7 +388,9 @@ def test_a_reader_that_leaves_does_not_end_the_run(tmp_path, compiled_once):
 
 def test_a_home_is_a_home(tmp_path, console, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    folder = train(config(tmp_path, **{"train.output": "~/there"}), console=console)
+    monkeypatch.setattr(loop, "make_train_step", train_step)
+    short = {"train.output": "~/there", "train.steps": 1, "train.log_every": 1}
+    folder = train(config(tmp_path, **END, **short), console=console)
     assert folder == tmp_path / "there"
     assert (folder / "loss.png").exists()
 
@@ -401,25 +398,24 @@ def test_a_home_is_a_home(tmp_path, console, monkeypatch):
 @pytest.mark.parametrize(
     "item", ["params", *(pytest.param(item, marks=pytest.mark.slow) for item in ("rest", "meta"))]
 )
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(item, tmp_path):
-    ends = {"data.exit_tokens": 14 * 64, "train.keep": 3}
-    out = (tmp_path / "out").open("w+")
-    folder = train(config(tmp_path, **ends), console=Console(file=out, width=200))
-    other = {"train.steps": 14, "train.output": tmp_path / "whole"}
-    whole = train(config(tmp_path, **ends | other), console=Console(file=out, width=200))
-    newest = folder / "checkpoints" / "12"
-    for path in (newest / item).rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    train(config(tmp_path, **ends, **{"train.steps": 14}), console=Console(file=out, width=200))
-    out.seek(0)
-    printed = out.read()
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(item, tmp_path, one_program):
+    ends = END | {"train.keep": 3}
+    with (tmp_path / "out").open("w") as out:
+        console = Console(file=out, width=200)
+        folder = train(config(tmp_path, **ends), console=console)
+        other = {"train.steps": 14, "train.output": tmp_path / "whole"}
+        whole = train(config(tmp_path, **ends | other), console=console)
+        newest = folder / "checkpoints" / "12"
+        for path in (newest / item).rglob("*"):
+            if path.is_file():
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        train(config(tmp_path, **ends, **{"train.steps": 14}), console=console)
+    printed = (tmp_path / "out").read_text()
     assert "damaged or of another shape" in printed
     assert f"kept as {folder / 'checkpoints' / 'damaged-12'}; resuming from step 10" in printed
     assert (folder / "checkpoints" / "damaged-12").is_dir()
     kept = [[x for x in metrics(f) if "final" not in x] for f in (folder, whole)]
     assert kept[0] == kept[1]
-    out.close()
 
 
 def test_a_damaged_metrics_file_keeps_its_whole_lines(tmp_path):
