@@ -479,7 +479,11 @@ def test_given_weights_that_do_not_belong_are_refused(tmp_path, console):
         ("model.version", None, r'"7" \(.*seven.toml\), and .*given.pth has "6"; add model.vers'),
         ("model.layers", 12, r"model.layers = 12 \(command line\), and .*given.pth has 2; set"),
         ("model.width", 64, "model.width = 64 .*, and .*given.pth has 32"),
-        ("data.tokenizer", "world", "data.tokenizer = world has 65,536 tokens, but the model has 257"),
+        (
+            "data.tokenizer",
+            "world",
+            "data.tokenizer = world has 65,536 tokens, but the model has 257",
+        ),
         ("train.init", tmp_path / "part.pth", r"part.pth: head\.weight is missing"),
         ("train.init", tmp_path / "none.pth", "none.pth: cannot be read"),
     ):
