@@ -47,14 +47,14 @@ NUMBERS = ("RMS", "min", "max", "NaN")
 
 @dataclass
 class Statistics:
-    """Of the numbers in one tensor, or in several."""
+    """Statistics of the numbers in one tensor, or in several. `nonfinite` counts NaN and infinite
+    numbers, which `squares`, `minimum` and `maximum` leave out."""
 
     count: int = 0
     squares: float = 0.0
     minimum: float = math.inf
     maximum: float = -math.inf
     nonfinite: int = 0
-    """NaN and infinite numbers, which the other statistics leave out."""
     tensors: int = 0
     dtypes: set[str] = field(default_factory=set)
 

@@ -35,13 +35,13 @@ Chunk = TypeVar("Chunk", bound=TextChunk)
 
 
 class Meter:
-    """Counts tokens, and their rate after the first chunk, which waited for the compiler."""
+    """Counts tokens, and their rate after the first chunk, which waited for the compiler. `finish`
+    is that of the last chunk."""
 
     def __init__(self):
         self._tokens: list[int] = []
         self._times: list[float] = []
         self.finish: Finish = ""
-        """Of the last chunk."""
 
     def play(self, chunks: Iterable[Chunk], show: Callable[[Chunk], None]) -> None:
         """Shows chunks as they come. Ctrl-C raises KeyboardInterrupt between two of them."""

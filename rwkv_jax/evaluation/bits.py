@@ -195,8 +195,8 @@ def one_late(items: Iterable[T]) -> Iterator[T]:
 
 
 def _placement(rows: int) -> tuple[Callable[[np.ndarray], Any], int]:
-    """What puts windows on the mesh in context, and the number of rows rounded up so that they
-    divide."""
+    """A function that puts windows on the mesh in context, and the number of rows, rounded up to a
+    multiple of the devices that share them."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return (lambda x: x), rows
@@ -275,7 +275,7 @@ def _windows(
 
 
 def _row(documents: list[np.ndarray], indices: list[int], eod: int) -> np.ndarray:
-    """One row of all windows: int32 [4, t], t the length of its documents together."""
+    """One row of all windows: int32 [4, t], where t is the total length of its documents."""
     if not documents:
         return np.empty((4, 0), np.int32)
     lengths = [len(document) for document in documents]

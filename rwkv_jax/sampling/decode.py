@@ -225,7 +225,7 @@ def _chunk(
 
 
 Carry = tuple[Array, Array, DecodeState[Array]]
-"""Of the decode loop: its step, the tokens so far, the state."""
+"""The carry of the decode loop: its step, the tokens so far, the state."""
 
 
 @jit_for_decoding

@@ -16,7 +16,8 @@ class Session:
 
     However a stream ends, at a stop string, by `break` or by Ctrl-C, the state is then the one
     after the last token that was yielded (a stop string is part of the state, though not of the
-    text). After the end of a document a new one starts, at `prefix` if given.
+    text). After the end of a document a new one starts, at `prefix` if given. `started` is whether
+    the model has read or written anything since the last document ended.
     """
 
     def __init__(self, generator: Generator, seed: int = 0, prefix: Prefix | None = None):
@@ -31,7 +32,7 @@ class Session:
         if prefix is not None:
             decoding = self.generator.restart(decoding, prefix)
         self._decoding = decoding
-        self._started = prefix is not None and prefix.logits is not None
+        self.started = prefix is not None and prefix.logits is not None
         self._decoder = StreamDecoder(self.generator.tokenizer)
         self.seed = seed
 
@@ -49,11 +50,6 @@ class Session:
             self._decoder = StreamDecoder(self.generator.tokenizer)
 
     @property
-    def started(self) -> bool:
-        """Whether the model has read or written anything since the last document ended."""
-        return self._started
-
-    @property
     def state(self) -> State:
         """The state after all of the text so far, stacked."""
         return stack(self._decoding.state)
@@ -67,8 +63,8 @@ class Session:
         return self.generator.restart(self._decoding, self._prefix)
 
     def _read(self, tokens: Sequence[int]) -> None:
-        decoding = self._decoding if self._started else self._restarted()
-        self._decoding, self._started = self.generator.extend(decoding, tokens), True
+        decoding = self._decoding if self.started else self._restarted()
+        self._decoding, self.started = self.generator.extend(decoding, tokens), True
 
     def stream(
         self, *, max_tokens: int = 200, sampling: Sampling | None = None, stop: Sequence[str] = ()
@@ -84,15 +80,15 @@ class Session:
     def _stream(
         self, max_tokens: int, sampling: Sampling, stop: Sequence[str]
     ) -> Iterator[TextChunk]:
-        if max_tokens and not self._started:
+        if max_tokens and not self.started:
             if self._prefix is None:
                 self._read([self.generator.tokenizer.eod])
             elif self._prefix.logits is None:
                 raise UserError(NO_LOGITS)
             else:
-                self._decoding, self._started = self._restarted(), True
+                self._decoding, self.started = self._restarted(), True
         stream = Stream(self.generator, self._decoding, sampling, max_tokens, stop, self._decoder)
         for chunk in stream:
             if chunk.tokens:
-                self._decoding, self._started = stream.state_after(chunk), chunk.finish != "end"
+                self._decoding, self.started = stream.state_after(chunk), chunk.finish != "end"
             yield chunk

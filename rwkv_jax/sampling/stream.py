@@ -119,7 +119,7 @@ class TextChunk:
 
 
 class BlockSizer:
-    """Tokens of the next block: a few at first, then about `CALL_SECONDS` worth."""
+    """The number of tokens in the next block: one at first, then about `CALL_SECONDS` worth."""
 
     def __init__(self):
         self._tokens = 1
@@ -270,7 +270,7 @@ def generate_with(
     stop: Sequence[str] = (),
     prefix: Prefix | None = None,
 ) -> Iterator[TextChunk]:
-    """`generate` with a `Generator` made before; every prompt follows `prefix`, if given."""
+    """`generate` with an existing `Generator`; every prompt follows `prefix`, if given."""
     check_max_tokens(max_tokens)
     seeds = [seed + index for index in range(len(prompts))]
     tokens = [generator.tokenizer.encode(prompt) for prompt in prompts]

@@ -1,10 +1,10 @@
 """The processes of one run: how they connect, agree on what happens, and exit.
 
 Every process runs the same program; JAX's distributed runtime connects them. Arrays are shared
-(`rwkv_jax.training.mesh`), files and the terminal belong to the first process. What one process
-alone knows, that it was asked to stop or that it cannot read its files, is sent to all, so that
-they do the same thing at the same step. A process that dies sends nothing: the others notice by a
-broken connection at once, or, where the device library waits in silence, by missed heartbeats.
+(`rwkv_jax.training.mesh`), files and the terminal belong to the first process. A request to stop,
+or a file that cannot be read, is known to one process alone: it is sent to all, so that they do the
+same thing at the same step. A process that dies sends nothing: the others notice by a broken
+connection at once, or, where the device library waits in silence, by missed heartbeats.
 """
 
 import contextlib
@@ -215,11 +215,11 @@ def is_shared(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def exit_on_failure(prog: str) -> Iterator[None]:
-    """Exits this process when it fails, where others would wait for it for ever.
+    """Exits this process when it fails, so that the others do not wait for it for ever.
 
     An error of all processes (a `SharedError`, or an `Interrupted` that is shared) is printed by
-    the first one. An error of one process, which includes the loss of another (exit code `LOST`),
-    it prints itself, and exits without waiting for the others.
+    the first one. An error of this process alone, such as the loss of another (exit code `LOST`),
+    is printed by this one, which exits without waiting for the others.
     """
     try:
         yield

@@ -23,7 +23,8 @@ from rwkv_jax.params import is_spec
 from rwkv_jax.typing import Array, PyTree
 
 AXES = ("data", "fsdp", "sequence", "tensor")
-"""From the slowest links to the fastest: the tensor axis, which sends most, is of neighbours."""
+"""From the slowest links to the fastest: along the tensor axis, which sends most, devices are
+neighbours."""
 
 
 class MeshError(UserError):
@@ -31,8 +32,8 @@ class MeshError(UserError):
 
 
 def make_mesh(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh | None:
-    """The mesh of `cfg` of these devices (None: all), without its axes of one device; None for a
-    single device.
+    """The mesh that `cfg` asks for, of these devices (None: all) and without axes of one device;
+    None for a single device.
 
     Raises `MeshError` if the devices cannot form it, or it does not divide heads, width, batch or
     context.
@@ -96,7 +97,7 @@ def _check_divides(cfg: Config, shape: dict[str, int]) -> None:
         if size % count:
             raise MeshError(
                 f"{written} does not divide the {size} {what}; the nearest that do:"
-                f" {_either(_divisors(size, count))}"
+                f" {_nearest_divisors(size, count)}"
             )
     for axes, size, name, parts in (
         (("data", "fsdp"), train.batch, "train.batch", train.accumulate),
@@ -130,15 +131,11 @@ def _count(axes: tuple[str, ...], shape: dict[str, int]) -> tuple[int, str]:
     return math.prod(shape.get(axis, 1) for axis in axes), " x ".join(present)
 
 
-def _divisors(size: int, near: int) -> list[int]:
-    """The divisors of `size` next to `near`, below and above."""
+def _nearest_divisors(size: int, near: int) -> str:
+    """The divisors of `size` next to `near`, below and above, as text."""
     divisors = [n for n in range(1, size + 1) if size % n == 0]
     below, above = [n for n in divisors if n < near], [n for n in divisors if n > near]
-    return below[-1:] + above[:1]
-
-
-def _either(numbers: list[int]) -> str:
-    return " and ".join(f"{n:,}" for n in numbers)
+    return " and ".join(f"{n:,}" for n in below[-1:] + above[:1])
 
 
 def params_shardings(specs: PyTree, mesh: Mesh) -> PyTree:

@@ -2,9 +2,9 @@
 
     p <- p - lr(step) lr_scale (m / (sqrt(v) + eps) + weight_decay p)
 
-with bias-corrected moments m and v, `lr_scale` and whether `weight_decay` applies from the
-parameter's `ParamSpec`, and gradients clipped by their global norm before. As in torch, `eps`
-is added outside the root. The official 1e-18 is a normal float32, so a parameter that never had a
+with bias-corrected moments m and v of gradients that are clipped by their global norm first. The
+`ParamSpec` of p gives `lr_scale`, and says whether `weight_decay` applies. As in torch, `eps` is
+added outside the root. The official 1e-18 is a normal float32, so a parameter that never had a
 gradient gets 0 / (0 + eps) = 0. A gradient so small (below 1e-18) that its square underflows moves
 its parameter by at most about lr, like any other; nothing is divided by zero.
 """

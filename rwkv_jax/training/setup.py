@@ -69,8 +69,8 @@ def shared_settings(cfg: Config) -> dict[str, str]:
 def adopt(cfg: Config, stated: Mapping[str, str]) -> Config:
     """The config with the model of the weights in `train.init`, if it names any.
 
-    `stated` says where settings come from (`load_stated`). A stated version must be that of the
-    weights, and so must sizes from the command line; sizes in a config file are overridden. Raises
+    `stated` says where settings come from (`load_stated`). A version, if stated, and sizes from the
+    command line must be those of the weights; sizes in a config file are overridden. Raises
     `UserError` for one that differs, and for weights that cannot be read.
     """
     if not cfg.train.init:
@@ -157,8 +157,8 @@ def fingerprint(data: Data) -> str:
 def open_folder(cfg: Config, data: Data) -> Iterator[tuple[Path, Store]]:
     """The run's folder, which the first process locks, and its checkpoints.
 
-    At the end, waits for what is being written, unless this process alone has failed: the others
-    would not know, and not come.
+    At the end, waits for checkpoints being written, unless this process alone has failed: the
+    others do not know of that, and would not take part.
     """
     with contextlib.ExitStack() as stack:
         folder = hosts.run_on_all(_claim, cfg, data, stack)

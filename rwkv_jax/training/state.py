@@ -44,17 +44,14 @@ def init_train_state(
 ) -> TrainState[Array]:
     """The state before the first step: these parameters, or new ones drawn from `train.seed`;
     moments are zero. Across a mesh no device ever holds more of new ones than its shard."""
-    model = cfg.model
-    if params is None:
-        key = jax.random.key(cfg.train.seed)
-        if mesh is None:
-            params = models.init_params(model, key)
-        else:
-            shardings = params_shardings(models.specs(model), mesh)
-            params = jax.jit(partial(models.init_params, model), out_shardings=shardings)(key)
-    elif mesh is not None:
+    model, init = cfg.model, partial(models.init_params, cfg.model)
+    if mesh is not None:
         shardings = params_shardings(models.specs(model), mesh)
-        params = jax.tree.map(sharding.put_global, params, shardings)
+        init = jax.jit(init, out_shardings=shardings)
+        if params is not None:
+            params = jax.tree.map(sharding.put_global, params, shardings)
+    if params is None:
+        params = init(jax.random.key(cfg.train.seed))
     with sharding.use_mesh(mesh):
         opt_state = jax.jit(optimizer_for(cfg).init)(params)
         step, carried = jax.jit(lambda: jnp.zeros((), jnp.int32))(), None

@@ -125,7 +125,7 @@ def _weights(mask: Bool[Array, "b t"]) -> Float[Array, "b t"]:
 
 
 def describe_nonfinite(metrics: Metrics, params: PyTree) -> str:
-    """What of a step was not finite: the loss, or the gradients of which parameters."""
+    """Names what was not finite in a step: the loss, or the gradients of some parameters."""
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     bad = [name for name, is_bad in zip(names, metrics.bad_gradients, strict=True) if is_bad]
     found = [] if jnp.isfinite(metrics.loss) else [f"the loss is {float(metrics.loss)}"]
