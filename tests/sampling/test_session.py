@@ -257,7 +257,7 @@ def test_a_document_starts_at_the_prefix_again(generator7):
     prefix = Prefix(first.state, generator7.cfg, first.logits)
     session = Session(generator7, 1, prefix)
     expected = text(session.stream(max_tokens=8))
-    session._started = False  # as after the end of a document
+    session.started = False  # as after the end of a document
     session.reseed(1)
     assert text(session.stream(max_tokens=8)) == expected
     silent = Session(generator7, 1, Prefix(first.state, generator7.cfg))
