@@ -4,6 +4,8 @@ A case is a version, an implementation, a dtype, a length, a regime and a patter
 errors are of y, the final state and the gradients of all inputs and of the initial state.
 """
 
+import functools
+import itertools
 from collections.abc import Iterator
 from functools import partial
 
@@ -55,45 +57,70 @@ def errors(
     patterns: tuple[str, ...] = testing.RESETS,
 ) -> Iterator[tuple[str, str, dict[str, tuple[float, float]]]]:
     """(regime, resets, {array: (error, bar)}) for every regime and pattern of resets."""
-    wide = "float64" if dtype == "float64" else "float32"
     with jax.enable_x64(dtype == "float64"):
-        for regime in version.regimes:
-            for pattern in patterns:
-                inputs, state = version.inputs(regime, shape), version.state(shape)
-                reset = testing.reset_pattern(pattern, shape, seed=1)
-                given = {name: _typed(name, x, dtype) for name, x in inputs.items()}
-                same = {name: np.asarray(x, np.float64) for name, x in given.items()}
-                y, final, scale = version.expected(same, state, reset)
-                dy, dfinal = cotangents(version, shape, final)
-                dy = _typed("y", dy, dtype)
-                dfinal, start, scale = jax.tree.map(
-                    partial(np.asarray, dtype=wide), (dfinal, state, scale)
+        for regime, pattern in itertools.product(version.regimes, patterns):
+            case = version, dtype, shape, regime, pattern
+            given, start, reset, expected, scale, slack = _case(*case)
+            if implementation is None:
+                out, after = forward(version, None, jit)(given, start, reset)
+                actual = {"y": out} | version.final(after, scale)
+            else:
+                dy, dfinal, exact = _gradients(*case)
+                values, gradients = compiled(version, implementation, jit)(
+                    given, start, reset, scale, dy, dfinal
                 )
-                expected = {"y": y} | final
-                if implementation is None:
-                    out, after = forward(version, None, jit)(given, start, reset)
-                    actual = {"y": out} | version.final(after, scale)
-                else:
-                    values, gradients = compiled(version, implementation, jit)(
-                        given, start, reset, scale, dy, dfinal
-                    )
-                    actual = values | {f"d {name}": x for name, x in gradients.items()}
-                    exact = version.gradients(
-                        same, state, reset, np.asarray(dy, np.float64), dfinal, scale
-                    )
-                    expected |= {f"d {name}": x for name, x in exact.items()}
-                assert actual.keys() == expected.keys()
-                found = {}
-                for name, x in expected.items():
-                    # Where a gradient is zero, the oracle may hold its own rounding errors.
-                    x = x if np.abs(x).max() > 1e-14 else np.zeros_like(x)
-                    stored = dtype if actual[name].dtype == jnp.bfloat16 else wide
-                    assert actual[name].dtype == stored, f"{name} is {actual[name].dtype}"
-                    allowed = _slack(inputs) * bar(stored, shape.time)
-                    if implementation in KERNELS and dtype == "bfloat16" and version.name != "4":
-                        allowed = KERNEL_BFLOAT16
-                    found[name] = relative_rms(np.asarray(actual[name], np.float64), x), allowed
-                yield regime, pattern, found
+                actual = values | {f"d {name}": x for name, x in gradients.items()}
+                expected = expected | {f"d {name}": x for name, x in exact.items()}
+            assert actual.keys() == expected.keys()
+            found = {}
+            for name, x in expected.items():
+                # Where a gradient is zero, the oracle may hold its own rounding errors.
+                x = x if np.abs(x).max() > 1e-14 else np.zeros_like(x)
+                stored = dtype if actual[name].dtype == jnp.bfloat16 else _wide(dtype)
+                assert actual[name].dtype == stored, f"{name} is {actual[name].dtype}"
+                allowed = slack * bar(stored, shape.time)
+                if implementation in KERNELS and dtype == "bfloat16" and version.name != "4":
+                    allowed = KERNEL_BFLOAT16
+                found[name] = relative_rms(np.asarray(actual[name], np.float64), x), allowed
+            yield regime, pattern, found
+
+
+_kept = functools.lru_cache(maxsize=64)
+"""What does not depend on the implementation is computed once for those that come together."""
+
+
+@_kept
+def _case(version: Version, dtype: str, shape: testing.Shape, regime: str, pattern: str):
+    """Inputs, initial state, resets; the oracle's results, the scale of its state, the slack."""
+    inputs, state = version.inputs(regime, shape), version.state(shape)
+    reset = testing.reset_pattern(pattern, shape, seed=1)
+    given = {name: _typed(name, x, dtype) for name, x in inputs.items()}
+    y, final, scale = version.expected(_exact(given), state, reset)
+    start, scale = jax.tree.map(partial(np.asarray, dtype=_wide(dtype)), (state, scale))
+    return given, start, reset, {"y": y} | final, scale, _slack(inputs)
+
+
+@_kept
+def _gradients(version: Version, dtype: str, shape: testing.Shape, regime: str, pattern: str):
+    """Cotangents, and the oracle's gradients with them."""
+    given, _, reset, expected, scale, _ = _case(version, dtype, shape, regime, pattern)
+    final = {name: x for name, x in expected.items() if name != "y"}
+    dy, dfinal = cotangents(version, shape, final)
+    dy = _typed("y", dy, dtype)
+    dfinal = jax.tree.map(partial(np.asarray, dtype=_wide(dtype)), dfinal)
+    exact = version.gradients(
+        _exact(given), version.state(shape), reset, np.asarray(dy, np.float64), dfinal, scale
+    )
+    return dy, dfinal, exact
+
+
+def _wide(dtype: str) -> str:
+    """The type of states, and of results that are not stored in fewer bits."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def _exact(given: dict[str, np.ndarray | jax.Array]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(x, np.float64) for name, x in given.items()}
 
 
 def _typed(name: str, x: np.ndarray, dtype: str) -> np.ndarray | jax.Array:

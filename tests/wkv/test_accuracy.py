@@ -12,25 +12,32 @@ from wkv.operators import VERSIONS
 
 def cases():
     """All of them. The quick suite has every implementation of each version in float32 at the
-    longest length; of `chunked` also one token and a whole chunk, and for version 7 every dtype."""
-    for name, form, dtype, length in itertools.product(
-        VERSIONS, accuracy.FORMS, accuracy.DTYPES, accuracy.LENGTHS
+    longest length; of `chunked` also one token and a whole chunk, and for version 7 every dtype.
+
+    The longest length in float32 is compiled as users do, quickly only for `chunked`.
+    """
+    for name, dtype, length, form in itertools.product(
+        VERSIONS, accuracy.DTYPES, accuracy.LENGTHS, accuracy.FORMS
     ):
         longest, single, trains = length == "3 C + 5", dtype == "float32", form == "chunked"
         edges = trains and length in ("1", "C")
         quick = form is not None and single and (longest or edges) and name != "5"
         quick |= longest and trains and name == "7"
-        yield pytest.param(
-            *(VERSIONS[name], form, dtype, length),
-            id=f"wkv{name}-{form}-{dtype}-{length}".replace(" ", ""),
-            marks=() if quick else pytest.mark.slow,
-        )
+        case = VERSIONS[name], form, dtype, length
+        slow = () if quick else pytest.mark.slow
+        title = f"wkv{name}-{form}-{dtype}-{length}".replace(" ", "")
+        if not (longest and single):
+            yield pytest.param(*case, jax.jit, id=title, marks=slow)
+        elif trains:
+            yield pytest.param(*case, as_users_do, id=title, marks=slow)
+        else:
+            yield pytest.param(*case, jax.jit, id=title, marks=slow)
+            yield pytest.param(*case, as_users_do, id=f"{title}-optimised", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("version", "implementation", "dtype", "length"), [*cases()])
-def test_against_float64(version, implementation, dtype, length):
+@pytest.mark.parametrize(("version", "implementation", "dtype", "length", "jit"), [*cases()])
+def test_against_float64(version, implementation, dtype, length, jit):
     shape = accuracy.shape_of(version, implementation, length)
-    jit = as_users_do if length == "3 C + 5" and dtype == "float32" else jax.jit
     wrong = [
         f"{regime}, resets {pattern}: {name} {error:.1e}, bar {allowed:.1e}"
         for regime, pattern, found in accuracy.errors(version, implementation, dtype, shape, jit)
