@@ -1,7 +1,6 @@
 """The folder of a run: resumed by the same run only, and used by one process at a time."""
 
 import contextlib
-import dataclasses
 import fcntl
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,14 +82,13 @@ def is_trained(folder: Path) -> bool:
     return any(path.name.isdigit() for path in (folder / CHECKPOINTS).glob("*"))
 
 
-def differences(first: Config, second: Config) -> Iterator[tuple[str, object, object]]:
-    """The settings in which two configs differ: name and both values."""
-    for section in dataclasses.fields(Config):
-        one, other = (getattr(cfg, section.name) for cfg in (first, second))
-        for key in dataclasses.fields(one):
-            values = getattr(one, key.name), getattr(other, key.name)
-            if values[0] != values[1]:
-                yield f"{section.name}.{key.name}", *values
+def settings(cfg: Config) -> dict[str, object]:
+    """The values of a config by name, such as `train.batch`."""
+    return {
+        f"{section}.{key}": value
+        for section, table in vars(cfg).items()
+        for key, value in vars(table).items()
+    }
 
 
 def _check_free(folder: Path, cfg: Config) -> None:
@@ -106,12 +104,13 @@ def _check_free(folder: Path, cfg: Config) -> None:
                 f"{folder}: not empty and not a run ({others[0]}); choose another train.output"
             )
         return
-    found = read_config(folder)
+    before, now = settings(read_config(folder)), settings(cfg)
     if (folder / TOKENIZER).is_dir() and not is_trained(folder):
         return  # that run was stopped before it had anything to lose
-    for name, before, now in differences(found, cfg):
-        if name not in FREE and not name.startswith(("sample.", "mesh.")):
+    for name, value in before.items():
+        fixed = name not in FREE and not name.startswith(("sample.", "mesh."))
+        if fixed and value != now[name]:
             raise RunError(
-                f"{folder}: holds another run ({name} is {before!r} there, {now!r} here);"
+                f"{folder}: holds another run ({name} is {value!r} there, {now[name]!r} here);"
                 f" choose another train.output, or delete {folder} to start over"
             )

@@ -25,7 +25,7 @@ from rwkv_jax.data.loader import Batching, Loader, open_loader
 from rwkv_jax.data.sources import Data
 from rwkv_jax.toml import TYPED
 from rwkv_jax.training import hosts
-from rwkv_jax.training.folder import RunError, claim, describe, is_trained
+from rwkv_jax.training.folder import RunError, claim, describe, is_trained, settings
 from rwkv_jax.training.state import (
     TrainState,
     abstract_train_state,
@@ -57,13 +57,8 @@ class _SharedRunError(RunError, hosts.SharedError):
 
 def shared_settings(cfg: Config) -> dict[str, str]:
     """The settings that all processes must agree on: paths of text and cache may differ."""
-    own = {"source", "mixture", "cache"}
-    return {
-        f"{section.name}.{key}": literal(value)
-        for section in dataclasses.fields(cfg)
-        for key, value in vars(getattr(cfg, section.name)).items()
-        if not (section.name == "data" and key in own)
-    }
+    own = {"data.source", "data.mixture", "data.cache"}
+    return {name: literal(value) for name, value in settings(cfg).items() if name not in own}
 
 
 def adopt(cfg: Config, stated: Mapping[str, str]) -> Config:

@@ -225,7 +225,7 @@ def test_dtype_and_batch_are_used(run_eval):
         (["model.safetensors"], "nothing to measure the model on: name a TEXT, --lambada FILE or"),
         (
             ["model.safetensors", "--choices", "quiz.jsonl", "--by-position"],
-            "--by-position needs a",
+            "--by-position needs a text",
         ),
         (["model.safetensors", "none"], "none: no such file or folder; give one that exists"),
         (["model.safetensors", "latin"], "latin: not UTF-8 at byte 3; convert it"),
