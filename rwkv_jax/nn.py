@@ -71,7 +71,7 @@ def embed(
 
 @struct.dataclass
 class Transposed(Generic[Leaf]):
-    """A matrix stored [out, in], which decoding on a CPU is faster with; `linear` takes both."""
+    """A matrix stored [out, in], for faster decoding on a CPU; `linear` takes both layouts."""
 
     rows: Leaf
 
@@ -169,8 +169,8 @@ def token_shift(
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b c"]]:
     """Every token's predecessor in `x`, and the last token, for the next call.
 
-    `last` (float32) is what the token before the first one left. Where `reset` holds a document
-    starts: that token's predecessor is zero. `lengths` counts the valid tokens of each row, the
+    `last` (float32) is the predecessor of the first token. Where `reset` is true a document starts:
+    that token's predecessor is zero. `lengths` counts the valid tokens of each row, the
     rest is right padding. `mesh_axis` is the explicit or manual mesh axis that shards time: a
     shard's first token gets its predecessor from the device before.
     """

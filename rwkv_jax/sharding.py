@@ -79,7 +79,7 @@ def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
 
 
 def put_global(x: Any, place: NamedSharding) -> Array:
-    """A global array from a host array that every process has, sharded as `place` says."""
+    """A global array, sharded as `place` says, from a host array that every process has."""
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
 
@@ -93,8 +93,8 @@ def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
 
 
 def is_explicit(axis: str | None = None) -> bool:
-    """Whether this axis of the mesh in context (None: any) is explicit, so that types say what it
-    shards."""
+    """Whether this axis of the mesh in context is explicit, so that types say what it shards; with
+    None, whether any axis is."""
     axes = jax.sharding.get_abstract_mesh().explicit_axes
     return axis in axes if axis else bool(axes)
 
@@ -108,15 +108,16 @@ def check_axis(operator: str, axis: str, length: int) -> None:
     """Raises `ValueError` if there is no such mesh axis, or it does not divide the length."""
     mesh = jax.sharding.get_abstract_mesh()
     if axis not in mesh.axis_names:
-        known = ", ".join(mesh.axis_names) or "none; name one by jax.set_mesh(mesh)"
-        raise ValueError(f"{operator}: no mesh axis {axis!r}; there is {known}")
+        known = ", ".join(map(repr, mesh.axis_names))
+        there = f"the mesh has {known}" if known else "no mesh is set; call jax.set_mesh(mesh)"
+        raise ValueError(f"{operator}: no mesh axis {axis!r}: {there}")
     devices = mesh.shape[axis]
     if length % devices:
         below, above = length - length % devices, length + -length % devices
-        nearest = f"{below} and {above}" if below else f"{above}"
+        nearest = f"{below} or {above}" if below else f"{above}"
         raise ValueError(
-            f"{operator}: {length} tokens do not divide over the {devices} devices of mesh axis"
-            f" {axis!r}; the nearest that do are {nearest}"
+            f"{operator}: {length} tokens cannot be split evenly over the {devices} devices of"
+            f" mesh axis {axis!r}; the nearest length that can is {nearest}"
         )
 
 
@@ -133,7 +134,7 @@ def names_of(axis: Axis) -> tuple[str, ...]:
 def gather(tree: PyTree, dtype: Any = None) -> PyTree:
     """All-gather parameters over `fsdp`, for use. With `dtype`, cast first, so that half as many
     bytes travel."""
-    if FSDP not in jax.sharding.get_abstract_mesh().explicit_axes:
+    if not is_explicit(FSDP):
         return tree
     return jax.tree.map(partial(_gather, dtype=dtype), tree)
 

@@ -7,8 +7,8 @@ Such a file is a zip whose entries are stored uncompressed:
     NAME/data/KEY    a storage: the numbers
     NAME/byteorder   `little`; missing in files of torch before 2.1
 
-A pickle is a program, and Python's interpreter of pickles runs whatever it calls. The one here
-knows only the few opcodes and names that state dicts consist of, imports nothing, calls nothing,
+A pickle is a program, and Python's unpickler runs whatever it calls. The interpreter here knows
+only the few opcodes and names that state dicts consist of, imports nothing, calls nothing,
 and raises an error for everything else. Checksums are not verified: that would read the whole file.
 """
 

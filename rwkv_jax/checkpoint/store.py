@@ -118,7 +118,7 @@ class Store:
         return aside
 
     def reload(self) -> None:
-        """Reads again which checkpoints the folder has."""
+        """Reads the folder's list of checkpoints again."""
         self._manager.reload()
 
     def wait(self) -> None:

@@ -108,7 +108,7 @@ class ChatDialogue:
     """Whether thoughts are shown."""
 
     def run(self) -> None:
-        """Until the input ends or `:quit`."""
+        """Plays the dialogue until the input ends or `:quit` is typed."""
         take_turns(self._obey, lambda: f"{self.conversation.template.user}: ")
 
     def save(self, path: Path) -> None:

@@ -145,7 +145,8 @@ def _print_header(console: Console, weights: Any, cfg: Any) -> None:
         tokenizer = find_tokenizer(weights, cfg.vocab_size).identity()
     except UserError as error:
         tokenizer = f"unknown: {error}"
-    heads = f", {cfg.heads} heads of {cfg.head_size}" if cfg.heads < cfg.width else ""
+    count = "1 head" if cfg.heads == 1 else f"{cfg.heads} heads"
+    heads = f", {count} of {cfg.head_size}" if cfg.heads < cfg.width else ""
     rows = {
         "file": f"{weights.path} ({weights.format})",
         "model": f"RWKV-{cfg.version}, {cfg.layers} layers of width {cfg.width}{heads}",

@@ -35,8 +35,8 @@ SIDES = ("train", "heldout")
 MASK, HELDOUT_TEXT, MANIFEST, TOKENIZER = "train.mask", "heldout.txt", "manifest.json", "tokenizer"
 
 SAMPLED_TOKENS = 1 << 26
-"""Of a longer pair only so many tokens are read when it is opened, in chunks spread over it:
-reading all of a terabyte would take an hour."""
+"""A pair is read when it is opened. Of a longer one than this only a sample of so many tokens is
+read, in chunks spread evenly over it: reading a terabyte would take an hour."""
 SAMPLED_CHUNKS = 64
 
 
@@ -92,8 +92,8 @@ def encoded(
 ) -> Iterator[tuple[Document, np.ndarray]]:
     """Each document with its ids, the end-of-document id last, in the type of a token file.
 
-    Documents are encoded in batches of up to so many `characters`: enough to use every core where
-    the tokenizer can, few enough to hold."""
+    Documents are encoded in batches of up to `characters` characters: enough to occupy every core
+    if the tokenizer is parallel, few enough to fit in memory."""
     dtype = dtype_for(tokenizer.vocab_size)
     end = np.array([tokenizer.eod], dtype)
     sized = ((document, len(document.text)) for document in documents)
@@ -106,8 +106,8 @@ def encoded(
 
 
 def grouped(items: Iterable[tuple[Item, int]], most: int) -> Iterator[tuple[list[Item], int]]:
-    """Items, given with their sizes, in groups with theirs: each is as large as fits in `most`, or
-    a single larger item."""
+    """Groups of consecutive items, each with its total size, from items with their sizes. A group
+    has as many items as fit in `most`, or a single larger one."""
     group, size = [], 0
     for item, more in items:
         if group and size + more > most:

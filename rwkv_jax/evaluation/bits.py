@@ -98,7 +98,7 @@ class Evaluation:
 
 
 def perplexity(nats: float, count: int) -> float:
-    """exp(nats / count): a choice between so many equally likely outcomes is as uncertain."""
+    """exp(nats / count): the number of equally likely outcomes with the same uncertainty."""
     try:
         return math.exp(nats / count)
     except OverflowError:

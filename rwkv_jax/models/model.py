@@ -2,8 +2,8 @@
 
 The blocks come in two layouts, and every function takes both. Stacked: each leaf has a leading
 layer axis and `lax.scan` runs over it, so that the program does not grow with depth; parameters are
-made, trained and saved so. Unstacked: a tuple of layers and a Python loop, which saves the copy of
-each layer's slice; decoding on a CPU is more than twice as fast.
+made, trained and saved so. Unstacked: a tuple of layers and a Python loop. No layer's slice is
+copied, so that decoding on a CPU is more than twice as fast.
 """
 
 from dataclasses import replace
@@ -117,10 +117,11 @@ def check_state(state: State, cfg: ModelConfig, batch: int) -> None:
     found = [x.shape for x in jax.tree.leaves(state.blocks)]
     if found != expected:
         pairs = zip(found, expected, strict=False)
-        odd = next(((x, y) for x, y in pairs if x != y), (found[-1], "no such part"))
+        differ = (f"an array is {x}, not {y}" for x, y in pairs if x != y)
+        why = next(differ, f"it has {len(found)} arrays, not {len(expected)}")
         raise ValueError(
             f"the state does not fit {batch} rows of a model of {cfg.layers} layers and width"
-            f" {cfg.width}: a part is {odd[0]}, not {odd[1]}"
+            f" {cfg.width}: {why}"
         )
 
 
@@ -152,20 +153,20 @@ def backbone(
     """Hidden vectors after `ln_out` [b, t, c] in `dtype`, and the state after the last token.
 
     state           after the tokens before; None starts a document
-    reset           where documents start: token t meets a fresh state
+    reset           true at the first token of a document, which starts from a fresh state
     lengths         valid tokens of each row. The rest is right padding: the state is that after the
                     last valid token, outputs of padding are undefined
     mesh_axis       the explicit mesh axis (`jax.set_mesh`) that shards time; state and parameters
                     are replicated over it. Inside a `jax.shard_map` over it, tokens are the shard
     dtype           compute type; states, decays, norms and the WKV accumulate in float32 always
     remat           what the backward pass saves (`rwkv_jax.remat`)
-    implementation  of the WKV (`rwkv_jax.wkv`); None is the fastest
+    implementation  of the WKV (`rwkv_jax.wkv`); None chooses the fastest
 
-    Token ids outside of the vocabulary are not noticed: as JAX indexes arrays, a negative id counts
-    from the end, and one that is too large reads the last row.
+    Token ids are not checked. As in all JAX indexing, a negative id counts from the end of the
+    vocabulary, and one that is too large reads its last row.
 
-    Raises `ValueError` for tokens that are not [b, t], a state of another model, and a `mesh_axis`
-    that does not exist, is not explicit or does not divide the tokens.
+    Raises `ValueError` for tokens that are not [b, t], a state of another model or layout, and a
+    `mesh_axis` that does not exist, is not explicit or does not divide the tokens.
     """
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"tokens have shape {tokens.shape}: [b, t] is needed, both at least 1")
@@ -180,6 +181,10 @@ def backbone(
     if state is None:
         state = _fresh_state(params, tokens, cfg)
     check_state(state, cfg, tokens.shape[0])
+    if isinstance(state.blocks, tuple) != isinstance(params.blocks, tuple):
+        raise ValueError(
+            "one of params and state is stacked, the other is not: `stack` or `unstack` one"
+        )
 
     version = VERSIONS[cfg.version]
     shift = partial(nn.token_shift, reset=reset, lengths=lengths, mesh_axis=mesh_axis)
@@ -270,7 +275,7 @@ def forward(
 
 
 def state_rms(state: State) -> Float[Array, ""]:
-    """Root mean square of what the WKV states hold, float32. One that grows without bound belongs
-    to a model that forgets too little. `state` is stacked."""
+    """Root mean square of what the WKV states hold, float32; it grows without bound in a model that
+    forgets too little. `state` is stacked."""
     held = VERSIONS[state.version].recall(state.blocks.wkv).astype(jnp.float32)
     return jnp.sqrt(jnp.mean(jnp.square(held)))

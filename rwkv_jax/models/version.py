@@ -37,12 +37,12 @@ class Version(NamedTuple):
     time_mix          (params, x, carry, last, state, *, shift, wkv) -> (out, carry, last, state)
     channel_mix       (params, x, carry, last, *, shift) -> (out, last)
     wkv               the recurrence, one of `rwkv_jax.wkv`
-    init_carry        x, the embedded tokens -> what the first layer is given besides
+    init_carry        x, the embedded tokens -> the carry before the first layer
     look_up           (blocks, tokens) -> blocks, tables indexed by token replaced by their rows
     gather            (block, dtype) -> one layer's parameters, gathered for use
     recall            a WKV state -> the values that tokens read from it, to be measured
     recurrence_flops  FLOPs of the recurrence per token, channel, and channel of its head
-    decay_name        the official parameter of the time mix that sets decays where no token does
+    decay_name        the official time-mix parameter of the decay that does not depend on tokens
     decay             that parameter's values -> factors per token
     warmup_start      fraction of the peak learning rate where the official warm-up starts
     pypi_transposed   whether PyPI `rwkv` has the matrices of the state as [h, k, v]
@@ -77,8 +77,8 @@ def block(
 ) -> tuple[Float[Array, "b t c"], Any, BlockState[Array]]:
     """One layer of any version: `x` after both residual branches, the carry, and the new state.
 
-    `shift(x, last)` is the token shift, `wkv` the version's recurrence, both bound to what they
-    need to know of documents, lengths and devices.
+    `shift(x, last)` is the token shift and `wkv` the version's recurrence; documents, lengths and
+    mesh axis are already bound to both.
     """
     with jax.named_scope("time_mix"):
         h = nn.layer_norm(x, params.ln1)

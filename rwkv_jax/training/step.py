@@ -1,4 +1,5 @@
-"""One optimizer step, compiled once: gradients of a batch (in parts, if asked), then the update."""
+"""One optimizer step, compiled once: gradients of a batch (in parts if `train.accumulate` says so),
+then the update."""
 
 from functools import partial
 from typing import Generic, NamedTuple

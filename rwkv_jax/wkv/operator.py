@@ -153,7 +153,7 @@ def _apply(
     and where it is replicated, the first array that is sharded.
     """
     sizes = _check_shapes(operator, x, state=state, reset=reset, lengths=lengths)
-    _check_types(operator.name, x, reset)
+    _check_types(operator.name, x, reset, lengths)
     if implementation not in (None, *IMPLEMENTATIONS, *KERNELS):
         known = ", ".join(IMPLEMENTATIONS + KERNELS)
         raise ValueError(f"implementation {implementation!r}: one of {known}, or None")
@@ -248,17 +248,19 @@ def _check_shapes(operator: Operator, x: Any, **others: Any) -> dict[str, int]:
     return sizes
 
 
-def _check_types(operator: str, x: Any, reset: Array | None) -> None:
+def _check_types(operator: str, x: Any, reset: Array | None, lengths: Array | None) -> None:
     for z in jax.tree.leaves(x):
         if not jnp.issubdtype(z.dtype, jnp.floating):
-            raise ValueError(f"{operator}: inputs are floating-point numbers, not {z.dtype}")
+            raise ValueError(f"{operator}: inputs must be floating-point numbers, not {z.dtype}")
         if jax.typeof(z).manual_axis_type.varying:
             raise ValueError(
                 f"{operator}: inside jax.shard_map, pass it check_vma=False; JAX cannot track"
                 " values that vary across devices through a hand-written gradient"
             )
     if reset is not None and reset.dtype != jnp.bool_:
-        raise ValueError(f"{operator}: reset is bool, not {reset.dtype}")
+        raise ValueError(f"{operator}: reset must be bool, not {reset.dtype}")
+    if lengths is not None and not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(f"{operator}: lengths must be integers, not {lengths.dtype}")
 
 
 def _fresh(operator: Operator, x: Any, sizes: dict[str, int]) -> Any:

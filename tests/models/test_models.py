@@ -303,11 +303,21 @@ def test_a_state_of_another_model_is_refused():
     with pytest.raises(ValueError, match="does not fit 1 rows of a model of 2 layers"):
         models.forward(params, tokens, models.init_state(cfg, 2), cfg=cfg)
     deeper = dataclasses.replace(cfg, layers=3)
-    with pytest.raises(ValueError, match="a part is"):
+    with pytest.raises(ValueError, match="an array is"):
         models.forward(params, tokens, models.init_state(deeper, 1), cfg=cfg)
     _, tuned_cfg = weights("6")
     with pytest.raises(ValueError, match="state-tuned"):
         models.init_state(tuned_cfg, 1)
+
+
+def test_a_state_of_another_layout_is_refused():
+    params, cfg = weights("7")
+    tokens, state = tokens_of("7"), models.unstack(models.init_state(cfg, 1))
+    with pytest.raises(ValueError, match="`stack` or `unstack` one"):
+        models.forward(params, tokens, state, cfg=cfg)
+    shallow = dataclasses.replace(state, blocks=state.blocks[:1])
+    with pytest.raises(ValueError, match="it has 3 arrays, not 6"):
+        models.forward(models.unstack(params), tokens, shallow, cfg=cfg)
 
 
 def test_tokens_without_a_row_or_a_column_are_refused():

@@ -302,8 +302,10 @@ def test_errors_name_the_mistake(version):
     )
     with pytest.raises(ValueError, match="state"):
         operator(**inputs, state=Wkv4State(*state) if version.name == "4" else state)
-    with pytest.raises(ValueError, match="reset is bool, not int32"):
+    with pytest.raises(ValueError, match="reset must be bool, not int32"):
         operator(**inputs, reset=jnp.zeros((SMALL.batch, SMALL.time), jnp.int32))
+    with pytest.raises(ValueError, match="lengths must be integers, not float32"):
+        operator(**inputs, lengths=jnp.ones(SMALL.batch))
     with pytest.raises(ValueError, match="floating-point numbers, not int32"):
         operator(**inputs | {"v": inputs["v"].astype(jnp.int32)})
     with pytest.raises(ValueError, match="no tokens"):

@@ -74,8 +74,8 @@ def select(operator: str, x: Any, state: Any) -> Form | None:
 
 
 def needs_shard_map(implementation: str | None) -> bool:
-    """Whether the axes of a mesh have to be mapped around this implementation, even those that
-    shard nothing: XLA for TPUs does not partition kernels."""
+    """Whether this implementation needs a `shard_map` around it even if no axis shards anything:
+    XLA for TPUs does not partition kernels."""
     return implementation == "pallas_tpu" or (implementation is None and accelerator() == "tpu")
 
 

@@ -195,10 +195,10 @@ def recurrence(
 ) -> Callable[..., Any]:
     """(x, shared, state, masks) -> (y, state) with its gradient, by `passes(interpret)`.
 
-    They are compiled in programs for the kernel's platform. If the kernel was `named`, they are
-    interpreted in programs for a CPU, which is slow; if not, `xla` runs in those for all other
-    platforms. First derivatives are those of the passes, second ones those of `reference`, the same
-    function in XLA. Masks have no gradient.
+    Programs for the kernel's platform run these passes compiled. In other programs, a kernel that
+    was not `named` is replaced by `xla`; a `named` one is interpreted on a CPU, which is slow.
+    First derivatives are those of the passes, second ones those of `reference`, the same function
+    in XLA. Masks have no gradient.
     """
     forms = {kernel.driver.platform: passes(False)}
     forms |= {"cpu": passes(True)} if named else {"default": xla}

@@ -34,10 +34,10 @@ def partitioned(
 
     `letters` has a string for each array of `inputs`, or one for a subtree, with a letter for each
     dimension: b rows, h heads or channels, m heads of k numbers each; others are never sharded.
-    `out_letters` has one for each output. The first input has b and h. Of a device's h heads `call`
-    gets a multiple of `multiple(h)`, with zeros in those added.
+    `out_letters` has one for each output. The first input has b and h. A device's h heads are
+    padded with zeros to a multiple of `multiple(h)` before `call` gets them.
 
-    XLA for TPUs cannot partition custom calls: there axes of a mesh are mapped before
+    XLA for TPUs cannot partition custom calls: there the operator runs inside a `shard_map`
     (`needs_shard_map`).
     """
     arrays, tree = jax.tree.flatten(inputs)
