@@ -7,7 +7,7 @@
 
     step = make_train_step(cfg, objective=with_label_smoothing)
 
-or `train(cfg, objective=with_label_smoothing)`, for a whole run.
+or `train(cfg, objective=with_label_smoothing)` of `rwkv_jax.training.loop`, for a whole run.
 """
 
 from typing import NamedTuple
