@@ -1,13 +1,15 @@
 """Lists the benchmarks: `python -m benchmarks`."""
 
 import ast
+import sys
 from pathlib import Path
 
 
-def main() -> None:
+def main() -> int:
     for name, summary in sorted(commands().items()):
         print(f"python -m benchmarks.{name:12} {summary}")
     print("\n`python -m benchmarks.NAME --help` explains each; benchmarks/README.md has them all.")
+    return 2 if sys.argv[1:] else 0  # a benchmark is a module: benchmarks.NAME, not an argument
 
 
 def commands() -> dict[str, str]:
@@ -22,4 +24,4 @@ def commands() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -150,7 +150,7 @@ class Report:
             "speed": f"{speed:,.0f} tokens/s{mfu}" if speed else "too few steps to tell",
             "time": ", ".join([*parts, f"the rest (compiling, reading) {show.duration(rest)}"]),
         }
-        show.header(self._console, "this start", rows)
+        show.header(self._console, "since this start", rows)
 
     def _utilisation(self, tokens_per_s: float) -> dict[str, float]:
         """`mfu`, the model's operations by the formula over the devices' peak; empty where that is
