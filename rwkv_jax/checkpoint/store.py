@@ -11,6 +11,7 @@ item of their own: sampling reads them without the optimizer's moments, which ar
 """
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import importlib.metadata
@@ -62,11 +63,13 @@ class Store:
                 self._reader = orbax_quirks.open_reader(self.folder, items)
 
     def save(self, step: int, trees: Mapping[str, PyTree], meta: dict[str, Any]) -> None:
-        """Starts to write a checkpoint; arrays may be donated as soon as this returns.
+        """Starts to write a checkpoint; arrays may be donated, and `meta` changed, as soon as this
+        returns.
 
         Raises `StoreError` if it, or the one before it, cannot be written.
         """
-        items: dict[str, Any] = {META: ocp.args.JsonSave(meta)}
+        # A copy: Orbax turns it into JSON in the background, while the next steps change it.
+        items: dict[str, Any] = {META: ocp.args.JsonSave(copy.deepcopy(meta))}
         items |= {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         with _writing(self.folder):
             # Orbax would silently skip the second of two concurrent saves.

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -71,17 +72,21 @@ def test_keeps_the_newest_and_restores_them_bit_for_bit(tmp_path, state):
         assert store.meta(9)["window"] == [[0.1, 1 / 3]]
 
 
-def test_what_is_saved_is_the_state_at_the_call(tmp_path):
-    """A donated buffer may be overwritten by the next step while the save still runs."""
+def test_what_is_saved_is_the_state_at_the_call(tmp_path, monkeypatch):
+    """The next step overwrites donated buffers, and appends to lists, while the save still runs."""
     big = TrainState(jnp.zeros((), jnp.int32), {"w": jnp.ones((512, 1024))}, jnp.zeros(4))
     abstract = {"params": {"w": jax.ShapeDtypeStruct((512, 1024), jnp.float32)}}
     bump = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    losses, dumps = [], json.dumps
+    monkeypatch.setattr(json, "dumps", lambda *args, **how: time.sleep(0.1) or dumps(*args, **how))
     with contextlib.closing(Store(tmp_path, keep=9)) as store:
         for step in range(4):
-            store.save(step, to_trees(big), {})
+            store.save(step, to_trees(big), {"losses": losses})
+            losses.append(step)
             for _ in range(10):
                 big = bump(big)
         for step in range(4):
+            assert store.meta(step)["losses"] == list(range(step))
             found = store.restore(abstract, step)["params"]["w"]
             np.testing.assert_array_equal(found, np.full((512, 1024), 10.0 * step + 1))
 
