@@ -12,10 +12,9 @@ from rwkv_jax.data.conversations import TEMPLATES, ConversationError, loss_mask,
 from rwkv_jax.data.corpus import open_corpus
 from rwkv_jax.data.files import CorpusError
 from rwkv_jax.data.prepare import prepare
-from rwkv_jax.data.tokenizers import WorldTokenizer, token_sizes
+from rwkv_jax.data.tokenizers import open_tokenizer, token_sizes
 
-WORLD = WorldTokenizer()
-SIZES = token_sizes(WORLD)
+WORLD = open_tokenizer("world")
 TURNS = [
     {"role": "system", "content": "Be\n\nkind."},
     {"role": "user", "content": " Hi\r\n\r\nthere "},
@@ -84,7 +83,7 @@ def test_tokens_that_overlap_a_span_are_trained_on(parts, chosen):
     for first, last in spans:
         inside[len(text[:first].encode()) : len(text[:last].encode())] = True
     ids = np.array(WORLD.encode(text), int)
-    sizes = SIZES[ids]
+    sizes = token_sizes(WORLD)[ids]
     mask = loss_mask(text, tuple(spans), sizes)
     assert mask is not None
     ends = np.cumsum(sizes)

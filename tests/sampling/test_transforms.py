@@ -18,7 +18,11 @@ def settings(temperature=1.0, top_p=1.0, top_k=0, presence=0.0, frequency=0.0, d
         *map(np.atleast_1d, (temperature, top_p, top_k, presence, frequency, decay))
     )
     dtypes = [jnp.float32, jnp.float32, jnp.int32, *[jnp.float32] * 3]
-    return Settings(*(jnp.asarray(c, d) for c, d in zip(columns, dtypes, strict=True)))
+    return Settings(*(jnp.asarray(np.array(c, d)) for c, d in zip(columns, dtypes, strict=True)))
+
+
+def keys(seed, count):
+    return jax.random.split(jax.random.key(seed), count)
 
 
 def probabilities(logits, temperature, top_p, top_k):
@@ -44,7 +48,7 @@ def test_kept_set_equals_that_of_a_sort(size, spread):
     top_p = np.array([0.0, 0.3, 0.85, 0.85, 0.999, 1.0, 1.0, 1.0, 1.0])
     top_k = np.array([0, 0, 0, 3, 1, 0, 1, 200, 10**6])
     logits = rng.normal(size=(len(top_p), size), scale=spread).astype(np.float32)
-    kept = truncate(jnp.asarray(logits), settings(top_p=top_p, top_k=top_k)) > 0
+    kept = np.asarray(truncate(logits, settings(top_p=top_p, top_k=top_k))) > 0
     for row in range(len(top_p)):
         expected = probabilities(logits[row], 1.0, top_p[row], top_k[row])
         # In float32 the smallest probabilities of the widest spread are 0; they are never drawn.
@@ -69,13 +73,13 @@ def test_ties_with_the_cutoff_are_kept(levels, counts):
     top_p = np.array([0.0, 0.24, 0.49, 0.51, 0.74, 0.8, 0.999, *[1.0] * 5])
     top_k = np.array([0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 100, 300])
     logits = np.log(p).astype(np.float32)[None].repeat(len(top_p), 0)
-    kept = truncate(jnp.asarray(logits), settings(top_p=top_p, top_k=top_k)) > 0
+    kept = np.asarray(truncate(logits, settings(top_p=top_p, top_k=top_k))) > 0
     for row in range(len(top_p)):
         expected = probabilities_of(p, top_p[row], top_k[row])
         np.testing.assert_array_equal(kept[row], expected > 0, err_msg=f"{top_p[row], top_k[row]}")
         # All of a level or none of it.
         for level in levels:
-            assert len(set(np.asarray(kept[row])[p == level].tolist())) == 1
+            assert len(set(kept[row][p == level].tolist())) == 1
 
 
 def probabilities_of(p, top_p, top_k):
@@ -100,10 +104,8 @@ def test_frequencies_are_the_probabilities(case, size):
     draws = 20_000
     logits = np.random.default_rng(size).normal(size=size, scale=2).astype(np.float32)
     logits[1] = -np.inf  # not allowed
-    one = settings(**case)
-    rows = jax.tree.map(lambda x: jnp.broadcast_to(x, draws), one)
-    keys = jax.random.split(jax.random.key(0), draws)
-    tokens = sample(jnp.tile(jnp.asarray(logits)[None], (draws, 1)), keys, rows)
+    rows = settings(**{name: np.full(draws, value) for name, value in case.items()})
+    tokens = sample(np.tile(logits, (draws, 1)), keys(0, draws), rows)
     seen = np.bincount(np.asarray(tokens), minlength=size)
     expected = probabilities(logits, **case)
     assert not seen[expected == 0].any()
@@ -118,26 +120,24 @@ def test_frequencies_are_the_probabilities(case, size):
 
 
 def test_temperature_zero_is_the_first_argmax_whatever_the_key():
-    logits = jnp.asarray(np.random.default_rng(0).integers(0, 5, (64, 1000)), jnp.float32)
-    keys = jax.random.split(jax.random.key(1), 64)
-    tokens = sample(logits, keys, settings(temperature=np.zeros(64), top_p=0.9))
+    logits = np.random.default_rng(0).integers(0, 5, (64, 1000)).astype(np.float32)
+    tokens = sample(logits, keys(1, 64), settings(temperature=np.zeros(64), top_p=0.9))
     np.testing.assert_array_equal(tokens, np.argmax(logits, axis=1))
 
 
 def test_a_row_is_drawn_as_if_alone():
     rng = np.random.default_rng(0)
-    logits = jnp.asarray(rng.normal(size=(6, 500), scale=3), jnp.float32)
-    keys = jax.random.split(jax.random.key(2), 6)
+    logits = rng.normal(size=(6, 500), scale=3).astype(np.float32)
+    seeds = keys(2, 6)
     rows = settings(
         temperature=np.array([0, 0.5, 1, 1, 2, 3]),
         top_p=np.array([0.5, 1.0, 0.2, 0.9, 1.0, 0.99]),
         top_k=np.array([0, 5, 0, 400, 1, 0]),
     )
-    together = sample(logits, keys, rows)
+    together = sample(logits, seeds, rows)
     for i in range(6):
-        alone = sample(
-            logits[i : i + 1], keys[i : i + 1], jax.tree.map(lambda x, i=i: x[i : i + 1], rows)
-        )
+        own = jax.tree.map(lambda x, i=i: np.asarray(x)[i : i + 1], rows)
+        alone = sample(logits[i : i + 1], seeds[i : i + 1], own)
         assert alone[0] == together[i]
 
 
@@ -151,12 +151,13 @@ def test_counts_against_a_table():
     )
     rows = settings(presence=[0.4, 0.0], frequency=[0.3, -0.2], decay=[0.9, 0.996])
     presence, frequency, decay = ([0.4, 0.0], [0.3, -0.2], [0.9, 0.996])
+    penalise, count = jax.jit(transforms.apply_penalties), jax.jit(transforms.count_tokens)
     counts, tables = transforms.no_counts(2, vocab), [{}, {}]
     for _ in range(steps):
         logits = rng.normal(size=(2, vocab)).astype(np.float32)
-        penalised = transforms.apply_penalties(jnp.asarray(logits), counts, rows)
+        penalised = np.asarray(penalise(logits, counts, rows))
         tokens = rng.integers(0, vocab, 2)
-        counts = transforms.count_tokens(counts, jnp.asarray(tokens, jnp.int32), rows, vocabulary)
+        counts = count(counts, tokens.astype(np.int32), rows, vocabulary)
         for row, table in enumerate(tables):
             expected = np.float64(logits[row])
             for token, occurrence in table.items():
@@ -172,11 +173,10 @@ def test_settings_do_not_recompile():
     traces = []
 
     @jax.jit
-    def counted(logits, keys, rows):
+    def counted(logits, seeds, rows):
         traces.append(1)
-        return transforms.sample(logits, keys, rows)
+        return transforms.sample(logits, seeds, rows)
 
-    logits, keys = jnp.zeros((1, 50)), jax.random.split(jax.random.key(0), 1)
     for case in CASES:
-        counted(logits, keys, settings(**case))
+        counted(np.zeros((1, 50), np.float32), keys(0, 1), settings(**case))
     assert len(traces) == 1
