@@ -41,7 +41,7 @@ def run(version):
 
 def random_state(version, batch=1, seed=0):
     rng = np.random.default_rng(seed)
-    fresh = models.init_state(golden(version)[1], batch)
+    fresh = jax.eval_shape(functools.partial(models.init_state, golden(version)[1], batch))
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), fresh)
 
 

@@ -312,7 +312,7 @@ SMALL_UNITS = """
 import sys
 from rwkv_jax import __main__
 from rwkv_jax.data import tokenize
-tokenize.UNIT = 2 << 20
+tokenize.UNIT = 1 << 20
 sys.exit(__main__.main(sys.argv[1:]))
 """
 
@@ -321,7 +321,7 @@ def test_ctrl_c_and_on(tmp_path):
     """Sent as by a terminal, to the command and its workers."""
     path = tmp_path / "a.jsonl"
     line = json.dumps({"text": "Words of many kinds, and numbers like 12345. " * 200}) + "\n"
-    path.write_text(line * ((20 << 20) // len(line)))
+    path.write_text(line * ((10 << 20) // len(line)))
     command = [sys.executable, "-c", SMALL_UNITS, "tokenize", str(path), "-o", f"{tmp_path}/out"]
     command += ["--workers", "1"]
     started = subprocess.Popen(

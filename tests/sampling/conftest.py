@@ -25,12 +25,11 @@ def weights(version, **changes):
     rng = np.random.default_rng(int(version[0]))
     shapes = models.abstract_params(config(version, **changes))
     params = jax.tree.map(
-        lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes
+        lambda leaf: (0.3 * rng.normal(size=leaf.shape)).astype(np.float32), shapes
     )
-    bias = jnp.ones_like(params.ln_out.bias)
-    return params.replace(
-        ln_out=params.ln_out.replace(bias=bias), head=params.head.at[:, VOCAB - 2].set(1.0)
-    )
+    params.ln_out.bias[:] = 1
+    params.head[:, VOCAB - 2] = 1
+    return jax.tree.map(jnp.asarray, params)
 
 
 @pytest.fixture(scope="session", params=["4", pytest.param("6", marks=pytest.mark.slow), "7a"])

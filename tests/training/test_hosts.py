@@ -28,6 +28,7 @@ from rwkv_jax.training.report import Report
 def tiny(folder, **overrides):
     """A run over four devices, however many processes have them."""
     values = {
+        "model.version": 4,
         "train.batch": 4,
         "train.steps": 60,
         "train.log_every": 1,

@@ -49,9 +49,14 @@ def test_schedule_without_room_for_a_cosine(warmup, steps, end):
 def run(cfg, specs, params, gradients, rates):
     optimizer = adamw(cfg, specs, lambda step: jnp.asarray(rates, jnp.float32)[step])
     state = optimizer.init(params)
-    for grads in gradients:
+
+    @jax.jit
+    def step(params, state, grads):
         updates, state = optimizer.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), state
+
+    for grads in gradients:
+        params, state = step(params, state, grads)
     return params
 
 

@@ -51,6 +51,18 @@ def batch(seed=0, b=4, t=16, vocab=32):
     return Batch(tokens[:, :-1], tokens[:, 1:], tokens[:, :-1] == 0)
 
 
+def read(params, rows):
+    """Nats of each target, and the state after them, by version 7's `forward`."""
+
+    @jax.jit
+    def forward(params, inputs, reset):
+        logits, after = models.forward(params, inputs, cfg=MODELS["7"], reset=reset)
+        return jax.nn.log_softmax(logits), after
+
+    logp, after = forward(params, rows.inputs, rows.reset)
+    return -np.take_along_axis(np.asarray(logp), rows.targets[..., None], -1)[..., 0], after
+
+
 @pytest.mark.parametrize(
     ("version", "masked"),
     [*(pytest.param(v, False, marks=pytest.mark.slow) for v in "47"), ("7", True)],
@@ -94,7 +106,7 @@ def test_the_objective_can_be_replaced():
         nats = token_nats(hidden, params.head, batch.targets)
         return jnp.mean(nats), (jnp.mean(nats), after)
 
-    cfg, seen = config(l2wrap=0.0), {}
+    cfg, seen = config("4", l2wrap=0.0), {}
     for name, chosen in (("own", objective), ("doubled", doubled), ("plain", plain)):
         state = init_train_state(cfg)
         _, metrics = make_train_step(cfg, objective=chosen)(state, batch())
@@ -176,14 +188,8 @@ def test_the_official_0_1b_step_compiles_in_the_memory_its_config_states():
 
 
 def test_a_masked_loss_is_the_mean_over_its_tokens():
-    cfg, rows = config(), batch()
-    params = init_train_state(cfg).params
-    logits, _ = models.forward(
-        params, jnp.asarray(rows.inputs), cfg=MODELS["7"], reset=jnp.asarray(rows.reset)
-    )
-    logp = jax.nn.log_softmax(logits)
-    nats = -np.take_along_axis(np.asarray(logp), rows.targets[..., None], -1)[..., 0]
-    step = make_train_step(cfg)
+    cfg, rows, step = config(), batch(), compiled_step("7")
+    nats, _ = read(init_train_state(cfg).params, rows)
     for mask in (np.arange(64).reshape(4, 16) % 3 == 0, np.arange(64).reshape(4, 16) == 5):
         _, metrics = step(init_train_state(cfg), rows._replace(mask=mask))
         assert float(metrics.loss) == pytest.approx(nats[mask].mean(), rel=1e-5)
@@ -238,18 +244,13 @@ def test_rows_start_from_their_states(parts):
     )
     whole = batch(t=48)
     state = init_train_state(cfg)
-    params = jax.tree.map(jnp.copy, state.params)
+    params = jax.tree.map(np.array, state.params)  # copies: a step donates its state
     assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, abstract_train_state(cfg))
     step, losses = make_train_step(cfg), []
     for start in (0, 16, 32):
         state, metrics = step(state, Batch(*(x[:, start : start + 16] for x in whole[:3])))
         losses.append(float(metrics.loss))
-    logits, after = models.forward(
-        params, jnp.asarray(whole.inputs), cfg=MODELS["7"], reset=jnp.asarray(whole.reset)
-    )
-    nats = -np.take_along_axis(
-        np.asarray(jax.nn.log_softmax(logits)), whole.targets[..., None], -1
-    )[..., 0]
+    nats, after = read(params, whole)
     assert losses == pytest.approx(nats.reshape(4, 3, 16).mean((0, 2)), rel=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), state.carried, after
