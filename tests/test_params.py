@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kinds import one_of_a_kind, versions
+from markers import each_recurrence, versions
 
 from rwkv_jax import models, params
 from rwkv_jax.config import ModelConfig
@@ -170,7 +170,7 @@ UNIFORM = {
 NORMS = ["ln1", "ln2"]
 
 
-@one_of_a_kind
+@each_recurrence
 def test_closed_forms(version):
     for layer in range(LAYERS):
         for name, expected in CLOSED_FORMS[version](layer).items():
@@ -188,7 +188,7 @@ def check_orthogonal(matrix, gain, name):
     )
 
 
-@one_of_a_kind
+@each_recurrence
 def test_matrices(version):
     values = initial(version)
     for name in ZERO[version]:
@@ -209,7 +209,7 @@ def test_matrices(version):
         assert not np.any(values[f"{norm}.bias"]), norm
 
 
-@one_of_a_kind
+@each_recurrence
 def test_every_parameter_has_an_expected_initial_value(version):
     checked = {
         f"blocks.{name}"
@@ -285,7 +285,7 @@ def expected_group(version, name, ndim):
     return 1.0, ndim >= 2
 
 
-@one_of_a_kind
+@each_recurrence
 def test_optimizer_groups(version):
     table = named(models.specs(CONFIGS[version]), is_leaf=params.is_spec)
     groups = {name: (spec.lr_scale, spec.decay) for name, spec in table.items()}

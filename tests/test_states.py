@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kinds import versions
-from official import checkpoint
+from markers import versions
+from official_weights import checkpoint
 from tolerances import GOLDEN_LOGITS, assert_close
 
 from rwkv_jax import models, states

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from official import VERSIONS, checkpoint
+from official_weights import VERSIONS, checkpoint
 
 import rwkv_jax
 from rwkv_jax import models

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from terminals import Typist
+from pseudo_terminal import Typist
 
 from rwkv_jax import states
 from rwkv_jax.cli import chat as command

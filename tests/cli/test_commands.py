@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from official import VERSIONS, checkpoint
+from official_weights import VERSIONS, checkpoint
 
 from rwkv_jax import __main__ as program
 from rwkv_jax.checkpoint import weights

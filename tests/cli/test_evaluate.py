@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from evaluation.subjects import guesser
+from evaluation.tiny_models import guesser
 
 from rwkv_jax import __main__ as program
 from rwkv_jax.checkpoint import weights

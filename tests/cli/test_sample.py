@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from terminals import Typist, on_a_terminal
+from pseudo_terminal import Typist, on_a_terminal
 
 import sample
 from rwkv_jax import states

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from evaluation.subjects import EOD, log_p_of_next, model
+from evaluation.tiny_models import EOD, log_p_of_next, model
 
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.evaluation import continuations

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from evaluation.subjects import EOD, log_p_of_next, model
+from evaluation.tiny_models import EOD, log_p_of_next, model
 
 from rwkv_jax.checkpoint import weights
 from rwkv_jax.data.tokenizers import ByteTokenizer

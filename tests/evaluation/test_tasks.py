@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation.subjects import guesser, log_p_of_next, model
+from evaluation.tiny_models import guesser, log_p_of_next, model
 
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.errors import UserError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation.subjects import EOD, guesser, model, nats
+from evaluation.tiny_models import EOD, guesser, model, nats
 
 from rwkv_jax.data import tokenizers
 from rwkv_jax.data.tokenizers import ByteTokenizer

@@ -1,10 +1,10 @@
 """Makes `rwkv*.npz`: random models of every version and what official code computes with them.
 
-A file holds the weights under their official names (`tests/official.py`, stored as float16, which
-they are exactly), `tokens`, the logits `pip_fp32` of the PyPI package `rwkv` 0.8.32 on CPU in
-float32, its recurrent state after the last token as `state/0`, `state/1`, ... in the order of its
-own list, and the logits `numpy_fp64` of `tests/oracles.py`. The script refuses to write logits on
-which the two disagree. Nothing of torch or pickle is needed to read the files.
+A file holds the weights under their official names (`tests/official_weights.py`, stored as
+float16, which they are exactly), `tokens`, the logits `pip_fp32` of the PyPI package `rwkv` 0.8.32
+on CPU in float32, its recurrent state after the last token as `state/0`, `state/1`, ... in the
+order of its own list, and the logits `numpy_fp64` of `tests/oracles.py`. The script refuses to
+write logits on which the two disagree. Nothing of torch or pickle is needed to read the files.
 
     pip install torch rwkv==0.8.32
     python tests/golden/make.py
@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import oracles
-from official import VERSIONS, checkpoint
+from official_weights import VERSIONS, checkpoint
 
 TOKENS = 40
 SIZES = {

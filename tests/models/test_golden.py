@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from compiling import as_users_do
-from kinds import one_of_a_kind, versions
+from markers import each_recurrence, versions
 from tolerances import GOLDEN_LOGITS
 
 from rwkv_jax import models
@@ -114,7 +114,7 @@ def test_layouts_convert_into_each_other(version):
     assert len(models.unstack(params).blocks) == cfg.layers
 
 
-@one_of_a_kind
+@each_recurrence
 def test_rows_of_a_batch_are_alone(version):
     """The golden sequence in the middle of a batch of others."""
     tokens = golden(version)[1]

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from kinds import one_of_a_kind, versions
-from official import checkpoint
+from markers import each_recurrence, versions
+from official_weights import checkpoint
 from tolerances import GOLDEN_LOGITS, MODEL_BFLOAT16, assert_close, relative_rms
 
 from rwkv_jax import models
@@ -275,7 +275,7 @@ def test_forward_is_head_of_backbone(version):
     )
 
 
-@one_of_a_kind
+@each_recurrence
 def test_unknown_implementation(version):
     params, cfg = weights(version)
     with pytest.raises(ValueError, match="scan, chunked, associative"):

@@ -10,7 +10,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from official import VERSIONS, checkpoint
+from official_weights import VERSIONS, checkpoint
 from tolerances import GOLDEN_LOGITS
 
 from rwkv_jax import models, states

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from kinds import versions
-from official import checkpoint
+from markers import versions
+from official_weights import checkpoint
 from tolerances import MODEL_RMS, assert_close, relative_rms
 
 from rwkv_jax import ModelConfig, models

@@ -15,7 +15,6 @@ from training.meshes import config as mesh_config
 
 from rwkv_jax import models, sharding
 from rwkv_jax import params as tables
-from rwkv_jax.cli.plan import main
 from rwkv_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from rwkv_jax.hardware import CHIPS, TopologyError, chip_of, open_topology
 from rwkv_jax.params import is_spec
@@ -260,18 +259,3 @@ def test_chips_by_device_kind():
 def test_unknown_hardware(name):
     with pytest.raises(TopologyError, match="not known; give one of v4, v5e"):
         open_topology(name)
-
-
-def test_the_command(tmp_path, capsys):
-    path = tmp_path / "x.toml"
-    path.write_text(
-        "[model]\nlayers = 1\nwidth = 64\n[data]\ntokenizer = 'bytes'\n[train]\nbatch = 8\n"
-    )
-    assert main([str(path), "--topology", "here", "train.context=32"]) == 0
-    out = capsys.readouterr().out
-    assert "vocabulary 257, context 32" in out
-    assert "8 x cpu (fsdp 8)" in out and "FLOP per token" in out and "over fsdp" in out
-    assert main([str(path), "--topology", "here", "train.batch=9"]) == 2
-    assert "set train.batch = 8 or 16, or mesh.fsdp = " in capsys.readouterr().err
-    assert main([str(path), "--topology", "here", "--fit"]) == 2
-    assert "--fit: the memory of the devices here is not known" in capsys.readouterr().err

@@ -1,12 +1,14 @@
-"""Runs of several local processes, as a cluster would start them."""
+"""`train.py` in processes of its own: one, as a user starts it, or several, as a cluster does."""
 
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from compiling import QUICK_FLAGS
+from training.runs import END, settings
 
 ROOT = Path(__file__).parents[2]
 LIMITED = (
@@ -76,3 +78,25 @@ def outcomes(processes: list[subprocess.Popen], timeout: float = 300) -> list[tu
         for process in processes:
             process.kill()
     return ended
+
+
+def start(tmp_path: Path, *extra: str) -> subprocess.Popen:
+    """`train.py` as a user starts it."""
+    toml = tmp_path / "empty.toml"
+    toml.write_text("")
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", toml, *settings(tmp_path, **END), *extra],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+
+
+def wait_for(condition, process, seconds=120):
+    """Waits until something is so, while the process lives."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "too slow"
+        time.sleep(0.01)

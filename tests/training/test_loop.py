@@ -4,26 +4,21 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from official import checkpoint
+from official_weights import checkpoint
 from rich.console import Console
-from training.processes import LIMITED
+from training.processes import start, wait_for
 from training.runs import END, config, copy, settings, train_step
 
 from rwkv_jax.checkpoint import weights
 from rwkv_jax.checkpoint.keymaps import from_official
 from rwkv_jax.checkpoint.store import load_run
-from rwkv_jax.cli.train import main
 from rwkv_jax.data.loader import Loader
-from rwkv_jax.data.prepare import prepare
 from rwkv_jax.errors import UserError
 from rwkv_jax.toml import load_stated
 from rwkv_jax.training import loop, report, setup
@@ -34,7 +29,6 @@ from rwkv_jax.training.objective import objective
 from rwkv_jax.training.report import Report
 from rwkv_jax.training.step import make_train_step
 
-ROOT = Path(__file__).parents[2]
 TIMES = ("seconds", "tokens_per_s", "steps", "data", "saving", "evaluating")
 
 
@@ -233,28 +227,6 @@ def test_a_run_that_never_came_to_a_checkpoint_gives_up_its_folder(tmp_path, con
     assert "width = 64" in (tmp_path / "run" / "config.toml").read_text()
 
 
-def start(tmp_path, *extra):
-    """`train.py` as a user starts it."""
-    toml = tmp_path / "empty.toml"
-    toml.write_text("")
-    return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", toml, *settings(tmp_path, **END), *extra],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-    )
-
-
-def wait_for(condition, process, seconds=120):
-    """Waits until something is so, while the process lives."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "too slow"
-        time.sleep(0.01)
-
-
 @pytest.mark.slow
 def test_kill_9_leaves_a_run_that_resumes_exactly(tmp_path):
     many = ("train.steps=150", "train.checkpoint_every=15", "train.eval_every=70")
@@ -276,69 +248,6 @@ def test_kill_9_leaves_a_run_that_resumes_exactly(tmp_path):
     assert last.returncode == 0, err
     assert "resuming from step" in out
     assert metrics(folder) == metrics(tmp_path / "whole")
-
-
-def test_a_disk_that_takes_no_checkpoint_is_one_line(finished, tmp_path):
-    """Files may not grow beyond 20 kB: the writes fail inside the library, as on a full disk."""
-    prepare(config(tmp_path).data)
-    done = subprocess.run(
-        [sys.executable, *LIMITED, os.devnull, *settings(tmp_path, **END)],
-        capture_output=True,
-        text=True,
-        # It finds the programs of `finished`, and writes none: that would fail, too.
-        env={**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"},
-    )
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    folder = tmp_path / "run" / "checkpoints"
-    assert line == (f"train.py: {folder}: File too large; choose another train.output")
-    assert not [path.name for path in folder.iterdir() if path.name.isdigit()]
-
-
-def test_ctrl_c_saves_and_says_how_to_resume(finished, tmp_path):
-    process = start(tmp_path, "train.steps=1000000")
-    log = tmp_path / "run" / "metrics.jsonl"
-    wait_for(lambda: log.exists() and log.read_text(), process)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command resumes from there" in err
-    assert len(err.strip().splitlines()) == 1
-    step = int(err.split("step ")[1].split(" ")[0].replace(",", ""))
-    assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
-
-
-@pytest.mark.parametrize(
-    "extra, expected",
-    [
-        (["model.widht=3"], "model.widht is not a setting; did you mean width?"),
-        (["train.context=100000"], "lower train.context or add text"),
-        (["data.source=/nowhere"], "/nowhere"),
-        (["model.vocab_size=100"], "model.vocab_size = 100: the tokenizer"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(extra, expected, tmp_path, capsys):
-    assert main([os.devnull, *settings(tmp_path), *extra], "python train.py") == 2
-    out, err = capsys.readouterr()
-    assert not out
-    assert err.startswith("train.py: ")
-    assert expected in err
-    assert len(err.strip().splitlines()) == 1
-    assert not (tmp_path / "run").exists()
-
-
-def test_help_is_instant_and_shows_the_uses():
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", ROOT / "train.py", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "data.source=~/notes" in done.stdout
-    assert "import time:" in done.stderr
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert {"argparse", "shutil"} <= imported
-    assert not {"jax", "numpy"} & imported
 
 
 def test_metrics_are_json_that_any_reader_takes(finished):
@@ -373,17 +282,6 @@ def test_stopped_while_starting_it_starts_again(tmp_path, console, monkeypatch, 
                 train(cfg, console=console)
     folder = train(cfg, console=console)
     assert metrics(folder)[-1]["final"]
-
-
-@pytest.mark.slow
-def test_a_reader_that_leaves_does_not_end_the_run(tmp_path):
-    process = start(tmp_path)
-    assert process.stdout.readline()
-    process.stdout.close()
-    with process.stderr as stderr:
-        message = stderr.read()
-    assert process.wait(timeout=300) == 0, message
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["final"]
 
 
 def test_a_home_is_a_home(tmp_path, console, monkeypatch):

@@ -8,7 +8,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from kinds import one_of_a_kind, versions
+from markers import each_recurrence, versions
 from tolerances import MODEL_RMS, relative_rms
 from training.meshes import MESHES, config
 
@@ -195,7 +195,7 @@ WHOLE_OVER_TENSOR = (2, 128, 32**2)
 """The one large parameter that is: what version 7a makes the matrices of its channel mix with."""
 
 
-@one_of_a_kind
+@each_recurrence
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_large_parameters_lie_in_parts(version, mesh):
     """No device has more of them than its share, and of the vocabulary only what divides."""

@@ -1,4 +1,4 @@
-"""Versions that stand for each other: all run with `-m slow`, these always."""
+"""Marks for tests of every version: the quick suite runs some of them, `-m slow` the others."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from rwkv_jax import models
 
 
 def versions(*quick: str) -> pytest.MarkDecorator:
-    """Every version, those that are not named as slow."""
+    """Every version; the ones that are not named are slow tests."""
     return pytest.mark.parametrize(
         "version",
         [
@@ -16,5 +16,5 @@ def versions(*quick: str) -> pytest.MarkDecorator:
     )
 
 
-one_of_a_kind = versions("4", "6", "7")
+each_recurrence = versions("4", "6", "7")
 """A version of each recurrence."""

@@ -1,5 +1,5 @@
-"""Random checkpoints in the official layout, any version and size: names and shapes as the official
-trainers write them, stated here once more, apart from the package.
+"""Random checkpoints in the official layout, of any version and size: names and shapes as the
+official trainers write them, stated here independently of the package.
 
 The weights are dense and of order one, where initial ones have many zeros: a group norm's wrong
 epsilon, the smallest mistake known, then moves the logits by 4e-3 (version 6) to 3 (version 5.0).

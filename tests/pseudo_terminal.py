@@ -1,4 +1,4 @@
-"""Programs that talk to a person, tried without one: a typist, and a pseudo-terminal."""
+"""Stand-ins for a person at a terminal: typed lines, and a pseudo-terminal for a whole program."""
 
 import builtins
 import contextlib
@@ -13,8 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# Whoever opens a terminal first in a new session gets its Ctrl-C, and heeds it even if the suite
-# runs in the background, where shells have it ignored.
+# The process that opens a terminal first in a new session gets its Ctrl-C. The default handler is
+# restored, because shells ignore SIGINT in the background, where the suite may run.
 TAKE = (
     "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
     " os.open(os.ttyname(0), os.O_RDWR); os.execv(sys.argv[1], sys.argv[1:])"

@@ -1,4 +1,4 @@
-"""Models to measure, quickly, and what they answer, found one token at a time."""
+"""Tiny models to evaluate, and what they predict, computed one token at a time."""
 
 import functools
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from official import checkpoint
+from official_weights import checkpoint
 
 from rwkv_jax import models
 from rwkv_jax.checkpoint.keymaps import from_official
