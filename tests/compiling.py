@@ -1,8 +1,8 @@
-"""How programs are compiled here, several times faster than users' are, and where they are kept.
+"""How tests compile programs, several times faster than users do, and where these are cached.
 
-Most of a test's time is compiling, so little is asked of LLVM. What XLA itself does to a program,
-and so nearly all of the numerics, is the same; the hard regimes and the golden files run as users
-do. What was compiled is kept between runs, so that the next one compiles only what has changed.
+Most of a test's time is compiling, so LLVM optimises little. XLA's own passes, and so nearly all of
+the numerics, are the same; the hard regimes and the golden files are compiled as users do. Compiled
+programs are kept between runs, so that the next run compiles only what has changed.
 """
 
 import atexit

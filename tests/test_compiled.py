@@ -1,4 +1,4 @@
-"""Where compiled programs are kept, asked of a process of its own: it is set once and for all."""
+"""Where compiled programs are cached; in a process of its own, as JAX reads the setting once."""
 
 import subprocess
 import sys

@@ -100,7 +100,7 @@ def leaves(tree):
 
 
 @versions("7")
-def test_time_over_devices(version):
+def test_time_across_devices(version):
     """Logits, state and every gradient are those of one device; the state that comes in, too."""
     params, cfg = weights(version)
     tokens, reset = batch(version)
@@ -136,7 +136,7 @@ def test_time_over_devices(version):
 
 @versions("7")
 def test_rows_of_given_lengths(version):
-    """The state is that after each row's last real token, and goes on as it would alone."""
+    """The state is that after each row's last valid token, and continues as it would alone."""
     params, cfg = weights(version)
     tokens, reset = batch(version)
     lengths = jnp.array([29, 48])

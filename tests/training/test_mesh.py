@@ -63,7 +63,7 @@ def on_one_device(version):
 
 
 QUICK = [("7", "data2-fsdp2-tensor2")]
-"""What stands for the others where tests are to be quick; `models/test_sharded.py` parts time."""
+"""The case that the quick suite runs; `models/test_sharded.py` shards time."""
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_step_is_that_of_one_device(version, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MESHES["fsdp8"], MESHES["data2-sequence4"]])
-def test_masks_and_carried_states_lie_on_the_mesh(mesh):
+def test_masks_and_carried_states_are_on_the_mesh(mesh):
     plain = config(mesh, accumulate=2)
     cfg = dataclasses.replace(
         plain,
@@ -191,14 +191,14 @@ def test_axes_of_one_device_are_left_out():
     assert make_mesh(config(MeshConfig()), jax.devices()[:1]) is None
 
 
-WHOLE_OVER_TENSOR = (2, 128, 32**2)
-"""The one large parameter that is: what version 7a makes the matrices of its channel mix with."""
+REPLICATED_OVER_TENSOR = (2, 128, 32**2)
+"""The only such large parameter: version 7a computes matrices of its channel mix from it."""
 
 
 @each_recurrence
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-def test_large_parameters_lie_in_parts(version, mesh):
-    """No device has more of them than its share, and of the vocabulary only what divides."""
+def test_large_parameters_are_sharded(version, mesh):
+    """A device has only its shard of them; the vocabulary is sharded only where it divides."""
     cfg = config(mesh, version)
     made = make_mesh(cfg)
     parts = made.shape.get("fsdp", 1) * made.shape.get("tensor", 1)
@@ -207,7 +207,7 @@ def test_large_parameters_lie_in_parts(version, mesh):
     whole = mine = 0
     for spec, place in zip(specs, jax.tree.leaves(places), strict=True):
         share = math.prod(place.shard_shape(spec.full_shape))
-        if spec.full_shape == WHOLE_OVER_TENSOR:
+        if spec.full_shape == REPLICATED_OVER_TENSOR:
             share //= made.shape.get("tensor", 1)
         if len(spec.shape) > 1 and min(spec.shape) > 5:
             whole, mine = whole + math.prod(spec.full_shape), mine + share
@@ -215,8 +215,8 @@ def test_large_parameters_lie_in_parts(version, mesh):
 
 
 def arrays(jaxpr):
-    """Of a program and of what it calls, but for what a device does by itself: the types of all
-    that is not one number, repeated."""
+    """The types of all arrays of a program and of what it calls, without broadcast scalars and
+    without what a device computes inside a `shard_map`."""
     for equation in jaxpr.eqns:
         scalar = equation.primitive.name == "broadcast_in_dim" and not equation.invars[0].aval.shape
         if not scalar:
@@ -230,8 +230,8 @@ def arrays(jaxpr):
 
 @versions("7")
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-def test_what_grows_with_rows_and_time_lies_in_parts(version, mesh):
-    """On every device its rows and its time alone, and of heads and hidden channels its own."""
+def test_what_grows_with_rows_and_time_is_sharded(version, mesh):
+    """Every device has its own rows, time, heads and hidden channels only."""
     cfg = config(mesh, version, context=512)
     made = make_mesh(cfg)
     with sharding.use_mesh(made):

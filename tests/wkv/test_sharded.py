@@ -93,7 +93,7 @@ def test_every_implementation_runs_on_a_shard(version, implementation):
     ],
     ids=VERSIONS,
 )
-def test_padding_over_devices(version):
+def test_padding_across_devices(version):
     """Rows that end on another device, one of them on the first."""
     compare(version, 4, lengths=(100, 30), kind=AxisType.Explicit)
 
@@ -118,7 +118,7 @@ MESHES = {
     ],
 )
 @quickly("7")
-def test_rows_and_heads_over_devices(version, axes, kind):
+def test_rows_and_heads_across_devices(version, axes, kind):
     """Only states move, and gradients of shared inputs are summed once; also without `jit`."""
     shape = testing.Shape(4, 48, 4, 8)
     inputs, reset = version.inputs("typical", shape), testing.reset_pattern("random", shape)
