@@ -40,17 +40,22 @@ def at(state, step):
     return jax.tree.map(lambda x: x + step, state)
 
 
-@pytest.fixture
-def run(tmp_path, state):
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, state):
     """A run's folder with checkpoints 1 and 2."""
-    folder = tmp_path / "run"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("run")
     (folder / "config.toml").write_text(to_toml(CFG))
     ByteTokenizer().save(folder / "tokenizer")
     with contextlib.closing(Store(folder / "checkpoints", keep=2)) as store:
         for step in (1, 2):
             store.save(step, to_trees(at(state, step)), META)
     return folder
+
+
+@pytest.fixture
+def run(tmp_path, saved):
+    """A copy of it."""
+    return shutil.copytree(saved, tmp_path / "run")
 
 
 def assert_same(actual, expected):
