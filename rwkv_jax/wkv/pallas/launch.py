@@ -55,22 +55,21 @@ def launch(
         for axis in grid
     )
 
-    axis_of = {dim: i for i, axis in enumerate(grid) for dim in axis.blocks}
-
     def spec(dims: str, x: Any) -> pl.BlockSpec:
-        axes = [axis_of.get(dim) for dim in dims]
+        def axis_of(dim: str) -> int | None:
+            return next((i for i, axis in enumerate(grid) if dim in axis.blocks), None)
 
         def index(*program: Any) -> tuple:
-            return tuple(
-                (programs[i] - 1 - program[i] if grid[i].backwards else program[i])
-                if i is not None
-                else 0
-                for i in axes
-            )
+            def along(i: int | None) -> Any:
+                if i is None:
+                    return 0
+                return programs[i] - 1 - program[i] if grid[i].backwards else program[i]
+
+            return tuple(along(axis_of(dim)) for dim in dims)
 
         block = tuple(
-            size if i is None else grid[i].blocks[dim]
-            for i, dim, size in zip(axes, dims, x.shape, strict=True)
+            size if (i := axis_of(dim)) is None else grid[i].blocks[dim]
+            for dim, size in zip(dims, x.shape, strict=True)
         )
         return pl.BlockSpec(block, index, memory_space=(memory or {}).get(dims))
 
