@@ -136,19 +136,20 @@ def prefill(
     row depends on another. An empty prompt reads `end`, the token between documents, as every
     document starts in training; after a prefix with logits it reads nothing.
     """
-    start = _fresh_state(params, cfg, 1) if prefix is None else prefix.unstacked
+    start = fresh_state(params, cfg, 1) if prefix is None else prefix.unstacked
     known = None if prefix is None else prefix.logits
     rows = [
         (known, start)
         if known is not None and not prompt
-        else _read(params, prompt or [end], start, cfg)
+        else read(params, prompt or [end], start, cfg=cfg)
         for prompt in prompts
     ]
     return _as_batch(rows, _keys(seeds))
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _fresh_state(params: Model[Array], cfg: ModelConfig, batch: int) -> State:
+def fresh_state(params: Model[Array], cfg: ModelConfig, batch: int) -> State:
+    """The state before the first token, unstacked."""
     return unstack(models.init_state(cfg, batch, params))
 
 
@@ -171,7 +172,7 @@ def extend(
     params: Model[Array], decoding: DecodeState[Array], tokens: Sequence[int], *, cfg: ModelConfig
 ) -> DecodeState[Array]:
     """A single row after reading at least one more token; it is no longer done."""
-    logits, state = _read(params, tokens, decoding.state, cfg)
+    logits, state = read(params, tokens, decoding.state, cfg=cfg)
     return replace(decoding, logits=logits, state=state, done=jnp.zeros_like(decoding.done))
 
 
@@ -186,7 +187,7 @@ def restart(
 
     Unless `prefix` has logits, those of `decoding` remain, and a token has to be read next.
     """
-    state = _fresh_state(params, cfg, len(decoding.done)) if prefix is None else prefix.unstacked
+    state = fresh_state(params, cfg, len(decoding.done)) if prefix is None else prefix.unstacked
     logits = decoding.logits if prefix is None or prefix.logits is None else prefix.logits
     return replace(
         decoding,
@@ -206,10 +207,13 @@ def _keys(seeds: Sequence[int]) -> Key[Array, " b"]:
     return jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
 
 
-def _read(
-    params: Model[Array], tokens: Sequence[int], state: State, cfg: ModelConfig
+def read(
+    params: Model[Array], tokens: Sequence[int], state: State, *, cfg: ModelConfig
 ) -> tuple[Float[Array, "1 V"], State]:
-    """Logits after the last token, and the state; `tokens` has at least one."""
+    """Logits after the last of at least one token, and the state; `params` in `decoding_layout`.
+
+    All that reads a prompt reads it here, so that it gets the same bits everywhere.
+    """
     size = chunk_length()
     lengths = np.full(-(-len(tokens) // size), size, np.int32)
     lengths[-1] -= -len(tokens) % size

@@ -11,9 +11,9 @@ the gradient of (numerator, denominator) before token t,
     du   = sum_t e^{u+k_t} q_t (v_t - y_t)
     d log w = sum_t w <S_t, G_{t+1}>
 
-Each product of the last sum is also a difference of the other gradients, as <S_t, G_t> =
-w <S_t, G_{t+1}> - e^{u+k_t} q_t (v_t - y_t). Where w is small, that would be a difference of numbers
-that are nearly equal.
+Each product of the last sum is also a difference of the other gradients: w <S_t, G_{t+1}> =
+<S_t, G_t> + e^{u+k_t} q_t (v_t - y_t). Where w is small, that would be a difference of numbers that
+are nearly equal.
 """
 
 from functools import partial
