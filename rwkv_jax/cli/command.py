@@ -46,6 +46,7 @@ def run(prog: str, action: Callable[[], object]) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"\n{interrupt}".rstrip("\n"), file=sys.stderr)
+        _finish_computing()
         return 130
     except BrokenPipeError:
         _abandon_stdout()  # the reader has what it wanted (`| head`)
@@ -54,6 +55,15 @@ def run(prog: str, action: Callable[[], object]) -> int:
         _abandon_stdout()
         return 2
     return 0
+
+
+def _finish_computing() -> None:
+    """Waits for what JAX computes: its threads crash when the interpreter ends under them. The
+    traceback of the exception that is handled keeps the results alive."""
+    jax = sys.modules.get("jax")
+    with contextlib.suppress(Exception):  # a failed computation has ended too
+        for array in jax.live_arrays() if jax else ():
+            array.block_until_ready()
 
 
 def _print_refusal(prog: str, error: OSError) -> None:

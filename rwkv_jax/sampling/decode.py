@@ -32,7 +32,7 @@ from rwkv_jax.sampling.transforms import (
     no_counts,
     sample,
 )
-from rwkv_jax.typing import Array, Bool, Float, Int, Leaf
+from rwkv_jax.typing import Array, Bool, Callable, Float, Int, Leaf
 
 BLOCK = 64
 """The most tokens per call of `decode`."""
@@ -129,8 +129,9 @@ def prefill(
     cfg: ModelConfig,
     end: int,
     prefix: Prefix | None = None,
+    report: Callable[[int], None] = lambda tokens: None,
 ) -> DecodeState[Array]:
-    """Reads the prompts; `params` in `decoding_layout`.
+    """Reads the prompts; `params` in `decoding_layout`, `report` as of `read`.
 
     Each prompt is read by itself, after `prefix` if given, so prompts may differ in length and no
     row depends on another. An empty prompt reads `end`, the token between documents, as every
@@ -141,7 +142,7 @@ def prefill(
     rows = [
         (known, start)
         if known is not None and not prompt
-        else read(params, prompt or [end], start, cfg=cfg)
+        else read(params, prompt or [end], start, cfg=cfg, report=report)
         for prompt in prompts
     ]
     return _as_batch(rows, _keys(seeds))
@@ -208,11 +209,17 @@ def _keys(seeds: Sequence[int]) -> Key[Array, " b"]:
 
 
 def read(
-    params: Model[Array], tokens: Sequence[int], state: State, *, cfg: ModelConfig
+    params: Model[Array],
+    tokens: Sequence[int],
+    state: State,
+    *,
+    cfg: ModelConfig,
+    report: Callable[[int], None] = lambda tokens: None,
 ) -> tuple[Float[Array, "1 V"], State]:
     """Logits after the last of at least one token, and the state; `params` in `decoding_layout`.
 
-    All that reads a prompt reads it here, so that it gets the same bits everywhere.
+    All that reads a prompt reads it here, so that it gets the same bits everywhere. `report` is
+    given the number of tokens of each chunk before the last, once it is read.
     """
     size = chunk_length()
     lengths = np.full(-(-len(tokens) // size), size, np.int32)
@@ -221,6 +228,10 @@ def read(
     ids.flat[: len(tokens)] = tokens
     logits = None
     for chunk, length in zip(ids[:, None], lengths[:, None], strict=True):
+        if logits is not None:
+            # One chunk is on its way, not all: so progress is known, and Ctrl-C stops the reading.
+            logits.block_until_ready()
+            report(size)
         logits, state = _chunk(params, chunk, length, state, cfg=cfg)
     return logits, state
 
