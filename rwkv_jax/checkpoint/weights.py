@@ -166,10 +166,12 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, called: str) -> None:
     """
     if _fits(tokenizer, vocab_size):
         return
-    sizes = f"{called} has {tokenizer.vocab_size:,} tokens, and the model {vocab_size:,} embeddings"
+    sizes = f"{called} has {tokenizer.vocab_size:,} tokens, but the model has {vocab_size:,}"
     if tokenizer.vocab_size > vocab_size or tokenizer.kind == "bpe":
-        raise WeightsError(f"{sizes}: they do not belong together; name the model's own")
-    remark(f"{sizes}: right if its vocabulary is padded; the rest is never written")
+        raise WeightsError(
+            f"{sizes} embeddings: they do not belong together; name the model's own"
+        )
+    remark(f"{sizes} embeddings: right if these are padded; the spare ones are never drawn")
 
 
 def _fits(tokenizer: Tokenizer, vocab_size: int, padding: int = PADDING) -> bool:

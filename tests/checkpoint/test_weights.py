@@ -299,7 +299,7 @@ def test_the_tokenizer_is_found(tmp_path):
     weights.write(tmp_path / "world.pth", world, dtype=np.float16)
     _, _, tokenizer = weights.load_with_tokenizer(tmp_path / "world.pth")
     assert tokenizer.kind == "world"
-    sizes = "--tokenizer bytes has 257 tokens, and the model 65,536 embeddings"
+    sizes = "--tokenizer bytes has 257 tokens, but the model has 65,536 embeddings"
     with pytest.warns(Remark, match=sizes):  # a named one may have any padding
         _, _, tokenizer = weights.load_with_tokenizer(tmp_path / "world.pth", "bytes")
     assert tokenizer.kind == "bytes"
