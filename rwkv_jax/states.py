@@ -37,7 +37,7 @@ from rwkv_jax.renamed import renamed
 from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv import Wkv4State
 
-FORMAT, SUFFIX = "rwkv_jax state 1", ".safetensors"
+FORMAT, SUFFIX, WEB_RWKV = "rwkv_jax state 1", ".safetensors", ".st"
 
 __getattr__ = renamed(
     __name__,
@@ -214,15 +214,20 @@ def check_save_path(path: Path) -> None:
 
 
 def load(path: Path | str, cfg: ModelConfig, *, weights: str = "") -> Saved:
-    """Reads a file written by `save`, or the tuned state in a `.pth` (versions 6 and 7):
-    `blocks.N.att.time_state`, [h, v, k], with token shifts of zero.
+    """Reads a file written by `save`, or a tuned state (versions 6 and 7), whose token shifts are
+    zero: `blocks.N.att.time_state`, [h, v, k] in a `.pth`, [h, k, v] in a `.st` of web-rwkv.
 
     `weights` is the fingerprint of the model's; `check_weights` compares it. Raises `WeightsError`,
     one line, for any other file or a state of another model than `cfg`'s.
     """
     path = Path(path).expanduser()
-    ours = path.suffix == SUFFIX
-    saved = _saved(path, cfg) if ours else Saved(_tuned(path, read_pth(path), cfg))
+    if path.suffix == SUFFIX:
+        saved = _saved(path, cfg)
+    elif path.suffix == WEB_RWKV:
+        turned = {name: x.swapaxes(-1, -2) for name, x in read_safetensors(path).items()}
+        saved = Saved(_tuned(path, turned, cfg))
+    else:
+        saved = Saved(_tuned(path, read_pth(path), cfg))
     try:
         check_state(saved.state, cfg, batch_size(saved.state))
     except (ValueError, IndexError) as error:

@@ -223,6 +223,9 @@ def test_tuned_states(version, tmp_path):
     }
     write_pth(tmp_path / "tuned.pth", tuned)
     state = states.load(tmp_path / "tuned.pth", cfg).state
+    turned = {name: x.swapaxes(1, 2) for name, x in tuned.items()}
+    write_safetensors(tmp_path / "tuned.st", turned)
+    assert farthest(states.load(tmp_path / "tuned.st", cfg).state, state) == 0
     for layer in range(2):
         assert np.array_equal(state.blocks.wkv[layer, 0], tuned[f"blocks.{layer}.att.time_state"])
     assert not np.any(state.blocks.att_x) and not np.any(state.blocks.ffn_x)

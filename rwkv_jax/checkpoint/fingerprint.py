@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -23,6 +23,7 @@ from rwkv_jax.checkpoint.files import ArrayLike
 from rwkv_jax.checkpoint.keymaps import (
     check,
     check_params,
+    is_on_host,
     names_of,
     official_shape,
     optional,
@@ -86,14 +87,12 @@ def _samples(
 
 
 def _picked(value: Any, index: tuple) -> np.ndarray:
-    """The numbers at an index; on one accelerator they alone leave it, on a CPU nothing is
-    copied."""
+    """The numbers at an index. From one accelerator they alone are fetched."""
     if isinstance(value, Transposed):
         value, index = value.rows, index[::-1]
-    if isinstance(value, jax.Array):
-        (*others, device) = value.devices()
-        if others or device.platform == "cpu":
-            value = np.asarray(value)
+    value = jnp.asarray(value)
+    if is_on_host(value) or len(value.devices()) > 1:
+        value = np.asarray(value)
     return np.asarray(value[index])
 
 

@@ -257,10 +257,16 @@ def _official(value: Array, spec: ParamSpec, layer: int | None) -> Deferred:
     shape = official_shape(spec)
 
     def fetch() -> np.ndarray:
-        values = np.asarray(value if layer is None else value[layer])
+        whole = np.asarray(value) if is_on_host(value) else value
+        values = np.asarray(whole if layer is None else whole[layer])
         return (values.T if spec.layout == "linear" else values).reshape(shape)
 
     return Deferred(shape, value.dtype, fetch)
+
+
+def is_on_host(value: Array) -> bool:
+    """Whether numpy sees all of an array without a copy."""
+    return [device.platform for device in value.devices()] == ["cpu"]
 
 
 def names_of(path: str, spec: ParamSpec) -> list[str]:

@@ -168,9 +168,7 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, called: str) -> None:
         return
     sizes = f"{called} has {tokenizer.vocab_size:,} tokens, but the model has {vocab_size:,}"
     if tokenizer.vocab_size > vocab_size or tokenizer.kind == "bpe":
-        raise WeightsError(
-            f"{sizes} embeddings: they do not belong together; name the model's own"
-        )
+        raise WeightsError(f"{sizes} embeddings: they do not belong together; name the model's own")
     remark(f"{sizes} embeddings: right if these are padded; the spare ones are never drawn")
 
 
