@@ -357,11 +357,23 @@ def with_official_names(
     """The tensors of a folder whose names are official once they are plain, such as one in the
     layout `official-rwkv7`. Raises WeightsError as `to_official` does for its `config.json`."""
     refuse(tensors, config)
-    if config.get("model_type") == "rwkv7":
-        _check_config({"layer_norm_epsilon": 1e-5, "group_norm_epsilon": 64e-5}, config)
     found = as_official(plain(tensors))
     if config.get("tie_word_embeddings") is True and "emb.weight" in found:
         found.setdefault("head.weight", found["emb.weight"])
+    if config.get("model_type") == "rwkv7":
+        _check_config({"layer_norm_epsilon": 1e-5, "group_norm_epsilon": 64e-5}, config)
+        last = _layers(found, config) - 1
+        if not any(name.startswith(f"blocks.{last}.") for name in found):
+            raise WeightsError(
+                f"blocks.{last} is missing: config.json has {last + 1} layers; download the folder"
+                " again"
+            )
+        fused, norm = config.get("embedding_layer_norm_fused"), "blocks.0.ln0.weight"
+        if fused in (True, False) and fused == (norm in found):
+            raise WeightsError(
+                f"{norm} is {'there' if fused else 'missing'}, but config.json has"
+                f" embedding_layer_norm_fused = {str(fused).lower()}; download the folder again"
+            )
     return found
 
 

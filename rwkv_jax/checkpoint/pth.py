@@ -68,6 +68,9 @@ _IGNORED = (
     "collections.Counter",
     "collections.defaultdict",
     "_codecs.encode",  # bytes
+    "torch._utils._rebuild_sparse_tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage",
+    "torch.serialization._get_layout",
     *(f"{home}.{name}" for home in ("builtins", "__builtin__") for name in _BUILTINS),
 )
 """Objects beside the state dict in a trainer's checkpoint: what torch's `weights_only` takes."""

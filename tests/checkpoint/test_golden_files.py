@@ -296,10 +296,13 @@ def test_the_official_layout_out_and_in(tmp_path):
     assert (
         rwkv_jax.load(tmp_path / "hf")[1] == rwkv_jax.load(tmp_path / "hf" / "model.safetensors")[1]
     )
-    other = config | {"group_norm_epsilon": 1e-5}
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(other))
-    with pytest.raises(UserError, match="group_norm_epsilon = 1e-05"):
-        rwkv_jax.load(tmp_path / "hf")
+    for change, message in (
+        ({"group_norm_epsilon": 1e-5}, "group_norm_epsilon = 1e-05"),
+        ({"num_hidden_layers": 4}, r"blocks\.3 is missing: config\.json has 4 layers"),
+        ({"embedding_layer_norm_fused": True}, r"ln0\.weight is there, but .* = true"),
+    ):
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config | change))
+        check_refused(tmp_path / "hf", message)
 
 
 def for_web_rwkv(tensors):

@@ -388,7 +388,7 @@ def test_the_attacks_are_real(culprit, tmp_path, monkeypatch):
         "torch.load",
         "torch.hub.load",
         "torch.storage._load_from_bytes",
-        "torch._utils._rebuild_sparse_tensor",
+        "torch._utils._rebuild_qtensor",
         "torch.FloatStorage.__init__",
         "torch.int32.__class__",
         "xcollections.OrderedDict",
