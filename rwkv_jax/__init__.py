@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rwkv_jax import sampling as sampling
     from rwkv_jax import states as states
     from rwkv_jax import wkv as wkv
+    from rwkv_jax.checkpoint.fingerprint import fingerprint as fingerprint
     from rwkv_jax.checkpoint.weights import load as load
     from rwkv_jax.checkpoint.weights import save as save
     from rwkv_jax.config import ModelConfig as ModelConfig
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from rwkv_jax.wkv import wkv7 as wkv7
 
 _NAMES = {
+    "checkpoint.fingerprint": ("fingerprint",),
     "checkpoint.weights": ("load", "save"),
     "config": ("ModelConfig",),
     "models": ("forward", "init_params", "init_state", "stack", "unstack"),

@@ -121,6 +121,9 @@ class ModelConfig(_Table):
     """Version 7a: side of the square matrix in each token's DeepEmbed."""
     state_tuned: bool = False
     """Version 6: documents start from a learnt state."""
+    ln0: bool = True
+    """Whether embeddings pass the norm `ln0`; false: the table holds them as they come out of
+    it."""
 
     def _conflicts(self) -> Iterator[str]:
         if not (isinstance(self.version, str) and self.version in VERSION_SETTINGS):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from rwkv_jax.config import DataConfig
-from rwkv_jax.errors import UserError
+from rwkv_jax.errors import UserError, printed_remarks
 from rwkv_jax.interrupts import interruptible
 
 
@@ -38,7 +38,7 @@ def run(prog: str, action: Callable[[], object]) -> int:
         print(f"{prog}: stdout is closed; redirect it somewhere", file=sys.stderr)
         return 2
     try:
-        with interruptible():
+        with interruptible(), printed_remarks(prog):
             action()
         sys.stdout.flush()
     except UserError as error:

@@ -101,7 +101,13 @@ def _write(args: argparse.Namespace, given: dict[str, float | int]) -> None:
         if args.save_state:
             notes = {"tokenizer": generator.tokenizer.identity()}
             logits = session.logits if session.started else None
-            states.save(args.save_state, session.state, logits=logits, notes=notes)
+            states.save(
+                args.save_state,
+                session.state,
+                logits=logits,
+                notes=notes,
+                weights=generator.weights,
+            )
             note(f"state saved in {args.save_state}")
 
 
@@ -149,6 +155,7 @@ def _prefix(path: str, saved, generator):
         generator.check_tokenizer(saved.notes.get("tokenizer"))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    states.check_weights(path, saved, generator.weights)
     return Prefix(saved.state, generator.cfg, saved.logits)
 
 

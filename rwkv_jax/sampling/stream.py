@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rwkv_jax.checkpoint.fingerprint import fingerprint
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import StreamDecoder, Tokenizer
 from rwkv_jax.errors import PREDICTS_NAN, UserError
@@ -47,6 +48,7 @@ class Generator:
                 f"the tokenizer has {tokenizer.vocab_size} tokens and the model {cfg.vocab_size}: "
                 "they do not belong together; use the tokenizer that the model was trained with"
             )
+        self.weights = fingerprint(params, cfg)
         self.params = device.decoding_layout(params, cfg)
         self.cfg = cfg
         self.tokenizer = tokenizer
