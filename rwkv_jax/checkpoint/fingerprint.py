@@ -31,7 +31,6 @@ from rwkv_jax.checkpoint.keymaps import (
 )
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import Model
-from rwkv_jax.nn import Transposed
 from rwkv_jax.params import ParamSpec
 from rwkv_jax.typing import Array
 
@@ -88,8 +87,6 @@ def _samples(
 
 def _picked(value: Any, index: tuple) -> np.ndarray:
     """The numbers at an index. From one accelerator they alone are fetched."""
-    if isinstance(value, Transposed):
-        value, index = value.rows, index[::-1]
     value = jnp.asarray(value)
     if is_on_host(value) or len(value.devices()) > 1:
         value = np.asarray(value)

@@ -6,9 +6,12 @@ there and [in, out] here; token-shift mixes are [1, 1, c] there and [c] here; la
 there and stacked here. Numbers are neither computed nor rounded, so a round trip is exact.
 """
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -23,13 +26,16 @@ from rwkv_jax.checkpoint.names import plain
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.models import Model, specs
 from rwkv_jax.params import ParamSpec, is_spec, path_name
-from rwkv_jax.typing import Array
+from rwkv_jax.typing import Array, PyTree
 
 _UNUSED = ("att.v0", "att.v1", "att.v2")
 """Version 7: layer 0 has no value to mix with, so most files leave these out there."""
 
 LARGE = 64 << 20
 """A parameter of at least so many bytes is put on its device layer by layer."""
+
+ALIGNMENT = 64
+"""Bytes. Arrays of numpy that begin at a multiple are used by JAX on a CPU without a copy."""
 
 
 class _Version(NamedTuple):
@@ -88,6 +94,33 @@ def from_official(
     one = sharding is None or isinstance(sharding, jax.sharding.Sharding)
     shardings = [sharding] * len(specs_by_path) if one else tree.flatten_up_to(sharding)
     return jax.tree.unflatten(tree, map(_placed, sources, specs_by_path.values(), shardings)), cfg
+
+
+def unstacked_from_official(
+    tensors: Mapping[str, ArrayLike], dtype_of: Callable[[ParamSpec], Any]
+) -> tuple[Model[Array], ModelConfig]:
+    """`from_official` with `blocks` as a tuple of layers and each parameter in a type of its own.
+
+    Besides the parameters the host holds a few rows of one.
+    """
+    tensors = plain(tensors)
+    cfg = check(tensors)
+    paths = table(cfg)
+    placed: dict[str, list[Array]] = {}
+    for path, spec in paths.items():
+        placed[path] = [
+            jax.device_put(_copied(name, tensors.get(name), spec, dtype_of(spec)))
+            for name in names_of(path, spec)
+        ]
+    tree = jax.tree.structure(specs(cfg), is_leaf=is_spec)
+    lists = jax.tree.unflatten(tree, [placed[path] for path in paths])
+
+    def pick(tree: PyTree, layer: int) -> PyTree:
+        return jax.tree.map(itemgetter(layer), tree, is_leaf=lambda x: isinstance(x, list))
+
+    whole = pick(replace(lists, blocks=None), 0)
+    blocks = tuple(pick(lists.blocks, layer) for layer in range(cfg.layers))
+    return replace(whole, blocks=blocks), cfg
 
 
 def check(tensors: Mapping[str, ArrayLike]) -> ModelConfig:
@@ -223,6 +256,27 @@ def _ours(array: ArrayLike, spec: ParamSpec) -> np.ndarray:
     values = np.asarray(array)
     values = values.T if spec.layout == "linear" else values
     return values.reshape(spec.shape)
+
+
+def _copied(name: str, array: ArrayLike | None, spec: ParamSpec, dtype: Any) -> np.ndarray:
+    """One layer's tensor in our shape and in `dtype`; None is zeros.
+
+    Copied some rows at a time into aligned memory, which JAX takes over on a CPU: a large tensor is
+    never held twice.
+    """
+    dtype = np.dtype(dtype)
+    size = math.prod(spec.shape) * dtype.itemsize
+    memory = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    values = memory[start : start + size].view(dtype).reshape(spec.shape)
+    if array is not None:
+        target = values.T if spec.layout == "linear" else values
+        source = np.asarray(array).reshape(target.shape)
+        step = max(1, (1 << 18) * len(target) // target.size)
+        for row in range(0, len(target), step):
+            rows = slice(row, row + step)
+            target[rows] = np.asarray(cast(name, source[rows], dtype))
+    return values
 
 
 def _placed(sources: Sequence[ArrayLike], spec: ParamSpec, sharding: Any) -> Array:

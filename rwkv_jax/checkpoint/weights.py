@@ -122,17 +122,28 @@ def load_with_tokenizer(
     Raises UserError also if none is found or it does not fit the model.
     """
     path = Path(path).expanduser()
-    if not tokenizer and (path / store.CONFIG).is_file():
+    if not tokenizer and is_run(path):
         params, cfg, found = store.load_run(path)
         if dtype is not None:
             with naming(path):
                 params, cfg = from_official(to_official(params, cfg), dtype=dtype)
         return params, cfg, found
-    weights = read(path)
+    weights, found = read_with_tokenizer(path, tokenizer)
     with naming(path):
-        sizes = config_of(weights.tensors)
-        found = find_tokenizer(weights, sizes.vocab_size, tokenizer)
         return *from_official(weights.tensors, dtype=dtype), found
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of one of our runs."""
+    return (path / store.CONFIG).is_file()
+
+
+def read_with_tokenizer(path: Path | str, tokenizer: str = "") -> tuple[Weights, Tokenizer]:
+    """`read` together with the model's tokenizer, as `load_with_tokenizer`."""
+    weights = read(path)
+    with naming(weights.path):
+        sizes = config_of(weights.tensors)
+        return weights, find_tokenizer(weights, sizes.vocab_size, tokenizer)
 
 
 def find_tokenizer(weights: Weights, vocab_size: int, name: str = "") -> Tokenizer:
@@ -305,7 +316,7 @@ def _download(name: str) -> str:
 
 
 def _read_folder(path: Path) -> Weights:
-    if (path / store.CONFIG).is_file():
+    if is_run(path):
         params, cfg, _ = store.load_run(path)
         return Weights(path, "run", to_official(params, cfg))
     config = _config(path / "config.json")

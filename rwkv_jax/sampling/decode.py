@@ -115,10 +115,15 @@ def decoding_layout(params: Model[Array], cfg: ModelConfig, dtype: Any = None) -
 @partial(jax.jit, static_argnums=(1, 2))
 def _lay_out(params: Model[Array], cfg: ModelConfig, dtype: Any) -> Model[Array]:
     def store(spec: ParamSpec, value: Array) -> Array:
-        matrix = spec.layout in ("linear", "table", "factor")  # not a decay per head and channel
-        return value.astype(dtype if matrix else jnp.float32)
+        return value.astype(stored_type(spec, dtype))
 
     return unstack(jax.tree.map(store, models.specs(cfg), params, is_leaf=is_spec))
+
+
+def stored_type(spec: ParamSpec, dtype: Any) -> Any:
+    """The type of a parameter in `decoding_layout`."""
+    matrix = spec.layout in ("linear", "table", "factor")  # not a decay per head and channel
+    return dtype if matrix else jnp.float32
 
 
 def prefill(
