@@ -11,12 +11,11 @@ A conversation is one text in the format of a `Template`:
     User: QUESTION
     ...
 
-Templates, cleaning and ways to think: `RWKV-v7/RWKV7-G1x-templates.txt` of BlinkDL/RWKV-LM; the
-World models' first exchange and the sampling: `API_DEMO_CHAT.py` of BlinkDL/ChatRWKV; Bob and
-Alice: `v2/chat.py` there.
+or with a mark instead of colons and empty lines (the flower template). Templates, cleaning and ways
+to think: `RWKV-v7/RWKV7-G1x-templates.txt` of BlinkDL/RWKV-LM; the World models' first exchange and
+the sampling: `API_DEMO_CHAT.py` of BlinkDL/ChatRWKV; Bob and Alice: `v2/chat.py` there.
 """
 
-import codecs
 import json
 import re
 from collections import deque
@@ -25,17 +24,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.data.conversations import END, TEMPLATES, Template, clean
-from rwkv_jax.data.tokenizers import Tokenizer
+from rwkv_jax.data.conversations import END, TEMPLATES, ConversationError, Template
+from rwkv_jax.data.tokenizers import StreamDecoder, Tokenizer
 from rwkv_jax.errors import UserError
 from rwkv_jax.models import VERSIONS, State
 from rwkv_jax.sampling.decode import DecodeState, Prefix, reseed
 from rwkv_jax.sampling.settings import MAX_SEED, Sampling, check_max_tokens, check_seed
 from rwkv_jax.sampling.stream import Finish, Generator, Stream, TextChunk
 from rwkv_jax.typing import Array, Float
-
-CHAT_SAMPLING = Sampling(top_p=0.3, presence_penalty=0.5, frequency_penalty=0.5)
-"""The official chat demo's settings. Its penalties, too, start from zero in each reply."""
 
 KEPT = 16
 """Number of exchanges that can be undone. Each keeps a state, 2.4 MB for a 0.1B model of version 7
@@ -53,7 +49,17 @@ THINK = {
 
 `fast` is an empty thought; the last three set the length of the thought (newer G1 models)."""
 
+MARKED_THINK = {"off": "<think></think", "fast": "<think></think"}
+"""Starts of replies in templates with a mark, `<think` in the other modes. Without a thought they
+begin with an empty one."""
+
 OPEN, CLOSE = "<think>", "</think>"
+
+
+def beginning(template: Template, think: str) -> str:
+    """The start of a reply that a thinking mode sets; the model writes the `>` that is missing."""
+    return MARKED_THINK.get(think, "<think") if template.mark else THINK[think][1]
+
 
 # The 20B vocabulary splits empty lines, [187, 187], except at the end of a text.
 _NEWLINE, _TWO_NEWLINES = [187], [535]
@@ -170,11 +176,6 @@ class _Reply:
     text: str = ""
     shown: tuple[int, int] = (0, 0)
 
-    @property
-    def beginning(self) -> str:
-        """The start of the reply that the thinking mode sets."""
-        return THINK[self.question.think][1]
-
     def grow(self, chunk: TextChunk, decoding: DecodeState[Array], tokenizer: Tokenizer) -> None:
         """Adds a chunk; `decoding` is the state after the last of `ids`."""
         self.text += chunk.text
@@ -184,15 +185,15 @@ class _Reply:
 
     def spelling(self, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
         """The largest number of tokens whose text is a prefix of `text`, and its length."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        length = self.base_length
+        before = (self.question.ids + self.ids[: self.base_tokens])[-NEIGHBOURS:]
+        decoder, length = StreamDecoder(tokenizer, before), self.base_length
         found = self.base_tokens, length
         for count, token in enumerate(self.ids[self.base_tokens :], self.base_tokens + 1):
-            written = decoder.decode(tokenizer.decode_bytes([token]))
+            written = decoder.push([token])
             if not text.startswith(written, length):
                 break
             length += len(written)
-            if not decoder.getstate()[0]:  # no half character
+            if decoder.whole:
                 found = count, length
         return found
 

@@ -156,7 +156,8 @@ def test_world_tokens(world):
         ("  hi \n", "hi"),
         ("a\r\n\r\nb\n\n\n\nc\nd", "a\nb\nc\nd"),
         ("\n\n", ""),
-        ("a\n \nb", "a\n \nb"),
+        ("a\n \n  b", "a\n  b"),
+        ("A  \r\n\r\nB\t  \n\n\n", "A\nB"),
     ],
 )
 def test_clean(typed, read):
