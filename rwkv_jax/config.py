@@ -193,7 +193,7 @@ class DataConfig(_Table):
     train_on: Literal["all", "answers", "spans"] = "all"
     """The tokens whose prediction is trained: all; the assistant's in conversations; or those in
     the field `spans` of a JSON line, [[first, last + 1], ...] in characters."""
-    template: Literal["g1", "flower", "world", "raven"] = "g1"
+    template: Literal["g1", "world", "raven", "flower"] = "g1"
     """How conversations are written as text."""
     exit_tokens: Annotated[int, "0 or more"] = 0
     """Tokens after which the learning-rate schedule ends, and with train.steps = 0 the run."""

@@ -44,7 +44,7 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax tokenize") -> int
     what = "a document of plain text is a file (default) or a line"
     add("--document", choices=("file", "line"), default="file", help=what)
     what = "how the turns of a conversation become text, if the field holds one (g1)"
-    add("--template", choices=("g1", "flower", "world", "raven"), default="g1", help=what)
+    add("--template", choices=("g1", "world", "raven", "flower"), default="g1", help=what)
     what = "names of special tokens in the text are those tokens, not letters"
     add("--special-tokens", action="store_true", help=what)
     add("--workers", type=_count, metavar="N", help="processes (default: one for each core)")

@@ -81,7 +81,6 @@ class Template:
 
 TEMPLATES = {
     "g1": Template(),
-    "flower": Template(bot="Bot", mark=FLOWER),
     "world": Template(
         opening="User: hi\n\nAssistant: Hi. I am your assistant and I will provide expert full"
         " response in full details. Please feel free to ask any question and I will always answer"
@@ -89,9 +88,10 @@ TEMPLATES = {
         paragraphs=False,
     ),
     "raven": Template("Bob", "Alice", system="", paragraphs=False),
+    "flower": Template(bot="Bot", mark=FLOWER),
 }
-"""For G1 models, for G1 models since G1h, for World models, and for those with the 20B vocabulary
-(Raven and Pile)."""
+"""For G1 models, for World models, for those with the 20B vocabulary (Raven and Pile), and for G1
+models since G1h."""
 
 ROLES = {
     "system": "system",

@@ -71,8 +71,9 @@ class Tokenizer(Protocol):
         """Ids of the text; never `eod`. Raises TokenizerError for half a surrogate pair."""
         ...
 
-    def with_special_tokens(self) -> "Tokenizer":
-        """The same, but names of special tokens in a text are those tokens."""
+    def with_special_tokens(self, recognise: bool = True) -> "Tokenizer":
+        """The same, but names of special tokens in a text are those tokens, or with False never
+        are; the method changes neither again."""
         ...
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -105,7 +106,7 @@ class _Vocabulary:
     def encode(self, text: str) -> list[int]:
         raise NotImplementedError
 
-    def with_special_tokens(self) -> Any:
+    def with_special_tokens(self, recognise: bool = True) -> Any:
         return self
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -243,14 +244,15 @@ class TextTokenizer(_Vocabulary):
 class JsonTokenizer(_Vocabulary):
     """A Hugging Face `tokenizer.json`: our own BPE (`kind = "bpe"`) or any other (`"file"`).
 
-    The encoding of such a file need not be lossless (normalisers, unknown tokens). With `special`,
-    names of special tokens in a text are those tokens.
+    The encoding of such a file need not be lossless (normalisers, unknown tokens). `special` is
+    what `with_special_tokens` has chosen, if it was called.
     """
 
-    def __init__(self, content: str, kind: str, where: object, *, special: bool = False):
+    def __init__(self, content: str, kind: str, where: object, *, special: bool | None = None):
         self._tokenizer = _open(content, where)
         self._tokenizer.encode_special_tokens = not special  # that is, as text
         self.kind = kind
+        self._special, self._variants = special, {}
         self._content, self._checksum = content, _checksum(content)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         ends = [vocabulary[name] for name in EOD_NAMES if name in vocabulary]
@@ -270,12 +272,13 @@ class JsonTokenizer(_Vocabulary):
         for token, i in vocabulary.items():
             self._names[i] = as_character(token) if fallback else token
 
-    def with_special_tokens(self) -> "JsonTokenizer":
-        return self._recognising
-
-    @functools.cached_property
-    def _recognising(self) -> "JsonTokenizer":
-        return JsonTokenizer(self._content, self.kind, HF_FILE, special=True)
+    def with_special_tokens(self, recognise: bool = True) -> "JsonTokenizer":
+        if self._special is not None:
+            return self
+        if recognise not in self._variants:
+            made = JsonTokenizer(self._content, self.kind, HF_FILE, special=recognise)
+            self._variants[recognise] = made
+        return self._variants[recognise]
 
     def encode(self, text: str) -> list[int]:
         utf8(text)

@@ -29,9 +29,12 @@ from rwkv_jax.data.tokenizers import StreamDecoder, Tokenizer
 from rwkv_jax.errors import UserError
 from rwkv_jax.models import VERSIONS, State
 from rwkv_jax.sampling.decode import DecodeState, Prefix, reseed
+from rwkv_jax.sampling.presets import PRESETS
 from rwkv_jax.sampling.settings import MAX_SEED, Sampling, check_max_tokens, check_seed
 from rwkv_jax.sampling.stream import Finish, Generator, Stream, TextChunk
 from rwkv_jax.typing import Array, Float
+
+CHAT_SAMPLING = PRESETS["chat"]
 
 KEPT = 16
 """Number of exchanges that can be undone. Each keeps a state, 2.4 MB for a 0.1B model of version 7
@@ -70,6 +73,13 @@ def template_for(cfg: ModelConfig, tokenizer: Tokenizer) -> Template:
     if tokenizer.encode(END) == _TWO_NEWLINES:
         return TEMPLATES["raven"]
     return TEMPLATES[VERSIONS[cfg.version].chat_template]
+
+
+def preset_for(template: Template, think: str) -> str:
+    """The name of the sampling preset of a template's models."""
+    if not template.mark:
+        return "chat"
+    return "answer" if think in MARKED_THINK else "think"
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -171,6 +181,8 @@ class _Reply:
     question: _Question
     ids: list[int]
     base: DecodeState[Array]
+    beginning: str = ""
+    """What the thinking mode sets."""
     base_tokens: int = 0
     base_length: int = 0
     text: str = ""
@@ -185,7 +197,7 @@ class _Reply:
 
     def spelling(self, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
         """The largest number of tokens whose text is a prefix of `text`, and its length."""
-        before = (self.question.ids + self.ids[: self.base_tokens])[-NEIGHBOURS:]
+        before = [*self.question.ids, *self.ids[: self.base_tokens]]
         decoder, length = StreamDecoder(tokenizer, before), self.base_length
         found = self.base_tokens, length
         for count, token in enumerate(self.ids[self.base_tokens :], self.base_tokens + 1):
@@ -202,14 +214,14 @@ class _Reply:
         thought, answer = parts(text)
         thinking, answering = self.shown
         self.shown = len(thought), len(answer)
-        return ChatChunk(0, answer[answering:], tokens, finish, thought[thinking:])
+        return ChatChunk(0, answer[answering:], tokens, finish, thought=thought[thinking:])
 
 
 class Conversation:
     """A conversation between a user and a model; `say` takes a turn.
 
     A reply ends by itself, at `max_tokens`, by `break` or by Ctrl-C. The conversation then contains
-    it as far as it was yielded, an unfinished thought closed, and one `"\\n\\n"` after it. If the
+    it as far as it was yielded, an unfinished thought closed, and one end of a turn after it. If the
     model wrote more or less than that, the conversation returns to an earlier state and reads the
     missing tokens: at most some tokens of the last calls to the device are read again.
 
@@ -264,7 +276,7 @@ class Conversation:
 
     def reset(self, system: str | None = None) -> None:
         """Starts a new conversation, with another system prompt if given."""
-        system = self._system if system is None else clean(system)
+        system = self._system if system is None else self._clean(system)
         if system and not self.template.system:
             raise UserError(f"system prompt {system[:20]!r}: this template has none; leave it out")
         self._system = system
@@ -275,7 +287,7 @@ class Conversation:
 
     def say(self, text: str) -> Iterator[ChatChunk]:
         """The reply to `text`, chunk by chunk."""
-        text = clean(text)
+        text = self._clean(text)
         if not text:
             raise UserError("there is nothing to reply to: say something")
         return self._say(text)
@@ -326,11 +338,12 @@ class Conversation:
 
     def notes(self) -> dict[str, str]:
         """The metadata that `resumed` needs, to be saved with the state and the logits."""
+        sampling = self.settings.sampling.flags()
         settings = {
             "template": asdict(self.template),
             "system": self.system,
             **asdict(self.settings),
-            "sampling": self.settings.sampling.flags(),
+            "sampling": {x: y for x, y in sampling.items() if x != "min_p" or y},  # it is newer
             "exchanges": self.exchanges,
             "tokens": self.tokens,
         }
@@ -376,6 +389,12 @@ class Conversation:
         new._position = _Position(end, len(tokens), exchanges)
         return new
 
+    def _clean(self, text: str) -> str:
+        try:
+            return self.template.clean(text)
+        except ConversationError as error:
+            raise UserError(str(error)) from None
+
     def _last(self) -> _Question:
         if not self._questions:
             raise UserError(f"no exchange to go back to; the last {KEPT} of this session are kept")
@@ -393,16 +412,18 @@ class Conversation:
 
     def _read(self, text: str, before: _Position) -> _Question:
         generator, template, settings = self.generator, self.template, self.settings
-        suffix, beginning = THINK[settings.think]
         opening = "" if before.exchanges else self._opening()
-        turn = f"{opening}{template.user}: {text}{suffix}{END}{template.bot}:{beginning}"
+        turn = opening + template.turn(template.user, text + THINK[settings.think][0])
+        turn += template.bot + template.colon + beginning(template, settings.think)
         ids = encode(generator.tokenizer, turn)
+        if template.mark and not before.tokens and self._prefix is None:
+            ids = [generator.tokenizer.eod, *ids]
         decoding = generator.prefill([ids], [settings.seed], before.prefix)
         return _Question(text, settings.think, before, ids, decoding)
 
     def _opening(self) -> str:
         if self.system:
-            return f"{self.template.system}: {self.system}{END}"
+            return self.template.turn(self.template.system, self.system)
         return "" if self._prefix else self.template.opening
 
     def _answer(self, question: _Question) -> Iterator[ChatChunk]:
@@ -410,10 +431,11 @@ class Conversation:
         self._settle()
         generator, settings = self.generator, self.settings
         decoding = reseed(question.decoding, [settings.seed])
-        stream = Stream(
-            generator, decoding, settings.sampling, settings.max_tokens, self.template.stops
-        )
-        self._reply = reply = _Reply(question, stream.readers[0].ids, decoding)
+        decoders = [StreamDecoder(generator.tokenizer, question.ids)]
+        stops, most = self.template.stops, settings.max_tokens
+        stream = Stream(generator, decoding, settings.sampling, most, stops, decoders)
+        start = beginning(self.template, question.think)
+        self._reply = reply = _Reply(question, stream.readers[0].ids, decoding, start)
         self.configure(seed=(settings.seed + 1) % (MAX_SEED + 1))
         for chunk in stream:
             if chunk.finish != "length":  # its text may be the start of a stop string
@@ -430,7 +452,7 @@ class Conversation:
             return ""
         generator, question, before = self.generator, reply.question, reply.question.before
         text = reply.text.rstrip()
-        text += _closing(reply.beginning + text) + END
+        text += _closing(reply.beginning + text) + self.template.end
         tokens, length = reply.spelling(text, generator.tokenizer)
         missing = encode(generator.tokenizer, text[length:])
         unread = reply.ids[reply.base_tokens : tokens] + missing
@@ -444,4 +466,4 @@ class Conversation:
                 self._questions.append(replace(last, decoding=None))
         self._questions.append(question)
         self._reply = None
-        return reply.beginning + text
+        return reply.beginning + text.removesuffix(self.template.end) + END

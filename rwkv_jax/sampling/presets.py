@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from rwkv_jax.errors import UserError
 from rwkv_jax.sampling.settings import Sampling
 
 PRESETS = {
@@ -22,6 +23,13 @@ PRESETS = {
     "tool": Sampling(temperature=0.0, presence_penalty=0.0, frequency_penalty=0.0),
 }
 """Their penalties, too, start from zero in each reply."""
+
+def preset(name: str) -> Sampling:
+    """The preset of that name. Raises `UserError`."""
+    if name not in PRESETS:
+        raise UserError(f"preset {name}: one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
 
 FLOWER_DATA, FLOWER_DATE = (1, "h"), "2026-07"
 """The data and the month from which on the flower template is trained."""

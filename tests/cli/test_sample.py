@@ -66,8 +66,8 @@ def test_one_prompt(run, capsys):
 
 
 def test_several_prompts_and_a_file(run, capsys, tmp_path):
-    text = "é\r\n"
-    (tmp_path / "prompt").write_bytes(text.encode())
+    text = "é\n"  # as it is read: without the mark and the carriage return
+    (tmp_path / "prompt").write_bytes(b"\xef\xbb\xbf\xc3\xa9\r\n")
     arguments = ["a", *FLAGS, "", "--prompt-file", tmp_path / "prompt"]
     assert sample_py(run, *arguments) == 0
     blocks = [
