@@ -96,9 +96,11 @@ def opened(
     prefix: Prefix | None = None,
     resume: Path | None = None,
 ) -> Conversation:
-    """A conversation: that of the file `resume`, or a new one, which starts at `prefix`. `settings` are those of `ReplySettings` to set, and as
-    `flags` single values of its sampling. The others are as in `resume`; without it, they are the
-    defaults, the model's likeliest template and its preset, no system prompt and a random seed.
+    """A conversation: that of the file `resume`, or a new one, which starts at `prefix`.
+
+    `settings` are those of `ReplySettings` to set, and as `flags` single values of its sampling.
+    The others are as in `resume`; without it, they are the defaults, the model's likeliest template
+    and its preset, no system prompt and a random seed.
 
     Raises `UserError` for invalid arguments.
     """

@@ -112,7 +112,9 @@ def prompts_of(args: argparse.Namespace) -> Prompts:
     if "" in args.stop:
         raise UserError("--stop is empty; give the text to stop before, or leave it out")
     if texts != [typed(argument, False) for argument in args.prompt]:
-        remarks.append(r"\n, \t and \\ in PROMPT are read as line end, tab and backslash; --no-escape")
+        remarks.append(
+            r"\n, \t and \\ in PROMPT are read as line end, tab and backslash; --no-escape"
+        )
     if args.prompt_file:
         text, cut = read("--prompt-file", args.prompt_file)
         texts.append(text)

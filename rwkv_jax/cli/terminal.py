@@ -214,7 +214,8 @@ def take_turns(
     about: str = "",
 ) -> None:
     """Passes each line typed to `obey`, until it returns False or the input ends; `opening`, if
-    given, is the first. The remark at the start ends with `about`. A `UserError` is reported, and neither it nor Ctrl-C ends the dialogue."""
+    given, is the first. The remark at the start ends with `about`. A `UserError` is reported, and
+    neither it nor Ctrl-C ends the dialogue."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         with contextlib.suppress(io.UnsupportedOperation):  # already read from
             sys.stdin.reconfigure(errors="replace")  # any bytes may be typed

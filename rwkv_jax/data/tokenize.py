@@ -100,9 +100,10 @@ def tokenize(
     """Writes the documents of the sources as a pair, each followed by the end-of-document id, and a
     description of it, `OUT.json`.
 
-    Of `cfg`, `tokenizer`, `special_tokens`, `field`, `document` and `template` apply. `workers` is the number of
-    processes; None: one for each core. Notices go to stderr. Raises UserError for a source that
-    cannot be read, with file and line; a folder that cannot be written; a worker that was killed.
+    Of `cfg`, `tokenizer`, `special_tokens`, `field`, `document` and `template` apply. `workers` is
+    the number of processes; None: one for each core. Notices go to stderr. Raises UserError for a
+    source that cannot be read, with file and line; a folder that cannot be written; a worker that
+    was killed.
     Parts finished by then are kept for the next call.
     """
     if str(out).endswith("/") or Path(out).name in ("", ".."):

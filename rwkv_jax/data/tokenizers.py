@@ -6,7 +6,8 @@ decodes to nothing. An id without a token (the last rows of the World vocabulary
 in a `tokenizer.json` to nothing, as the package `tokenizers` has it; one out of range is an error.
 
 Special tokens are not recognised in text: `<|endoftext|>` in a document is encoded letter by
-letter. `with_special_tokens()` is the same tokenizer with these names as tokens, as prompts have them.
+letter. `with_special_tokens()` is the same tokenizer with these names as tokens, as prompts have
+them.
 
 What a token adds to a text may depend on the tokens before it: vocabularies of words put spaces
 between them, and SentencePiece's drop the one before the first. `added` and `StreamDecoder` look at
@@ -53,7 +54,7 @@ NEIGHBOURS = 4
 
 
 class TokenizerError(UserError):
-    """A tokenizer that is missing, broken or not usable here, or what it cannot encode or decode."""
+    """A tokenizer that is missing, broken or not usable here; text or ids that it does not have."""
 
 
 @runtime_checkable

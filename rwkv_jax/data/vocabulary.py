@@ -18,7 +18,7 @@ def parse_vocabulary(text: str) -> dict[int, bytes]:
                 i, token = _parse_line(line.rstrip("\r"))
                 if not token or i < 1 or i in tokens:  # 0 ends a document
                     raise ValueError
-            except (ValueError, TypeError, SyntaxError, IndexError, MemoryError, RecursionError) as error:
+            except (ValueError, TypeError, SyntaxError, IndexError, RecursionError) as error:
                 raise ValueError(f"line {number} is not `ID REPR LENGTH`: {line[:40]!r}") from error
             tokens[i] = token
     return tokens

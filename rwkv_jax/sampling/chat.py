@@ -221,9 +221,9 @@ class Conversation:
     """A conversation between a user and a model; `say` takes a turn.
 
     A reply ends by itself, at `max_tokens`, by `break` or by Ctrl-C. The conversation then contains
-    it as far as it was yielded, an unfinished thought closed, and one end of a turn after it. If the
-    model wrote more or less than that, the conversation returns to an earlier state and reads the
-    missing tokens: at most some tokens of the last calls to the device are read again.
+    it as far as it was yielded, an unfinished thought closed, and one end of a turn after it. If
+    the model wrote more or less than that, the conversation returns to an earlier state and reads
+    the missing tokens: at most some tokens of the last calls to the device are read again.
 
     `settings` can be changed at any time (`configure`) and apply from the next reply on. With
     `prefix`, conversations start there instead of from a fresh state.

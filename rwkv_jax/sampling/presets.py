@@ -24,6 +24,7 @@ PRESETS = {
 }
 """Their penalties, too, start from zero in each reply."""
 
+
 def preset(name: str) -> Sampling:
     """The preset of that name. Raises `UserError`."""
     if name not in PRESETS:

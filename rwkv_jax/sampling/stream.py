@@ -184,8 +184,8 @@ class Stream:
     """Iterates over the texts that continue the rows of `decoding`, in `TextChunk`s.
 
     Tokens are decoded block by block, as chunks are asked for. A block may run past a stop string;
-    `state_after` undoes that. `decoders` know the text that each row continues. With `logprobs`, the
-    number of alternatives to each token, a block is one token.
+    `state_after` undoes that. `decoders` know the text that each row continues. With `logprobs`,
+    the number of alternatives to each token, a block is one token.
     """
 
     def __init__(

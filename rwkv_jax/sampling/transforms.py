@@ -16,7 +16,7 @@ a recompilation.
 """
 
 import math
-from typing import Any, Generic
+from typing import Generic
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ class Settings(Generic[Leaf]):
     presence_penalty: Leaf
     frequency_penalty: Leaf
     penalty_decay: Leaf
-    min_p: Any = 0.0
+    min_p: Leaf | None = None
 
 
 @struct.dataclass
@@ -110,7 +110,9 @@ def sample(
 def truncate(logits: Float[Array, "b V"], settings: Settings[Array]) -> Float[Array, "b V"]:
     """Probabilities divided by the largest, so in [0, 1]; 0 outside top-p, top-k and min-p."""
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    cutoff = jnp.maximum(_cutoff(weights, settings), settings.min_p)
+    cutoff = _cutoff(weights, settings)
+    if settings.min_p is not None:
+        cutoff = jnp.maximum(cutoff, settings.min_p)
     return jnp.where(weights >= cutoff[:, None], weights, 0.0)
 
 
