@@ -405,7 +405,7 @@ def open_tokenizer(name: str, setting: str = "data.tokenizer = ") -> Tokenizer:
     except TokenizerError:  # its package is not installed
         return found
     spare = [UNKNOWN] * (world.vocab_size - found.vocab_size)
-    return world if [*found._bytes, *spare] == world._bytes else found
+    return world if [*(found._bytes or ()), *spare] == world._bytes else found
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
