@@ -48,7 +48,8 @@ commands:
   :thoughts show       or hide: whether thoughts are shown, which never go to stdout
   :preset NAME         sampling of official models: {", ".join(PRESETS)}
   :set                 shows the settings
-  :set NAME VALUE      changes one: temperature, top_p, top_k, presence, frequency, decay, tokens
+  :set NAME VALUE      changes one: temperature, top_p, top_k, presence, frequency, decay,
+                       min_p, tokens
   :seed N              the seed of the next reply; each later reply adds 1
   :save FILE           saves the conversation in FILE.safetensors
   :load FILE           resumes another one

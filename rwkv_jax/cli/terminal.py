@@ -21,7 +21,8 @@ A line that ends with a backslash continues on the next one, so \\ and Enter typ
 Commands (with a slash as well):
 
   :set                 shows the settings
-  :set NAME VALUE      changes one: temperature, top_p, top_k, presence, frequency, decay, tokens
+  :set NAME VALUE      changes one: temperature, top_p, top_k, presence, frequency, decay,
+                       min_p, tokens
   :seed N              restarts the random numbers; the text stays
   :reset               clears the text
   :help   :quit
