@@ -1,6 +1,7 @@
 """Prompts as token ids."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,13 +13,13 @@ Prompt = str | Sequence[int] | np.ndarray
 """A text, in which the names of special tokens are those tokens, or token ids."""
 
 
-def as_ids(tokenizer: Tokenizer, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
-    """The ids of each prompt; a single text, or list of ids, is one prompt.
+def as_ids(tokenizer: Tokenizer, prompts: Any) -> list[list[int]]:
+    """The ids of each `Prompt`; a single one, text or list of ids, is a batch of one.
 
     Raises `UserError` if there are none, and for what is neither text nor ids of the tokenizer.
     """
     if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
-        prompts = [prompts]  # pyright: ignore[reportAssignmentType]
+        prompts = [prompts]
     if not len(prompts):
         raise UserError('no prompts: give at least one; "" starts a new document')
     return [_ids(tokenizer, prompt) for prompt in prompts]
