@@ -57,40 +57,30 @@ def numbers(
     """Prints a table: names in the first column, numbers on the right in the others; `style` is
     that of rich's `Table`.
 
-    A narrow terminal wraps names and gets the columns in several tables, one below the other, but
-    no number is cut off.
+    A narrow terminal wraps names and shows the numbers of a row on several lines, but none is cut
+    off.
     """
-    rows, left, width = list(rows), list(range(1, len(titles))), console.width
-    while True:
-        count = len(left)
-        while count > 1 and _needed(console, _table(titles, rows, left[:count], style)) > width:
-            count -= 1
-        table = _table(titles, rows, left[:count], style)
-        # A terminal wraps lines where rich would cut them.
-        console.width = max(width, _needed(console, table))
-        console.print(table)
-        left = left[count:]
-        if not left:
-            return
-        console.print()
+    rows, limit, needed, table = list(rows), console.width, 0, Table()
+    for lines in range(1, max(2, len(titles))):
+        table = Table(**style)
+        first, *others = _on_lines(titles, lines)
+        table.add_column(escape(first), overflow="fold")
+        for title in others:
+            table.add_column(escape(title), justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(*map(escape, _on_lines(row, lines)))
+        needed = Measurement.get(console, console.options.update(max_width=1000), table).minimum
+        if needed <= limit:
+            break
+    console.width = max(limit, needed)  # a terminal wraps lines where rich would cut them
+    console.print(table)
 
 
-def _table(
-    titles: Sequence[str], rows: Sequence[Sequence[str]], columns: Sequence[int], style: Any
-) -> Table:
-    """The first column, and some of the others."""
-    table = Table(**style)
-    table.add_column(escape(titles[0]), overflow="fold")
-    for column in columns:
-        table.add_column(escape(titles[column]), justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(escape(row[column]) for column in (0, *columns)))
-    return table
-
-
-def _needed(console: Console, table: Table) -> int:
-    """The width at which only names are wrapped."""
-    return Measurement.get(console, console.options.update(max_width=1000), table).minimum
+def _on_lines(cells: Sequence[str], lines: int) -> list[str]:
+    """The first cell, and the others on so many lines, in columns."""
+    first, *others = cells
+    columns = -(-len(others) // lines)
+    return [first, *("\n".join(others[column::columns]) for column in range(columns))]
 
 
 def comparison(console: Console, rows: Mapping[str, float], best: str) -> None:
