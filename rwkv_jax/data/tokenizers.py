@@ -331,7 +331,7 @@ def added(tokenizer: Tokenizer, before: Ids, ids: Ids) -> bytes:
     """The bytes that `ids` add to a text whose last tokens are `before`."""
     if tokenizer.additive:
         return tokenizer.decode_bytes(ids)
-    before = list(before)[-NEIGHBOURS:]
+    before = list(before[-NEIGHBOURS:])
     return tokenizer.decode_bytes([*before, *ids])[len(tokenizer.decode_bytes(before)) :]
 
 
