@@ -47,12 +47,14 @@ THINK = {
     "a bit": (" (think a bit)", " <think"),
     "some": (" (think)", " <think"),
     "a lot": (" (think a lot)", " <think"),
+    "compact": ("", " <think></think"),
 }
 """Thinking modes of the G1 models: suffix of the question, start of the reply.
 
-`fast` is an empty thought; the last three set the length of the thought (newer G1 models)."""
+`fast` is an empty thought, `compact` the same as models since G1h prefer it; `a bit`, `some` and
+`a lot` set the length of the thought (newer G1 models)."""
 
-MARKED_THINK = {"off": "<think></think", "fast": "<think></think"}
+MARKED_THINK = dict.fromkeys(("off", "fast", "compact"), "<think></think")
 """Starts of replies in templates with a mark, `<think` in the other modes. Without a thought they
 begin with an empty one."""
 

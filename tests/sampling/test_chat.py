@@ -131,6 +131,7 @@ def assert_as_if_read(talk):
         ("a bit", "User: hi (think a bit)\n\nAssistant: <think"),
         ("some", "User: hi (think)\n\nAssistant: <think"),
         ("a lot", "User: hi (think a lot)\n\nAssistant: <think"),
+        ("compact", "User: hi\n\nAssistant: <think></think"),
     ],
 )
 def test_prompts_of_the_ways_to_think(scripted, monkeypatch, think, prompt):
