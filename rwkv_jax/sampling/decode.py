@@ -231,7 +231,7 @@ def read(
     lengths[-1] -= -len(tokens) % size
     ids = np.zeros((len(lengths), size), np.int32)
     ids.flat[: len(tokens)] = tokens
-    logits = None
+    logits: Any = None
     for chunk, length in zip(ids[:, None], lengths[:, None], strict=True):
         if logits is not None:
             # One chunk is on its way, not all: so progress is known, and Ctrl-C stops the reading.

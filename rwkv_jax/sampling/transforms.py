@@ -4,7 +4,8 @@
 2. p = softmax(logits), at temperature 1.
 3. Top-p: with p in descending order, the cutoff is the first value at which the running sum reaches
    `top_p`; smaller values are dropped, ties are kept. Top-k: the same with a running count, so the
-   cutoff is the k-th largest value (official code drops arbitrary ones of its ties).
+   cutoff is the k-th largest value (official code drops arbitrary ones of its ties). Min-p, which
+   official code does not have: values below `min_p` times the largest are dropped.
 4. The draw is from p^(1/temperature) over the kept tokens, renormalised. Temperature 0 is the
    arg-max.
 5. occurrence *= penalty_decay, then occurrence[token] += 1 (0 for digits and blanks, see
@@ -39,6 +40,7 @@ class Settings(Generic[Leaf]):
     presence_penalty: Leaf
     frequency_penalty: Leaf
     penalty_decay: Leaf
+    min_p: Leaf | None = None
 
 
 @struct.dataclass
@@ -103,9 +105,12 @@ def sample(
 
 
 def truncate(logits: Float[Array, "b V"], settings: Settings[Array]) -> Float[Array, "b V"]:
-    """Probabilities divided by the largest, so in [0, 1]; 0 outside top-p and top-k."""
+    """Probabilities divided by the largest, so in [0, 1]; 0 outside top-p, top-k and min-p."""
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    return jnp.where(weights >= _cutoff(weights, settings)[:, None], weights, 0.0)
+    cutoff = _cutoff(weights, settings)
+    if settings.min_p is not None:
+        cutoff = jnp.maximum(cutoff, settings.min_p)
+    return jnp.where(weights >= cutoff[:, None], weights, 0.0)
 
 
 def _cutoff(weights: Float[Array, "b V"], settings: Settings[Array]) -> Float[Array, " b"]:

@@ -2,16 +2,19 @@
 
 import contextlib
 import errno
+import io
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
 from official_weights import VERSIONS, checkpoint
+from rich.console import Console
 
 from rwkv_jax import __main__ as program
 from rwkv_jax.checkpoint import weights
@@ -104,7 +107,7 @@ def test_inspect_cuts_no_number(model, capsys, monkeypatch):
         tables = text[text.index("parameters by group") :]
         numbers[columns] = re.findall(r"(?<= )-?\d[\d.,e+-]*(?= |\n)", tables)
         assert len(numbers[columns]) > 500
-        assert columns != 80 or max(map(len, text.splitlines())) <= 80
+        assert columns is None or max(map(len, tables.splitlines())) <= columns
     assert numbers[None] == numbers[80] == numbers[40]
 
 
@@ -114,6 +117,34 @@ def test_no_permission_is_distinguished_from_no_space(capsys):
 
     assert run("rwkv_jax x", denied) == 2
     assert "there: Permission denied; see that you may read it" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_one_line(monkeypatch, capsys):
+    """Asked for by JAX_PLATFORMS; JAX raises either of two errors. Others are raised."""
+
+    def missing():
+        raise error
+
+    for error in (RuntimeError("Unable to initialize backend 'cuda'"), AssertionError()):
+        monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+        with pytest.raises(type(error)):
+            run("rwkv_jax x", missing)  # the tests have devices
+        with monkeypatch.context() as patched:
+            patched.setattr(jax, "devices", missing)
+            assert run("rwkv_jax x", missing) == 2
+            patched.delenv("JAX_PLATFORMS")
+            with pytest.raises(type(error)):
+                run("rwkv_jax x", missing)
+        message = capsys.readouterr().err
+        assert message.startswith("rwkv_jax x: JAX_PLATFORMS=cuda: no such device")
+        assert message.count("\n") == 1
+
+
+def test_what_stdout_cannot_show_is_replaced(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert run("rwkv_jax x", lambda: Console(width=80).print("b\u00e4r.txt")) == 0
+    assert stdout.buffer.getvalue() == b"b?r.txt\n"
 
 
 def test_inspect_decays(tmp_path, capsys):
