@@ -175,10 +175,16 @@ def _as_batch(
 
 
 def extend(
-    params: Model[Array], decoding: DecodeState[Array], tokens: Sequence[int], *, cfg: ModelConfig
+    params: Model[Array],
+    decoding: DecodeState[Array],
+    tokens: Sequence[int],
+    *,
+    cfg: ModelConfig,
+    report: Callable[[int], None] = lambda tokens: None,
 ) -> DecodeState[Array]:
-    """A single row after reading at least one more token; it is no longer done."""
-    logits, state = read(params, tokens, decoding.state, cfg=cfg)
+    """A single row after reading at least one more token; it is no longer done. `report` as of
+    `read`."""
+    logits, state = read(params, tokens, decoding.state, cfg=cfg, report=report)
     return replace(decoding, logits=logits, state=state, done=jnp.zeros_like(decoding.done))
 
 
