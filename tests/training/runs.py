@@ -11,8 +11,9 @@ from rwkv_jax.toml import load_config
 from rwkv_jax.training.objective import Objective, objective
 from rwkv_jax.training.step import make_train_step
 
-END = {"data.exit_tokens": 14 * 2 * 32}
-"""Where the schedule ends, however long a run is, so that runs of all lengths share a program."""
+ALIKE = {"data.exit_tokens": 14 * 2 * 32, "train.accumulate": 2}
+"""Settings of runs that share a program, whatever their lengths: where the schedule ends is not the
+run's end. One gradient a step is what the runs in `tests/golden` and most tests of a step have."""
 
 LINES = (
     "def add(a, b):\n    return a + b\n\n",
