@@ -45,7 +45,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, (folder / "stdout").open("w") as file:
         patch.setattr(Report, "summary", noted)
         patch.setattr(loop, "make_train_step", train_step)
-        given = config(folder, **ALIKE, **{"train.keep": 1})
+        given = config(folder, **ALIKE, **{"train.keep": 2})
         assert train(given, console=Console(file=file, width=100)) == folder / "run"
     return folder, (folder / "stdout").read_text(), spent[0]
 
@@ -137,7 +137,7 @@ def test_final_table_curve_and_checkpoints(finished):
         assert f"{value:.3f}" in printed
     assert "step 12/12  loss" in printed
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["12"]
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["10", "12"]
     assert not list(folder.glob("*.partial"))
     # Learning shows: the corpus is the same five lines again and again.
     losses = [line["loss"] for line in metrics(folder) if "loss" in line]
@@ -296,11 +296,13 @@ def test_a_home_is_a_home(tmp_path, console, monkeypatch):
 @pytest.mark.parametrize(
     "item", ["params", *(pytest.param(item, marks=pytest.mark.slow) for item in ("rest", "meta"))]
 )
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(item, tmp_path, one_program):
-    ends = ALIKE | {"train.keep": 3}
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
+    item, finished, tmp_path, one_program
+):
+    copy(finished[0], tmp_path)
+    folder, ends = tmp_path / "run", ALIKE | {"train.keep": 2}
     with (tmp_path / "out").open("w") as out:
         console = Console(file=out, width=200)
-        folder = train(config(tmp_path, **ends), console=console)
         other = {"train.steps": 14, "train.output": tmp_path / "whole"}
         whole = train(config(tmp_path, **ends | other), console=console)
         newest = folder / "checkpoints" / "12"
