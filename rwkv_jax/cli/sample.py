@@ -192,7 +192,7 @@ def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
     add("--tokens", type=int, metavar="N", help="at most, per prompt (200) or reply (2000)")
     what = "stop before this text; may be repeated"
     add("--stop", metavar="TEXT", action="append", default=[], help=what)
-    what = r"read \\n, \\t, \\r and \\\\ in arguments as they are written in programs (the default)"
+    what = r"read \n, \t, \r and \\ in arguments as programs do (the default)"
     add("--escape", action=argparse.BooleanOptionalAction, default=True, help=what)
     what = "names of special tokens are those tokens (in prompts, not in a chat)"
     add("--special-tokens", action=argparse.BooleanOptionalAction, help=what)
