@@ -208,7 +208,7 @@ def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
     add = parser.add_argument_group("chat").add_argument
     add("--chat", action="store_true", help="chat with a model trained for it (:help there)")
     add("--system", metavar="TEXT", help="system prompt")
-    add("--think", metavar="WAY", help="off, fast, on, a bit, some, a lot or compact (off)")
+    add("--think", metavar="WAY", help="off, fast, on, a bit, some, a lot, compact or tool (off)")
     add("--template", metavar="NAME", help="g1, world, raven or flower (the model's likeliest)")
 
     draw = parser.add_argument_group("sampling", "Options change values of the preset.")

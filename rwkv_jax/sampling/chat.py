@@ -49,13 +49,14 @@ THINK = {
     "some": (" (think)", " <think"),
     "a lot": (" (think a lot)", " <think"),
     "compact": ("", " <think></think"),
+    "tool": ("", " ```json"),
 }
 """Thinking modes of the G1 models: suffix of the question, start of the reply.
 
 `fast` is an empty thought, `compact` the same as models since G1h prefer it; `a bit`, `some` and
-`a lot` set the length of the thought (newer G1 models)."""
+`a lot` set the length of the thought (newer G1 models); `tool` is a call of a tool instead."""
 
-MARKED_THINK = dict.fromkeys(("off", "fast", "compact"), "<think></think")
+MARKED_THINK = dict.fromkeys(("off", "fast", "compact"), "<think></think") | {"tool": "```json"}
 """Starts of replies in templates with a mark, `<think` in the other modes. Without a thought they
 begin with an empty one."""
 
@@ -80,6 +81,8 @@ def template_for(cfg: ModelConfig, tokenizer: Tokenizer) -> Template:
 
 def preset_for(template: Template, think: str) -> str:
     """The name of the sampling preset of a template's models."""
+    if think == "tool":
+        return "tool"
     if not template.mark:
         return "chat"
     return "answer" if think in MARKED_THINK else "think"

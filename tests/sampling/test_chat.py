@@ -133,6 +133,7 @@ def assert_as_if_read(talk):
         ("some", "User: hi (think)\n\nAssistant: <think"),
         ("a lot", "User: hi (think a lot)\n\nAssistant: <think"),
         ("compact", "User: hi\n\nAssistant: <think></think"),
+        ("tool", "User: hi\n\nAssistant: ```json"),
     ],
 )
 def test_prompts_of_the_ways_to_think(scripted, monkeypatch, think, prompt):
@@ -363,6 +364,7 @@ def test_parts_of_an_unfinished_reply_never_change(text, cut):
         ("off", " <think>Well</think>Yes.\0", ("Well", "Yes.")),
         ("off", " <\0", ("", "<")),
         ("on", "ing hard\0", ("", "<thinking hard")),
+        ("tool", '\n{"a": 1}\n```\0', ("", '```json\n{"a": 1}\n```')),
     ],
 )
 def test_thoughts_and_answers_are_separated(scripted, think, reply, expected):
@@ -408,6 +410,7 @@ def test_thinking_needs_paragraphs(scripted):
         ("fast", "User✿hi✿\nBot✿<think></think"),
         ("on", "User✿hi✿\nBot✿<think"),
         ("a bit", "User✿hi (think a bit)✿\nBot✿<think"),
+        ("tool", "User✿hi✿\nBot✿```json"),
     ],
 )
 def test_prompts_with_flowers(scripted, monkeypatch, think, begins):
