@@ -205,7 +205,7 @@ def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
     add("--tokens", type=int, metavar="N", help="at most, per prompt (200) or reply (2000)")
     what = "stop before this text; may be repeated"
     add("--stop", metavar="TEXT", action="append", default=[], help=what)
-    what = r"read \\n, \\t, \\r and \\\\ in arguments as they are written in programs (the default)"
+    what = r"read \n, \t, \r and \\ in arguments as programs do (the default)"
     add("--escape", action=argparse.BooleanOptionalAction, default=True, help=what)
     what = "names of special tokens are those tokens (in prompts, not in a chat)"
     add("--special-tokens", action=argparse.BooleanOptionalAction, help=what)
@@ -221,7 +221,7 @@ def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
     add = parser.add_argument_group("chat").add_argument
     add("--chat", action="store_true", help="chat with a model trained for it (:help there)")
     add("--system", metavar="TEXT", help="system prompt")
-    add("--think", metavar="WAY", help="off, fast, on, a bit, some, a lot or compact (off)")
+    add("--think", metavar="WAY", help="off, fast, on, a bit, some, a lot, compact or tool (off)")
     add("--template", metavar="NAME", help="g1, world, raven or flower (the model's likeliest)")
 
     draw = parser.add_argument_group("sampling", "Options change values of the preset.")

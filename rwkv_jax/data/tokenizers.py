@@ -22,6 +22,7 @@ is as fast, but has no wheels after Python 3.12; `rwkv` encodes in Python, at 2.
 """
 
 import codecs
+import copy
 import functools
 import hashlib
 import importlib.resources
@@ -245,15 +246,14 @@ class TextTokenizer(_Vocabulary):
 class JsonTokenizer(_Vocabulary):
     """A Hugging Face `tokenizer.json`: our own BPE (`kind = "bpe"`) or any other (`"file"`).
 
-    The encoding of such a file need not be lossless (normalisers, unknown tokens). `special` is
-    what `with_special_tokens` has chosen, if it was called.
+    The encoding of such a file need not be lossless (normalisers, unknown tokens).
     """
 
-    def __init__(self, content: str, kind: str, where: object, *, special: bool | None = None):
+    def __init__(self, content: str, kind: str, where: object):
         self._tokenizer = _open(content, where)
-        self._tokenizer.encode_special_tokens = not special  # that is, as text
+        self._tokenizer.encode_special_tokens = True  # that is, as text
         self.kind = kind
-        self._special, self._variants = special, {}
+        self._variants: dict[bool, JsonTokenizer] | None = {}
         self._content, self._checksum = content, _checksum(content)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         ends = [vocabulary[name] for name in EOD_NAMES if name in vocabulary]
@@ -274,10 +274,13 @@ class JsonTokenizer(_Vocabulary):
             self._names[i] = as_character(token) if fallback else token
 
     def with_special_tokens(self, recognise: bool = True) -> "JsonTokenizer":
-        if self._special is not None:
+        if self._variants is None:
             return self
         if recognise not in self._variants:
-            made = JsonTokenizer(self._content, self.kind, HF_FILE, special=recognise)
+            made = copy.copy(self)
+            made._variants = None
+            if recognise:
+                made._tokenizer = _open(self._content, HF_FILE)
             self._variants[recognise] = made
         return self._variants[recognise]
 

@@ -335,7 +335,7 @@ def generate_with(
     check_max_tokens(max_tokens)
     check_seed(seed)
     check_alternatives(logprobs)
-    tokens = as_ids(generator.tokenizer, prompts)
+    tokens = as_ids(generator.tokenizer, prompts, continue_text=prefix is not None)
     seeds = [(seed + index) % (MAX_SEED + 1) for index in range(len(tokens))]
     decoding = generator.prefill(tokens, seeds, prefix)
     decoders = [StreamDecoder(generator.tokenizer, ids) for ids in tokens]
