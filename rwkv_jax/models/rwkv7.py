@@ -28,11 +28,11 @@ from typing import Generic
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import lax
 
 from rwkv_jax import nn, sharding
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.containers import container
 from rwkv_jax.models.state import matrix_state
 from rwkv_jax.models.version import Block, Version
 from rwkv_jax.nn import Norm
@@ -53,7 +53,7 @@ LOG_W_SCALE = -math.exp(-0.5)
 """log w = LOG_W_SCALE * sigma(.), so that w lies in (0.545, 1)."""
 
 
-@struct.dataclass
+@container
 class TimeMix(Generic[Leaf]):
     """Parameters of the time mix (official `att`)."""
 
@@ -84,7 +84,7 @@ class TimeMix(Generic[Leaf]):
     ln_x: Norm[Leaf]
 
 
-@struct.dataclass
+@container
 class ChannelMix(Generic[Leaf]):
     """Parameters of the channel mix (official `ffn`)."""
 
@@ -93,7 +93,7 @@ class ChannelMix(Generic[Leaf]):
     value: Leaf
 
 
-@struct.dataclass
+@container
 class Carry(Generic[Leaf]):
     """What passes from layer to layer besides `x`: the first layer's values."""
 
@@ -129,7 +129,7 @@ def time_mix(
         )
     with jax.named_scope("projections"):
         r, k, v = nn.linear(x_r, p.receptance), nn.linear(x_k, p.key), nn.linear(x_v, p.value)
-        w_raw = nn.lora(x_w, p.w1, p.w2, jnp.tanh).astype(jnp.float32)
+        w_raw = nn.precise(nn.lora(x_w, p.w1, p.w2, jnp.tanh))
         log_w = LOG_W_SCALE * jax.nn.sigmoid(w_raw + nn.expand(p.w0, w_raw))
         a = jax.nn.sigmoid(nn.lora(x_a, p.a1, p.a2) + nn.expand(p.a0, x))
         g = nn.lora(x_g, p.g1, p.g2, jax.nn.sigmoid)
@@ -150,9 +150,9 @@ def time_mix(
 
 def normalise(x: Float[Array, "*shape n"]) -> Float[Array, "*shape n"]:
     """Unit vectors along the last axis, `x / max(|x|, 1e-12)`, with a zero gradient at zero."""
-    x32 = x.astype(jnp.float32)
-    square = jnp.sum(jnp.square(x32), axis=-1, keepdims=True)
-    return (x32 * lax.rsqrt(jnp.maximum(square, 1e-24))).astype(x.dtype)
+    wide = nn.precise(x)
+    square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * lax.rsqrt(jnp.maximum(square, 1e-24))).astype(x.dtype)
 
 
 def channel_mix(

@@ -18,10 +18,10 @@ from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from rwkv_jax import nn, sharding
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.containers import container
 from rwkv_jax.models import rwkv7
 from rwkv_jax.models.version import Block
 from rwkv_jax.params import Layers, ParamSpec, ones, orthogonal, uniform, zeros
@@ -31,7 +31,7 @@ RANK = 32
 """Side of the matrices of the released model."""
 
 
-@struct.dataclass
+@container
 class ChannelMix(Generic[Leaf]):
     """Parameters of the channel mix (official `ffn`)."""
 
@@ -45,7 +45,7 @@ class ChannelMix(Generic[Leaf]):
     s0: Leaf
 
 
-@struct.dataclass
+@container
 class Carry(rwkv7.Carry[Leaf]):
     """Version 7's, and the embedded tokens."""
 

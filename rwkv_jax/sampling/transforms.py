@@ -19,10 +19,10 @@ from typing import Generic
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 from jaxtyping import Key
 
+from rwkv_jax.containers import container
 from rwkv_jax.typing import Array, Float, Int, Leaf
 
 FEW = 128
@@ -32,7 +32,7 @@ ONE_BITS = 0x3F800000
 """The bit pattern of the float32 1.0."""
 
 
-@struct.dataclass
+@container
 class Settings(Generic[Leaf]):
     """`Sampling` as arrays, [b] each: float32, but `top_k` int32 (0 is no limit)."""
 
@@ -44,7 +44,7 @@ class Settings(Generic[Leaf]):
     penalty_decay: Leaf
 
 
-@struct.dataclass
+@container
 class Vocabulary(Generic[Leaf]):
     """Properties of the tokens, [V] each.
 
@@ -57,7 +57,7 @@ class Vocabulary(Generic[Leaf]):
     increment: Leaf
 
 
-@struct.dataclass
+@container
 class Counts(Generic[Leaf]):
     """Tokens generated so far, [b, V] each: decayed occurrences, and whether there were any."""
 
