@@ -52,6 +52,8 @@ from rwkv_jax.wkv import wkv7
 LOG_W_SCALE = -math.exp(-0.5)
 """log w = LOG_W_SCALE * sigma(.), so that w lies in (0.545, 1)."""
 
+bounded_wkv7 = partial(wkv7, log_w_min=LOG_W_SCALE)
+
 
 @container
 class TimeMix(Generic[Leaf]):
@@ -114,7 +116,7 @@ def time_mix(
     state: Float[Array, "b h v k"],
     *,
     shift: Callable[..., tuple] = nn.token_shift,
-    wkv: Callable[..., tuple] = wkv7,
+    wkv: Callable[..., tuple] = bounded_wkv7,
 ) -> tuple[Float[Array, "b t c"], Carry[Array], Float[Array, "b c"], Float[Array, "b h v k"]]:
     """The time mix of `x`, the carry, and the states of the token shift and the WKV.
 
@@ -245,7 +247,7 @@ VERSION = Version(
     matrix_state,
     time_mix,
     channel_mix,
-    wkv7,
+    bounded_wkv7,
     init_carry,
     recurrence_flops=8,  # S a, its product with b, v k, S r
     decay_name="w0",

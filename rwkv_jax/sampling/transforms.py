@@ -68,7 +68,7 @@ class Counts(Generic[Leaf]):
 def no_counts(batch: int, vocab_size: int) -> Counts[Array]:
     """Counts before the first token."""
     shape = (batch, vocab_size)
-    return Counts(occurrence=jnp.zeros(shape), seen=jnp.zeros(shape, bool))
+    return Counts(occurrence=jnp.zeros(shape, jnp.float32), seen=jnp.zeros(shape, bool))
 
 
 def apply_penalties(
@@ -122,7 +122,7 @@ def _cutoff(weights: Float[Array, "b V"], settings: Settings[Array]) -> Float[Ar
     goal = jnp.where(settings.top_p >= 1, jnp.inf, goal)
     top_k = jnp.where(settings.top_k > 0, settings.top_k, jnp.iinfo(jnp.int32).max)
     largest = lax.top_k(weights, min(FEW, weights.shape[1]))[0]
-    rank = jnp.arange(1, largest.shape[1] + 1)
+    rank = jnp.arange(1, largest.shape[1] + 1, dtype=jnp.int32)
     enough = (jnp.cumsum(largest, axis=1) >= goal[:, None]) | (rank[None] >= top_k[:, None])
     cutoff = jnp.max(jnp.where(enough, largest, 0.0), axis=1)
     # The smallest of the few may have ties among the others. (Not `largest[:, -1]`: XLA turns a
@@ -151,7 +151,7 @@ def _bisect(
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     low = jnp.zeros(weights.shape[0], jnp.int32)  # the bits of 0.0: keeps everything
-    high = jnp.full(weights.shape[0], ONE_BITS + 1)  # just above the largest: keeps nothing
+    high = jnp.full_like(low, ONE_BITS + 1)  # just above the largest: keeps nothing
     low, _ = lax.fori_loop(0, ONE_BITS.bit_length(), halve, (low, high))
     return lax.bitcast_convert_type(low, jnp.float32)
 
@@ -191,4 +191,4 @@ def _total(tiles: Float[Array, "b rows columns"]) -> Float[Array, " b"]:
 
 def _by_row(tiles: Float[Array, "b rows columns"]) -> Float[Array, "b rows"]:
     """Sums along the last axis, as a product: XLA's own sums take six times as long on CPU."""
-    return jnp.matmul(tiles, jnp.ones(tiles.shape[2]), precision=lax.Precision.HIGHEST)
+    return jnp.matmul(tiles, jnp.ones(tiles.shape[2], tiles.dtype), precision=lax.Precision.HIGHEST)
