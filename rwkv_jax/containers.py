@@ -41,12 +41,11 @@ def container(cls: Class) -> Class:
 
 def short(x: Any) -> str:
     """`float32[2, 64]` for an array, and `repr` for what is no container of arrays."""
-    if isinstance(x, tuple) and hasattr(x, "_asdict"):
+    if hasattr(x, "_asdict"):  # a named tuple
         return _call(x, x._asdict())
-    if isinstance(x, tuple) and x:
-        return f"({len(x)} x {short(x[0])})"
-    is_array = hasattr(x, "shape") and hasattr(x, "dtype")
-    return f"{x.dtype}{list(x.shape)}" if is_array else repr(x)
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"{x.dtype}{list(x.shape)}"
+    return f"({len(x)} x {short(x[0])})" if isinstance(x, tuple) and x else repr(x)
 
 
 def _call(x: Any, fields: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.params import path_name
@@ -98,6 +99,6 @@ def check_tokens(tokens: Any, reset: Any, lengths: Any, vocabulary: int, *, whol
 
 def _value(x: Any) -> np.ndarray | None:
     """The numbers of an array where they are known."""
-    if x is None or isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+    if x is None or isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
         return None
     return np.asarray(x)

@@ -228,8 +228,8 @@ def _backbone(
     remat: Remat,
     implementation: str | None,
 ) -> tuple[Float[Array, "b t c"], State]:
-    state = _fresh_state(params, tokens, cfg) if state is None else state
-    state = jax.tree.map(lambda x: x.astype(nn.precise_dtype(dtype)), state)
+    given: State = _fresh_state(params, tokens, cfg) if state is None else state
+    memory = jax.tree.map(lambda x: x.astype(nn.precise_dtype(dtype)), given.blocks)
     version = VERSIONS[cfg.version]
     shift = partial(nn.token_shift, **masks, mesh_axis=mesh_axis)
     wkv = partial(version.wkv, **masks, mesh_axis=mesh_axis, implementation=implementation)
@@ -245,7 +245,7 @@ def _backbone(
         x = nn.layer_norm(nn.embed(params.emb, tokens, dtype), params.ln0)
     layer = rematerialise(layer, remat, prevent_cse=isinstance(blocks, tuple))
     stream = (x, version.init_carry(x))
-    (x, _), after = _over_layers(layer, stream, (blocks, state.blocks))
+    (x, _), after = _over_layers(layer, stream, (blocks, memory))
     return nn.layer_norm(x, params.ln_out), State(after, cfg.version)
 
 

@@ -148,13 +148,11 @@ def channel_mix(
 def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     """The table of one layer's parameters, stacked over `cfg.layers`.
 
-    Ranks of a new model: 32 and 64, twice that from width 4096 on. Optimizer groups (RWKV-v5
-    trainer): `time_decay` 2x without weight decay, matrices and `time_state` with it, the rest
-    without.
+    Optimizer groups (RWKV-v5 trainer): `time_decay` 2x without weight decay, matrices and
+    `time_state` with it, the rest without.
     """
     c, f, h, n = cfg.width, cfg.ffn, cfg.heads, cfg.head_size
-    wide = 2 if c >= 4096 else 1
-    rank_mix, rank_w = cfg.rank_mix or 32 * wide, cfg.rank_w or 64 * wide
+    rank_mix, rank_w = cfg.rank("rank_mix"), cfg.rank("rank_w")
 
     make = Layers(cfg.layers)
     row, matrix, norm = partial(make.row, c), make.matrix, partial(make.norm, c)

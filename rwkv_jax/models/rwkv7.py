@@ -171,17 +171,10 @@ def channel_mix(
     return nn.squared_relu_linear(nn.linear(x_k, params.key), params.value), last
 
 
-def rank(factor: float, width: int) -> int:
-    """Official LoRA rank of a new model: `factor * sqrt(width)`, rounded to a multiple of 32, at
-    least 32."""
-    return max(32, round(factor * width**0.5 / 32) * 32)
-
-
 def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     """The table of one layer's parameters, stacked over `cfg.layers`."""
     c, f, h, n = cfg.width, cfg.ffn, cfg.heads, cfg.head_size
-    rank_w, rank_a = cfg.rank_w or rank(2.5, c), cfg.rank_a or rank(2.5, c)
-    rank_v, rank_g = cfg.rank_v or rank(1.7, c), cfg.rank_g or rank(5.0, c)
+    rank_w, rank_a, rank_v, rank_g = (cfg.rank(f"rank_{x}") for x in "wavg")
 
     make = Layers(cfg.layers)
     vector, matrix, norm = partial(make.row, c), make.matrix, partial(make.norm, c)

@@ -27,9 +27,6 @@ from rwkv_jax.models.version import Block
 from rwkv_jax.params import Layers, ParamSpec, ones, orthogonal, uniform, zeros
 from rwkv_jax.typing import Array, Callable, Float, Int, Leaf
 
-RANK = 32
-"""Side of the matrices of the released model."""
-
 
 @container
 class ChannelMix(Generic[Leaf]):
@@ -98,7 +95,7 @@ def channel_mix(
 def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     """The table of one layer's parameters, stacked over `cfg.layers`: version 7's and the new
     ones."""
-    c, f, rank = cfg.width, cfg.ffn, cfg.rank_embed or RANK
+    c, f, rank = cfg.width, cfg.ffn, cfg.rank("rank_embed")
     base, make = rwkv7.specs(cfg), Layers(cfg.layers)
     table = ParamSpec(
         (cfg.vocab_size, rank**2),

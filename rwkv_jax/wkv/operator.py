@@ -4,6 +4,7 @@ Arguments are checked, a mesh gives each device its shards, padding is masked, t
 and inputs are cast to the precision it computes in.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 
 from rwkv_jax.sharding import axes_of, check_axis, is_explicit, is_manual, mapped
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int
@@ -26,6 +27,9 @@ IMPLEMENTATIONS = ("scan", "chunked", "associative")
 """The names that `implementation=` takes on any device."""
 KERNELS = ("pallas_gpu", "pallas_tpu")
 """The names that it takes on one kind of device; interpreted on a CPU."""
+
+with contextlib.suppress(ValueError):  # the module is reloaded, and the name is taken
+    export.register_namedtuple_serialization(Wkv4State, serialized_name="rwkv_jax.wkv.Wkv4State")
 
 _PLATFORMS = {"pallas_gpu": "cuda", "pallas_tpu": "tpu"}
 
@@ -251,9 +255,9 @@ def _check_arrays(operator: Operator, x: Any, state: Any, **masks: Any) -> None:
     for name, tree in (x._asdict() | {"state": state} | masks).items():
         for z in jax.tree.leaves(tree):
             if not (hasattr(z, "shape") and hasattr(z, "dtype")):
-                axes = ", ".join(operator.axes[name])
+                needed = f"an array [{', '.join(operator.axes[name])}]"
                 raise ValueError(
-                    f"{operator.name}: {name}: an array [{axes}] is needed, not {type(tree).__name__}"
+                    f"{operator.name}: {name} is {type(tree).__name__}: {needed} is needed"
                 )
 
 
