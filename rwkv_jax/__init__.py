@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rwkv_jax import sampling as sampling
     from rwkv_jax import states as states
     from rwkv_jax import wkv as wkv
+    from rwkv_jax.checkpoint.fingerprint import fingerprint as fingerprint
     from rwkv_jax.checkpoint.weights import load as load
     from rwkv_jax.checkpoint.weights import load_with_tokenizer as load_with_tokenizer
     from rwkv_jax.checkpoint.weights import save as save
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from rwkv_jax.wkv import wkv7 as wkv7
 
 _NAMES = {
+    "checkpoint.fingerprint": ("fingerprint",),
     "checkpoint.weights": ("load", "load_with_tokenizer", "save"),
     "config": ("ModelConfig",),
     "models": ("backbone", "forward", "head", "init_params", "init_state", "stack", "unstack"),

@@ -139,6 +139,9 @@ class ModelConfig(_Table):
     """Version 7a: side of the square matrix in each token's DeepEmbed."""
     state_tuned: bool = False
     """Version 6: documents start from a learnt state."""
+    ln0: bool = True
+    """Whether embeddings pass the norm `ln0`; false: the table holds them as they come out of
+    it."""
 
     def _conflicts(self) -> Iterator[str]:
         if not (isinstance(self.version, str) and self.version in VERSION_SETTINGS):
@@ -211,6 +214,9 @@ class DataConfig(_Table):
     tokenizer: str = "bpe"
     """`bytes`, `bpe` (trained on the training documents), `world` (RWKV World), or a path to a
     `tokenizer.json`."""
+    special_tokens: bool = False
+    """Names of special tokens in a text (`<|im_start|>`) are those tokens of the `tokenizer.json`,
+    instead of letters."""
     bpe_vocab_size: Annotated[int, "between 512 and 65536"] = 4096
     sampler: Literal["shuffle", "magic_prime", "sequential"] = "shuffle"
     """What a row of the batch reads: windows in random order, each once per epoch; the official
@@ -223,7 +229,7 @@ class DataConfig(_Table):
     train_on: Literal["all", "answers", "spans"] = "all"
     """The tokens whose prediction is trained: all; the assistant's in conversations; or those in
     the field `spans` of a JSON line, [[first, last + 1], ...] in characters."""
-    template: Literal["g1", "world", "raven"] = "g1"
+    template: Literal["g1", "world", "raven", "flower"] = "g1"
     """How conversations are written as text."""
     exit_tokens: Annotated[int, "0 or more"] = 0
     """Tokens after which the learning-rate schedule ends, and with train.steps = 0 the run."""

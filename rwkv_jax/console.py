@@ -57,17 +57,30 @@ def numbers(
     """Prints a table: names in the first column, numbers on the right in the others; `style` is
     that of rich's `Table`.
 
-    A narrow terminal wraps names, and then lines, but no number is cut off.
+    A narrow terminal wraps names and shows the numbers of a row on several lines, but none is cut
+    off.
     """
-    table = Table(**style)
-    table.add_column(escape(titles[0]), overflow="fold")
-    for title in titles[1:]:
-        table.add_column(escape(title), justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    needed = Measurement.get(console, console.options.update(max_width=1000), table).minimum
-    console.width = max(console.width, needed)  # a terminal wraps lines where rich would cut them
+    rows, limit, needed, table = list(rows), console.width, 0, Table()
+    for lines in range(1, max(2, len(titles))):
+        table = Table(**style)
+        first, *others = _on_lines(titles, lines)
+        table.add_column(escape(first), overflow="fold")
+        for title in others:
+            table.add_column(escape(title), justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(*map(escape, _on_lines(row, lines)))
+        needed = Measurement.get(console, console.options.update(max_width=1000), table).minimum
+        if needed <= limit:
+            break
+    console.width = max(limit, needed)  # a terminal wraps lines where rich would cut them
     console.print(table)
+
+
+def _on_lines(cells: Sequence[str], lines: int) -> list[str]:
+    """The first cell, and the others on so many lines, in columns."""
+    first, *others = cells
+    columns = -(-len(others) // lines)
+    return [first, *("\n".join(others[column::columns]) for column in range(columns))]
 
 
 def comparison(console: Console, rows: Mapping[str, float], best: str) -> None:

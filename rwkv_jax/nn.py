@@ -79,35 +79,13 @@ def embed(
     return sharding.mapped(exchange, (layers + "Vk", "bt"), layers + "btc", axes)(table, tokens)
 
 
-@container
-class Transposed(Generic[Leaf]):
-    """A matrix stored [out, in], for faster decoding on a CPU; `linear` takes both layouts."""
-
-    rows: Leaf
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return jnp.result_type(self.rows)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.rows.shape[:-2], *self.rows.shape[:-3:-1])  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def linear(
-    x: Float[Array, "*shape i"], weight: Float[Array, "i o"] | Transposed[Array]
-) -> Float[Array, "*shape o"]:
+def linear(x: Float[Array, "*shape i"], weight: Float[Array, "i o"]) -> Float[Array, "*shape o"]:
     """`x @ weight`; weights are stored [in, out].
 
     One matrix product over all tokens: with several token axes, XLA's CPU backend transposes both
-    operands of the gradient first, a sixth of a training step. One token is the product of a matrix
-    and a vector (`Transposed`), a tenth faster than that of a vector and a matrix. Where time is
-    sharded, batch and time do not merge into one axis.
+    operands of the gradient first, a sixth of a training step. Where time is sharded, batch and
+    time do not merge into one axis.
     """
-    if isinstance(weight, Transposed):
-        tokens, matrix = x.reshape(-1, x.shape[-1]), weight.rows.astype(x.dtype)
-        y = (matrix @ tokens[0])[None] if len(tokens) == 1 else tokens @ matrix.T
-        return save_for_backward(y.reshape(*x.shape[:-1], -1))
     weight = weight.astype(x.dtype)
     if any(jax.typeof(x).sharding.spec[1:-1]):
         return save_for_backward(_product(x, weight))
@@ -127,7 +105,7 @@ def _product(x: Float[Array, "*m i"], weight: Float[Array, "i o"]) -> Float[Arra
 
 @jax.checkpoint
 def squared_relu_linear(
-    x: Float[Array, "*shape f"], weight: Float[Array, "f o"] | Transposed[Array]
+    x: Float[Array, "*shape f"], weight: Float[Array, "f o"]
 ) -> Float[Array, "*shape o"]:
     """`relu(x)^2 @ weight`, saving only `x` for the gradient: the widest array of a layer once, not
     three times."""

@@ -98,7 +98,7 @@ def _adapter():
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         near = get_close_matches(path.name, _configs(path.parent), n=1)
         hint = f"; did you mean {path.with_name(near[0])}?" if near else "; give a TOML file"

@@ -7,6 +7,7 @@ Numbers are little-endian, in both formats and on every machine that JAX runs on
 """
 
 import contextlib
+import json
 import math
 import mmap
 import os
@@ -137,6 +138,12 @@ def _check_regular(path: Path) -> None:
         raise WeightsError("is not a regular file; name one")
 
 
+def begins(path: Path) -> bytes:
+    """The first bytes of a file."""
+    with path.open("rb") as file:
+        return file.read(16)
+
+
 def kind(memory: mmap.mmap) -> str:
     """What a file of another format is, and the remedy."""
     # A safetensors length may look like any of the other signs, so it comes first.
@@ -166,6 +173,19 @@ def unique(pairs: Iterable[tuple[str, Entry]]) -> dict[str, Entry]:
         if name in found:
             raise ValueError(f"two entries are named {shown(name)}")
         found[name] = entry
+    return found
+
+
+def json_object(memory: mmap.mmap, start: int, stop: int) -> dict[str, Any]:
+    """The JSON object in these bytes. Raises ValueError for anything else, a name that occurs twice
+    included."""
+    if stop > len(memory):
+        raise ValueError("its header reaches beyond the end of the file")
+    if stop - start > MAX_INDEX:
+        raise WeightsError("its list of tensors is too large; split the model")
+    found = json.loads(memory[start:stop].decode(), object_pairs_hook=unique)
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
     return found
 
 

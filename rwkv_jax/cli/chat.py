@@ -1,7 +1,6 @@
 """Chat in a terminal, and conversations in files."""
 
 import os
-import re
 import secrets
 import sys
 from collections.abc import Iterator, Mapping
@@ -10,15 +9,36 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_jax import states
-from rwkv_jax.cli.terminal import changed, listed, note, play_turn, show, take_turns, to_number
-from rwkv_jax.data.conversations import Template
+from rwkv_jax.checkpoint import store
+from rwkv_jax.cli.terminal import (
+    changed,
+    commanded,
+    listed,
+    note,
+    play_turn,
+    show,
+    take_turns,
+    to_number,
+)
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.data.conversations import TEMPLATES, Template
+from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.errors import UserError
 from rwkv_jax.sampling import Generator, Prefix
-from rwkv_jax.sampling.chat import DEFAULTS, THINK, ChatChunk, Conversation
+from rwkv_jax.sampling.chat import (
+    DEFAULTS,
+    THINK,
+    ChatChunk,
+    Conversation,
+    preset_for,
+    template_for,
+)
+from rwkv_jax.sampling.presets import PRESETS, preset, release_of
 
 HELP = f"""\
 The model replies to what you type. A line that ends with a backslash continues on the next one. A
-line that begins with a colon and a small letter is one of these commands:
+line that begins with a colon and a small letter, or with a slash and a word, is one of these
+commands:
 
   :retry               another reply to your last message
   :undo                drops the last exchange
@@ -26,8 +46,10 @@ line that begins with a colon and a small letter is one of these commands:
   :system TEXT         starts one with this system prompt; :system alone, with none
   :think WAY           {", ".join(THINK)}
   :thoughts show       or hide: whether thoughts are shown, which never go to stdout
+  :preset NAME         sampling of official models: {", ".join(PRESETS)}
   :set                 shows the settings
-  :set NAME VALUE      changes one: temperature, top_p, top_k, presence, frequency, decay, tokens
+  :set NAME VALUE      changes one: temperature, top_p, top_k, presence, frequency, decay,
+                       min_p, tokens
   :seed N              the seed of the next reply; each later reply adds 1
   :save FILE           saves the conversation in FILE.safetensors
   :load FILE           resumes another one
@@ -36,6 +58,9 @@ line that begins with a colon and a small letter is one of these commands:
 Ctrl-C stops the reply, Ctrl-D exits.
 """
 
+CONVERSATIONS = ("messages", "conversations", "conversation", "turns")
+"""Fields of JSON lines that hold conversations in most data sets."""
+
 REASONS = {"length": "cut off", "end": "end of document"}
 """Ends of a reply that are worth a note."""
 
@@ -43,46 +68,80 @@ REASONS = {"length": "cut off", "end": "end of document"}
 def chat(
     generator: Generator,
     *,
+    save: Path | None = None,
+    why: str = "",
+    prefix: Prefix | None = None,
+    **given: Any,
+) -> None:
+    """A dialogue on stdin and stdout, until the input ends or `:quit`.
+
+    `save` is the file to save it in at the end, `why` the reason for its template; the others are
+    as for `opened`. Raises `UserError` for invalid arguments before any input is read.
+    """
+    if save is not None:
+        states.check_save_path(save)
+    dialogue = ChatDialogue(opened(generator, prefix=prefix, **given), prefix)
+    try:
+        dialogue.run(why)
+    finally:
+        if save is not None:
+            dialogue.save(save)
+
+
+def opened(
+    generator: Generator,
+    *,
     template: Template | None = None,
     system: str | None = None,
     settings: Mapping[str, Any] | None = None,
     prefix: Prefix | None = None,
     resume: Path | None = None,
-    save: Path | None = None,
-) -> None:
-    """A dialogue on stdin and stdout, until the input ends or `:quit`.
+) -> Conversation:
+    """A conversation: that of the file `resume`, or a new one, which starts at `prefix`.
 
-    `resume` is the file of a conversation to resume, `save` the one to save it in at the end;
-    a new conversation starts at `prefix`. `settings` are those of `ReplySettings` to set. The
-    others are as in `resume`; without it, they are the defaults, the model's likeliest template, no
-    system prompt and a random seed.
+    `settings` are those of `ReplySettings` to set, and as `flags` single values of its sampling.
+    The others are as in `resume`; without it, they are the defaults, the model's likeliest template
+    and its preset, no system prompt and a random seed.
 
-    Raises `UserError` for invalid arguments before any input is read.
+    Raises `UserError` for invalid arguments.
     """
-    if save is not None:
-        states.check_save_path(save)
+    changes = dict(settings or {})
+    flags = changes.pop("flags", {})
     if resume is None:
         drawn = replace(DEFAULTS, seed=secrets.randbelow(2**31))
         talk = Conversation(generator, template, system=system or "", settings=drawn, prefix=prefix)
+        talk.configure(think=changes.get("think", drawn.think))
+        talk.configure(sampling=PRESETS[preset_for(talk.template, talk.settings.think)])
     elif template is not None or system is not None:
         raise UserError(f"{resume} has a template and a system prompt: give no others")
     else:
         talk = load(resume, generator, prefix)
-    talk.configure(**settings or {})
-    dialogue = ChatDialogue(talk, prefix)
-    try:
-        dialogue.run()
-    finally:
-        if save is not None:
-            dialogue.save(save)
+    talk.configure(**changes)
+    talk.configure(sampling=talk.settings.sampling.with_flags(flags))
+    return talk
+
+
+def likely_template(model: Path, cfg: ModelConfig, tokenizer: Tokenizer) -> tuple[str, str]:
+    """The name of the chat template of a model, and the reason: what its run was trained with, or
+    its release by the name of the file, or else its version."""
+    name = model.expanduser().absolute()
+    if (name / store.CONFIG).is_file():
+        run = store.read_config(name)
+        if run.data.train_on == "answers" or run.data.field in CONVERSATIONS:
+            return run.data.template, "its run was trained with it"
+        name = Path(run.train.init) if run.train.init else name
+    release, usual = release_of(name), template_for(cfg, tokenizer)
+    if release and release.template and usual != TEMPLATES["raven"]:
+        return release.template, f"{release}, by its name"
+    return next(x for x, y in TEMPLATES.items() if y == usual), f"usual for version {cfg.version}"
 
 
 def save(path: Path, conversation: Conversation) -> None:
     """Writes a conversation as a state with notes (`rwkv_jax.states`); the name ends in
     `.safetensors`. Raises `UserError`."""
     states.check_save_path(path)
-    state, logits = conversation.state, conversation.logits
-    states.save(path, state, logits=logits, notes=conversation.notes())
+    state, logits, weights = conversation.state, conversation.logits, conversation.generator.weights
+    states.save(path, state, logits=logits, notes=conversation.notes(), weights=weights)
 
 
 def load(path: Path, generator: Generator, prefix: Prefix | None = None) -> Conversation:
@@ -90,7 +149,7 @@ def load(path: Path, generator: Generator, prefix: Prefix | None = None) -> Conv
 
     Raises `UserError`, one line, if the file has none, or one of another model.
     """
-    saved = states.load(path, generator.cfg)
+    saved = states.load(path, generator.cfg, weights=generator.weights)
     try:
         return Conversation.resumed(generator, saved.state, saved.logits, saved.notes, prefix)
     except UserError as error:
@@ -107,9 +166,14 @@ class ChatDialogue:
     thoughts: bool = True
     """Whether thoughts are shown."""
 
-    def run(self) -> None:
-        """Plays the dialogue until the input ends or `:quit` is typed."""
-        take_turns(self._obey, lambda: f"{self.conversation.template.user}: ")
+    def run(self, why: str = "") -> None:
+        """Plays the dialogue until the input ends or `:quit` is typed; `why` is the reason for its
+        template."""
+        talk = self.conversation
+        name = _named(TEMPLATES, talk.template)
+        about = f"Template {name}{f' ({why})' if why else ''}"
+        about += f", sampling {_named(PRESETS, talk.settings.sampling)}."
+        take_turns(self._obey, lambda: f"{self.conversation.template.user}: ", about=about)
 
     def save(self, path: Path) -> None:
         """Saves the conversation, if there is one."""
@@ -122,12 +186,11 @@ class ChatDialogue:
     def _obey(self, line: str) -> bool:
         """Whether to continue after a line."""
         talk = self.conversation
-        typed = re.fullmatch(r":([a-z]+)\s*(.*?)\s*", line, re.DOTALL)
-        match typed.groups() if typed else ("", line):
+        match commanded(line):
             case "", text:
                 if text.strip():
                     self._write(talk.say(text))
-            case "quit" | "q", "":
+            case "quit", "":
                 return False
             case "help", "":
                 print(HELP, file=sys.stderr)
@@ -143,8 +206,10 @@ class ChatDialogue:
                 talk.reset(text)
                 note(f"a new conversation, with{'' if text else 'out'} a system prompt")
             case "think", way:
-                talk.configure(think=way or talk.settings.think)
-                note(f"think {talk.settings.think}")
+                self._think(way or talk.settings.think)
+            case "preset", name if name:
+                talk.configure(sampling=preset(name))
+                note(listed(talk.settings.sampling, talk.settings.max_tokens))
             case "thoughts", "show" | "hide" as way:
                 self.thoughts = way == "show"
             case "set", "":
@@ -165,10 +230,22 @@ class ChatDialogue:
                 note(self._length())
             case _:
                 raise UserError(
-                    f"{line}: no such command; :help lists them, and a space before the colon"
-                    " makes it a message"
+                    f"{line}: no such command; :help lists them, and a space before it makes it"
+                    " a message"
                 )
         return True
+
+    def _think(self, way: str) -> None:
+        """Sets the way to think, and its sampling unless that was changed."""
+        talk = self.conversation
+        before, now = talk.settings, preset_for(talk.template, way)
+        talk.configure(think=way)
+        usual = before.sampling == PRESETS[preset_for(talk.template, before.think)]
+        if usual and before.sampling != PRESETS[now]:
+            talk.configure(sampling=PRESETS[now])
+            note(f"think {way}, sampling as in the preset {now}")
+        else:
+            note(f"think {way}")
 
     def _length(self) -> str:
         count = self.conversation.exchanges
@@ -191,6 +268,10 @@ class ChatDialogue:
             aside.end()
         show("\n")
         note(summary)
+
+
+def _named(table: Mapping[str, Any], value: Any) -> str:
+    return next((name for name, known in table.items() if known == value), "of your own")
 
 
 def _file(name: str) -> Path:

@@ -3,13 +3,14 @@
 import argparse
 import contextlib
 import errno
+import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from rwkv_jax.config import DataConfig
-from rwkv_jax.errors import UserError
+from rwkv_jax.errors import UserError, printed_remarks
 from rwkv_jax.interrupts import interruptible
 
 
@@ -37,8 +38,10 @@ def run(prog: str, action: Callable[[], object]) -> int:
     if sys.stdout is None:
         print(f"{prog}: stdout is closed; redirect it somewhere", file=sys.stderr)
         return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # it may not have all characters
     try:
-        with interruptible():
+        with interruptible(), printed_remarks(prog), _with_a_device():
             action()
         sys.stdout.flush()
     except UserError as error:
@@ -46,6 +49,7 @@ def run(prog: str, action: Callable[[], object]) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"\n{interrupt}".rstrip("\n"), file=sys.stderr)
+        _finish_computing()
         return 130
     except BrokenPipeError:
         _abandon_stdout()  # the reader has what it wanted (`| head`)
@@ -54,6 +58,39 @@ def run(prog: str, action: Callable[[], object]) -> int:
         _abandon_stdout()
         return 2
     return 0
+
+
+def _finish_computing() -> None:
+    """Waits for what JAX computes: its threads crash when the interpreter ends under them. The
+    traceback of the exception that is handled keeps the results alive."""
+    jax = sys.modules.get("jax")
+    with contextlib.suppress(Exception):  # a failed computation has ended too
+        for array in jax.live_arrays() if jax else ():
+            array.block_until_ready()
+
+
+@contextlib.contextmanager
+def _with_a_device() -> Iterator[None]:
+    """Turns what JAX raises where JAX_PLATFORMS names no device of this machine into one line."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        if not asked or _has_device():
+            raise
+        raise UserError(
+            f"JAX_PLATFORMS={asked}: no such device, or JAX was installed without it; unset it, set"
+            " it to cpu, or install JAX for that device"
+        ) from error
+
+
+def _has_device() -> bool:
+    import jax
+
+    try:
+        return bool(jax.devices())
+    except (RuntimeError, AssertionError):
+        return False
 
 
 def _print_refusal(prog: str, error: OSError) -> None:
@@ -79,7 +116,7 @@ def add_model(parser: argparse.ArgumentParser, name: str = "model") -> None:
 
 def add_tokenizer(add: Callable[..., object]) -> None:
     """Adds the option --tokenizer of a model; `add` is a parser's or a group's `add_argument`."""
-    what = "world, bytes or a tokenizer.json (default: the model's own)"
+    what = "world, bytes, a tokenizer.json or an RWKV vocabulary (.txt) (default: the model's own)"
     add("--tokenizer", default="", metavar="NAME", help=what)
 
 

@@ -206,7 +206,7 @@ def _naming_arguments() -> Iterator[None]:
 
 def _stdin() -> list[str]:
     try:
-        return [sys.stdin.buffer.read().decode()]
+        return [sys.stdin.buffer.read().decode("utf-8-sig")]
     except UnicodeDecodeError as error:
         raise UserError(f"stdin: byte {error.start} is not UTF-8; convert it first") from None
 

@@ -2,12 +2,10 @@
 
 import argparse
 import contextlib
-import io
-import os
 import secrets
-import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rwkv_jax.cli.command import add_model, add_tokenizer, command, load_model, run, spoken
 from rwkv_jax.errors import UserError
@@ -21,10 +19,12 @@ Continue a prompt with a model: official weights, a Hugging Face folder, or a ru
       what a run of train.py has learned to write after `def main(`
   {prog} runs/demo "def main(" "class " --tokens 400 --temperature 0.8
       several independent prompts, decoded as one batch
-  {prog} runs/demo "import " --stop $'\\n\\n' --seed 7
+  {prog} runs/demo "import " --stop '\\n\\n' --seed 7
       up to an empty line; the same seed gives the same text
   {prog} runs/demo --prompt-file story.txt > continued.txt
       a long prompt (`-` is stdin); only text goes to stdout, all else to stderr
+  {prog} rwkv7-g1h-1.5b.pth --prompt-file before.py --suffix-file after.py --no-echo
+      what belongs between the two
   {prog} MODEL --prompt-file book.txt --save-state book.safetensors
   {prog} MODEL --state book.safetensors "In short,"
       everything read is saved in a file of constant size; each prompt resumes from it
@@ -55,88 +55,117 @@ def _sample(args: argparse.Namespace) -> None:
 
 def _write(args: argparse.Namespace, given: dict[str, float | int]) -> None:
     from rwkv_jax import states
+    from rwkv_jax.cli.prompts import ScoreFile, prompts_of
     from rwkv_jax.cli.terminal import TextDialogue, note, print_texts
-    from rwkv_jax.sampling import Generator, Sampling, Session, generate_with
+    from rwkv_jax.sampling import Session, generate_with
+    from rwkv_jax.sampling.presets import preset
     from rwkv_jax.sampling.settings import check_max_tokens, check_seed
 
     if args.system is not None or args.think or args.template:
         raise UserError("--system, --think and --template are options of a chat: add --chat")
-    sampling = Sampling().with_flags(given)
+    sampling = preset(args.preset or "text").with_flags(given)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     tokens = 200 if args.tokens is None else args.tokens
     check_seed(seed)
     check_max_tokens(tokens)
-    if "" in args.stop:
-        raise UserError("--stop is empty; give the text to stop before, or leave it out")
-    prompts, stop = [_text(x) for x in args.prompt], [_text(x) for x in args.stop]
-    if args.interactive and args.prompt_file == "-":
+    if args.interactive and "-" in (args.prompt_file, args.suffix_file):
         raise UserError("--interactive reads what you type: --prompt-file cannot be stdin as well")
-    if args.prompt_file:
-        prompts.append(_read(args.prompt_file))
+    prompts, scores = prompts_of(args), ScoreFile(args)
+    count = len(prompts.texts)
     for option, one_text in ("--interactive", args.interactive), ("--save-state", args.save_state):
-        if one_text and len(prompts) > 1:
-            raise UserError(f"{option} is for one text: give one prompt, not {len(prompts)}")
+        if one_text and count > 1:
+            raise UserError(f"{option} is for one text: give one prompt, not {count}")
+        if one_text and prompts.after is not None:
+            raise UserError(f"{option} and --suffix: leave one out")
+    if args.interactive and args.prompt_ids:
+        raise UserError("--interactive and --prompt-ids: give the prompt as text")
     if args.save_state:
         states.check_save_path(Path(args.save_state))
-    _allow_any_text()
-    generator = Generator(*load_model(args))
+    for remark in prompts.remarks:
+        note(remark)
+    generator = _generator(args)
+    texts, shown = prompts.encoded(generator.tokenizer)
     saved = states.load(args.state, generator.cfg) if args.state else None
     prefix = _prefix(args.state, saved, generator) if saved else None
-    limits = {"max_tokens": tokens, "sampling": sampling, "stop": stop}
+    limits = {"max_tokens": tokens, "sampling": sampling, "stop": prompts.stop}
     if not args.interactive and not args.save_state:
-        prompts = prompts or [""]
-        chunks = generate_with(generator, prompts, seed=seed, prefix=prefix, **limits)
-        note(f"{print_texts(chunks, prompts, echo=args.echo)}, seed {seed}")
+        limits |= {"seed": seed, "prefix": prefix, "logprobs": scores.alternatives}
+        chunks = prompts.followed(generate_with(generator, texts, **limits), args.echo)
+        chunks = scores.recording(chunks, generator.tokenizer)
+        note(f"{print_texts(chunks, shown, echo=args.echo)}, seed {seed}")
         return
     session = Session(generator, seed, prefix)
     try:
         if args.interactive:
             _edit_lines()
-            TextDialogue(session, sampling, tokens, stop).run(prompts[0] if prompts else None)
+            TextDialogue(session, sampling, tokens, prompts.stop).run(shown[0] if count else None)
         else:
-            session.feed(prompts[0] if prompts else "")
-            summary = print_texts(session.stream(**limits), prompts or [""], echo=args.echo)
+            session.feed(texts[0])
+            summary = print_texts(session.stream(**limits), shown, echo=args.echo)
             note(f"{summary}, seed {seed}")
     finally:  # also after Ctrl-C
         if args.save_state:
             notes = {"tokenizer": generator.tokenizer.identity()}
             logits = session.logits if session.started else None
-            states.save(args.save_state, session.state, logits=logits, notes=notes)
+            states.save(
+                args.save_state,
+                session.state,
+                logits=logits,
+                notes=notes,
+                weights=generator.weights,
+            )
             note(f"state saved in {args.save_state}")
 
 
 def _chat(args: argparse.Namespace, given: dict[str, float | int]) -> None:
     from rwkv_jax import states
-    from rwkv_jax.cli.chat import chat
+    from rwkv_jax.cli.chat import chat, likely_template
+    from rwkv_jax.cli.prompts import typed
     from rwkv_jax.data.conversations import TEMPLATES
-    from rwkv_jax.sampling import Generator
-    from rwkv_jax.sampling.chat import CHAT_SAMPLING
+    from rwkv_jax.sampling.presets import preset
 
-    if args.prompt or args.prompt_file or args.stop or args.interactive or not args.echo:
+    if (
+        any((args.prompt, args.prompt_file, args.prompt_ids, args.stop, args.interactive))
+        or any((args.suffix is not None, args.suffix_file, args.logprobs, args.top_logprobs))
+        or not args.echo
+    ):
         raise UserError(
             "--chat takes its text from the terminal and its stops from the template: leave out"
-            " PROMPT, --prompt-file, --stop, --interactive and --no-echo"
+            " PROMPT, --prompt-file, --prompt-ids, --suffix, --suffix-file, --stop, --logprobs,"
+            " --interactive and --no-echo"
         )
     if args.template and args.template not in TEMPLATES:
         raise UserError(f"--template {args.template}: one of {', '.join(TEMPLATES)}")
-    settings = {"seed": args.seed, "max_tokens": args.tokens, "think": args.think}
+    settings = {"seed": args.seed, "max_tokens": args.tokens, "think": args.think, "flags": given}
+    settings |= {"sampling": preset(args.preset) if args.preset else None}
     settings = {name: value for name, value in settings.items() if value is not None}
-    if given:
-        settings["sampling"] = CHAT_SAMPLING.with_flags(given)
-    _allow_any_text()
-    generator = Generator(*load_model(args))
+    generator = _generator(args)
     _edit_lines()
     saved = states.load(args.state, generator.cfg) if args.state else None
     resume = saved is not None and "chat" in saved.notes
+    name, why = args.template, "as asked"
+    if not name:
+        name, why = likely_template(Path(args.model), generator.cfg, generator.tokenizer)
     chat(
         generator,
-        template=TEMPLATES[args.template] if args.template else None,
-        system=None if args.system is None else _text(args.system),
+        template=None if resume and not args.template else TEMPLATES[name],
+        system=None if args.system is None else typed(args.system, args.escape),
         settings=settings,
         prefix=_prefix(args.state, saved, generator) if saved and not resume else None,
         resume=Path(args.state) if resume else None,
         save=Path(args.save_state) if args.save_state else None,
+        why="" if resume else why,
     )
+
+
+def _generator(args: argparse.Namespace) -> Any:
+    from rwkv_jax.sampling import Generator
+    from rwkv_jax.sampling.decode import decoding_layout
+
+    params, cfg, tokenizer = load_model(args)
+    if args.special_tokens is not None:
+        tokenizer = tokenizer.with_special_tokens(args.special_tokens)
+    return Generator(decoding_layout(params, cfg, args.dtype), cfg, tokenizer)
 
 
 def _prefix(path: str, saved, generator):
@@ -149,6 +178,7 @@ def _prefix(path: str, saved, generator):
         generator.check_tokenizer(saved.notes.get("tokenizer"))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    states.check_weights(path, saved, generator.weights)
     return Prefix(saved.state, generator.cfg, saved.logits)
 
 
@@ -161,59 +191,52 @@ def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
 
     add = parser.add_argument_group("text").add_argument
     add("--prompt-file", metavar="FILE", help="one more prompt, UTF-8; - is stdin")
+    what = "one more prompt, as token ids; may be repeated"
+    add("--prompt-ids", metavar="IDS", action="append", default=[], help=what)
+    add("--suffix", metavar="TEXT", help="write what belongs between PROMPT and this (G1 models)")
+    add("--suffix-file", metavar="FILE", help="the same, from a file")
     add("-i", "--interactive", action="store_true", help="take turns in one text (:help there)")
     add("--tokens", type=int, metavar="N", help="at most, per prompt (200) or reply (2000)")
     what = "stop before this text; may be repeated"
     add("--stop", metavar="TEXT", action="append", default=[], help=what)
+    what = r"read \\n, \\t, \\r and \\\\ in arguments as they are written in programs (the default)"
+    add("--escape", action=argparse.BooleanOptionalAction, default=True, help=what)
+    what = "names of special tokens are those tokens (in prompts, not in a chat)"
+    add("--special-tokens", action=argparse.BooleanOptionalAction, help=what)
     add("--no-echo", dest="echo", action="store_false", help="do not print the prompt")
 
     add = parser.add_argument_group("model and state").add_argument
     add_tokenizer(add)
+    types = "compute type (float32 on CPU, bfloat16 elsewhere)"
+    add("--dtype", choices=("float32", "bfloat16"), help=types)
     add("--state", metavar="FILE", help="start from a saved state, or a tuned one (.pth)")
     add("--save-state", metavar="FILE", help="save the state after the text, as .safetensors")
 
     add = parser.add_argument_group("chat").add_argument
     add("--chat", action="store_true", help="chat with a model trained for it (:help there)")
     add("--system", metavar="TEXT", help="system prompt")
-    add("--think", metavar="WAY", help="off, fast, on, a bit, some or a lot (off)")
-    add("--template", metavar="NAME", help="g1, world or raven (the model's likeliest)")
+    add("--think", metavar="WAY", help="off, fast, on, a bit, some, a lot or compact (off)")
+    add("--template", metavar="NAME", help="g1, world, raven or flower (the model's likeliest)")
 
-    draw = parser.add_argument_group(
-        "sampling", "In a chat: top-p 0.3, presence and frequency 0.5."
-    )
+    draw = parser.add_argument_group("sampling", "Options change values of the preset.")
+    what = "text (the default), chat, think, answer or tool (in a chat, the model's own)"
+    draw.add_argument("--preset", metavar="NAME", help=what)
     number = partial(draw.add_argument, type=float, metavar="X")
     count = partial(draw.add_argument, type=int, metavar="N")
     count("--seed", help="of the first prompt; each further one adds 1 (random)")
     number("--temperature", help="lower is more predictable; 0 takes the likeliest token (1.0)")
     number("--top-p", help="draw from the likeliest tokens with this total probability (0.85)")
     count("--top-k", help="draw from at most N tokens; 0 is no limit (0)")
+    number("--min-p", help="drop tokens less likely than this share of the likeliest (0)")
     number("--presence", help="subtracted from the logit of each token already written (0.2)")
     number("--frequency", help="subtracted once more for each time it was written (0.2)")
     number("--decay", help="factor on those counts, per token (0.996)")
+
+    add = parser.add_argument_group("output").add_argument
+    what = "write a line of JSON for each token drawn: its log p by the model alone"
+    add("--logprobs", metavar="FILE", type=Path, help=what)
+    add("--top-logprobs", type=int, metavar="N", help="with the N most likely tokens at its place")
     return parser.parse_intermixed_args(arguments)
-
-
-def _read(name: str) -> str:
-    try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return data.decode()
-    except OSError as error:
-        raise UserError(f"--prompt-file {name}: {error.strerror}; give a text file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"--prompt-file {name}: byte {error.start} is not UTF-8; convert it first"
-        ) from None
-
-
-def _text(argument: str) -> str:
-    """An argument as text: the shell may pass bytes that are not UTF-8."""
-    return os.fsencode(argument).decode(errors="replace")
-
-
-def _allow_any_text() -> None:
-    """Replaces characters that stdout cannot encode."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
 
 
 def _edit_lines() -> None:

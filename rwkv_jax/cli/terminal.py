@@ -2,9 +2,10 @@
 
 import contextlib
 import io
+import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,15 +18,28 @@ from rwkv_jax.sampling.stream import Finish
 HELP = """\
 What you type is appended to the text, and the model continues it. An empty line adds nothing.
 A line that ends with a backslash continues on the next one, so \\ and Enter type a line break.
+Commands (with a slash as well):
 
   :set                 shows the settings
-  :set NAME VALUE      changes one: temperature, top_p, top_k, presence, frequency, decay, tokens
+  :set NAME VALUE      changes one: temperature, top_p, top_k, presence, frequency, decay,
+                       min_p, tokens
   :seed N              restarts the random numbers; the text stays
   :reset               clears the text
   :help   :quit
 
 Ctrl-C stops the model, Ctrl-D exits.
 """
+
+KNOWN = ("set", "seed", "reset", "help", "quit")
+"""Commands that may begin with a slash; other lines with one are text."""
+
+ALIASES = {
+    **dict.fromkeys(("q", "exit", "bye"), "quit"),
+    **dict.fromkeys(("?", "h"), "help"),
+    **dict.fromkeys(("clear", "new"), "reset"),
+    "regen": "retry",
+}
+"""Names that other programs have for the commands."""
 
 REASONS = {"stop": "stop string", "end": "end of document"}
 """Ends of a text that are worth a note."""
@@ -118,21 +132,21 @@ class TextDialogue:
 
     def _obey(self, line: str) -> bool:
         """Whether to continue after a line."""
-        command, *words = line.split() if line.startswith(":") else ("",)
-        match command, words:
+        command, rest = commanded(line, KNOWN)
+        match command, rest.split():
             case "", _:
                 self._write(line)
-            case ((":quit" | ":q"), []):
+            case "quit", []:
                 return False
-            case ":help", []:
+            case "help", []:
                 print(HELP, file=sys.stderr)
-            case ":reset", []:
+            case "reset", []:
                 self.session.reset()
-            case ":seed", [number]:
+            case "seed", [number]:
                 self.session.reseed(to_number(number, int))
-            case ":set", []:
+            case "set", []:
                 note(listed(self.sampling, self.max_tokens))
-            case ":set", [name, value]:
+            case "set", [name, value]:
                 self.sampling, self.max_tokens = changed(
                     self.sampling, self.max_tokens, name, value
                 )
@@ -159,6 +173,27 @@ class TextDialogue:
         note(summary)
 
 
+def commanded(line: str, known: Collection[str] = ()) -> tuple[str, str]:
+    """The command of a line, under its own name, and what follows it; "" and the line for text.
+
+    A command begins with a colon, or with a slash if no more than a word follows that before a
+    blank. With `known`, a slash needs one of these.
+
+    >>> commanded("/exit"), commanded(":set top_p 0.5"), commanded("/usr/bin is a folder")
+    (('quit', ''), ('set', 'top_p 0.5'), ('', '/usr/bin is a folder'))
+    """
+    colon = re.fullmatch(r":([a-z]+|\?)\s*(.*)", line, re.DOTALL)
+    slash = re.fullmatch(r"/([a-zA-Z]+|\?)(?:\s+(.*))?", line, re.DOTALL)
+    found = colon or slash
+    if not found:
+        return "", line
+    name = found[1].lower()
+    name = ALIASES.get(name, name)
+    if slash and known and name not in known:
+        return "", line
+    return name, (found[2] or "").strip()
+
+
 def play_turn(
     chunks: Iterable[Chunk], show: Callable[[Chunk], None], reasons: Mapping[str, str]
 ) -> tuple[str, bool]:
@@ -174,14 +209,18 @@ def play_turn(
 
 
 def take_turns(
-    obey: Callable[[str], bool], prompt: Callable[[], str], opening: str | None = None
+    obey: Callable[[str], bool],
+    prompt: Callable[[], str],
+    opening: str | None = None,
+    about: str = "",
 ) -> None:
     """Passes each line typed to `obey`, until it returns False or the input ends; `opening`, if
-    given, is the first. A `UserError` is reported, and neither it nor Ctrl-C ends the dialogue."""
+    given, is the first. The remark at the start ends with `about`. A `UserError` is reported, and
+    neither it nor Ctrl-C ends the dialogue."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         with contextlib.suppress(io.UnsupportedOperation):  # already read from
             sys.stdin.reconfigure(errors="replace")  # any bytes may be typed
-    note("Type :help for the commands.")
+    note(f"Type :help for the commands. {about}".rstrip())
     line = opening
     while True:
         try:

@@ -44,7 +44,9 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax tokenize") -> int
     what = "a document of plain text is a file (default) or a line"
     add("--document", choices=("file", "line"), default="file", help=what)
     what = "how the turns of a conversation become text, if the field holds one (g1)"
-    add("--template", choices=("g1", "world", "raven"), default="g1", help=what)
+    add("--template", choices=("g1", "world", "raven", "flower"), default="g1", help=what)
+    what = "names of special tokens in the text are those tokens, not letters"
+    add("--special-tokens", action="store_true", help=what)
     add("--workers", type=_count, metavar="N", help="processes (default: one for each core)")
     add("--overwrite", action="store_true", help="replace OUT if it exists")
     return run(spoken(prog), partial(_tokenize, parser.parse_args(arguments)))
@@ -67,6 +69,7 @@ def _tokenize(args: argparse.Namespace) -> None:
         field=args.field,
         document=args.document,
         template=args.template,
+        special_tokens=args.special_tokens,
     )
     with reporting(reading_bar(), "tokenising") as progress:
         result = tokenize(

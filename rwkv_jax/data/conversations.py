@@ -6,17 +6,25 @@
 
     Assistant: Hi. How can I help?
 
-Turns are separated by an empty line; inside a turn only replies have one. Sources: the templates of
-BlinkDL's models, `RWKV-v7/RWKV7-G1x-templates.txt` of BlinkDL/RWKV-LM and `API_DEMO_CHAT.py` of
-BlinkDL/ChatRWKV.
+Turns are separated by an empty line; inside a turn only replies have one. The flower template of
+the G1 models since July 2026 has a mark instead, which no turn contains:
+
+    System✿Be kind.✿
+    User✿hi✿
+    Bot✿Hi. How can I help?✿
+
+Sources: the templates of BlinkDL's models, `RWKV-v7/RWKV7-G1x-templates.txt` of BlinkDL/RWKV-LM and
+`API_DEMO_CHAT.py` of BlinkDL/ChatRWKV.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+FLOWER = "✿"
+"""One token of the World vocabulary, 10060."""
 
 END = "\n\n"
 """Between turns; in training text, otherwise only inside replies."""
@@ -34,10 +42,39 @@ class Template:
     """Text before the first turn of a conversation without a system prompt or an initial state."""
     paragraphs: bool = True
     """Whether a reply may have empty lines; otherwise the first one ends it."""
+    mark: str = ""
+    """What follows a role and ends a turn, `Role✿text✿`; empty: `Role: text`, then an empty line. A
+    conversation with marks begins with the end-of-document token."""
+
+    @property
+    def colon(self) -> str:
+        """Between a role and its text; the space after a plain colon belongs to the text."""
+        return self.mark or ":"
+
+    @property
+    def end(self) -> str:
+        """The end of a turn."""
+        return f"{self.mark}\n" if self.mark else END
+
+    def turn(self, role: str, text: str) -> str:
+        """A turn of one of the roles, with its end."""
+        return f"{role}{self.colon}{'' if self.mark else ' '}{text}{self.end}"
+
+    def clean(self, text: str, role: str = "user") -> str:
+        """The text of a turn: what people type without empty lines (`clean`), replies as they are.
+
+        Raises ConversationError for a text that contains the mark.
+        """
+        if self.mark and self.mark in text:
+            raise ConversationError(f"{self.mark} ends a turn in this template; leave it out")
+        reply = role == "bot" and self.paragraphs
+        return text.replace("\r\n", "\n").strip() if reply else clean(text)
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Strings that end a reply: the start of another turn, or an empty line."""
+        """Strings that end a reply: the mark, the start of another turn, or an empty line."""
+        if self.mark:
+            return (self.mark,)
         roles = filter(None, (self.user, self.bot, self.system))
         return tuple(f"{END}{role}:" for role in roles) if self.paragraphs else (END,)
 
@@ -51,8 +88,10 @@ TEMPLATES = {
         paragraphs=False,
     ),
     "raven": Template("Bob", "Alice", system="", paragraphs=False),
+    "flower": Template(bot="Bot", mark=FLOWER),
 }
-"""For G1 models, for World models, and for those with the 20B vocabulary (Raven and Pile)."""
+"""For G1 models, for World models, for those with the 20B vocabulary (Raven and Pile), and for G1
+models since G1h."""
 
 ROLES = {
     "system": "system",
@@ -70,8 +109,13 @@ class ConversationError(ValueError):
 
 
 def clean(text: str) -> str:
-    """A turn's content without empty lines, which would end the turn."""
-    return re.sub(r"\n{2,}", "\n", text.replace("\r\n", "\n")).strip()
+    """A turn's content without empty lines, which would end the turn, and blanks at ends of lines.
+
+    >>> clean("A  \\r\\n\\r\\n  B\\t  \\n\\n\\n")
+    'A\\n  B'
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return "\n".join(filter(None, (line.rstrip() for line in lines))).strip()
 
 
 def render(turns: list[Any], template: Template) -> tuple[str, Spans]:
@@ -93,16 +137,13 @@ def render(turns: list[Any], template: Template) -> tuple[str, Spans]:
             raise ConversationError(
                 f"turn {number} has the role system, which the template does not have"
             )
-        if role == "bot" and template.paragraphs:
-            content = content.replace("\r\n", "\n").strip()
-        else:
-            content = clean(content)
-        text = f" {content}" + (END if number < len(turns) else "")
+        text = template.turn(name, template.clean(content, role))
+        if number == len(turns) and not template.mark:
+            text = text.removesuffix(template.end)
         if role == "bot":
-            begin = size + len(name) + 1
-            spans.append((begin, begin + len(text)))
-        parts.append(f"{name}:{text}")
-        size += len(parts[-1])
+            spans.append((size + len(name + template.colon), size + len(text)))
+        parts.append(text)
+        size += len(text)
     return "".join(parts), tuple(spans)
 
 

@@ -176,6 +176,7 @@ def open_corpus(cfg: DataConfig, longest: int | None = None) -> Corpus:
         )
     named = names_file(cfg.source)
     settings = [cfg.field, cfg.document, cfg.heldout, named, cfg.train_on, cfg.template]
+    settings += ["special tokens"] if cfg.special_tokens else []  # older caches stay valid
     content.update(json.dumps(settings).encode())
     longest = longest_document() if longest is None else longest
     return Corpus(cfg, tuple(files), skipped, size, content.hexdigest(), longest)

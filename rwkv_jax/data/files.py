@@ -23,6 +23,8 @@ from rwkv_jax import disk
 from rwkv_jax.errors import UserError
 
 CHUNK = 1 << 20
+BOM = codecs.BOM_UTF8
+"""The mark that some editors put at the start of a file; it is no part of the text."""
 COMPRESSED = (".gz", ".zst")
 TABLES = (".parquet", ".arrow")
 MEMORY_PER_BYTE = 50
@@ -168,7 +170,7 @@ def read_chunks(file: SourceFile, report: Report = unreported) -> Iterator[bytes
     raw = _raw_chunks(file.path, report, 0 if file.table else max(0, file.begin - 1))
     try:
         if file.path.suffix == ".gz":
-            yield from _decompress(raw, lambda: zlib.decompressobj(wbits=31))
+            yield from _decompress(raw, lambda: zlib.decompressobj(wbits=31), b"\0")
         elif file.path.suffix == ".zst":
             yield from _decompress(
                 raw, zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
@@ -196,13 +198,18 @@ def _raw_chunks(path: Path, report: Report = unreported, start: int = 0) -> Iter
             yield chunk
 
 
-def _decompress(raw: Iterator[bytes], new_member: Callable) -> Iterator[bytes]:
-    """Bytes of one or more concatenated gzip members or zstd frames; EOFError if the last one is
-    truncated."""
+def _decompress(
+    raw: Iterator[bytes], new_member: Callable, padding: bytes = b""
+) -> Iterator[bytes]:
+    """Bytes of one or more concatenated gzip members or zstd frames, with any `padding` after each;
+    EOFError if the last one is truncated."""
     member = new_member()
     for chunk in raw:
         while chunk:
             if member.eof:
+                chunk = chunk.lstrip(padding)
+                if not chunk:
+                    break
                 member = new_member()
             yield member.decompress(chunk)
             chunk = member.unused_data
@@ -213,8 +220,8 @@ def _decompress(raw: Iterator[bytes], new_member: Callable) -> Iterator[bytes]:
 def read_lines(
     file: SourceFile, report: Report = unreported, longest: int = sys.maxsize
 ) -> Iterator[bytes]:
-    """The file's lines without their line ends (`\\n` or `\\r\\n`); of a part, the lines that start
-    in it.
+    """The file's lines without their line ends (`\\n` or `\\r\\n`), the first without a byte-order
+    mark; of a part, the lines that start in it.
 
     Raises CorpusError for a line of more than `longest` bytes, before all of it is read.
     """
@@ -230,7 +237,7 @@ def read_lines(
             if not before:
                 if len(line) > longest:
                     raise _too_long(f"{file.path}: byte {place:,}: a line", longest)
-                yield line.removesuffix(b"\r")
+                yield _plain(line, place)
             place += len(line) + 1
             held, size, before = [], 0, False
         if place >= end:
@@ -240,7 +247,11 @@ def read_lines(
         if size > longest and not before:
             raise _too_long(f"{file.path}: byte {place:,}: a line", longest)
     if size and not before:
-        yield b"".join(held).removesuffix(b"\r")
+        yield _plain(b"".join(held), place)
+
+
+def _plain(line: bytes, place: int) -> bytes:
+    return (line if place else line.removeprefix(BOM)).removesuffix(b"\r")
 
 
 def lines_before(file: SourceFile) -> int:
@@ -256,15 +267,15 @@ def lines_before(file: SourceFile) -> int:
 
 
 def read_whole(file: SourceFile, report: Report = unreported, longest: int = sys.maxsize) -> bytes:
-    """All bytes of the file. Raises CorpusError for more than `longest`, before reading them
-    all."""
+    """All bytes of the file, without a byte-order mark. Raises CorpusError for more than `longest`,
+    before reading them all."""
     pieces, size = [], 0
     for chunk in read_chunks(file, report):
         pieces.append(chunk)
         size += len(chunk)
         if size > longest:
             raise _too_long(f"{file.path}: a document", longest, ', or set data.document = "line"')
-    return b"".join(pieces)
+    return b"".join(pieces).removeprefix(BOM)
 
 
 def _too_long(what: str, longest: int, otherwise: str = "") -> CorpusError:

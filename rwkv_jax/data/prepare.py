@@ -36,7 +36,7 @@ from rwkv_jax.data.tokenizers import (
     Tokenizer,
     open_tokenizer,
     pieces_of,
-    token_sizes,
+    sizes_of,
 )
 from rwkv_jax.data.tokens import (
     HELDOUT_TEXT,
@@ -46,6 +46,7 @@ from rwkv_jax.data.tokens import (
     TOKENIZER,
     Tokens,
     encoded,
+    encoder_of,
     open_cache,
 )
 from rwkv_jax.errors import UserError
@@ -164,21 +165,20 @@ def _train_tokenizer(corpus: Corpus, report: Report) -> Tokenizer:
 def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, report: Report) -> dict[str, int]:
     """Writes the pairs, the mask and the held-out text; returns the manifest's counts."""
     cfg, dtype = corpus.cfg, dtype_for(tokenizer.vocab_size)
-    masked = cfg.train_on != "all"
-    sizes = token_sizes(tokenizer) if masked else np.zeros(0)
+    masked, encoder = cfg.train_on != "all", encoder_of(cfg, tokenizer)
     counts, trained = {f"{side}_bytes": 0 for side in SIDES}, 0
     with contextlib.ExitStack() as stack:
         pairs = {side: stack.enter_context(BinidxWriter(folder / side, dtype)) for side in SIDES}
         text = stack.enter_context(disk.replacing(folder / HELDOUT_TEXT))
         mask = stack.enter_context(disk.replacing(folder / MASK)) if masked else None
-        for document, ids in encoded(corpus.documents(report), tokenizer, BATCH_CHARACTERS):
+        for document, ids in encoded(corpus.documents(report), encoder, BATCH_CHARACTERS):
             side, data = SIDES[document.heldout], document.text.encode()
             pairs[side].add(ids)
             counts[f"{side}_bytes"] += len(data)
             if document.heldout:
                 text.write(data)
             elif mask:
-                chosen = _loss_mask(document, sizes[ids[:-1]])
+                chosen = _loss_mask(document, sizes_of(tokenizer, ids[:-1]))
                 mask.write(chosen.tobytes())
                 trained += int(chosen.sum())
     counts |= {f"{side}_documents": pair.documents for side, pair in pairs.items()}

@@ -36,7 +36,7 @@ from rwkv_jax.data.corpus import Corpus, names_file, skip_reason
 from rwkv_jax.data.files import CorpusError, Report, SourceFile, find_files, longest_document
 from rwkv_jax.data.tables import group_sizes
 from rwkv_jax.data.tokenizers import Tokenizer, open_tokenizer
-from rwkv_jax.data.tokens import encoded, grouped
+from rwkv_jax.data.tokens import encoded, encoder_of, grouped
 from rwkv_jax.errors import UserError, within_memory
 from rwkv_jax.interrupts import blocked_interrupts, deferred_interrupts
 
@@ -100,9 +100,10 @@ def tokenize(
     """Writes the documents of the sources as a pair, each followed by the end-of-document id, and a
     description of it, `OUT.json`.
 
-    Of `cfg`, `tokenizer`, `field`, `document` and `template` apply. `workers` is the number of
-    processes; None: one for each core. Notices go to stderr. Raises UserError for a source that
-    cannot be read, with file and line; a folder that cannot be written; a worker that was killed.
+    Of `cfg`, `tokenizer`, `special_tokens`, `field`, `document` and `template` apply. `workers` is
+    the number of processes; None: one for each core. Notices go to stderr. Raises UserError for a
+    source that cannot be read, with file and line; a folder that cannot be written; a worker that
+    was killed.
     Parts finished by then are kept for the next call.
     """
     if str(out).endswith("/") or Path(out).name in ("", ".."):
@@ -134,6 +135,7 @@ def tokenize(
         merge([unit.part for unit in units], prefix)
         about = {"tokenizer": tokenizer.identity(), "kind": tokenizer.kind, **counts._asdict()}
         about |= {name: getattr(cfg, name) for name in ("field", "document", "template")}
+        about |= {"special_tokens": True} if cfg.special_tokens else {}
         _write_json(Path(f"{prefix}.json"), about | {"sources": list(sources)})
     return Result(prefix, counts, counts.bytes - _sum(filter(None, before)).bytes)
 
@@ -207,6 +209,7 @@ def _fingerprint(units: list[Unit], tokenizer: Tokenizer) -> str:
     for unit in units:
         cfg = unit.cfg
         about: list[Any] = [cfg.field, cfg.document, cfg.template, names_file(cfg.source)]
+        about += ["special tokens"] if cfg.special_tokens else []
         for file in unit.files:
             found = file.path.stat()
             about.append([str(file.path), file.begin, file.end, found.st_size, found.st_mtime_ns])
@@ -364,7 +367,7 @@ def _make_part(unit: Unit, tokenizer: Tokenizer, longest: int, report: Report) -
                 skipped += 1
                 continue
             documents = Corpus(cfg, (file,), longest=longest).documents(read)
-            for document, ids in encoded(documents, tokenizer, BATCH_CHARACTERS):
+            for document, ids in encoded(documents, encoder_of(cfg, tokenizer), BATCH_CHARACTERS):
                 size += len(document.text.encode())
                 writer.add(ids)
     counts = Counts(writer.documents, size, writer.tokens, skipped)

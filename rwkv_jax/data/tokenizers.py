@@ -1,10 +1,18 @@
-"""Text to token ids and back: bytes, a BPE of the corpus, any `tokenizer.json`, and the RWKV World
-vocabulary.
+"""Text to token ids and back: bytes, a BPE of the corpus, any `tokenizer.json`, and RWKV
+vocabularies.
 
-All decode to bytes, not text: a token may end inside a UTF-8 character. The end-of-document id,
-never produced by encoding, decodes to nothing; an id without a token (the last rows of the World
-vocabulary) decodes to U+FFFD. Special tokens are not recognised in text: `<|endoftext|>` in a
-document is encoded letter by letter.
+All decode to bytes, not text: a token may end inside a UTF-8 character. The end-of-document id
+decodes to nothing. An id without a token (the last rows of the World vocabulary) decodes to U+FFFD,
+in a `tokenizer.json` to nothing, as the package `tokenizers` has it; one out of range is an error.
+
+Special tokens are not recognised in text: `<|endoftext|>` in a document is encoded letter by
+letter. `with_special_tokens()` is the same tokenizer with these names as tokens, as prompts have
+them.
+
+What a token adds to a text may depend on the tokens before it: vocabularies of words put spaces
+between them, and SentencePiece's drop the one before the first. `added` and `StreamDecoder` look at
+the last tokens, so what they give, joined, is what decoding all ids gives. Only ids whose bytes are
+no UTF-8 may differ: the characters around them are kept, where `tokenizers` drops a whole run.
 
 Three PyPI packages ship the World vocabulary of 2023-04-24 (the same 65,529 tokens); all give the
 official ids on the golden texts. `pyrwkv-tokenizer` 0.9.1 (Apache-2.0, Rust) is used: it has wheels
@@ -13,7 +21,6 @@ Only its encoder is used: its decoder panics on half a character and on unused i
 is as fast, but has no wheels after Python 3.12; `rwkv` encodes in Python, at 2.6 MB/s.
 """
 
-import ast
 import codecs
 import functools
 import hashlib
@@ -22,14 +29,15 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tokenizers
-from tokenizers import pre_tokenizers
 
 from rwkv_jax import disk
 from rwkv_jax.data.bpe import END_OF_DOCUMENT
+from rwkv_jax.data.byte_tokens import as_bytes, as_character, byte_level
+from rwkv_jax.data.vocabulary import LongestMatch, parse_vocabulary
 from rwkv_jax.errors import UserError
 
 Ids = Sequence[int] | np.ndarray
@@ -41,9 +49,12 @@ EOD_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 LONG_DOCUMENT = 1 << 22
 """Characters of a document after which it is cut before it is encoded."""
 
+NEIGHBOURS = 4
+"""The number of tokens before one that can matter to its text."""
+
 
 class TokenizerError(UserError):
-    """A tokenizer that is missing, broken or not usable here."""
+    """A tokenizer that is missing, broken or not usable here; text or ids that it does not have."""
 
 
 @runtime_checkable
@@ -54,9 +65,16 @@ class Tokenizer(Protocol):
     vocab_size: int
     eod: int
     """The end-of-document id."""
+    additive: bool
+    """Whether the bytes of ids are those of each id, joined."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text; never `eod`."""
+        """Ids of the text; never `eod`. Raises TokenizerError for half a surrogate pair."""
+        ...
+
+    def with_special_tokens(self, recognise: bool = True) -> "Tokenizer":
+        """The same, but names of special tokens in a text are those tokens, or with False never
+        are; the method changes neither again."""
         ...
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -64,7 +82,8 @@ class Tokenizer(Protocol):
         ...
 
     def decode_bytes(self, ids: Ids) -> bytes:
-        """Bytes of the tokens; they may start or end inside a UTF-8 character."""
+        """Bytes of the tokens; they may start or end inside a UTF-8 character. Raises
+        TokenizerError for an id out of range."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -80,12 +99,33 @@ class _Vocabulary:
     """What tokenizers share: the bytes of every id, and a checksum."""
 
     kind: str
+    vocab_size: int
+    additive = True
     _bytes: Sequence[bytes] | None
     _checksum = ""
 
+    def encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def with_special_tokens(self, recognise: bool = True) -> Any:
+        return self
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
     def decode_bytes(self, ids: Ids) -> bytes:
         assert self._bytes
-        return b"".join(self._bytes[int(i)] for i in ids)
+        return b"".join([self._bytes[i] for i in self._checked(ids)])
+
+    def _checked(self, ids: Ids) -> list[int]:
+        checked = [int(i) for i in ids]
+        if checked and not 0 <= min(checked) <= max(checked) < self.vocab_size:
+            wrong = next(i for i in checked if not 0 <= i < self.vocab_size)
+            raise TokenizerError(
+                f"token {wrong}: the tokenizer ({self.kind}) has the ids 0 to"
+                f" {self.vocab_size - 1:,}; use the one that the tokens were made with"
+            )
+        return checked
 
     def save(self, folder: Path) -> None:
         meta = {"kind": self.kind} | ({"checksum": self._checksum} if self._checksum else {})
@@ -94,6 +134,17 @@ class _Vocabulary:
 
     def identity(self) -> str:
         return f"{self.kind} {self._checksum}".rstrip()
+
+
+def utf8(text: str) -> bytes:
+    """The text's bytes. Raises TokenizerError for half a surrogate pair, which has none."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"character {error.start:,} of the text is half a surrogate pair, which is not text;"
+            ' remove it, or text.encode("utf-8", "replace").decode()'
+        ) from None
 
 
 class ByteTokenizer(_Vocabulary):
@@ -105,10 +156,7 @@ class ByteTokenizer(_Vocabulary):
     _bytes = (b"", *(bytes([b]) for b in range(256)))
 
     def encode(self, text: str) -> list[int]:
-        return (np.frombuffer(text.encode(), np.uint8).astype(np.uint16) + np.uint16(1)).tolist()
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
+        return (np.frombuffer(utf8(text), np.uint8).astype(np.uint16) + np.uint16(1)).tolist()
 
 
 class WorldTokenizer(_Vocabulary):
@@ -123,13 +171,21 @@ class WorldTokenizer(_Vocabulary):
         import pyrwkv_tokenizer
 
         self._encoder = pyrwkv_tokenizer.RWKVTokenizer()
-        self._bytes = _world_bytes(text, self.vocab_size)
+        try:
+            self._bytes = _table(parse_vocabulary(text), self.vocab_size)
+        except (ValueError, IndexError) as error:
+            raise TokenizerError(
+                f"RWKV World vocabulary: damaged ({error}); reinstall pyrwkv-tokenizer"
+            ) from error
         self._checksum = hashlib.blake2b(b"\n".join(self._bytes), digest_size=8).hexdigest()
 
     def encode(self, text: str) -> list[int]:
+        utf8(text)
         return self._encoder.encode(text)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        for text in texts:
+            utf8(text)
         return self._encoder.encode_batch(texts)
 
 
@@ -152,43 +208,52 @@ def world_vocabulary() -> Path:
     return Path(str(package / WORLD_FILE))
 
 
-def _world_bytes(vocabulary: str, size: int) -> list[bytes]:
-    """Bytes of every id. A line reads `ID REPR LENGTH`, REPR a Python literal (str or bytes) that
-    may hold spaces."""
+def _table(tokens: dict[int, bytes], size: int) -> list[bytes]:
     table = [b""] + [UNKNOWN] * (size - 1)
-    for line in vocabulary.splitlines():
-        number, _, rest = line.partition(" ")
-        literal, _, length = rest.rpartition(" ")
-        plain = literal[0] != "b" and "\\" not in literal  # most are: no need to parse them
-        token = literal[1:-1] if plain else ast.literal_eval(literal)
-        token = token.encode() if isinstance(token, str) else token
-        if len(token) != int(length):
-            raise TokenizerError(
-                f"RWKV World vocabulary: id {number} is damaged; reinstall pyrwkv-tokenizer"
-            )
-        table[int(number)] = token
+    for i, token in tokens.items():
+        table[i] = token
     return table
+
+
+class TextTokenizer(_Vocabulary):
+    """A vocabulary in the format of the World one; id 0 ends a document. Encoded in Python, at a
+    few MB/s."""
+
+    kind = "txt"
+    eod = 0
+
+    def __init__(self, content: str, where: object):
+        try:
+            tokens = parse_vocabulary(content)
+            self._encoder = LongestMatch(tokens)
+        except ValueError as error:
+            raise TokenizerError(
+                f"{where}: not an RWKV vocabulary ({error}); give one like {WORLD_FILE}"
+            ) from error
+        self.vocab_size = max(tokens) + 1
+        self._bytes = _table(tokens, self.vocab_size)
+        self._content, self._checksum = content, _checksum(content)
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoder.encode(utf8(text))
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        (folder / WORLD_FILE).write_text(self._content, encoding="utf-8", newline="")
 
 
 class JsonTokenizer(_Vocabulary):
     """A Hugging Face `tokenizer.json`: our own BPE (`kind = "bpe"`) or any other (`"file"`).
 
-    The encoding of such a file need not be lossless (normalisers, unknown tokens).
+    The encoding of such a file need not be lossless (normalisers, unknown tokens). `special` is
+    what `with_special_tokens` has chosen, if it was called.
     """
 
-    def __init__(self, content: str, kind: str, where: object):
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the Rust side raises nothing narrower
-            raise TokenizerError(
-                f"{where}: not a tokenizer.json ({str(error).splitlines()[0]});"
-                " give one saved by the package tokenizers"
-            ) from error
-        # A document is encoded whole and as plain text, whatever the file's settings are.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
+    def __init__(self, content: str, kind: str, where: object, *, special: bool | None = None):
+        self._tokenizer = _open(content, where)
+        self._tokenizer.encode_special_tokens = not special  # that is, as text
         self.kind = kind
+        self._special, self._variants = special, {}
         self._content, self._checksum = content, _checksum(content)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         ends = [vocabulary[name] for name in EOD_NAMES if name in vocabulary]
@@ -198,14 +263,31 @@ class JsonTokenizer(_Vocabulary):
             )
         self.eod = ends[0]
         self.vocab_size = max(vocabulary.values()) + 1
-        self._bytes = _json_bytes(json.loads(content), vocabulary, self.vocab_size)
+        description = json.loads(content)
+        self._bytes = byte_level(description, vocabulary, self.vocab_size)
+        self.additive = self._bytes is not None
         if self._bytes:
             self._bytes[self.eod] = b""
+        fallback = '"ByteFallback"' in json.dumps(description.get("decoder"))
+        self._names: list[str | None] = [None] * self.vocab_size
+        for token, i in vocabulary.items():
+            self._names[i] = as_character(token) if fallback else token
+
+    def with_special_tokens(self, recognise: bool = True) -> "JsonTokenizer":
+        if self._special is not None:
+            return self
+        if recognise not in self._variants:
+            made = JsonTokenizer(self._content, self.kind, HF_FILE, special=recognise)
+            self._variants[recognise] = made
+        return self._variants[recognise]
 
     def encode(self, text: str) -> list[int]:
+        utf8(text)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        for text in texts:
+            utf8(text)
         return [
             one.ids for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ]
@@ -213,58 +295,61 @@ class JsonTokenizer(_Vocabulary):
     def decode_bytes(self, ids: Ids) -> bytes:
         if self._bytes:
             return super().decode_bytes(ids)
-        return self._tokenizer.decode(
-            [int(i) for i in ids if i != self.eod], skip_special_tokens=False
-        ).encode()
+        names = [self._names[i] for i in self._checked(ids) if i != self.eod]
+        tokens = [name for name in names if name is not None]
+        decoder = self._tokenizer.decoder
+        text = decoder.decode(tokens) if decoder else " ".join(tokens)
+        return as_bytes(text)
 
     def save(self, folder: Path) -> None:
         super().save(folder)
         (folder / HF_FILE).write_text(self._content, encoding="utf-8", newline="")
 
 
-def _json_bytes(description: dict, vocabulary: dict[str, int], size: int) -> list[bytes] | None:
-    """Bytes of every id; None for vocabularies whose tokens decode differently depending on their
-    neighbours."""
-    parts = json.dumps([description.get("decoder"), description.get("pre_tokenizer")])
-    added = {token["id"] for token in description.get("added_tokens", [])}
-    if '"ByteLevel"' in parts:
-        alphabet = _byte_alphabet()
-
-        def token_bytes(token: str) -> bytes:
-            return b"".join(alphabet.get(character) or character.encode() for character in token)
-
-    elif '"Metaspace"' in parts or '"ByteFallback"' in parts:
-
-        def token_bytes(token: str) -> bytes:
-            if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                return bytes.fromhex(token[3:5])
-            return token.replace("\u2581", " ").encode()
-
-    else:
-        return None
-    table = [UNKNOWN] * size
-    for token, i in vocabulary.items():
-        table[i] = token.encode() if i in added else token_bytes(token)
-    return table
-
-
-def _byte_alphabet() -> dict[str, bytes]:
-    """The byte of each character of byte-level vocabularies (GPT-2): printable Latin-1 characters
-    are their own bytes; the other bytes, in order, are the characters from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [b for b in range(256) if b not in printable]
-    alphabet = {chr(b): bytes([b]) for b in printable} | {
-        chr(0x100 + i): bytes([b]) for i, b in enumerate(others)
-    }
-    assert alphabet.keys() == set(pre_tokenizers.ByteLevel.alphabet())
-    return alphabet
+def _open(content: str, where: object) -> tokenizers.Tokenizer:
+    try:
+        opened = tokenizers.Tokenizer.from_str(content)
+    except Exception as error:  # the Rust side raises nothing narrower
+        raise TokenizerError(
+            f"{where}: not a tokenizer.json ({str(error).splitlines()[0]});"
+            " give one saved by the package tokenizers"
+        ) from error
+    # A document is encoded whole, whatever the file's settings are.
+    opened.no_truncation()
+    opened.no_padding()
+    return opened
 
 
 @functools.lru_cache(maxsize=4)
 def token_sizes(tokenizer: Tokenizer) -> np.ndarray:
-    """int64 [vocab]: the length of each token in bytes."""
+    """int64 [vocab]: the length of each token, decoded alone, in bytes."""
     ids = range(tokenizer.vocab_size)
     return np.array([len(tokenizer.decode_bytes([i])) for i in ids], np.int64)
+
+
+def added(tokenizer: Tokenizer, before: Ids, ids: Ids) -> bytes:
+    """The bytes that `ids` add to a text whose last tokens are `before`."""
+    if tokenizer.additive:
+        return tokenizer.decode_bytes(ids)
+    before = list(before[-NEIGHBOURS:])
+    return tokenizer.decode_bytes([*before, *ids])[len(tokenizer.decode_bytes(before)) :]
+
+
+def sizes_of(tokenizer: Tokenizer, ids: Ids) -> np.ndarray:
+    """int64 [tokens]: the bytes that each token of a document adds to its text."""
+    if tokenizer.additive:
+        return token_sizes(tokenizer)[np.asarray(ids, np.int64)]
+    some = [int(i) for i in ids]
+    one = (added(tokenizer, some[max(0, i - NEIGHBOURS) : i], [x]) for i, x in enumerate(some))
+    return np.array([len(x) for x in one], np.int64)
+
+
+def text_size(tokenizer: Tokenizer, ids: np.ndarray) -> int:
+    """The bytes of documents, each ended by its id."""
+    if tokenizer.additive:
+        return int(token_sizes(tokenizer)[ids].sum())
+    ends = np.flatnonzero(ids == tokenizer.eod)
+    return sum(len(tokenizer.decode_bytes(document)) for document in np.split(ids, ends))
 
 
 def pieces_for(tokenizer: Tokenizer, text: str) -> list[str]:
@@ -291,8 +376,8 @@ def pieces_of(text: str) -> list[str]:
 
 
 def open_tokenizer(name: str, setting: str = "data.tokenizer = ") -> Tokenizer:
-    """The tokenizer named by a config: `bytes`, `world`, or the path of a `tokenizer.json` or of
-    its folder.
+    """The tokenizer named by a config: `bytes`, `world`, or the path of a `tokenizer.json`, of an
+    RWKV vocabulary (`.txt`), or of the folder of one.
 
     `bpe` is trained on a corpus by `prepare`. Raises TokenizerError, which begins with `setting`
     and the name if there is no such file.
@@ -302,12 +387,25 @@ def open_tokenizer(name: str, setting: str = "data.tokenizer = ") -> Tokenizer:
     if name == "world":
         return _world()
     path = Path(name).expanduser()
-    path = path / HF_FILE if path.is_dir() else path
+    if path.is_dir():
+        files = [path / file for file in (HF_FILE, WORLD_FILE) if (path / file).is_file()]
+        if not files and (path / META).is_file():
+            return load_tokenizer(path)  # of a run
+        path = files[0] if files else path / HF_FILE
     if not path.is_file():
         raise TokenizerError(
             f"{setting}{name}: no such file; give a tokenizer.json, or one of bytes, bpe, world"
         )
-    return JsonTokenizer(_read_text(path), "file", path)
+    content = _read_text(path)
+    if not re.match(r"\s*\d+ b?['\"]", content):
+        return JsonTokenizer(content, "file", path)
+    found = TextTokenizer(content, path)
+    try:
+        world = _world()
+    except TokenizerError:  # its package is not installed
+        return found
+    spare = [UNKNOWN] * (world.vocab_size - found.vocab_size)
+    return world if [*(found._bytes or ()), *spare] == world._bytes else found
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -332,23 +430,22 @@ def load_tokenizer(folder: Path) -> Tokenizer:
                 " install the version of pyrwkv-tokenizer it was made with"
             )
         return world
-    if kind not in ("bpe", "file"):
+    if kind not in ("bpe", "file", "txt"):
         raise TokenizerError(
             f"{folder / META}: unknown kind {kind!r}; made by a newer rwkv_jax? upgrade it"
         )
-    content = _read_text(folder / HF_FILE)
+    path = folder / (WORLD_FILE if kind == "txt" else HF_FILE)
+    content = _read_text(path)
     if _checksum(content) != checksum:
-        raise TokenizerError(
-            f"{folder / HF_FILE}: damaged or changed since it was saved; restore it"
-        )
-    return JsonTokenizer(content, kind, folder / HF_FILE)
+        raise TokenizerError(f"{path}: damaged or changed since it was saved; restore it")
+    return TextTokenizer(content, path) if kind == "txt" else JsonTokenizer(content, kind, path)
 
 
 def _read_text(path: Path) -> str:
     remedy = "restore the tokenizer's files"
     try:
         with disk.reading(path, remedy, TokenizerError):
-            return path.read_bytes().decode()
+            return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise TokenizerError(f"{path}: not UTF-8; {remedy}") from error
 
@@ -358,7 +455,8 @@ def _checksum(content: str) -> str:
 
 
 class StreamDecoder:
-    """Decodes ids as they arrive; holds a character back until its last byte has arrived.
+    """Decodes ids as they arrive; holds a character back until its last byte has arrived. `before`
+    are the last tokens of the text that the ids continue.
 
     >>> from rwkv_jax.data.tokenizers import ByteTokenizer, StreamDecoder
     >>> stream = StreamDecoder(ByteTokenizer())
@@ -366,14 +464,30 @@ class StreamDecoder:
     (['a', '', '\u00e9'], '')
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, before: Ids = ()):
         self._tokenizer = tokenizer
+        self._before = self._last(before)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Ids) -> str:
         """The text completed by these ids."""
-        return self._decoder.decode(self._tokenizer.decode_bytes(ids))
+        data = added(self._tokenizer, self._before, ids)
+        self._before = self._last([*self._before, *ids])
+        return self._decoder.decode(data)
 
     def finish(self) -> str:
-        """U+FFFD if the ids stopped inside a character, else nothing."""
+        """U+FFFD if the ids stopped inside a character, else nothing. Another text may follow."""
+        self._before = []
         return self._decoder.decode(b"", final=True)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the ids so far end with a whole character."""
+        return not self._decoder.getstate()[0]
+
+    def _last(self, ids: Ids) -> list[int]:
+        """The last tokens of the document that the ids end in."""
+        last = [int(i) for i in ids[-NEIGHBOURS:]]
+        while self._tokenizer.eod in last:
+            del last[: last.index(self._tokenizer.eod) + 1]
+        return last

@@ -25,7 +25,7 @@ from rwkv_jax.data.tokenizers import (
     load_tokenizer,
     open_tokenizer,
     pieces_for,
-    token_sizes,
+    text_size,
 )
 
 Item = TypeVar("Item")
@@ -85,6 +85,11 @@ class Tokens:
         if self.skipped_files:
             described["skipped"] = f"{self.skipped_files:,} files that are not readable UTF-8 text"
         return described
+
+
+def encoder_of(cfg: DataConfig, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer as a config encodes text with it."""
+    return tokenizer.with_special_tokens() if cfg.special_tokens else tokenizer
 
 
 def encoded(
@@ -167,10 +172,10 @@ def open_pair(cfg: DataConfig) -> Tokens:
             f"data.heldout = {cfg.heldout} holds out {held} of the {documents:,} documents of"
             f" {pair.path}: set it to 0 to train on all, or to a share that leaves some of both"
         )
-    cut, sizes = int(starts[documents - held]), token_sizes(tokenizer)
+    cut = int(starts[documents - held])
     samples = _samples(cut)
     sampled = sum(chunk.stop - chunk.start for chunk in samples)
-    train_bytes = _bytes(pair, samples, tokenizer, sizes)
+    train_bytes = _bytes(pair, samples, tokenizer)
     return Tokens(
         folder=pair.path.parent,
         tokenizer=tokenizer,
@@ -178,7 +183,7 @@ def open_pair(cfg: DataConfig) -> Tokens:
         heldout=pair.tokens[cut:],
         digest=_digest(pair, starts),
         train_bytes=round(train_bytes * cut / sampled) if sampled else 0,
-        heldout_bytes=_bytes(pair, _chunks(cut, len(pair.tokens)), tokenizer, sizes),
+        heldout_bytes=_bytes(pair, _chunks(cut, len(pair.tokens)), tokenizer),
         train_documents=documents - held,
         heldout_documents=held,
         skipped_files=0,
@@ -202,21 +207,21 @@ def _check_tokenizer(pair: Binidx, tokenizer: Tokenizer, name: str) -> None:
         )
 
 
-def _bytes(pair: Binidx, chunks: list[slice], tokenizer: Tokenizer, sizes: np.ndarray) -> int:
+def _bytes(pair: Binidx, chunks: list[slice], tokenizer: Tokenizer) -> int:
     """UTF-8 bytes of the tokens in chunks of a pair. Raises CorpusError for the first id found that
     the tokenizer does not have."""
-    total = 0
+    total, count = 0, tokenizer.vocab_size
     for chunk in chunks:
         ids = np.asarray(pair.tokens[chunk])
-        wrong = np.flatnonzero((ids < 0) | (ids >= len(sizes)))
+        wrong = np.flatnonzero((ids < 0) | (ids >= count))
         if len(wrong):
             place = chunk.start + int(wrong[0])
             raise CorpusError(
                 f"{pair.path}.bin: token {place:,} is {int(pair.tokens[place]):,}, but"
-                f" data.tokenizer ({tokenizer.kind}) has {len(sizes):,} ids; name the tokenizer"
+                f" data.tokenizer ({tokenizer.kind}) has {count:,} ids; name the tokenizer"
                 " that made it"
             )
-        total += int(sizes[ids].sum())
+        total += text_size(tokenizer, ids)
     return total
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rwkv_jax.data.tokenizers import Tokenizer, pieces_of
+from rwkv_jax.data.tokenizers import Tokenizer, added, pieces_for
 from rwkv_jax.errors import UserError
 from rwkv_jax.evaluation.bits import (
     Evaluation,
@@ -102,7 +102,7 @@ def encode(name: str, documents: Iterable[str], tokenizer: Tokenizer, limit: int
 def _ids(document: str, tokenizer: Tokenizer, enough: int) -> list[int]:
     """The ids of a document, its `eod` included, or more than `enough` of them."""
     ids: list[int] = []
-    for piece in pieces_of(document):
+    for piece in pieces_for(tokenizer, document):
         ids += tokenizer.encode(piece)
         if len(ids) > enough:
             return ids
@@ -156,11 +156,15 @@ def _edges(longest: int) -> list[int]:
 
 
 def _bucket(text: Text, lengths: np.ndarray, start: int, stop: int, nats: float) -> Bucket:
-    parts = [document[start:stop] for document in text.documents if len(document) > start]
+    parts = [
+        (document[:start], document[start:stop])
+        for document in text.documents
+        if len(document) > start
+    ]
     return Bucket(
         nats=nats,
         tokens=int(np.clip(lengths - start, 0, stop - start).sum()),
-        bytes=sum(len(text.tokenizer.decode_bytes(part)) for part in parts),
+        bytes=sum(len(added(text.tokenizer, *part)) for part in parts),
         start=start,
         stop=stop,
         documents=len(parts),

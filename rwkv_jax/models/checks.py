@@ -37,16 +37,13 @@ def check_params(params: Any, expected: PyTree, cfg: ModelConfig) -> None:
             f"params are {type(params).__name__}, not a Model: give those of `init_params`, or of"
             " `load`, which returns params and cfg"
         )
-    leaves, tree = jax.tree.flatten(params, is_leaf=_is_parameter)
+    leaves, tree = jax.tree.flatten(params)
     shapes, known = jax.tree.flatten(expected)
     if tree == known and all(jnp.shape(x) == y.shape for x, y in zip(leaves, shapes, strict=True)):
         return
     found, wanted = (
-        {path_name(path): list(jnp.shape(x)) for path, x in leaves}
-        for leaves in (
-            jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_parameter),
-            jax.tree_util.tree_leaves_with_path(expected),
-        )
+        {path_name(path): list(jnp.shape(x)) for path, x in jax.tree.leaves_with_path(tree)}
+        for tree in (params, expected)
     )
     for name in [*found, *wanted]:
         have, want = (shapes.get(name, "missing") for shapes in (found, wanted))
@@ -55,11 +52,6 @@ def check_params(params: Any, expected: PyTree, cfg: ModelConfig) -> None:
                 f"params.{name} is {have}, but in a model of cfg (RWKV-{cfg.version}, {cfg.layers}"
                 f" layers, width {cfg.width}) it is {want}: give the cfg of these params"
             )
-
-
-def _is_parameter(x: Any) -> bool:
-    """A container may be one parameter in another layout."""
-    return hasattr(x, "shape")
 
 
 def check_tokens(tokens: Any, reset: Any, lengths: Any, vocabulary: int, *, whole: bool) -> None:

@@ -47,7 +47,7 @@ class Model(Generic[Leaf]):
     """A model's parameters (or specs, or shapes); `blocks` is stacked, or a tuple of layers."""
 
     emb: Leaf
-    ln0: Norm[Leaf]
+    ln0: Norm[Leaf] | None  # None where the table holds normalised embeddings
     blocks: Any
     ln_out: Norm[Leaf]
     head: Leaf
@@ -81,7 +81,7 @@ def specs(cfg: ModelConfig) -> Model[ParamSpec]:
     head_gain = 0.5 * max(vocab / c, 1.0) ** 0.5
     return Model(
         emb=ParamSpec((vocab, c), uniform(1e-4), 0, (None, "channels"), decay=True, layout="table"),
-        ln0=once.norm(c),
+        ln0=once.norm(c) if cfg.ln0 else None,
         blocks=blocks,
         ln_out=once.norm(c),
         head=once.matrix((c, vocab), ("embed", "vocab"), orthogonal(head_gain)),
@@ -242,7 +242,8 @@ def _backbone(
 
     blocks = version.look_up(params.blocks, tokens)
     with jax.named_scope("embed"):
-        x = nn.layer_norm(nn.embed(params.emb, tokens, dtype), params.ln0)
+        x = nn.embed(params.emb, tokens, dtype)
+        x = x if params.ln0 is None else nn.layer_norm(x, params.ln0)
     layer = rematerialise(layer, remat, prevent_cse=isinstance(blocks, tuple))
     stream = (x, version.init_carry(x))
     (x, _), after = _over_layers(layer, stream, (blocks, memory))

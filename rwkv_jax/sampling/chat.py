@@ -11,12 +11,11 @@ A conversation is one text in the format of a `Template`:
     User: QUESTION
     ...
 
-Templates, cleaning and ways to think: `RWKV-v7/RWKV7-G1x-templates.txt` of BlinkDL/RWKV-LM; the
-World models' first exchange and the sampling: `API_DEMO_CHAT.py` of BlinkDL/ChatRWKV; Bob and
-Alice: `v2/chat.py` there.
+or with a mark instead of colons and empty lines (the flower template). Templates, cleaning and ways
+to think: `RWKV-v7/RWKV7-G1x-templates.txt` of BlinkDL/RWKV-LM; the World models' first exchange and
+the sampling: `API_DEMO_CHAT.py` of BlinkDL/ChatRWKV; Bob and Alice: `v2/chat.py` there.
 """
 
-import codecs
 import json
 import re
 from collections import deque
@@ -25,17 +24,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.data.conversations import END, TEMPLATES, Template, clean
-from rwkv_jax.data.tokenizers import Tokenizer
+from rwkv_jax.data.conversations import END, TEMPLATES, ConversationError, Template
+from rwkv_jax.data.tokenizers import StreamDecoder, Tokenizer
 from rwkv_jax.errors import UserError
 from rwkv_jax.models import VERSIONS, State
 from rwkv_jax.sampling.decode import DecodeState, Prefix, reseed
+from rwkv_jax.sampling.presets import PRESETS
 from rwkv_jax.sampling.settings import MAX_SEED, Sampling, check_max_tokens, check_seed
 from rwkv_jax.sampling.stream import Finish, Generator, Stream, TextChunk
 from rwkv_jax.typing import Array, Float
 
-CHAT_SAMPLING = Sampling(top_p=0.3, presence_penalty=0.5, frequency_penalty=0.5)
-"""The official chat demo's settings. Its penalties, too, start from zero in each reply."""
+CHAT_SAMPLING = PRESETS["chat"]
 
 KEPT = 16
 """Number of exchanges that can be undone. Each keeps a state, 2.4 MB for a 0.1B model of version 7
@@ -48,12 +47,24 @@ THINK = {
     "a bit": (" (think a bit)", " <think"),
     "some": (" (think)", " <think"),
     "a lot": (" (think a lot)", " <think"),
+    "compact": ("", " <think></think"),
 }
 """Thinking modes of the G1 models: suffix of the question, start of the reply.
 
-`fast` is an empty thought; the last three set the length of the thought (newer G1 models)."""
+`fast` is an empty thought, `compact` the same as models since G1h prefer it; `a bit`, `some` and
+`a lot` set the length of the thought (newer G1 models)."""
+
+MARKED_THINK: dict[str, str] = dict.fromkeys(("off", "fast", "compact"), "<think></think")
+"""Starts of replies in templates with a mark, `<think` in the other modes. Without a thought they
+begin with an empty one."""
 
 OPEN, CLOSE = "<think>", "</think>"
+
+
+def beginning(template: Template, think: str) -> str:
+    """The start of a reply that a thinking mode sets; the model writes the `>` that is missing."""
+    return MARKED_THINK.get(think, "<think") if template.mark else THINK[think][1]
+
 
 # The 20B vocabulary splits empty lines, [187, 187], except at the end of a text.
 _NEWLINE, _TWO_NEWLINES = [187], [535]
@@ -64,6 +75,13 @@ def template_for(cfg: ModelConfig, tokenizer: Tokenizer) -> Template:
     if tokenizer.encode(END) == _TWO_NEWLINES:
         return TEMPLATES["raven"]
     return TEMPLATES[VERSIONS[cfg.version].chat_template]
+
+
+def preset_for(template: Template, think: str) -> str:
+    """The name of the sampling preset of a template's models."""
+    if not template.mark:
+        return "chat"
+    return "answer" if think in MARKED_THINK else "think"
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -165,15 +183,12 @@ class _Reply:
     question: _Question
     ids: list[int]
     base: DecodeState[Array]
+    beginning: str = ""
+    """What the thinking mode sets."""
     base_tokens: int = 0
     base_length: int = 0
     text: str = ""
     shown: tuple[int, int] = (0, 0)
-
-    @property
-    def beginning(self) -> str:
-        """The start of the reply that the thinking mode sets."""
-        return THINK[self.question.think][1]
 
     def grow(self, chunk: TextChunk, decoding: DecodeState[Array], tokenizer: Tokenizer) -> None:
         """Adds a chunk; `decoding` is the state after the last of `ids`."""
@@ -184,15 +199,15 @@ class _Reply:
 
     def spelling(self, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
         """The largest number of tokens whose text is a prefix of `text`, and its length."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        length = self.base_length
+        before = [*self.question.ids, *self.ids[: self.base_tokens]]
+        decoder, length = StreamDecoder(tokenizer, before), self.base_length
         found = self.base_tokens, length
         for count, token in enumerate(self.ids[self.base_tokens :], self.base_tokens + 1):
-            written = decoder.decode(tokenizer.decode_bytes([token]))
+            written = decoder.push([token])
             if not text.startswith(written, length):
                 break
             length += len(written)
-            if not decoder.getstate()[0]:  # no half character
+            if decoder.whole:
                 found = count, length
         return found
 
@@ -201,16 +216,16 @@ class _Reply:
         thought, answer = parts(text)
         thinking, answering = self.shown
         self.shown = len(thought), len(answer)
-        return ChatChunk(0, answer[answering:], tokens, finish, thought[thinking:])
+        return ChatChunk(0, answer[answering:], tokens, finish, thought=thought[thinking:])
 
 
 class Conversation:
     """A conversation between a user and a model; `say` takes a turn.
 
     A reply ends by itself, at `max_tokens`, by `break` or by Ctrl-C. The conversation then contains
-    it as far as it was yielded, an unfinished thought closed, and one `"\\n\\n"` after it. If the
-    model wrote more or less than that, the conversation returns to an earlier state and reads the
-    missing tokens: at most some tokens of the last calls to the device are read again.
+    it as far as it was yielded, an unfinished thought closed, and one end of a turn after it. If
+    the model wrote more or less than that, the conversation returns to an earlier state and reads
+    the missing tokens: at most some tokens of the last calls to the device are read again.
 
     `settings` can be changed at any time (`configure`) and apply from the next reply on. With
     `prefix`, conversations start there instead of from a fresh state.
@@ -263,7 +278,7 @@ class Conversation:
 
     def reset(self, system: str | None = None) -> None:
         """Starts a new conversation, with another system prompt if given."""
-        system = self._system if system is None else clean(system)
+        system = self._system if system is None else self._clean(system)
         if system and not self.template.system:
             raise UserError(f"system prompt {system[:20]!r}: this template has none; leave it out")
         self._system = system
@@ -274,7 +289,7 @@ class Conversation:
 
     def say(self, text: str) -> Iterator[ChatChunk]:
         """The reply to `text`, chunk by chunk."""
-        text = clean(text)
+        text = self._clean(text)
         if not text:
             raise UserError("there is nothing to reply to: say something")
         return self._say(text)
@@ -325,11 +340,12 @@ class Conversation:
 
     def notes(self) -> dict[str, str]:
         """The metadata that `resumed` needs, to be saved with the state and the logits."""
+        sampling = self.settings.sampling.flags()
         settings = {
             "template": asdict(self.template),
             "system": self.system,
             **asdict(self.settings),
-            "sampling": self.settings.sampling.flags(),
+            "sampling": {x: y for x, y in sampling.items() if x != "min_p" or y},  # it is newer
             "exchanges": self.exchanges,
             "tokens": self.tokens,
         }
@@ -375,6 +391,12 @@ class Conversation:
         new._position = _Position(end, len(tokens), exchanges)
         return new
 
+    def _clean(self, text: str) -> str:
+        try:
+            return self.template.clean(text)
+        except ConversationError as error:
+            raise UserError(str(error)) from None
+
     def _last(self) -> _Question:
         if not self._questions:
             raise UserError(f"no exchange to go back to; the last {KEPT} of this session are kept")
@@ -392,16 +414,18 @@ class Conversation:
 
     def _read(self, text: str, before: _Position) -> _Question:
         generator, template, settings = self.generator, self.template, self.settings
-        suffix, beginning = THINK[settings.think]
         opening = "" if before.exchanges else self._opening()
-        turn = f"{opening}{template.user}: {text}{suffix}{END}{template.bot}:{beginning}"
+        turn = opening + template.turn(template.user, text + THINK[settings.think][0])
+        turn += template.bot + template.colon + beginning(template, settings.think)
         ids = encode(generator.tokenizer, turn)
+        if template.mark and not before.tokens and self._prefix is None:
+            ids = [generator.tokenizer.eod, *ids]
         decoding = generator.prefill([ids], [settings.seed], before.prefix)
         return _Question(text, settings.think, before, ids, decoding)
 
     def _opening(self) -> str:
         if self.system:
-            return f"{self.template.system}: {self.system}{END}"
+            return self.template.turn(self.template.system, self.system)
         return "" if self._prefix else self.template.opening
 
     def _answer(self, question: _Question) -> Iterator[ChatChunk]:
@@ -409,10 +433,11 @@ class Conversation:
         self._settle()
         generator, settings = self.generator, self.settings
         decoding = reseed(question.decoding, [settings.seed])
-        stream = Stream(
-            generator, decoding, settings.sampling, settings.max_tokens, self.template.stops
-        )
-        self._reply = reply = _Reply(question, stream.readers[0].ids, decoding)
+        decoders = [StreamDecoder(generator.tokenizer, question.ids)]
+        stops, most = self.template.stops, settings.max_tokens
+        stream = Stream(generator, decoding, settings.sampling, most, stops, decoders)
+        start = beginning(self.template, question.think)
+        self._reply = reply = _Reply(question, stream.readers[0].ids, decoding, start)
         self.configure(seed=(settings.seed + 1) % (MAX_SEED + 1))
         for chunk in stream:
             if chunk.finish != "length":  # its text may be the start of a stop string
@@ -429,7 +454,7 @@ class Conversation:
             return ""
         generator, question, before = self.generator, reply.question, reply.question.before
         text = reply.text.rstrip()
-        text += _closing(reply.beginning + text) + END
+        text += _closing(reply.beginning + text) + self.template.end
         tokens, length = reply.spelling(text, generator.tokenizer)
         missing = encode(generator.tokenizer, text[length:])
         unread = reply.ids[reply.base_tokens : tokens] + missing
@@ -443,4 +468,4 @@ class Conversation:
                 self._questions.append(replace(last, decoding=None))
         self._questions.append(question)
         self._reply = None
-        return reply.beginning + text
+        return reply.beginning + text.removesuffix(self.template.end) + END

@@ -6,6 +6,7 @@ from rwkv_jax.data.tokenizers import StreamDecoder
 from rwkv_jax.errors import UserError
 from rwkv_jax.models import State, stack
 from rwkv_jax.sampling.decode import DecodeState, Prefix, reseed
+from rwkv_jax.sampling.prompts import Prompt, as_ids
 from rwkv_jax.sampling.settings import Sampling, check_max_tokens, check_seed
 from rwkv_jax.sampling.stream import NO_LOGITS, Generator, Stream, TextChunk
 from rwkv_jax.typing import Array, Float
@@ -42,12 +43,12 @@ class Session:
         self._decoding = reseed(self._decoding, [seed])
         self.seed = seed
 
-    def feed(self, text: str) -> None:
-        """Appends text to what the model has read."""
-        tokens = self.generator.tokenizer.encode(text)
+    def feed(self, text: Prompt) -> None:
+        """Appends text, or token ids, to what the model has read."""
+        [tokens] = as_ids(self.generator.tokenizer, [text])
         if tokens:
             self._read(tokens)
-            self._decoder = StreamDecoder(self.generator.tokenizer)
+            self._decoder = StreamDecoder(self.generator.tokenizer, tokens)
 
     @property
     def state(self) -> State:
@@ -87,7 +88,8 @@ class Session:
                 raise UserError(NO_LOGITS)
             else:
                 self._decoding, self.started = self._restarted(), True
-        stream = Stream(self.generator, self._decoding, sampling, max_tokens, stop, self._decoder)
+        decoders = [self._decoder]
+        stream = Stream(self.generator, self._decoding, sampling, max_tokens, stop, decoders)
         for chunk in stream:
             if chunk.tokens:
                 self._decoding, self.started = stream.state_after(chunk), chunk.finish != "end"

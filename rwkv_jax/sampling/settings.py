@@ -19,6 +19,7 @@ FLAGS = {
     "presence": "presence_penalty",
     "frequency": "frequency_penalty",
     "decay": "penalty_decay",
+    "min_p": "min_p",
 }
 """Name on the command line and in saved conversations -> field of `Sampling`."""
 
@@ -37,13 +38,14 @@ class Sampling:
     presence_penalty: float = 0.2
     frequency_penalty: float = 0.2
     penalty_decay: float = 0.996
+    min_p: float = 0.0
 
     def __post_init__(self):
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UserError(
                 f"temperature {self.temperature}: 0 (always the likeliest token) or more"
             )
-        for name in ("top_p", "penalty_decay"):
+        for name in ("top_p", "penalty_decay", "min_p"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)}: between 0 and 1")
         if not 0 <= self.top_k <= 2**31 - 1:

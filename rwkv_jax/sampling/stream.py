@@ -12,19 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rwkv_jax.checkpoint.fingerprint import fingerprint
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import StreamDecoder, Tokenizer
 from rwkv_jax.errors import PREDICTS_NAN, UserError
 from rwkv_jax.models import Model
 from rwkv_jax.sampling import decode as device
 from rwkv_jax.sampling.decode import BLOCK, NO_TOKEN, NOT_FINITE, DecodeState, Prefix
-from rwkv_jax.sampling.settings import Sampling, check_max_tokens, check_seed
+from rwkv_jax.sampling.prompts import Prompt, as_ids
+from rwkv_jax.sampling.scores import TokenScore, check_alternatives, score
+from rwkv_jax.sampling.settings import MAX_SEED, Sampling, check_max_tokens, check_seed
 from rwkv_jax.sampling.text import StopStrings
 from rwkv_jax.sampling.transforms import Settings, Vocabulary
 from rwkv_jax.typing import Array
 
 UNCOUNTED = " \t0123456789"
-"""Tokens whose text is a substring of this add nothing to the frequency penalty."""
+"""Tokens whose text is a part of this, and not empty, add nothing to the frequency penalty."""
 
 NO_LOGITS = "the state to start from has no logits of the next token: give a prompt"
 
@@ -47,6 +50,7 @@ class Generator:
                 f"the tokenizer has {tokenizer.vocab_size} tokens and the model {cfg.vocab_size}: "
                 "they do not belong together; use the tokenizer that the model was trained with"
             )
+        self.weights = fingerprint(params, cfg)
         self.params = device.decoding_layout(params, cfg)
         self.cfg = cfg
         self.tokenizer = tokenizer
@@ -100,7 +104,7 @@ def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary[Array]:
     increment = np.ones(vocab_size, np.float32)
     for token in range(tokenizer.vocab_size):
         text = tokenizer.decode_bytes([token])
-        if len(text) <= len(UNCOUNTED) and text in UNCOUNTED.encode():
+        if 0 < len(text) <= len(UNCOUNTED) and text in UNCOUNTED.encode():
             increment[token] = 0
     allowed = np.arange(vocab_size) < tokenizer.vocab_size
     return Vocabulary(allowed=jnp.asarray(allowed), increment=jnp.asarray(increment))
@@ -116,6 +120,8 @@ class TextChunk:
     tokens: int
     """Number of tokens drawn for it."""
     finish: Finish = ""
+    logprobs: tuple[TokenScore, ...] = ()
+    """One for each of its tokens, if asked for."""
 
 
 class BlockSizer:
@@ -180,7 +186,8 @@ class Stream:
     """Iterates over the texts that continue the rows of `decoding`, in `TextChunk`s.
 
     Tokens are decoded block by block, as chunks are asked for. A block may run past a stop string;
-    `state_after` undoes that.
+    `state_after` undoes that. `decoders` know the text that each row continues. With `logprobs`,
+    the number of alternatives to each token, a block is one token.
     """
 
     def __init__(
@@ -190,18 +197,21 @@ class Stream:
         sampling: Sampling,
         max_tokens: int,
         stop: Sequence[str] = (),
-        decoder: StreamDecoder | None = None,
+        decoders: Sequence[StreamDecoder] = (),
+        logprobs: int | None = None,
     ):
         batch, tokenizer = decoding.done.shape[0], generator.tokenizer
         self._generator = generator
         self._settings = sampling.batched(batch)
         self._max_tokens = max_tokens
+        self._logprobs = logprobs
         self._before, self._steps = decoding, 0
         self.decoding = decoding
         """The state after the last block."""
+        decoders = decoders or [StreamDecoder(tokenizer) for _ in range(batch)]
         self.readers = [
-            TokenReader(index, decoder or StreamDecoder(tokenizer), tokenizer.eod, stop)
-            for index in range(batch)
+            TokenReader(index, decoder, tokenizer.eod, stop)
+            for index, decoder in enumerate(decoders)
         ]
 
     def __iter__(self) -> Iterator[TextChunk]:
@@ -210,15 +220,23 @@ class Stream:
             # The device does not know about stop strings.
             done = np.asarray([bool(reader.finish) for reader in self.readers])
             self._before = replace(self.decoding, done=jnp.asarray(done))
-            self._steps = sizer.next(left)
+            self._steps = sizer.next(left) if self._logprobs is None else 1
             block, self.decoding = self._generator.decode(self._before, self._settings, self._steps)
             left -= self._steps
-            for reader, tokens in zip(self.readers, block, strict=True):
+            scores = self._scores(block)
+            for reader, tokens, row in zip(self.readers, block, scores, strict=True):
                 if not reader.finish:
-                    yield reader.read(tokens)
+                    yield replace(reader.read(tokens), logprobs=row)
         for reader in self.readers:
             if not reader.finish:
                 yield reader.cut()
+
+    def _scores(self, block: np.ndarray) -> list[tuple[TokenScore, ...]]:
+        if self._logprobs is None:
+            return [()] * len(block)
+        allowed = self._generator.vocabulary.allowed
+        scores = score(self._before.logits, allowed, block[:, 0], self._logprobs)
+        return [() if one is None else (one,) for one in scores]
 
     def state_after(self, chunk: TextChunk) -> DecodeState[Array]:
         """The state after the last chunk of a single row.
@@ -234,19 +252,24 @@ def generate(
     params: Model[Array],
     cfg: ModelConfig,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Prompt | Sequence[Prompt],
     *,
     max_tokens: int = 200,
     sampling: Sampling | None = None,
     seed: int = 0,
     stop: Sequence[str] = (),
+    logprobs: int | None = None,
 ) -> Iterator[TextChunk]:
     """Continues each prompt, as a stream of chunks; the prompts are decoded as one batch.
 
-    Prompt i is drawn with seed `seed + i`: alone with that seed it gives the same text. An empty
-    prompt starts a document. A text ends with its document, at a stop string (never part of the
-    text), or after `max_tokens`. To use a model many times, make a `Generator` once and call
-    `generate_with`.
+    A prompt is a text, in which the names of special tokens are those tokens, or a list of token
+    ids; one alone is a batch of one.
+
+    Prompt i is drawn with seed `seed + i` (modulo 2**32): alone with that seed it gives the same
+    text. An empty prompt starts a document. A text ends with its document, at a stop string (never
+    part of the text), or after `max_tokens`. With `logprobs`, a number of alternatives, chunks have
+    the log p of their tokens, at the price of a call to the device for each. To use a model many
+    times, make a `Generator` once and call `generate_with`.
 
     Raises `UserError` for a setting out of range, at the call; and during iteration, if the model
     predicts NaN.
@@ -256,23 +279,34 @@ def generate(
     """
     generator = Generator(params, cfg, tokenizer)
     return generate_with(
-        generator, prompts, max_tokens=max_tokens, sampling=sampling, seed=seed, stop=stop
+        generator,
+        prompts,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        seed=seed,
+        stop=stop,
+        logprobs=logprobs,
     )
 
 
 def generate_with(
     generator: Generator,
-    prompts: Sequence[str],
+    prompts: Prompt | Sequence[Prompt],
     *,
     max_tokens: int = 200,
     sampling: Sampling | None = None,
     seed: int = 0,
     stop: Sequence[str] = (),
     prefix: Prefix | None = None,
+    logprobs: int | None = None,
 ) -> Iterator[TextChunk]:
     """`generate` with an existing `Generator`; every prompt follows `prefix`, if given."""
     check_max_tokens(max_tokens)
-    seeds = [seed + index for index in range(len(prompts))]
-    tokens = [generator.tokenizer.encode(prompt) for prompt in prompts]
+    check_seed(seed)
+    check_alternatives(logprobs)
+    tokens = as_ids(generator.tokenizer, prompts)
+    seeds = [(seed + index) % (MAX_SEED + 1) for index in range(len(tokens))]
     decoding = generator.prefill(tokens, seeds, prefix)
-    return iter(Stream(generator, decoding, sampling or Sampling(), max_tokens, stop))
+    decoders = [StreamDecoder(generator.tokenizer, ids) for ids in tokens]
+    sampling = sampling or Sampling()
+    return iter(Stream(generator, decoding, sampling, max_tokens, stop, decoders, logprobs))

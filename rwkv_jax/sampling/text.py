@@ -14,7 +14,8 @@ class StopStrings:
     ('one', '\\ntwo', '', True)
     """
 
-    def __init__(self, stops: Sequence[str] = ()):
+    def __init__(self, stops: str | Sequence[str] = ()):
+        stops = (stops,) if isinstance(stops, str) else stops
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
         self.reached = False

@@ -4,7 +4,8 @@
 2. p = softmax(logits), at temperature 1.
 3. Top-p: with p in descending order, the cutoff is the first value at which the running sum reaches
    `top_p`; smaller values are dropped, ties are kept. Top-k: the same with a running count, so the
-   cutoff is the k-th largest value (official code drops arbitrary ones of its ties).
+   cutoff is the k-th largest value (official code drops arbitrary ones of its ties). Min-p, which
+   official code does not have: values below `min_p` times the largest are dropped.
 4. The draw is from p^(1/temperature) over the kept tokens, renormalised. Temperature 0 is the
    arg-max.
 5. occurrence *= penalty_decay, then occurrence[token] += 1 (0 for digits and blanks, see
@@ -23,13 +24,10 @@ from jax import lax
 from jaxtyping import Key
 
 from rwkv_jax.containers import container
-from rwkv_jax.typing import Array, Float, Int, Leaf
+from rwkv_jax.typing import Array, Bool, Float, Int, Leaf
 
-FEW = 128
+FEW = 512
 """Number of the largest probabilities that are tried first."""
-
-ONE_BITS = 0x3F800000
-"""The bit pattern of the float32 1.0."""
 
 
 @container
@@ -42,6 +40,7 @@ class Settings(Generic[Leaf]):
     presence_penalty: Leaf
     frequency_penalty: Leaf
     penalty_decay: Leaf
+    min_p: Leaf | None = None
 
 
 @container
@@ -106,9 +105,12 @@ def sample(
 
 
 def truncate(logits: Float[Array, "b V"], settings: Settings[Array]) -> Float[Array, "b V"]:
-    """Probabilities divided by the largest, so in [0, 1]; 0 outside top-p and top-k."""
+    """Probabilities divided by the largest, so in [0, 1]; 0 outside top-p, top-k and min-p."""
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    return jnp.where(weights >= _cutoff(weights, settings)[:, None], weights, 0.0)
+    cutoff = _cutoff(weights, settings)
+    if settings.min_p is not None:
+        cutoff = jnp.maximum(cutoff, settings.min_p)
+    return jnp.where(weights >= cutoff[:, None], weights, 0.0)
 
 
 def _cutoff(weights: Float[Array, "b V"], settings: Settings[Array]) -> Float[Array, " b"]:
@@ -117,7 +119,8 @@ def _cutoff(weights: Float[Array, "b V"], settings: Settings[Array]) -> Float[Ar
     The few largest weights nearly always decide; only if they don't, all are searched. Sorting all
     65,536 of a World vocabulary takes a CPU core 12 ms, half of a 0.1B model's time per token.
     """
-    goal = settings.top_p * _total(_tiles(weights, 0.0))
+    total = _total(_tiles(weights, 0.0))
+    goal = settings.top_p * total
     # A sum may round to less than 1, but top_p = 1 has to keep everything.
     goal = jnp.where(settings.top_p >= 1, jnp.inf, goal)
     top_k = jnp.where(settings.top_k > 0, settings.top_k, jnp.iinfo(jnp.int32).max)
@@ -127,32 +130,55 @@ def _cutoff(weights: Float[Array, "b V"], settings: Settings[Array]) -> Float[Ar
     cutoff = jnp.max(jnp.where(enough, largest, 0.0), axis=1)
     # The smallest of the few may have ties among the others. (Not `largest[:, -1]`: XLA turns a
     # slice of a top-k into a full sort.)
-    decided = jnp.all(cutoff > jnp.min(largest, axis=1))
-    return lax.cond(decided, lambda: cutoff, lambda: _bisect(weights, goal, top_k))
+    smallest = jnp.min(largest, axis=1)
+    decided = (cutoff > smallest) | ((settings.top_p >= 1) & (settings.top_k <= 0))
+
+    def search() -> Array:
+        # Without all weights below this, the sum is still enough.
+        low = jnp.maximum(0.5 * (total - goal) / weights.shape[1], 0.0)
+        larger = jnp.sum(largest > smallest[:, None], axis=1, dtype=jnp.int32)
+        found = _bisect(weights, goal, top_k, decided, (low, smallest, larger))
+        return jnp.where(decided, cutoff, found)
+
+    return lax.cond(jnp.all(decided), lambda: cutoff, search)
 
 
 def _bisect(
-    weights: Float[Array, "b V"], goal: Float[Array, " b"], top_k: Int[Array, " b"]
+    weights: Float[Array, "b V"],
+    goal: Float[Array, " b"],
+    top_k: Int[Array, " b"],
+    decided: Bool[Array, " b"],
+    bracket: tuple[Float[Array, " b"], Float[Array, " b"], Int[Array, " b"]],
 ) -> Float[Array, " b"]:
-    """`_cutoff` in 30 passes, however many tokens are kept.
+    """`_cutoff` of the rows that are not `decided`, however many tokens are kept; a dozen passes.
 
     With mass(c) and count(c) over all weights >= c, it is the largest c with mass(c) >= goal or
-    count(c) >= top_k, found by bisecting bit patterns: those of positive floats are ordered as the
-    floats are.
+    count(c) >= top_k, found by bisecting bit patterns (those of positive floats are ordered as the
+    floats are) until one weight is left between. `bracket` has a number that is not above it, one
+    that is not below it, and how many weights are larger than the second.
     """
     tiles = _tiles(weights, 0.0)
+    low, high = (lax.bitcast_convert_type(x, jnp.int32) for x in bracket[:2])
 
-    def halve(_: Array | int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bracket
-        middle = (low + high) // 2
+    def undecided(carry: tuple[Array, ...]) -> Array:
+        low, high, kept_low, kept_high = carry
+        return jnp.any(~decided & (high - low > 1) & (kept_low - kept_high > 1))
+
+    def halve(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        low, high, kept_low, kept_high = carry
+        middle = low + (high - low) // 2
         kept = tiles >= lax.bitcast_convert_type(middle, jnp.float32)[:, None, None]
         count = _total(kept.astype(jnp.float32)).astype(jnp.int32)
         enough = (_total(jnp.where(kept, tiles, 0.0)) >= goal) | (count >= top_k)
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+        return (
+            jnp.where(enough, middle, low),
+            jnp.where(enough, high, middle),
+            jnp.where(enough, count, kept_low),
+            jnp.where(enough, kept_high, count),
+        )
 
-    low = jnp.zeros(weights.shape[0], jnp.int32)  # the bits of 0.0: keeps everything
-    high = jnp.full_like(low, ONE_BITS + 1)  # just above the largest: keeps nothing
-    low, _ = lax.fori_loop(0, ONE_BITS.bit_length(), halve, (low, high))
+    everything = jnp.full(weights.shape[0], weights.shape[1], jnp.int32)
+    low, *_ = lax.while_loop(undecided, halve, (low, high + 1, everything, bracket[2]))
     return lax.bitcast_convert_type(low, jnp.float32)
 
 

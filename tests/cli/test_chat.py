@@ -12,10 +12,12 @@ from pseudo_terminal import Typist
 
 from rwkv_jax import states
 from rwkv_jax.cli import chat as command
+from rwkv_jax.config import Config
 from rwkv_jax.data.conversations import TEMPLATES
 from rwkv_jax.errors import UserError
 from rwkv_jax.sampling import Prefix, Sampling
 from rwkv_jax.sampling.chat import CHAT_SAMPLING
+from rwkv_jax.toml import to_toml
 from tests.sampling.conftest import config, weights
 from tests.sampling.test_chat import Pieces, Scripted, random_talk, said, telling
 
@@ -96,6 +98,64 @@ def test_commands(talk, scripted, tmp_path):
     assert notes[-1].endswith("end.safetensors is not written]")
     asked = "System: Be  kind.\n\nUser: a (think a lot)\n\nAssistant: <think>C</think>four\n\n"
     assert transcript(tmp_path / "it.safetensors", scripted) == asked
+
+
+def test_commands_with_a_slash(talk):
+    """Each command's, and the names that other programs have; an unknown one is one line, a path is
+    a message."""
+    lines = ["/help", "/think on", "/thoughts hide", "/THINK off", "/set", "/?", "hi", "/regen"]
+    lines += ["/undo", "/foo bar", "/usr/bin fails", " /help", "/clear", "/bye", "never"]
+    out, err = talk(lines, [" One\0", " Two\0", " Three\0", " Four\0"])
+    assert out == "One\nTwo\nThree\nFour\n" and err.count(command.HELP) == 2
+    assert "[think on]" in err and "[think off]" in err and "[a new conversation]" in err
+    assert "[/foo bar: no such command; :help lists them, and a space before it makes it" in err
+
+
+def test_presets(talk):
+    """By the template and the way to think, unless the sampling was changed."""
+    flower = TEMPLATES["flower"]
+    lines = [":set", ":think on", ":set", ":set top_k 5", ":think off", ":set", ":preset tool"]
+    _, err = talk([*lines, ":preset no", ":load"], template=flower, settings={"seed": 0})
+    assert "[Type :help for the commands. Template flower, sampling answer.]" in err
+    shown = [line for line in err.splitlines() if line.startswith("[temperature")]
+    assert [line.split(", presence")[0] for line in shown] == [
+        "[temperature 1.0, top_p 0.28, top_k 32",
+        "[temperature 0.96, top_p 0.76, top_k 32",
+        "[temperature 0.96, top_p 0.76, top_k 5",
+        "[temperature 0.0, top_p 0.85, top_k 0",
+    ]
+    assert "[think on, sampling as in the preset think]" in err and "[think off]" in err
+    assert "[preset no: one of text, chat, think, answer, tool]" in err
+    settings = {"think": "on", "seed": 0, "flags": {"top_k": 9}}
+    _, err = talk([":set"], template=flower, settings=settings, why="as asked")
+    assert "Template flower (as asked), sampling of your own.]" in err
+    assert "[temperature 0.96, top_p 0.76, top_k 9," in err
+
+
+@pytest.mark.parametrize(
+    "settings, name",
+    [
+        ({"data": {"train_on": "answers", "template": "flower"}}, "flower"),
+        ({"data": {"field": "messages", "template": "world"}}, "world"),
+        ({"train": {"init": "rwkv7-g1h-0.1b-20260710-ctx10240.pth"}}, "flower"),
+        ({}, "g1"),
+    ],
+)
+def test_the_template_that_a_run_was_trained_with(tmp_path, settings, name):
+    tables = {key: type(getattr(Config(), key))(**value) for key, value in settings.items()}
+    (tmp_path / "config.toml").write_text(to_toml(Config(**tables)))
+    found, why = command.likely_template(tmp_path, config("7"), Pieces())
+    assert found == name and why
+
+
+def test_the_template_that_a_name_says(tmp_path):
+    for name, template in (
+        ("rwkv7-g1h-0.1b-20260710-ctx10240.pth", "flower"),
+        ("RWKV-x070-World-0.1B-v2.8-20241210-ctx4096.pth", "world"),
+        ("mine.pth", "g1"),
+    ):
+        assert command.likely_template(tmp_path / name, config("7"), Pieces())[0] == template
+    assert command.likely_template(tmp_path / "mine.pth", config("4"), Pieces())[0] == "world"
 
 
 def test_the_defaults_are_the_official_ones(talk):

@@ -1,16 +1,20 @@
 """`python -m rwkv_jax`: inspect, convert and diff: what they print, write and return."""
 
+import contextlib
 import errno
+import io
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
 from official_weights import VERSIONS, checkpoint
+from rich.console import Console
 
 from rwkv_jax import __main__ as program
 from rwkv_jax.checkpoint import weights
@@ -103,7 +107,7 @@ def test_inspect_cuts_no_number(model, capsys, monkeypatch):
         tables = text[text.index("parameters by group") :]
         numbers[columns] = re.findall(r"(?<= )-?\d[\d.,e+-]*(?= |\n)", tables)
         assert len(numbers[columns]) > 500
-        assert columns != 80 or max(map(len, text.splitlines())) <= 80
+        assert columns is None or max(map(len, tables.splitlines())) <= columns
     assert numbers[None] == numbers[80] == numbers[40]
 
 
@@ -113,6 +117,34 @@ def test_no_permission_is_distinguished_from_no_space(capsys):
 
     assert run("rwkv_jax x", denied) == 2
     assert "there: Permission denied; see that you may read it" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_one_line(monkeypatch, capsys):
+    """Asked for by JAX_PLATFORMS; JAX raises either of two errors. Others are raised."""
+
+    def missing():
+        raise error
+
+    for error in (RuntimeError("Unable to initialize backend 'cuda'"), AssertionError()):
+        monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+        with pytest.raises(type(error)):
+            run("rwkv_jax x", missing)  # the tests have devices
+        with monkeypatch.context() as patched:
+            patched.setattr(jax, "devices", missing)
+            assert run("rwkv_jax x", missing) == 2
+            patched.delenv("JAX_PLATFORMS")
+            with pytest.raises(type(error)):
+                run("rwkv_jax x", missing)
+        message = capsys.readouterr().err
+        assert message.startswith("rwkv_jax x: JAX_PLATFORMS=cuda: no such device")
+        assert message.count("\n") == 1
+
+
+def test_what_stdout_cannot_show_is_replaced(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert run("rwkv_jax x", lambda: Console(width=80).print("b\u00e4r.txt")) == 0
+    assert stdout.buffer.getvalue() == b"b?r.txt\n"
 
 
 def test_inspect_decays(tmp_path, capsys):
@@ -302,6 +334,32 @@ def test_convert_copies_the_tokenizer_of_the_model_only(model, tmp_path, monkeyp
     for name in ("own.pth", "again.pth"):
         assert rwkv_jax("convert", path, out / name) == 0
         assert (out / "20B_tokenizer.json").read_bytes() == own
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "line"),
+    [
+        ("4", [], "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pret"),
+        ("7", [], "from rwkv7_hf import RWKV7ForCausalLM; RWKV7ForCausalLM.from_pretrained("),
+        ("7", ["--layout", "official-rwkv7"], "rwkv_jax.load("),
+    ],
+)
+def test_convert_prints_what_opens_a_folder(version, options, line, tmp_path, capsys):
+    """And that no tokenizer is known, or none that the libraries have."""
+    for vocab, problem in ((67, "none is known for 67 tokens; put its"), (257, "its is bytes")):
+        source, target = tmp_path / f"{vocab}.pth", tmp_path / f"{vocab}"
+        tensors = checkpoint(version, width=128, head=64, ranks=RANKS, vocab=vocab)
+        weights.write(source, tensors)
+        assert rwkv_jax("convert", source, target, *options) == 0
+        out, err = capsys.readouterr()
+        assert f"open it: {line}" in out and f'("{target}")' in out
+        assert re.fullmatch(f"{target}: without a tokenizer: {problem}.*\n", err)
+        assert rwkv_jax("diff", source, target) == 0
+        capsys.readouterr()
+    for target, layout in ((tmp_path / "m.pth", "fla-rwkv7"), (tmp_path / "m", "fla-rwkv6")):
+        with contextlib.suppress(SystemExit):  # argparse
+            assert rwkv_jax("convert", source, target, "--layout", layout) == 2
+        assert not target.exists() and layout in capsys.readouterr().err
 
 
 def test_convert_does_without_a_tokenizer_that_cannot_be_read(model, tmp_path, capsys):

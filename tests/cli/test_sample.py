@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 import signal
 import subprocess
@@ -18,9 +19,12 @@ from rwkv_jax.checkpoint.store import Store, load_run
 from rwkv_jax.checkpoint.weights import save
 from rwkv_jax.cli import terminal
 from rwkv_jax.config import Config
+from rwkv_jax.data.conversations import FLOWER
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.models import init_state
 from rwkv_jax.sampling import Generator, Sampling, Session, TextChunk, generate_with
+from rwkv_jax.sampling.decode import decoding_layout
+from rwkv_jax.sampling.prompts import between
 from rwkv_jax.toml import to_toml
 from rwkv_jax.training.state import TrainState, to_trees
 from tests.sampling.conftest import config, weights
@@ -66,8 +70,8 @@ def test_one_prompt(run, capsys):
 
 
 def test_several_prompts_and_a_file(run, capsys, tmp_path):
-    text = "é\r\n"
-    (tmp_path / "prompt").write_bytes(text.encode())
+    text = "é\n"  # as it is read: without the mark and the carriage return
+    (tmp_path / "prompt").write_bytes(b"\xef\xbb\xbf\xc3\xa9\r\n")
     arguments = ["a", *FLAGS, "", "--prompt-file", tmp_path / "prompt"]
     assert sample_py(run, *arguments) == 0
     blocks = [
@@ -93,9 +97,91 @@ def test_stop(run, capsys):
     assert capsys.readouterr().out == f"def{free[: free.index(free[7:9])]}\n"
 
 
+def test_escapes_mean_what_people_mean(run, capsys):
+    """In PROMPT, with a remark, and in --stop."""
+    assert sample_py(run, r"a\nb", *FLAGS) == 0
+    out, err = capsys.readouterr()
+    assert out == f"a\nb{written('a' + chr(10) + 'b', 3)}\n" and r"[\n, \t and" in err
+    assert sample_py(run, r"a\nb", "--no-escape", *FLAGS) == 0
+    out, err = capsys.readouterr()
+    assert out == rf"a\nb{written(r'a' + chr(92) + 'nb', 3)}" + "\n" and "read as" not in err
+    free = written("def", 3)
+    stop = free[4].encode("unicode_escape").decode()
+    for flags in (["--stop", r"\n"], ["--stop", r"x\t\\"], ["--stop", stop]):
+        assert sample_py(run, "def", *FLAGS, *flags) == 0
+    assert capsys.readouterr().out.count("def") == 3
+
+
+def test_prompts_of_token_ids(run, capsys):
+    ids = ByteTokenizer().encode("def")
+    assert sample_py(run, "--prompt-ids", "101, 102 103", *FLAGS) == 0
+    assert capsys.readouterr().out == f"def{written('def', 3)}\n" and ids == [101, 102, 103]
+    for wrong, message in (("a", "give numbers"), ("257", "has the ids 0 to 256"), ("-1", "ids 0")):
+        assert sample_py(run, f"--prompt-ids={wrong}", *FLAGS) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_text_between_two_is_written(run, capsys, tmp_path):
+    (tmp_path / "after").write_bytes(b"\xef\xbb\xbf)\r\n")
+    prompt = between(ByteTokenizer(), "def(", ")\n")
+    chunks = generate_with(generator(), [prompt], max_tokens=20, seed=3, stop=[FLOWER])
+    middle = "".join(chunk.text for chunk in chunks)
+    for flags in (["--suffix", r")\n"], ["--suffix-file", tmp_path / "after"]):
+        assert sample_py(run, "def(", *flags, *FLAGS) == 0
+        assert capsys.readouterr().out == f"def({middle})\n\n"
+    assert sample_py(run, "def(", "--suffix", r")\n", "--no-echo", *FLAGS) == 0
+    assert capsys.readouterr().out == middle + "\n"
+
+
+def test_logprobs_in_a_file(run, capsys, tmp_path):
+    path = tmp_path / "p.jsonl"
+    assert sample_py(run, "def", "x", *FLAGS, "--logprobs", path, "--top-logprobs", "2") == 0
+    assert f"def{written('def', 3)}\n" in capsys.readouterr().out
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert {line["prompt"] for line in lines} == {0, 1}
+    ids = [line["token"] for line in lines if not line["prompt"]]
+    assert ByteTokenizer().decode_bytes(ids).decode(errors="replace").startswith(written("def", 3))
+    for line in lines:
+        assert list(line) == ["prompt", "token", "text", "logprob", "top"] and line["logprob"] < 0
+        assert len(line["top"]) == 2 and line["top"][0][2] >= max(
+            line["logprob"], line["top"][1][2]
+        )
+
+
+def test_presets_and_single_settings(run, capsys):
+    assert sample_py(run, "def", "--preset", "tool", *FLAGS) == 0
+    sampling = Sampling(0.0, presence_penalty=0.0, frequency_penalty=0.0)
+    chunks = generate_with(generator(), ["def"], max_tokens=20, seed=3, sampling=sampling)
+    greedy = f"def{''.join(chunk.text for chunk in chunks)}\n"
+    assert capsys.readouterr().out == greedy
+    assert sample_py(run, "def", "--min-p", "1", "--presence", "0", "--frequency", "0", *FLAGS) == 0
+    assert capsys.readouterr().out == greedy  # only the likeliest is left
+
+
+@pytest.mark.slow
+def test_the_compute_type(run, capsys):
+    params = decoding_layout(weights("7"), config("7"), "bfloat16")
+    made = Generator(params, config("7"), ByteTokenizer())
+    chunks = generate_with(made, ["def"], max_tokens=20, seed=3)
+    assert sample_py(run, "def", "--dtype", "bfloat16", *FLAGS) == 0
+    assert capsys.readouterr().out == f"def{''.join(chunk.text for chunk in chunks)}\n"
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["RUN", "--min-p", "2"], "min_p 2.0: between 0 and 1"),
+        (["RUN", "--preset", "x"], "preset x: one of text, chat, think, answer, tool"),
+        (["RUN", "--suffix", "x", "-i"], "--interactive and --suffix: leave one out"),
+        (["RUN", "--suffix", "x", "--suffix-file", "TMP/latin"], "give one of them"),
+        (["RUN", "--suffix", "x", "--prompt-ids", "1"], "--prompt-ids and --suffix"),
+        (["RUN", "--suffix-file", "TMP/none"], "--suffix-file .*none: No such file"),
+        (["RUN", "--top-logprobs", "2"], "--top-logprobs belongs to --logprobs"),
+        (["RUN", "--logprobs", "TMP/no/x"], "--logprobs .*no/x: cannot be a file"),
+        (["RUN", "--logprobs", "TMP/x", "--top-logprobs", "999"], "logprobs 999: between 0 and"),
+        (["RUN", "--logprobs", "TMP/x", "-i"], "--logprobs: not with --interactive"),
+        (["RUN", "--seed", "4294967296"], "seed 4294967296: between"),
+        (["RUN", "--stop", ""], "--stop is empty"),
         (["RUN", "--top-p", "1.5"], "top_p 1.5: between 0 and 1"),
         (["RUN", "--temperature", "-1"], "temperature -1.0: 0"),
         (["RUN", "--top-k", "-1"], "top_k -1: 0"),
@@ -111,7 +197,7 @@ def test_stop(run, capsys):
         (["RUN", "--prompt-file", "TMP/none"], "--prompt-file .*none: No such file"),
         (["RUN", "--prompt-file", "TMP/latin"], "--prompt-file .*latin: byte 2 is not UTF-8"),
         (["TMP/none"], "none: cannot be read .No such file or directory.; name"),
-        (["TMP"], "neither a run nor a Hugging Face folder"),
+        (["TMP"], "neither a run nor a folder with weights"),
         (["TMP/fresh"], "has no checkpoint yet"),
         (["TMP/latin"], "latin: is neither a .pth nor a .safetensors file"),
         (["RUN", "--state", "TMP/none.pth"], "none.pth: cannot be read"),
@@ -176,6 +262,28 @@ def test_a_state_is_saved_and_resumed(run, tmp_path, capsys):
     assert sample_py(run, "x", "y", "--state", kept, "--tokens", "5", *greedy) == 0
     texts = capsys.readouterr().out
     assert texts.count("==>") == 2 and kept.read_bytes() == before
+
+
+def test_a_state_of_other_weights_is_said_to_be(run, tmp_path, capsys, monkeypatch):
+    """Once each: in a text, in a chat after one, and in a conversation."""
+    cfg, text, talk = config("7"), tmp_path / "text.safetensors", tmp_path / "talk.safetensors"
+    chat = ["--chat", "--template", "g1", "--tokens", "2"]
+    assert sample_py(run, "x", "--tokens", "2", "--save-state", text) == 0
+    Typist(monkeypatch, "one")
+    assert sample_py(run, *chat, "--save-state", talk) == 0
+    assert "other weights" not in capsys.readouterr().err
+    for path in (text, talk):
+        saved = states.load(path, cfg)
+        assert saved.weights == generator().weights
+        other = {"logits": saved.logits, "notes": saved.notes, "weights": "0" * 16}
+        states.save(path, saved.state, **other)
+    assert sample_py(run, "x", "--state", text, "--tokens", "2") == 0
+    Typist(monkeypatch)
+    assert sample_py(run, *chat, "--state", text) == 0
+    assert sample_py(run, "--chat", "--state", talk) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "other weights" in line]
+    assert [line.split(": ")[1] for line in lines] == [f"{text}", f"{text}", f"{talk}"]
+    assert all("0" * 16 in line and generator().weights in line for line in lines)
 
 
 def test_a_state_of_another_tokenizer_or_without_logits(run, tmp_path, capsys):
@@ -369,6 +477,15 @@ def test_other_errors_are_raised(printable, monkeypatch):
     Typist(monkeypatch, "one")
     with pytest.raises(ValueError, match="a defect"):
         talk(printable).run()
+
+
+def test_commands_with_a_slash(printable, monkeypatch, capsys):
+    """Other lines with a slash are text, such as code."""
+    Typist(monkeypatch, "/set tokens 5", "// code", "/foo", "/usr/bin", "/help", "/exit", "x")
+    talk(printable).run()
+    out, err = capsys.readouterr()
+    assert out == expected(printable, ("// code", 5), ("/foo", 5), ("/usr/bin", 5))
+    assert terminal.HELP in err
 
 
 def test_dialogue_opening_and_end_of_input(printable, monkeypatch, capsys):

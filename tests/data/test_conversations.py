@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rwkv_jax.config import DataConfig
+from rwkv_jax.data.bpe import train_bpe
 from rwkv_jax.data.conversations import TEMPLATES, ConversationError, loss_mask, render
 from rwkv_jax.data.corpus import open_corpus
 from rwkv_jax.data.files import CorpusError
@@ -40,6 +42,13 @@ TURNS = [
             " é.\n\n}User: Bye\n\nAssistant:{ Bye!}",
         ),
         ("raven", TURNS[3:], "Bob: Bye\n\nAlice:{ Bye!}"),
+        (
+            "flower",
+            TURNS,
+            "System✿Be\nkind.✿\nUser✿Hi\nthere✿\nBot✿{<think>\nWell\n</think>\n\n"
+            "Hello é.✿\n}User✿Bye✿\nBot✿{Bye!✿\n}",
+        ),
+        ("flower", TURNS[1:2], "User✿Hi\nthere✿\n"),
         ("g1", TURNS[1:2], "User: Hi\nthere"),
         ("g1", [], ""),
     ],
@@ -67,6 +76,9 @@ def test_render(template, turns, text):
 def test_turns_that_are_not_a_conversation(turns, message):
     with pytest.raises(ConversationError, match=message):
         render(turns, TEMPLATES["g1"])
+    for role in ("user", "assistant"):
+        with pytest.raises(ConversationError, match="✿ ends a turn in this template"):
+            render([{"role": role, "content": "a✿b"}], TEMPLATES["flower"])
     with pytest.raises(ConversationError, match="role system, which the template does not have"):
         render(TURNS, TEMPLATES["raven"])
 
@@ -150,6 +162,33 @@ def test_records_that_do_not_fit(tmp_path, record, settings, message):
     cfg = config(tmp_path, path, **settings)
     with pytest.raises(CorpusError, match=rf"chat.jsonl:\d: field 'text': .*{message}"):
         list(open_corpus(cfg).documents())
+
+
+def test_special_tokens_in_training_text(tmp_path):
+    """Letters, or tokens if asked; a cache has one or the other, and masks fit both."""
+    made = train_bpe(["a b c <|im_start|>"], 300)
+    made.add_special_tokens(["<|im_start|>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    path = source(tmp_path, {"text": "<|im_start|>user b", "spans": [[12, 16]]})
+    settings = {"tokenizer": str(tmp_path / "tokenizer.json"), "train_on": "spans"}
+    special = made.token_to_id("<|im_start|>")
+    for asked in (False, True):
+        cfg = config(tmp_path, path, **settings, special_tokens=asked)
+        tokens = prepare(cfg, progress=False)
+        assert (special in tokens.train) == asked and tokens.mask is not None
+        assert tokens.tokenizer.decode_bytes(tokens.train[tokens.mask]) == b"user"
+    assert tokens.tokenizer.encode("<|im_start|>") != [special]  # of the run, for chats
+
+
+def test_masks_of_words(tmp_path):
+    """Where a token's bytes depend on the tokens before it."""
+    made = Tokenizer(models.WordLevel({"one": 0, "two": 1, "[SEP]": 2}, unk_token="one"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    path = source(tmp_path, {"text": "one two one", "spans": [[4, 7]]})
+    cfg = config(tmp_path, path, tokenizer=str(tmp_path / "tokenizer.json"), train_on="spans")
+    tokens = prepare(cfg, progress=False)
+    assert tokens.mask is not None and tokens.mask.tolist() == [False, True, False, False]
 
 
 def test_nothing_to_train_on(tmp_path):

@@ -12,6 +12,7 @@ from rwkv_jax.config import DataConfig
 from rwkv_jax.data import files as module
 from rwkv_jax.data.corpus import CorpusError, open_corpus
 from rwkv_jax.data.files import CHUNK, SourceFile, available_memory, lines_before, read_lines
+from rwkv_jax.evaluation.tasks import read_endings
 
 
 @given(st.text("a\r\n", max_size=20), st.lists(st.integers(0, 20), max_size=3), st.integers(1, 5))
@@ -98,3 +99,46 @@ def test_memory_of_control_groups(tmp_path):
         "sys/fs/cgroup/memory/memory.usage_in_bytes": "800",
     }
     assert available_memory(tree(tmp_path / "1", MEMINFO | first)) == 0
+
+
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "lines/a.txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    """Only at the start of a file, whatever its parts are."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    text = b'{"text": "one"}\r\n' if name == "a.jsonl" else b"one\r\n"
+    data = MARK + text + MARK + b"two\n" * (name != "a.jsonl")
+    data = MARK + text + text if name == "a.jsonl" else data
+    path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    document = "line" if name.startswith("lines") else "file"
+    cfg = DataConfig(source=str(path), document=document, heldout=0.0)
+    texts = [x.text for x in open_corpus(cfg).documents()]
+    whole = ["one\r\n\ufefftwo\n"]
+    assert texts == {"lines/a.txt": ["one", "\ufefftwo"], "a.jsonl": ["one"] * 2}.get(name, whole)
+    for begin in range(1, 9 * (name == "lines/a.txt")):
+        cuts = (SourceFile(path, "a", *cut) for cut in ((0, begin), (begin, len(data))))
+        assert b"|".join(line for part in cuts for line in read_lines(part)) == (
+            b"one|" + MARK + b"two"
+        )
+
+
+def test_questions_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(MARK + b'{"text": "one two"}\n')
+    assert len(read_endings(path)) == 1
+
+
+@pytest.mark.parametrize("chunk", [1, 7, CHUNK])
+def test_zeros_after_gzip_members_are_padding(tmp_path, monkeypatch, chunk):
+    """As `gzip` and Python have it; anything else is damage."""
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    path, one, two = tmp_path / "a.gz", gzip.compress(b"one\n"), gzip.compress(b"two\n")
+    path.write_bytes(one + b"\0" * 600 + two + b"\0" * 3)
+    assert list(read_lines(SourceFile(path, "a"))) == [b"one", b"two"]
+    for damaged in (b"\0" + one, one + b"\0x", one[:-1], one + b"\0" + two[:-1]):
+        path.write_bytes(damaged)
+        with pytest.raises(CorpusError, match=r"a\.gz: (not valid|compressed data is truncated)"):
+            list(read_lines(SourceFile(path, "a")))

@@ -15,10 +15,14 @@ from rwkv_jax.data.tokenizers import (
     ByteTokenizer,
     JsonTokenizer,
     StreamDecoder,
+    TextTokenizer,
     TokenizerError,
     WorldTokenizer,
     load_tokenizer,
     open_tokenizer,
+    sizes_of,
+    text_size,
+    world_vocabulary,
 )
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "tokenizer_world.json"
@@ -200,6 +204,199 @@ def test_file_is_encoded_whole_whatever_it_says(bpe, tmp_path):
 def test_vocabularies_of_words_decode_by_their_own_rules():
     made = JsonTokenizer(words("[SEP]").to_str(), "file", "test")
     assert made.decode_bytes([0, 2, 1]) == b"one two"
+
+
+LETTERS = st.text("abé中", min_size=1, max_size=3)
+
+
+def of_words(tokens: list[str], variant: bool) -> Tokenizer:
+    made = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token=tokens[0]))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    if variant:
+        made.decoder = decoders.CTC(pad_token=tokens[0], word_delimiter_token=tokens[-1])
+    return made
+
+
+def of_word_pieces(tokens: list[str], variant: bool) -> Tokenizer:
+    tokens = ["[UNK]", *tokens, *(f"##{t}" for t in tokens), ".", ",", "n't", "'s"]
+    made = Tokenizer(models.WordPiece({t: i for i, t in enumerate(tokens)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece(cleanup=variant)
+    return made
+
+
+def of_ends_of_words(tokens: list[str], variant: bool) -> Tokenizer:
+    tokens = [*tokens, *(f"{t}</w>" for t in tokens)]
+    made = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [], unk_token=tokens[0]))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.decoder = decoders.BPEDecoder("</w>")
+    return made
+
+
+def of_sentence_pieces(tokens: list[str], variant: bool) -> Tokenizer:
+    marked = ["<unk>", "\u2581", *tokens, *(f"\u2581{t}" for t in tokens)]
+    made = Tokenizer(models.Unigram([(t, -1.0 - i) for i, t in enumerate(marked)], 0, False))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if variant else "never")
+    made.decoder = decoders.Metaspace(prepend_scheme="first" if variant else "never")
+    return made
+
+
+def of_bytes_as_fallback(tokens: list[str], variant: bool) -> Tokenizer:
+    """As Llama's, which puts a space before a text and strips it."""
+    made = metaspace()
+    if variant:
+        steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        made.normalizer = normalizers.Sequence(steps)
+        made.decoder = decoders.Sequence(
+            [
+                decoders.Replace("\u2581", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        )
+    return made
+
+
+def of_byte_level(tokens: list[str], variant: bool) -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({t: i for i, t in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=variant)
+    made.decoder = decoders.ByteLevel()
+    return made
+
+
+KINDS = [of_words, of_word_pieces, of_ends_of_words, of_sentence_pieces, of_byte_level]
+
+
+@st.composite
+def tokenizers_and_ids(draw):
+    """A `tokenizer.json` of any kind, and ids: of all sorts, or where tokens are single bytes those
+    of some texts."""
+    make = draw(st.sampled_from([*KINDS, of_bytes_as_fallback]))
+    tokens = draw(st.lists(LETTERS, min_size=2, max_size=6, unique=True))
+    made = make(tokens, draw(st.booleans()))
+    made.add_special_tokens(["</s>", "<|x|>"])
+    if make is of_bytes_as_fallback:
+        texts = draw(st.lists(TEXT.map(lambda text: text.replace("\u2581", "")), max_size=4))
+        ids = [i for text in texts for i in made.encode(text).ids]
+    else:
+        ids = draw(st.lists(st.integers(0, made.get_vocab_size() - 1), max_size=20))
+    return made, [i for i in ids if i != made.token_to_id("</s>")]
+
+
+@given(tokenizers_and_ids(), st.lists(st.integers(1, 3), max_size=20), st.integers(0, 20))
+def test_a_stream_of_any_kind_is_what_decoding_all_ids_gives(case, sizes, cut):
+    made, ids = case
+    ours, whole = JsonTokenizer(made.to_str(), "file", "x"), made.decode(ids, False)
+    assert ours.decode_bytes(ids).decode(errors="replace") == whole
+    assert sizes_of(ours, ids).sum() == len(ours.decode_bytes(ids))
+    before, left, parts = ids[:cut], ids[cut:], []
+    stream = StreamDecoder(ours, before)
+    for size in [*sizes, len(left)]:
+        parts.append(stream.push(left[:size]))
+        left = left[size:]
+    parts.append(stream.finish())
+    start = ours.decode_bytes(before).decode(errors="replace")
+    if "\ufffd" not in start:  # no half character
+        assert start + "".join(parts) == whole
+
+
+def test_documents_of_words_have_the_size_of_their_text():
+    made = JsonTokenizer(words("[SEP]").to_str(), "file", "test")
+    ids = np.array([0, 1, 0, 2, 1, 2])  # of two documents
+    assert text_size(made, ids) == len(b"one two one") + len(b"two")
+
+
+def test_bytes_that_are_no_text_leave_the_characters_around_them():
+    ours = JsonTokenizer(metaspace().to_str(), "file", "x")
+    ids = [*ours.encode("é"), ours.encode("中")[0], *ours.encode("é")]
+    assert ours.decode_bytes(ids) == "é".encode() + b"\xe4" + "é".encode()
+
+
+def chat_tokens() -> Tokenizer:
+    made = Tokenizer.from_str(train_bpe([SOURCE], 400).to_str())
+    made.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return made
+
+
+def test_special_tokens_are_letters_unless_asked():
+    made = chat_tokens()
+    ours, text = JsonTokenizer(made.to_str(), "file", "x"), "<|im_start|>user\nhi<|im_end|>"
+    special = {made.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>")}
+    asked = ours.with_special_tokens()
+    assert not special & set(ours.encode(text)) and special <= set(asked.encode(text))
+    assert ours.decode_bytes(asked.encode(text)) == text.encode()  # and can be a stop string
+    assert asked.encode_batch([text, "x"]) == [asked.encode(text), asked.encode("x")]
+    never = ours.with_special_tokens(False).with_special_tokens()
+    assert never.encode(text) == ours.encode(text)
+    assert asked.identity() == ours.identity()
+
+
+def test_special_tokens_are_the_same_where_there_are_none(tokenizer):
+    if tokenizer.kind in ("bytes", "world"):
+        text = f"a{END_OF_DOCUMENT}"
+        assert tokenizer.with_special_tokens().encode(text) == tokenizer.encode(text)
+
+
+VOCABULARY = "".join(f"{b + 1} {bytes([b])!r} 1\n" for b in range(256))
+
+
+def test_a_vocabulary_in_a_text_file(tmp_path, world):
+    path = tmp_path / "mine.txt"
+    official = world_vocabulary().read_text(encoding="utf-8")
+    path.write_text(official.replace("\n", "\r\n"), encoding="utf-8-sig", newline="")
+    assert isinstance(open_tokenizer(str(path)), WorldTokenizer)
+    path.write_text(official + "65530 '<tool>' 6\n", encoding="utf-8")
+    ours = open_tokenizer(str(path))
+    assert ours.encode(SOURCE) == world.encode(SOURCE)
+    assert ours.encode("a<tool>") == [98, 65530] and ours.decode_bytes([65530]) == b"<tool>"
+    assert (ours.vocab_size, ours.eod) == (65531, 0)
+    ours.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").identity() == ours.identity()
+    assert open_tokenizer(str(tmp_path / "saved")).identity() == ours.identity()
+
+
+@given(st.lists(st.binary(min_size=2, max_size=4), max_size=8, unique=True), TEXT)
+def test_vocabularies_in_text_files_are_encoded_greedily(tokens, text):
+    lines = (f"{300 + i} {token!r} {len(token)}\n" for i, token in enumerate(tokens))
+    ours, data, ids = TextTokenizer(VOCABULARY + "".join(lines), "x"), text.encode(), []
+    while data:
+        longest = max((t for t in tokens if data.startswith(t)), key=len, default=data[:1])
+        ids.append(300 + tokens.index(longest) if longest in tokens else longest[0] + 1)
+        data = data[len(longest) :]
+    assert ours.encode(text) == ids and ours.decode_bytes(ids) == text.encode()
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("300 'ab' 3", "line 257 is not"),
+        ("300 ab 2", "line 257 is not"),
+        ("x 'ab' 2", "line 257 is not"),
+        ("0 'ab' 2", "line 257 is not"),
+        ("5 'ab' 2", "line 257 is not"),
+        ("300 [1,2] 2", "line 257 is not"),
+        ("300 '' 0", "line 257 is not"),
+    ],
+)
+def test_damaged_vocabularies(tmp_path, line, message):
+    path = tmp_path / "v.txt"
+    path.write_text(f"{VOCABULARY}{line}\n")
+    assert message in fault(open_tokenizer, str(path))
+    path.write_text(VOCABULARY.split("\n", 3)[-1])
+    assert "no token for the single byte 0x00" in fault(open_tokenizer, str(path))
+
+
+@pytest.mark.parametrize("ids", [[-1], [1, 70000], [1 << 40]])
+def test_ids_out_of_range(tokenizer, ids):
+    assert f"token {ids[-1]}: the tokenizer" in fault(tokenizer.decode_bytes, ids)
+
+
+def test_half_a_surrogate_pair_is_no_text(tokenizer):
+    for text in ("ab\ud83d", "\udc80"):
+        assert "half a surrogate pair" in fault(tokenizer.encode, text)
+        assert "half a surrogate pair" in fault(tokenizer.encode_batch, ["a", text])
 
 
 def fault(call, *arguments) -> str:

@@ -131,6 +131,7 @@ def assert_as_if_read(talk):
         ("a bit", "User: hi (think a bit)\n\nAssistant: <think"),
         ("some", "User: hi (think)\n\nAssistant: <think"),
         ("a lot", "User: hi (think a lot)\n\nAssistant: <think"),
+        ("compact", "User: hi\n\nAssistant: <think></think"),
     ],
 )
 def test_prompts_of_the_ways_to_think(scripted, monkeypatch, think, prompt):
@@ -156,7 +157,8 @@ def test_world_tokens(world):
         ("  hi \n", "hi"),
         ("a\r\n\r\nb\n\n\n\nc\nd", "a\nb\nc\nd"),
         ("\n\n", ""),
-        ("a\n \nb", "a\n \nb"),
+        ("a\n \n  b", "a\n  b"),
+        ("A  \r\n\r\nB\t  \n\n\n", "A\nB"),
     ],
 )
 def test_clean(typed, read):
@@ -395,6 +397,93 @@ def test_thinking_needs_paragraphs(scripted):
         talking(scripted, think="hard")
 
 
+# The flower template.
+
+
+@pytest.mark.parametrize(
+    "think, begins",
+    [
+        ("off", "User✿hi✿\nBot✿<think></think"),
+        ("fast", "User✿hi✿\nBot✿<think></think"),
+        ("on", "User✿hi✿\nBot✿<think"),
+        ("a bit", "User✿hi (think a bit)✿\nBot✿<think"),
+    ],
+)
+def test_prompts_with_flowers(scripted, monkeypatch, think, begins):
+    read = []
+    spy(monkeypatch, "prefill", lambda prompts, *_: read.extend(prompts))
+    said(talking(scripted, "", template="flower", think=think, max_tokens=0).say("hi"))
+    assert read == [[0, *scripted.tokenizer.encode(begins)]]
+
+
+def test_a_conversation_with_flowers(scripted):
+    """Begins with the token between documents; a flower ends each turn, and is no part of it."""
+    replies = ">2✿\nUser✿", ">Well\n\nso</think>4✿", ">\n\nUser: x\n✿\n"
+    talk = talking(scripted, *replies, template="flower", system=" Be\n\nkind\t\r\n")
+    assert said(talk.say("1+1?  \n\n")) == ("2", "stop")
+    talk.configure(think="on")
+    chunks = list(talk.say("2+2?"))
+    assert (thought(chunks), said(chunks)) == ("Well\n\nso", ("4", "stop"))
+    talk.configure(think="off")
+    assert said(talk.say("x")) == ("User: x", "stop")
+    assert talk.transcript == (
+        "System✿Be\nkind✿\nUser✿1+1?✿\nBot✿<think></think>2✿\n"
+        "User✿2+2?✿\nBot✿<think>Well\n\nso</think>4✿\n"
+        "User✿x✿\nBot✿<think></think>\n\nUser: x✿\n"
+    )
+    assert talk.tokens[0] == 0 and talk.tokens.count(0) == 1
+    assert_as_if_read(talk)
+
+
+def test_flowers_are_one_token_of_the_world_vocabulary(world):
+    """As the official prompt has them; the reply is read once."""
+    talk = talking(world, ">2✿", ">4✿", template="flower")
+    said(talk.say("1+1?"))
+    said(talk.say("2+2?"))
+    assert talk.tokens == [0, *world.tokenizer.encode(talk.transcript)]
+    assert talk.tokens.count(10060) == 8
+    assert talk.transcript == (
+        "User✿1+1?✿\nBot✿<think></think>2✿\nUser✿2+2?✿\nBot✿<think></think>4✿\n"
+    )
+    assert_as_if_read(talk)
+
+
+def test_retry_and_undo_with_flowers(scripted):
+    talk = talking(scripted, ">2✿", ">3✿", ">4✿", template="flower")
+    said(talk.say("a"))
+    assert said(talk.retry()) == ("3", "stop")
+    talk.undo()
+    assert talk.tokens == []
+    said(talk.say("b"))
+    assert talk.transcript == "User✿b✿\nBot✿<think></think>4✿\n"
+    assert talk.tokens[0] == 0
+    assert_as_if_read(talk)
+
+
+def test_a_flower_that_is_typed_is_refused(scripted):
+    talk = talking(scripted, ">2✿", template="flower")
+    for action in (talk.say, talk.reset):
+        with pytest.raises(UserError, match="✿ ends a turn in this template; leave it out"):
+            action("a✿b")
+    assert said(talking(scripted, " Yes.\0").say("a✿"))[0] == "Yes."  # letters elsewhere
+
+
+@given(
+    reply=st.lists(PARTS | st.sampled_from([">", "✿"]), max_size=12).map("".join),
+    tokens=st.integers(0, 30),
+    think=st.sampled_from(["on", "off"]),
+)
+def test_any_reply_with_flowers_cut_anywhere(scripted, reply, tokens, think):
+    talk = talking(scripted, reply, think=think, max_tokens=tokens, template="flower")
+    chunks = list(talk.say("a"))
+    head, _, body = talk.transcript.partition("Bot✿")
+    assert head == "User✿a✿\n" and body.endswith("✿\n")
+    body = body.removesuffix("✿\n")
+    assert body == body.rstrip() and "✿" not in body
+    assert not body.startswith("<think>") or "</think>" in body
+    assert (thought(chunks), said(chunks)[0]) == parts(body + "\n\n")
+
+
 # The conversation as a value.
 
 
@@ -573,6 +662,24 @@ def test_the_format_of_saved_settings(generator7):
     ]
     names = ["temperature", "top_p", "top_k", "presence", "frequency", "decay"]
     assert list(saved["sampling"]) == names
+
+
+def test_conversations_saved_before_there_were_flowers(generator7):
+    talk = random_talk(generator7)
+    said(talk.say("a"))
+    notes = talk.notes()
+    earlier = json.loads(notes["chat"])
+    assert earlier["template"].pop("mark") == ""
+    notes |= {"chat": json.dumps(earlier)}
+    again = Conversation.resumed(generator7, talk.state, talk.logits, notes)
+    assert again.notes() == talk.notes()
+
+
+def test_min_p_is_saved_if_it_is_set(generator7):
+    talk = random_talk(generator7, sampling=Sampling(min_p=0.1))
+    said(talk.say("a"))
+    again = Conversation.resumed(generator7, talk.state, talk.logits, talk.notes())
+    assert again.settings.sampling.min_p == 0.1
 
 
 def test_notes_of_something_else(generator7):

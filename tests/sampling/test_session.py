@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rwkv_jax import states
-from rwkv_jax.data.tokenizers import ByteTokenizer, StreamDecoder
+from rwkv_jax.data.tokenizers import ByteTokenizer, StreamDecoder, open_tokenizer
 from rwkv_jax.errors import UserError
 from rwkv_jax.sampling import (
     Generator,
@@ -19,7 +19,7 @@ from rwkv_jax.sampling import (
 )
 from rwkv_jax.sampling.chat import Conversation, ReplySettings
 from rwkv_jax.sampling.decode import NOT_FINITE, decoding_layout
-from rwkv_jax.sampling.stream import TokenReader
+from rwkv_jax.sampling.stream import TokenReader, vocabulary_of
 from tests.sampling.conftest import VOCAB, config, weights
 
 PROMPTS = ["def", "", "é"]
@@ -224,9 +224,16 @@ def test_other_bad_input(generator7):
         Generator(weights("7"), config("7"), small)
 
 
+def test_the_end_of_a_document_counts():
+    """As any token whose text is empty does; PyPI `rwkv` counts it for the World vocabulary."""
+    increment = np.asarray(vocabulary_of(open_tokenizer("world"), 65536).increment)
+    assert increment[0] == 1 and increment[65530:].all()
+    assert np.flatnonzero(increment == 0).tolist()[:4] == [10, 33, 49, 50]
+
+
 def test_blanks_and_digits_are_not_counted(generator7):
     increment = np.asarray(generator7.vocabulary.increment)
-    nothing = [0, *(1 + byte for byte in b" \t0123456789")]
+    nothing = [*(1 + byte for byte in b" \t0123456789")]
     assert sorted(np.flatnonzero(increment == 0)) == sorted(nothing)
 
 

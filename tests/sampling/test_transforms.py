@@ -56,6 +56,19 @@ def test_kept_set_equals_that_of_a_sort(size, spread):
         np.testing.assert_array_equal(kept[row][visible], expected[visible] > 0)
 
 
+def test_min_p_keeps_what_is_nearly_as_likely_as_the_best():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4, 300), scale=2.0).astype(np.float32)
+    min_p, top_k = np.array([0.0, 0.05, 0.5, 1.0]), np.array([0, 5, 0, 0])
+    chosen = settings(top_k=top_k).replace(min_p=jnp.asarray(min_p, jnp.float32))
+    kept = np.asarray(truncate(logits, chosen)) > 0
+    p = np.exp(np.float64(logits) - logits.max(axis=1, keepdims=True))
+    expected = p >= min_p[:, None]
+    expected[1] &= p[1] >= np.sort(p[1])[-5]
+    np.testing.assert_array_equal(kept, expected)
+    assert kept.sum(axis=1).tolist()[::3] == [300, 1]
+
+
 # Probabilities, and the number of tokens with each.
 TIES = [
     ([1 / 2, 1 / 4, 1 / 8], [1, 1, 2]),

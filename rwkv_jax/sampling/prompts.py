@@ -1,0 +1,50 @@
+"""Prompts as token ids."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rwkv_jax.data.conversations import FLOWER
+from rwkv_jax.data.tokenizers import Tokenizer
+from rwkv_jax.errors import UserError
+
+Prompt = str | Sequence[int] | np.ndarray
+"""A text, in which the names of special tokens are those tokens, or token ids."""
+
+
+def as_ids(tokenizer: Tokenizer, prompts: Any) -> list[list[int]]:
+    """The ids of each `Prompt`; a single one, text or list of ids, is a batch of one.
+
+    Raises `UserError` if there are none, and for what is neither text nor ids of the tokenizer.
+    """
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
+        prompts = [prompts]
+    if not len(prompts):
+        raise UserError('no prompts: give at least one; "" starts a new document')
+    return [_ids(tokenizer, prompt) for prompt in prompts]
+
+
+def _ids(tokenizer: Tokenizer, prompt: object) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer.with_special_tokens().encode(prompt)
+    if isinstance(prompt, bytes) or not isinstance(prompt, Sequence | np.ndarray):
+        raise UserError(f"prompt {prompt!r:.40}: a text, or a list of token ids")
+    ids = []
+    for token in prompt:
+        if isinstance(token, bool) or not isinstance(token, int | np.integer):
+            raise UserError(f"prompt with {token!r:.40}: a text, or a list of token ids")
+        if not 0 <= token < tokenizer.vocab_size:
+            raise UserError(
+                f"prompt with the token {token}: the tokenizer has the ids 0 to"
+                f" {tokenizer.vocab_size - 1:,}"
+            )
+        ids.append(int(token))
+    return ids
+
+
+def between(tokenizer: Tokenizer, before: str, after: str) -> list[int]:
+    """The prompt after which a model writes what belongs between two texts, up to a `FLOWER`; for
+    G1 models since G1c."""
+    text = f"{FLOWER}prefix{FLOWER}{FLOWER}suffix{FLOWER}{after}{FLOWER}middle{FLOWER}{before}"
+    return [tokenizer.eod, *tokenizer.encode(text)]
