@@ -1,7 +1,7 @@
 """The few layers every RWKV version is made of, as pure functions over arrays.
 
 Parameters are float32; each function casts them to the dtype of its input, which is the compute
-dtype. Normalisations compute in float32 whatever the input is.
+dtype. Normalisations compute in float32 whatever the input is, or in float64 if it is.
 """
 
 from functools import partial
@@ -9,11 +9,11 @@ from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 from jax.sharding import PartitionSpec
 
 from rwkv_jax import sharding
+from rwkv_jax.containers import container
 from rwkv_jax.remat import save_for_backward
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int, Leaf
 
@@ -23,12 +23,22 @@ GROUP_NORM_EPS = 64e-5
 """Of every group norm, whatever the head size: the official 1e-5 on y / 8."""
 
 
-@struct.dataclass
+@container
 class Norm(Generic[Leaf]):
     """Scale and shift of a normalisation."""
 
     weight: Leaf
     bias: Leaf
+
+
+def precise(x: Float[Array, "..."], like: Array | None = None) -> Float[Array, "..."]:
+    """`x` in the type of norms, decays and states, for the compute type of `like`, or of `x`."""
+    return x.astype(precise_dtype((x if like is None else like).dtype))
+
+
+def precise_dtype(dtype: Any) -> Any:
+    """float64 if `dtype` is, else float32: of norms, decays and states."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def expand(vector: Float[Array, " c"], x: Float[Array, "*shape c"]) -> Float[Array, "*ones c"]:
@@ -113,9 +123,9 @@ def lora(
 
 
 def layer_norm(x: Float[Array, "*shape c"], norm: Norm[Array]) -> Float[Array, "*shape c"]:
-    """Layer norm over the last axis, epsilon 1e-5, in float32."""
-    x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    """Layer norm over the last axis, epsilon 1e-5, in float32 or more."""
+    wide = precise(x)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     y = centred * lax.rsqrt(variance + LAYER_NORM_EPS)
     return (y * expand(norm.weight, y) + expand(norm.bias, y)).astype(x.dtype)
@@ -124,9 +134,9 @@ def layer_norm(x: Float[Array, "*shape c"], norm: Norm[Array]) -> Float[Array, "
 def group_norm(
     x: Float[Array, "*shape h n"], norm: Norm[Array], eps: float = GROUP_NORM_EPS
 ) -> Float[Array, "*shape h*n"]:
-    """Normalises each head in float32, then joins the heads; `norm` spans all channels."""
-    x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    """Normalises each head in float32 or more, then joins the heads; `norm` spans all channels."""
+    wide = precise(x)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     y = join_heads(centred * lax.rsqrt(variance + eps))
     return (y * expand(norm.weight, y) + expand(norm.bias, y)).astype(x.dtype)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from rwkv_jax import models
 from rwkv_jax.checkpoint.errors import WeightsError, shown
 from rwkv_jax.checkpoint.files import ArrayLike, Deferred, cast, float_type
 from rwkv_jax.checkpoint.names import plain
@@ -212,17 +213,9 @@ def check_params(params: Model[Array], cfg: ModelConfig) -> None:
     type."""
     if isinstance(params.blocks, tuple):
         raise ValueError("params are a tuple of layers: give rwkv_jax.stack(params)")
-    found = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    shapes = {name: list(spec.full_shape) for name, spec in table(cfg).items()}
-    for name in sorted(shapes.keys() | found.keys()):
-        have = list(found[name].shape) if name in found else "missing"
-        want = shapes.get(name, "missing")
-        if have != want:
-            raise ValueError(
-                f"params.{name} is {have}, but in a model of cfg (RWKV-{cfg.version}, {cfg.layers}"
-                f" layers, width {cfg.width}) it is {want}: give the cfg of these params"
-            )
-        float_type(found[name].dtype)
+    models.check_params(params, cfg)
+    for x in jax.tree.leaves(params):
+        float_type(x.dtype)
 
 
 def in_order(tensors: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:

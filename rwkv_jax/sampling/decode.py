@@ -13,12 +13,12 @@ from typing import Any, Generic
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import lax
 from jaxtyping import Key
 
 from rwkv_jax import models
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.containers import container
 from rwkv_jax.errors import UserError
 from rwkv_jax.models import Model, State, backbone, check_state, forward, head, stack, unstack
 from rwkv_jax.params import ParamSpec, is_spec
@@ -45,7 +45,7 @@ NOT_FINITE = -2
 drawn."""
 
 
-@struct.dataclass
+@container
 class DecodeState(Generic[Leaf]):
     """A batch of texts being written: one row each, independent of the others.
 

@@ -20,17 +20,17 @@ from typing import Generic
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 from jaxtyping import Key
 
+from rwkv_jax.containers import container
 from rwkv_jax.typing import Array, Bool, Float, Int, Leaf
 
 FEW = 512
 """Number of the largest probabilities that are tried first."""
 
 
-@struct.dataclass
+@container
 class Settings(Generic[Leaf]):
     """`Sampling` as arrays, [b] each: float32, but `top_k` int32 (0 is no limit)."""
 
@@ -43,7 +43,7 @@ class Settings(Generic[Leaf]):
     min_p: Leaf | None = None
 
 
-@struct.dataclass
+@container
 class Vocabulary(Generic[Leaf]):
     """Properties of the tokens, [V] each.
 
@@ -56,7 +56,7 @@ class Vocabulary(Generic[Leaf]):
     increment: Leaf
 
 
-@struct.dataclass
+@container
 class Counts(Generic[Leaf]):
     """Tokens generated so far, [b, V] each: decayed occurrences, and whether there were any."""
 
@@ -67,7 +67,7 @@ class Counts(Generic[Leaf]):
 def no_counts(batch: int, vocab_size: int) -> Counts[Array]:
     """Counts before the first token."""
     shape = (batch, vocab_size)
-    return Counts(occurrence=jnp.zeros(shape), seen=jnp.zeros(shape, bool))
+    return Counts(occurrence=jnp.zeros(shape, jnp.float32), seen=jnp.zeros(shape, bool))
 
 
 def apply_penalties(
@@ -125,7 +125,7 @@ def _cutoff(weights: Float[Array, "b V"], settings: Settings[Array]) -> Float[Ar
     goal = jnp.where(settings.top_p >= 1, jnp.inf, goal)
     top_k = jnp.where(settings.top_k > 0, settings.top_k, jnp.iinfo(jnp.int32).max)
     largest = lax.top_k(weights, min(FEW, weights.shape[1]))[0]
-    rank = jnp.arange(1, largest.shape[1] + 1)
+    rank = jnp.arange(1, largest.shape[1] + 1, dtype=jnp.int32)
     enough = (jnp.cumsum(largest, axis=1) >= goal[:, None]) | (rank[None] >= top_k[:, None])
     cutoff = jnp.max(jnp.where(enough, largest, 0.0), axis=1)
     # The smallest of the few may have ties among the others. (Not `largest[:, -1]`: XLA turns a
@@ -217,4 +217,4 @@ def _total(tiles: Float[Array, "b rows columns"]) -> Float[Array, " b"]:
 
 def _by_row(tiles: Float[Array, "b rows columns"]) -> Float[Array, "b rows"]:
     """Sums along the last axis, as a product: XLA's own sums take six times as long on CPU."""
-    return jnp.matmul(tiles, jnp.ones(tiles.shape[2]), precision=lax.Precision.HIGHEST)
+    return jnp.matmul(tiles, jnp.ones(tiles.shape[2], tiles.dtype), precision=lax.Precision.HIGHEST)

@@ -206,7 +206,7 @@ def test_vmap_adds_rows(version, name):
 
 @one_of_all
 def test_gradients_of_gradients(version, name):
-    """They are those of `chunked`: XLA differentiates a kernel's gradient."""
+    """They are those of `chunked`, in both modes: XLA differentiates a kernel's gradient."""
     inputs, state, reset = problem(version, cases.Shape(1, 20, 1, 16))
 
     def second(name):
@@ -217,7 +217,10 @@ def test_gradients_of_gradients(version, name):
         def flat(inputs):
             return sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves(jax.grad(loss)(inputs, state)))
 
-        return compiler(version)(jax.grad(flat))(inputs)
+        def along(inputs):
+            return jax.jvp(jax.grad(loss), (inputs, state), (inputs, state))[1]
+
+        return compiler(version)(lambda x: (jax.grad(flat)(x), along(x)))(inputs)
 
     jax.tree.map(lambda a, b: assert_close(a, b, "float32"), second(name), second("chunked"))
 

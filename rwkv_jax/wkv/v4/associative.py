@@ -133,5 +133,5 @@ def backward(
     return dx, sweeps.gradient_of_state(first, state), None
 
 
-wkv4 = with_gradient("wkv4", outputs_of(forward), forward, backward, keeps_outputs=True)
+wkv4 = with_gradient(outputs_of(forward), forward, backward, keeps_outputs=True)
 """The form by an associative scan over chunks of 64 tokens."""

@@ -73,5 +73,5 @@ def backward(
     return dx, sweeps.gradient_of_state(before.grad, state), None
 
 
-wkv4 = with_gradient("wkv4", in_place, forward, backward, keeps_outputs=True)
+wkv4 = with_gradient(in_place, forward, backward, keeps_outputs=True)
 """The form by chunks of 64 tokens."""
