@@ -89,7 +89,7 @@ def read(path: Path | str) -> Weights:
         if not path.exists() and (command := _download(name)):
             raise WeightsError(
                 f"{name}: no such file or folder here; if it is on the Hugging Face hub, download"
-                f" it first: {command}"
+                f" it first (or one file of it, named after the repository): {command}"
             )
         if _ZERO_PART.search(path.name):
             raise WeightsError(f"{path}: {ZERO}")
@@ -151,7 +151,7 @@ def find_tokenizer(weights: Weights, vocab_size: int, name: str = "") -> Tokeniz
     or a `tokenizer.json`); else the run's own; else the `tokenizer.json` or `20B_tokenizer.json`
     beside the weights, whichever fits; else World or bytes, if the size is theirs.
 
-    Raises UserError if there is none, or if its size does not fit the model's, up to padding.
+    Raises UserError if there is none, or it has more tokens than the model.
     """
     if not name:
         if found := _beside(weights, vocab_size):
@@ -341,7 +341,8 @@ def _read_folder(path: Path) -> Weights:
 
 def _what_instead(path: Path) -> str:
     """Why a folder without a model has none."""
-    if (path / "zero_to_fp32.py").is_file() or any(path.glob("*/*zero_pp_rank_*")):
+    parts = ("zero_to_fp32.py", "*zero_pp_rank_*", "*/*zero_pp_rank_*", "*/mp_rank_*")
+    if any(any(path.glob(part)) for part in parts):
         return ZERO
     if (path / ".metadata").is_file() or any(path.glob("*.distcp")):
         return (

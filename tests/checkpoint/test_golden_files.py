@@ -413,6 +413,11 @@ def test_what_others_made_of_a_model_is_one_line(tmp_path):
     (tmp_path / "zero").mkdir()
     (tmp_path / "zero" / "zero_to_fp32.py").touch()
     check_refused(tmp_path / "zero", r"zero_to_fp32\.py \. model\.pth")
+    (tmp_path / "zero" / "global_step9").mkdir()
+    for part in ("zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_0_optim_states.pt"):
+        (tmp_path / "zero" / "global_step9" / part).touch()
+        check_refused(tmp_path / "zero" / "global_step9" / part, r"zero_to_fp32\.py")
+    check_refused(tmp_path / "zero" / "global_step9", r"zero_to_fp32\.py")
     check_refused(tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt", r"zero_to_fp32\.py")
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "__0_0.distcp").touch()
