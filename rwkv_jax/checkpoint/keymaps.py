@@ -252,8 +252,8 @@ def _placed(sources: Sequence[ArrayLike], spec: ParamSpec, sharding: Any) -> Arr
         layers = range(*index[0].indices(spec.layers))
         each = [_ours(sources[i], spec)[index[1:]] for i in layers]
         together = np.empty((len(each), *each[0].shape), kind)
-        for copy, values in zip(together, each, strict=True):
-            copy_into(copy, values)
+        for layer, values in enumerate(each):
+            copy_into(together[layer], values)
         return together
 
     return jax.make_array_from_callback(shape, sharding, part)

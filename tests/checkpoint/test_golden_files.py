@@ -303,6 +303,7 @@ def test_the_official_layout_out_and_in(tmp_path):
     ):
         (tmp_path / "hf" / "config.json").write_text(json.dumps(config | change))
         check_refused(tmp_path / "hf", message)
+        check_refused(tmp_path / "hf" / "model.safetensors", message)
 
 
 def for_web_rwkv(tensors):
