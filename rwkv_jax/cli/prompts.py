@@ -89,8 +89,8 @@ class Prompts:
         if self.after is not None:
             from rwkv_jax.sampling.prompts import between
 
-            assert all(isinstance(text, str) for text in texts)
-            return [between(tokenizer, text, self.after) for text in texts], texts  # pyright: ignore
+            known = [text for text in texts if isinstance(text, str)]  # all: see `prompts_of`
+            return [between(tokenizer, text, self.after) for text in known], known
         shown = [
             text if isinstance(text, str) else tokenizer.decode_bytes(text).decode(errors="replace")
             for text in texts
@@ -113,7 +113,7 @@ def prompts_of(args: argparse.Namespace) -> Prompts:
         raise UserError("--stop is empty; give the text to stop before, or leave it out")
     if texts != [typed(argument, False) for argument in args.prompt]:
         remarks.append(
-            r"\n, \t and \\ in PROMPT are read as line end, tab and backslash; --no-escape"
+            r"\n, \t and \\ in PROMPT are line end, tab and backslash; --no-escape keeps them"
         )
     if args.prompt_file:
         text, cut = read("--prompt-file", args.prompt_file)
@@ -124,6 +124,8 @@ def prompts_of(args: argparse.Namespace) -> Prompts:
     if args.suffix_file:
         if after is not None:
             raise UserError("--suffix and --suffix-file: give one of them")
+        if args.suffix_file == args.prompt_file == "-":
+            raise UserError("--prompt-file and --suffix-file: stdin can be read once")
         after, cut = read("--suffix-file", args.suffix_file)
         remarks.append(cut)
     if after is not None:
