@@ -107,6 +107,8 @@ class Prompts:
 def prompts_of(args: argparse.Namespace) -> Prompts:
     """The prompts, stop strings and suffix of `sample`. Raises `UserError`."""
     remarks, escape = [], args.escape
+    if args.suffix_file == args.prompt_file == "-":
+        raise UserError("--prompt-file and --suffix-file: stdin can be read once")
     texts: list[Any] = [typed(argument, escape) for argument in args.prompt]
     stop = [typed(argument, escape) for argument in args.stop]
     if "" in args.stop:
@@ -124,8 +126,6 @@ def prompts_of(args: argparse.Namespace) -> Prompts:
     if args.suffix_file:
         if after is not None:
             raise UserError("--suffix and --suffix-file: give one of them")
-        if args.suffix_file == args.prompt_file == "-":
-            raise UserError("--prompt-file and --suffix-file: stdin can be read once")
         after, cut = read("--suffix-file", args.suffix_file)
         remarks.append(cut)
     if after is not None:
