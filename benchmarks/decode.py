@@ -1,18 +1,23 @@
-"""Decoding at batch 1 and the 0.1B shape, next to PyPI `rwkv` and the matrix-vector bandwidth.
+"""Reading and decoding at the 0.1B shape: batches, next to the model's products and PyPI `rwkv`.
 
-    python -m benchmarks.decode [--peer-python PATH] [--rounds 5] [--tokens 32]
+    python -m benchmarks.decode [--peer-python PATH] [--rounds 5] [--tokens 16] [--before CHECKOUT]
+        [--check]
 
 All contestants load the same random float32 weights (12 layers, width 768, vocabulary 65,536), and
-their logits after a prompt are compared. Decoding one token reads every weight once except the
-embedding table. These bytes divided by the time per token are compared with the bandwidth of one
-matrix-vector product over as many bytes; both are means over a turn. The products with the model's
-own large matrices, each depending on a sum over the one before, are timed as well: they are an
-upper bound for any decoder that multiplies by these matrices in this order. All run with the malloc
-settings of sample.py.
+their logits after a prompt are compared. A decode step of B rows is compared with the model's
+matrix products alone for B rows, each waiting for the one before it: a lower bound for any decoder
+that multiplies by these matrices. One row is also compared with one matrix-vector product over as
+many bytes. `--before` has one row decoded by another checkout of the project too. All run with the
+malloc settings of sample.py.
+
+`--check` exits with 1 if a step of any batch takes more than 1.25 times its products, or one row
+decodes at less than 0.95 of the speed of `--before`.
 """
 
 import argparse
+import sys
 from functools import partial
+from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.harness import GIB, Worker, console, shown, spread
@@ -22,149 +27,217 @@ from rwkv_jax.malloc import SETTINGS as MALLOC
 SHAPE = {"layers": 12, "width": 768, "head_size": 64, "vocab": 65536}
 SHAPE |= {"rank_w": 64, "rank_a": 64, "rank_v": 32, "rank_g": 128}
 PROMPT = [6699, 304, 25740, 109, 39990, 4600, 4596, 22590]
-OURS = "rwkv_jax"
-CHAIN = "jax, the model's matrices in turn"
-STRATEGIES = {"PyPI rwkv, fp32": "cpu fp32", "PyPI rwkv, bf16": "cpu bf16"}
+ROWS = (1, 2, 4, 8, 32)
+READS = (512, 2048)
+OURS, PRODUCTS, BEFORE = "rwkv_jax", "the products alone", "rwkv_jax before"
+PEERS = {"PyPI rwkv, fp32": "cpu fp32", "PyPI rwkv, bf16": "cpu bf16"}
 NO_OPENBLAS_SETTINGS = {"OPENBLAS_CORETYPE": None, "OPENBLAS_L2_SIZE": None}
+MOST, LEAST = 1.25, 0.95
+"""The bounds of `--check`: a step over its products, one row over its speed before."""
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--peer-python",
-        default=None,
-        help="interpreter with benchmarks/requirements.txt (default: this)",
-    )
+    parser.add_argument("--peer-python", help="interpreter with benchmarks/requirements.txt")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=32, help="tokens per contestant and turn")
+    parser.add_argument("--tokens", type=int, default=16, help="steps per contestant and turn")
     parser.add_argument("--threads", type=int, default=harness.device()["cores"])
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="one row, by older code")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a bound is missed")
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     args = parse()
-    peer = {"python": args.peer_python} if args.peer_python else {}
-    base = {"threads": args.threads, "shape": SHAPE, "prompt": PROMPT}
     malloc = {"GLIBC_TUNABLES": MALLOC}
+    peer = {"python": args.peer_python} if args.peer_python else {}
+    base = {"threads": args.threads, "shape": SHAPE, "prompt": PROMPT, "rows": ROWS, "reads": READS}
     makers = {OURS: partial(Worker, "decode_ours.py", base, env=malloc)}
-    for name, strategy in STRATEGIES.items():
-        makers[name] = partial(
-            Worker, "decode_rwkv.py", {**base, "strategy": strategy}, env=malloc, **peer
-        )
+    if args.before:
+        path = str(args.before.resolve())
+        script = f"{path}/benchmarks/peers/decode_ours.py"
+        makers[BEFORE] = partial(Worker, script, base, env=malloc | {"PYTHONPATH": path})
+    for name, strategy in PEERS.items():
+        options = {**base, "strategy": strategy}
+        makers[name] = partial(Worker, "decode_rwkv.py", options, env=malloc, **peer)
     writers = harness.start_all(makers)
-    size = writers[OURS].about["weight_bytes"]
-    rate = {"threads": args.threads, "bytes": size}
-    readers = harness.start_all(
-        {
-            "numpy": partial(
-                Worker,
-                "matvec_rate.py",
-                {**rate, "library": "numpy"},
-                env=NO_OPENBLAS_SETTINGS | malloc,
-            ),
-            "jax": partial(Worker, "matvec_rate.py", {**rate, "library": "jax"}, env=malloc),
-            "torch": partial(
-                Worker, "matvec_rate.py", {**rate, "library": "torch"}, env=malloc, **peer
-            ),
-            CHAIN: partial(
-                Worker,
-                "matvec_rate.py",
-                {**rate, "library": "jax", "shapes": writers[OURS].about["products"]},
-                env=malloc,
-            ),
-        }
-    )
-    sampled, greedy, bandwidth = [], [], []
+    about = writers[OURS].about
+    shapes = {"threads": args.threads, "rows": ROWS, "shapes": about["products"]}
+    products = Worker("products.py", shapes, env=malloc)
+    readers = bandwidth_workers(args.threads, about["weight_bytes"], malloc, peer)
+
+    steps, reads, rates = [], [], []
     for index in range(args.rounds):
         console.print(f"[dim]round {index + 1} of {args.rounds}[/]")
-        read = harness.in_turn(readers, {"repeats": args.tokens}, index)
-        bandwidth.append({name: answer["gb_per_s"] for name, answer in read.items()})
-        for answers, is_greedy in ((sampled, False), (greedy, True)):
-            request = {"tokens": args.tokens, "greedy": is_greedy}
-            seconds = harness.in_turn(writers, request, index)
-            answers.append({name: args.tokens / s["seconds"] for name, s in seconds.items()})
-    memory = {name: worker.close() for name, worker in writers.items()}
-    for worker in readers.values():
+        steps.append(step_times(writers, products, args.tokens, index))
+        reads.append(
+            {
+                length: harness.in_turn(
+                    {name: w for name, w in writers.items() if name != BEFORE},
+                    {"read": length},
+                    index,
+                )
+                for length in READS
+            }
+        )
+        rates.append(harness.in_turn(readers, {"repeats": args.tokens}, index))
+    for worker in (products, *readers.values()):
         worker.close()
-    summarise(args, writers, memory, {"sampled": sampled, "greedy": greedy}, bandwidth, size)
+    memory = {name: worker.close() for name, worker in writers.items()}
+    return summarise(args, writers, memory, steps, reads, rates)
 
 
-def summarise(args, writers: dict, memory: dict, speeds: dict, bandwidth: list, size: int) -> None:
-    best = max(
-        bandwidth[0].keys() - {CHAIN}, key=lambda name: spread(r[name] for r in bandwidth)["median"]
+def bandwidth_workers(threads: int, size: int, malloc: dict, peer: dict) -> dict[str, Worker]:
+    make = {
+        library: partial(
+            Worker,
+            "matvec_rate.py",
+            {"threads": threads, "bytes": size, "library": library},
+            env=malloc | (NO_OPENBLAS_SETTINGS if library == "numpy" else {}),
+            **(peer if library == "torch" else {}),
+        )
+        for library in ("numpy", "jax", "torch")
+    }
+    return harness.start_all(make)
+
+
+def step_times(writers: dict, products: Worker, tokens: int, index: int) -> dict:
+    """Seconds a step: {rows: {contestant: seconds}}; of one row also with `, greedy`."""
+    found = {}
+    for rows in ROWS:
+        names = list(writers) if rows == 1 else [OURS]
+        turn = {name: writers[name] for name in names}
+        found[rows] = {}
+        for greedy in (False, True):
+            request = {"rows": rows, "tokens": tokens, "greedy": greedy}
+            for name, answer in harness.in_turn(turn, request, index).items():
+                found[rows][name + ", greedy" * greedy] = answer["seconds"] / tokens
+        found[rows][PRODUCTS] = products.ask({"rows": rows, "repeats": tokens})["seconds"]
+    return found
+
+
+def summarise(args, writers: dict, memory: dict, steps: list, reads: list, rates: list) -> int:
+    over = {rows: [r[rows][OURS] / r[rows][PRODUCTS] for r in steps] for rows in ROWS}
+    speeds = {rows: [rows / r[rows][OURS] for r in steps] for rows in ROWS}
+    harness.table(
+        f"Decoding batches, version 7 of 0.1B, float32, {args.threads} threads: median [min..max]"
+        f" of {args.rounds} rounds of {args.tokens} steps, sampled with top-p 0.85",
+        ["rows", "tokens/s", "a step over its products", "rows of one in the same time"],
+        [
+            [
+                str(rows),
+                shown(speeds[rows], 1),
+                shown(over[rows], 2),
+                shown([rows * r[1][OURS] / r[rows][OURS] for r in steps], 1),
+            ]
+            for rows in ROWS
+        ],
     )
-    rows, contestants = [], {}
-    for name, worker in writers.items():
+    taken = max(rates[0], key=lambda name: spread(r[name]["gb_per_s"] for r in rates)["median"])
+    size, one_row, rows = writers[OURS].about["weight_bytes"], {}, []
+    for name in steps[0][1]:
+        if name == PRODUCTS:
+            continue
+        who = name.removesuffix(", greedy")
+        suffix = name.removeprefix(who)
+        speed = [1 / r[1][name] for r in steps]
+        ratio = [r[1][name] / r[1][OURS + suffix] for r in steps]
+        percent = [
+            100e-9 * size * s / r[taken]["gb_per_s"] for s, r in zip(speed, rates, strict=True)
+        ]
         apart = max(
             abs(x - y)
-            for x, y in zip(worker.about["logits"], writers[OURS].about["logits"], strict=True)
+            for x, y in zip(
+                writers[who].about["logits"], writers[OURS].about["logits"], strict=True
+            )
         )
-        for kind, rounds in speeds.items():
-            speed = [r[name] for r in rounds]
-            ratio = [r[OURS] / r[name] for r in rounds]
-            # bf16 weights have half as many bytes: only float32 is compared with its bandwidth.
-            percent, of_chain = (
-                [100 * s * size * 1e-9 / b[whose] for s, b in zip(speed, bandwidth, strict=True)]
-                for whose in (best, CHAIN)
-            )
-            float32 = "bf16" not in name
-            contestants[f"{name}, {kind}"] = {
-                "tokens_per_s": spread(speed),
-                "ours_times_as_fast": spread(ratio),
-                "percent_of_bandwidth": spread(percent) if float32 else None,
-                "percent_of_the_products_alone": spread(of_chain) if float32 else None,
-                "peak_rss_bytes": memory[name],
-                "largest_logit_difference": apart,
-            }
-            rows.append(
-                [
-                    f"{name}, {kind}",
-                    shown(speed, 1),
-                    shown(ratio, 2),
-                    shown(percent) if float32 else "",
-                    shown(of_chain) if float32 else "",
-                    f"{memory[name] / GIB:.2f}",
-                    f"{apart:.0e}",
-                ]
-            )
+        float32 = "bf16" not in name
+        one_row[name] = {
+            "tokens_per_s": spread(speed),
+            "ours_times_as_fast": spread(ratio),
+            "percent_of_bandwidth": spread(percent) if float32 else None,
+            "peak_rss_bytes": memory[who],
+            "largest_logit_difference": apart,
+        }
+        rows.append(
+            [
+                name,
+                shown(speed, 1),
+                shown(ratio, 2),
+                shown(percent) if float32 else "",
+                f"{memory[who] / GIB:.2f}",
+                f"{apart:.0e}",
+            ]
+        )
     harness.table(
-        f"Decoding, batch 1, version 7 of 0.1B, {args.threads} threads: median [min..max] of "
-        f"{args.rounds} rounds of {args.tokens} tokens; sampled: temperature 1, top-p 0.85",
-        [
-            "",
-            "tokens/s",
-            "our speed-up",
-            "% of bandwidth",
-            "% of its products",
-            "peak GiB",
-            "logit difference",
-        ],
+        f"One row; bandwidth is one product over {size / 1e6:,.0f} MB by {taken}",
+        ["", "tokens/s", "our speed-up", "% of bandwidth", "peak GiB", "logit difference"],
         rows,
     )
+    reading = {
+        length: {
+            name: {
+                "tokens_per_s": spread([length / r[length][name]["seconds"] for r in reads]),
+                "ours_times_as_fast": spread(
+                    [r[length][name]["seconds"] / r[length][OURS]["seconds"] for r in reads]
+                ),
+            }
+            for name in reads[0][length]
+        }
+        for length in READS
+    }
     harness.table(
-        f"Matrix-vector product over the same {size / 1e6:,.0f} MB of float32, GB/s",
-        ["", "GB/s"],
+        "Reading a prompt",
+        ["", *(f"{length:,} tokens: tokens/s, our speed-up" for length in READS)],
         [
-            [name + (" (taken)" if name == best else ""), shown([r[name] for r in bandwidth], 1)]
-            for name in sorted(bandwidth[0])
+            [
+                name,
+                *(
+                    shown([n / r[n][name]["seconds"] for r in reads])
+                    + "  "
+                    + shown([r[n][name]["seconds"] / r[n][OURS]["seconds"] for r in reads], 2)
+                    for n in READS
+                ),
+            ]
+            for name in reads[0][READS[0]]
         ],
     )
+    typical = {rows: spread(over[rows])["median"] for rows in ROWS}
+    missed = [
+        f"{rows} rows: a step takes {x:.2f} times its products, at most {MOST}"
+        for rows, x in typical.items()
+        if x > MOST
+    ]
+    if BEFORE in writers:
+        speed = spread(r[1][BEFORE] / r[1][OURS] for r in steps)["median"]
+        if speed < LEAST:
+            missed.append(f"one row: {speed:.2f} of the speed before, at least {LEAST}")
+    for line in missed:
+        console.print(f"[red]missed: {line}[/]")
     found = {"ours": versions("jax", "jaxlib", "numpy")}
     theirs = next((w.about["versions"] for w in writers.values() if "versions" in w.about), None)
     found |= {"peers": theirs} if theirs else {}
-    result = {
-        "shape": SHAPE,
-        "threads": args.threads,
-        "weight_bytes_per_token": size,
-        "contestants": contestants,
-        "matvec_taken": best,
-        "matvec_gb_per_s": {name: spread(r[name] for r in bandwidth) for name in bandwidth[0]},
-        "versions": found,
-    }
-    harness.report("decode", result)
+    harness.report(
+        "decode",
+        {
+            "shape": SHAPE,
+            "threads": args.threads,
+            "weight_bytes_per_token": size,
+            "rows": {
+                rows: {"tokens_per_s": spread(speeds[rows]), "over_products": spread(over[rows])}
+                for rows in ROWS
+            },
+            "one_row": one_row,
+            "reading": reading,
+            "matvec_taken": taken,
+            "missed": missed,
+            "versions": found,
+        },
+    )
+    return int(args.check and bool(missed))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,18 +6,24 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from rwkv_jax.renamed import renamed
+from rwkv_jax.lazily import submodules
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from rwkv_jax import evaluation as evaluation
+    from rwkv_jax import models as models
     from rwkv_jax import sampling as sampling
     from rwkv_jax import states as states
     from rwkv_jax import wkv as wkv
+    from rwkv_jax.checkpoint.fingerprint import fingerprint as fingerprint
     from rwkv_jax.checkpoint.weights import load as load
+    from rwkv_jax.checkpoint.weights import load_with_tokenizer as load_with_tokenizer
     from rwkv_jax.checkpoint.weights import save as save
     from rwkv_jax.config import ModelConfig as ModelConfig
+    from rwkv_jax.models import backbone as backbone
     from rwkv_jax.models import forward as forward
+    from rwkv_jax.models import head as head
     from rwkv_jax.models import init_params as init_params
     from rwkv_jax.models import init_state as init_state
     from rwkv_jax.models import stack as stack
@@ -28,23 +34,23 @@ if TYPE_CHECKING:
     from rwkv_jax.wkv import wkv7 as wkv7
 
 _NAMES = {
-    "checkpoint.weights": ("load", "save"),
+    "checkpoint.fingerprint": ("fingerprint",),
+    "checkpoint.weights": ("load", "load_with_tokenizer", "save"),
     "config": ("ModelConfig",),
-    "models": ("forward", "init_params", "init_state", "stack", "unstack"),
+    "models": ("backbone", "forward", "head", "init_params", "init_state", "stack", "unstack"),
     "sampling": ("generate",),
     "wkv": ("wkv4", "wkv6", "wkv7"),
 }
-_MODULES = ("sampling", "states", "wkv")
+_MODULES = ("evaluation", "models", "sampling", "states", "wkv")
+"""Public ones; every other module is an attribute too."""
 _HOMES = {name: f"rwkv_jax.{home}" for home, names in _NAMES.items() for name in names}
 __all__ = (*_HOMES, *_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"rwkv_jax.{name}")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
-    renamed(__name__, {})(name)
+    return submodules(__name__)(name)
 
 
 def __dir__() -> list[str]:

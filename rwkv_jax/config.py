@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin
 
 from rwkv_jax.errors import UserError
@@ -74,6 +75,7 @@ class VersionSettings(NamedTuple):
     """What a config knows of a version of the model, before JAX is imported.
 
     optional      its settings among those that not all versions have
+    ranks         official ranks of low-rank matrices: setting -> function of the width
     ffn_ratio     default hidden width of the channel mix, over `width`
     ffn_multiple  that default is rounded down to a multiple of this
     """
@@ -81,24 +83,40 @@ class VersionSettings(NamedTuple):
     optional: tuple[str, ...]
     ffn_ratio: float
     ffn_multiple: int = 1
+    ranks: Mapping[str, Callable[[int], int]] = MappingProxyType({})
 
 
-_OPTIONAL_7 = ("head_size", "rank_w", "rank_a", "rank_v", "rank_g")
+def _root_rank(factor: float) -> Callable[[int], int]:
+    """`factor * sqrt(width)`, rounded to a multiple of 32, at least 32."""
+    return lambda width: max(32, round(factor * width**0.5 / 32) * 32)
+
+
+def _doubled_rank(rank: int) -> Callable[[int], int]:
+    """`rank`, twice that from width 4096 on."""
+    return lambda width: rank * (2 if width >= 4096 else 1)
+
+
+_RANKS_6 = {"rank_mix": _doubled_rank(32), "rank_w": _doubled_rank(64)}
+_RANKS_7 = {f"rank_{x}": _root_rank(y) for x, y in dict(w=2.5, a=2.5, v=1.7, g=5.0).items()}
+_RANKS_7A = _RANKS_7 | {"rank_embed": lambda width: 32}
 VERSION_SETTINGS = {
     "4": VersionSettings((), 4),
     "5.0": VersionSettings(("head_size",), 4),
     "5.1": VersionSettings(("head_size",), 3.5, 32),
     "5.2": VersionSettings(("head_size",), 3.5, 32),
-    "6": VersionSettings(("head_size", "rank_mix", "rank_w", "state_tuned"), 3.5, 32),
-    "7": VersionSettings(_OPTIONAL_7, 4),
-    "7a": VersionSettings((*_OPTIONAL_7, "rank_embed"), 4),
+    "6": VersionSettings(("head_size", *_RANKS_6, "state_tuned"), 3.5, 32, _RANKS_6),
+    "7": VersionSettings(("head_size", *_RANKS_7), 4, ranks=_RANKS_7),
+    "7a": VersionSettings(("head_size", *_RANKS_7A), 4, ranks=_RANKS_7A),
 }
 """The versions of the model; everything else about them stands in `rwkv_jax.models`."""
 
 
 @dataclass(frozen=True)
 class ModelConfig(_Table):
-    """The architecture: everything that decides shapes, and nothing else. Saved with weights."""
+    """The architecture: everything that decides shapes, and nothing else. Saved with weights.
+
+    Configs are equal if their models are: 0, where it stands for a rule, equals what the rule says.
+    """
 
     version: str = "7"
     """One of `VERSION_SETTINGS`."""
@@ -121,6 +139,9 @@ class ModelConfig(_Table):
     """Version 7a: side of the square matrix in each token's DeepEmbed."""
     state_tuned: bool = False
     """Version 6: documents start from a learnt state."""
+    ln0: bool = True
+    """Whether embeddings pass the norm `ln0`; false: the table holds them as they come out of
+    it."""
 
     def _conflicts(self) -> Iterator[str]:
         if not (isinstance(self.version, str) and self.version in VERSION_SETTINGS):
@@ -149,8 +170,23 @@ class ModelConfig(_Table):
     @property
     def ffn(self) -> int:
         """Hidden width of the channel mix, with the default resolved."""
-        _, ratio, multiple = VERSION_SETTINGS[self.version]
-        return self.ffn_width or max(int(ratio * self.width) // multiple, 1) * multiple
+        of = VERSION_SETTINGS[self.version]
+        rule = max(int(of.ffn_ratio * self.width) // of.ffn_multiple, 1) * of.ffn_multiple
+        return self.ffn_width or rule
+
+    def rank(self, name: str) -> int:
+        """A setting `rank_...`, with the default resolved."""
+        return getattr(self, name) or VERSION_SETTINGS[self.version].ranks[name](self.width)
+
+    def _resolved(self) -> tuple:
+        ranks = {name: self.rank(name) for name in VERSION_SETTINGS[self.version].ranks}
+        return tuple((vars(self) | {"ffn_width": self.ffn} | ranks).values())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelConfig) and self._resolved() == other._resolved()
+
+    def __hash__(self) -> int:
+        return hash(self._resolved())
 
     @property
     def heads(self) -> int:

@@ -1,11 +1,40 @@
-"""Errors that a user can cause and fix, each reported in one line."""
+"""Errors that a user can cause and fix, and remarks, each reported in one line."""
 
 import contextlib
+import sys
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 
 class UserError(ValueError):
     """Bad input. The message is one line: it names the thing that is wrong and the remedy."""
+
+
+class Remark(UserWarning):
+    """Something that a user should know although the work goes on. One line, as a `UserError`."""
+
+
+def remark(text: str) -> None:
+    """Warns with a `Remark`."""
+    warnings.warn(text, Remark, stacklevel=3)
+
+
+@contextlib.contextmanager
+def printed_remarks(prog: str) -> Iterator[None]:
+    """Prints each `Remark` on stderr as a command's line; other warnings are shown as ever."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Remark)
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+            if issubclass(category, Remark):
+                print(f"{prog}: {message}", file=sys.stderr)
+            else:
+                shown(message, category, *place)
+
+        warnings.showwarning = show
+        yield
 
 
 PREDICTS_NAN = (

@@ -1,7 +1,7 @@
 """The few layers every RWKV version is made of, as pure functions over arrays.
 
 Parameters are float32; each function casts them to the dtype of its input, which is the compute
-dtype. Normalisations compute in float32 whatever the input is.
+dtype. Normalisations compute in float32 whatever the input is, or in float64 if it is.
 """
 
 from functools import partial
@@ -9,11 +9,11 @@ from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 from jax.sharding import PartitionSpec
 
 from rwkv_jax import sharding
+from rwkv_jax.containers import container
 from rwkv_jax.remat import save_for_backward
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int, Leaf
 
@@ -23,12 +23,22 @@ GROUP_NORM_EPS = 64e-5
 """Of every group norm, whatever the head size: the official 1e-5 on y / 8."""
 
 
-@struct.dataclass
+@container
 class Norm(Generic[Leaf]):
     """Scale and shift of a normalisation."""
 
     weight: Leaf
     bias: Leaf
+
+
+def precise(x: Float[Array, "..."], like: Array | None = None) -> Float[Array, "..."]:
+    """`x` in the type of norms, decays and states, for the compute type of `like`, or of `x`."""
+    return x.astype(precise_dtype((x if like is None else like).dtype))
+
+
+def precise_dtype(dtype: Any) -> Any:
+    """float64 if `dtype` is, else float32: of norms, decays and states."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def expand(vector: Float[Array, " c"], x: Float[Array, "*shape c"]) -> Float[Array, "*ones c"]:
@@ -69,31 +79,13 @@ def embed(
     return sharding.mapped(exchange, (layers + "Vk", "bt"), layers + "btc", axes)(table, tokens)
 
 
-@struct.dataclass
-class Transposed(Generic[Leaf]):
-    """A matrix stored [out, in], for faster decoding on a CPU; `linear` takes both layouts."""
-
-    rows: Leaf
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return jnp.result_type(self.rows)
-
-
-def linear(
-    x: Float[Array, "*shape i"], weight: Float[Array, "i o"] | Transposed[Array]
-) -> Float[Array, "*shape o"]:
+def linear(x: Float[Array, "*shape i"], weight: Float[Array, "i o"]) -> Float[Array, "*shape o"]:
     """`x @ weight`; weights are stored [in, out].
 
     One matrix product over all tokens: with several token axes, XLA's CPU backend transposes both
-    operands of the gradient first, a sixth of a training step. One token is the product of a matrix
-    and a vector (`Transposed`), a tenth faster than that of a vector and a matrix. Where time is
-    sharded, batch and time do not merge into one axis.
+    operands of the gradient first, a sixth of a training step. Where time is sharded, batch and
+    time do not merge into one axis.
     """
-    if isinstance(weight, Transposed):
-        tokens, matrix = x.reshape(-1, x.shape[-1]), weight.rows.astype(x.dtype)
-        y = (matrix @ tokens[0])[None] if len(tokens) == 1 else tokens @ matrix.T
-        return save_for_backward(y.reshape(*x.shape[:-1], -1))
     weight = weight.astype(x.dtype)
     if any(jax.typeof(x).sharding.spec[1:-1]):
         return save_for_backward(_product(x, weight))
@@ -113,7 +105,7 @@ def _product(x: Float[Array, "*m i"], weight: Float[Array, "i o"]) -> Float[Arra
 
 @jax.checkpoint
 def squared_relu_linear(
-    x: Float[Array, "*shape f"], weight: Float[Array, "f o"] | Transposed[Array]
+    x: Float[Array, "*shape f"], weight: Float[Array, "f o"]
 ) -> Float[Array, "*shape o"]:
     """`relu(x)^2 @ weight`, saving only `x` for the gradient: the widest array of a layer once, not
     three times."""
@@ -131,9 +123,9 @@ def lora(
 
 
 def layer_norm(x: Float[Array, "*shape c"], norm: Norm[Array]) -> Float[Array, "*shape c"]:
-    """Layer norm over the last axis, epsilon 1e-5, in float32."""
-    x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    """Layer norm over the last axis, epsilon 1e-5, in float32 or more."""
+    wide = precise(x)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     y = centred * lax.rsqrt(variance + LAYER_NORM_EPS)
     return (y * expand(norm.weight, y) + expand(norm.bias, y)).astype(x.dtype)
@@ -142,9 +134,9 @@ def layer_norm(x: Float[Array, "*shape c"], norm: Norm[Array]) -> Float[Array, "
 def group_norm(
     x: Float[Array, "*shape h n"], norm: Norm[Array], eps: float = GROUP_NORM_EPS
 ) -> Float[Array, "*shape h*n"]:
-    """Normalises each head in float32, then joins the heads; `norm` spans all channels."""
-    x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    """Normalises each head in float32 or more, then joins the heads; `norm` spans all channels."""
+    wide = precise(x)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     y = join_heads(centred * lax.rsqrt(variance + eps))
     return (y * expand(norm.weight, y) + expand(norm.bias, y)).astype(x.dtype)

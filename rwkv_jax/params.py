@@ -133,7 +133,7 @@ def _init_one(key: PRNGKeyArray, spec: ParamSpec) -> Array:
         return spec.init(jax.random.fold_in(key, index), spec.shape, depth)
 
     # Not vmap: jaxlib 0.10 on CPU deadlocks when a program has several batched QR factorisations.
-    return lax.map(layer, jnp.arange(spec.layers))
+    return lax.map(layer, jnp.arange(spec.layers, dtype=jnp.int32))
 
 
 def path_name(path: tuple) -> str:

@@ -31,12 +31,13 @@ from rwkv_jax.checkpoint.files import check_writable
 from rwkv_jax.checkpoint.pth import read_pth
 from rwkv_jax.checkpoint.safetensors import read_metadata, read_safetensors, write_safetensors
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.errors import remark
 from rwkv_jax.models import VERSIONS, BlockState, State, check_state, init_state, stack
 from rwkv_jax.renamed import renamed
 from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv import Wkv4State
 
-FORMAT, SUFFIX = "rwkv_jax state 1", ".safetensors"
+FORMAT, SUFFIX, WEB_RWKV = "rwkv_jax state 1", ".safetensors", ".st"
 
 __getattr__ = renamed(
     __name__,
@@ -168,6 +169,8 @@ class Saved:
     """Logits of the next token; None if the file has none, as in that of a tuned state."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """The caller's metadata."""
+    weights: str = ""
+    """The fingerprint of the model's weights; empty if it was not saved."""
 
 
 def save(
@@ -176,8 +179,10 @@ def save(
     *,
     logits: Float[Array, "b V"] | None = None,
     notes: Mapping[str, str] | None = None,
+    weights: str = "",
 ) -> None:
-    """Writes a state as safetensors, with the logits of the next token and the caller's metadata.
+    """Writes a state as safetensors, with the logits of the next token, the caller's metadata, and
+    the fingerprint of the model's weights (`rwkv_jax.fingerprint`).
 
     An existing file is replaced atomically. Raises `WeightsError` if it cannot be written, and
     `ValueError` for logits of another batch size or notes that are not text.
@@ -197,6 +202,7 @@ def save(
             raise ValueError(f"the note {name!r} is {text!r}: names and values must be text")
     notes = {f"note.{name}": text for name, text in (notes or {}).items()}
     metadata = {"format": FORMAT, "version": state.version, **notes}
+    metadata |= {"weights": weights} if weights else {}
     write_safetensors(Path(path).expanduser(), tensors, metadata)
 
 
@@ -207,20 +213,37 @@ def check_save_path(path: Path) -> None:
     check_writable(path)
 
 
-def load(path: Path | str, cfg: ModelConfig) -> Saved:
-    """Reads a file written by `save`, or the tuned state in a `.pth` (versions 6 and 7):
-    `blocks.N.att.time_state`, [h, v, k], with token shifts of zero.
+def load(path: Path | str, cfg: ModelConfig, *, weights: str = "") -> Saved:
+    """Reads a file written by `save`, or a tuned state (versions 6 and 7), whose token shifts are
+    zero: `blocks.N.att.time_state`, [h, v, k] in a `.pth`, [h, k, v] in a `.st` of web-rwkv.
 
-    Raises `WeightsError`, one line, for any other file or a state of another model than `cfg`'s.
+    `weights` is the fingerprint of the model's; `check_weights` compares it. Raises `WeightsError`,
+    one line, for any other file or a state of another model than `cfg`'s.
     """
     path = Path(path).expanduser()
-    ours = path.suffix == SUFFIX
-    saved = _saved(path, cfg) if ours else Saved(_tuned(path, read_pth(path), cfg))
+    if path.suffix == SUFFIX:
+        saved = _saved(path, cfg)
+    elif path.suffix == WEB_RWKV:
+        turned = {name: x.swapaxes(-1, -2) for name, x in read_safetensors(path).items()}
+        saved = Saved(_tuned(path, turned, cfg))
+    else:
+        saved = Saved(_tuned(path, read_pth(path), cfg))
     try:
         check_state(saved.state, cfg, batch_size(saved.state))
     except (ValueError, IndexError) as error:
         raise WeightsError(f"{path}: {error}; use a state of this model") from error
+    check_weights(path, saved, weights)
     return saved
+
+
+def check_weights(path: Path | str, saved: Saved, weights: str) -> None:
+    """Warns if a state was saved with another fingerprint than `weights`: it means nothing to other
+    weights. An empty fingerprint is not known."""
+    if weights and saved.weights and weights != saved.weights:
+        remark(
+            f"{path}: a state of other weights (their fingerprint is {shown(saved.weights)}, the"
+            f" model's is {weights}; inspect prints that of a file): the model will misread it"
+        )
 
 
 def _saved(path: Path, cfg: ModelConfig) -> Saved:
@@ -252,7 +275,7 @@ def _saved(path: Path, cfg: ModelConfig) -> Saved:
             f" the model {cfg.vocab_size:,} tokens; use a state of this model"
         )
     notes = {k.removeprefix("note."): x for k, x in metadata.items() if k.startswith("note.")}
-    return Saved(State(blocks, version), logits, notes)
+    return Saved(State(blocks, version), logits, notes, metadata.get("weights", ""))
 
 
 def _tuned(path: Path, tensors: Mapping[str, np.ndarray], cfg: ModelConfig) -> State:

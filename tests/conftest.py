@@ -1,5 +1,6 @@
 """How every test runs: on eight virtual CPU devices, with JAX at its strictest."""
 
+import gc
 import os
 import signal
 
@@ -31,3 +32,11 @@ hypothesis.settings.register_profile(
     "suite", deadline=None, max_examples=20, derandomize=True, print_blob=True
 )
 hypothesis.settings.load_profile("suite")
+
+# Tracing makes millions of small objects, few of them garbage that only the collector finds.
+gc.set_threshold(50_000, 10, 10)
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()

@@ -79,7 +79,7 @@ def test_every_setting_can_be_read():
     other = {
         "model": dict(version="7a", layers=2, width=96, vocab_size=7, ffn_width=5, head_size=32)
         | dict(rank_w=1, rank_a=2, rank_v=3, rank_g=4, rank_embed=6)
-        | dict(rank_mix=0, state_tuned=False),
+        | dict(rank_mix=0, state_tuned=False, ln0=False),
         "data": dict(source="a", field="b", document="line", heldout=0.5, tokenizer="c")
         | dict(bpe_vocab_size=600, cache="d", mixture={}, sampler="sequential", packing="stream")
         | dict(reset=False, train_on="spans", template="world", exit_tokens=2**40)

@@ -18,7 +18,7 @@ from rwkv_jax import models, states
 from rwkv_jax.checkpoint.keymaps import from_official
 from rwkv_jax.checkpoint.pth import write_pth
 from rwkv_jax.checkpoint.safetensors import write_safetensors
-from rwkv_jax.errors import UserError
+from rwkv_jax.errors import Remark, UserError
 from rwkv_jax.wkv import Wkv4State
 
 every_version = pytest.mark.parametrize("version", models.VERSIONS)
@@ -166,6 +166,21 @@ def test_saved_and_loaded(version, tmp_path):
     assert states.load(path, cfg).logits is None
 
 
+def test_a_state_of_other_weights_is_said_to_be(tmp_path):
+    """And one whose weights are not known is not."""
+    _, cfg, *_ = golden("7")
+    state, path = models.init_state(cfg, 1), tmp_path / "state.safetensors"
+    states.save(path, state, weights="0123456789abcdef")
+    assert states.load(path, cfg).weights == "0123456789abcdef"
+    states.load(path, cfg, weights="0123456789abcdef")
+    with pytest.warns(
+        Remark, match=r"state\.safetensors: .* 0123456789abcdef, .* fedcba9876543210"
+    ):
+        states.load(path, cfg, weights="fedcba9876543210")
+    states.save(path, state)
+    assert states.load(path, cfg, weights="fedcba9876543210").weights == ""
+
+
 def test_invalid_saves_are_refused_before_anything_is_written(tmp_path, monkeypatch):
     _, cfg, *_ = golden("7")
     state, path = models.init_state(cfg, 2), tmp_path / "state.safetensors"
@@ -208,6 +223,9 @@ def test_tuned_states(version, tmp_path):
     }
     write_pth(tmp_path / "tuned.pth", tuned)
     state = states.load(tmp_path / "tuned.pth", cfg).state
+    turned = {name: x.swapaxes(1, 2) for name, x in tuned.items()}
+    write_safetensors(tmp_path / "tuned.st", turned)
+    assert farthest(states.load(tmp_path / "tuned.st", cfg).state, state) == 0
     for layer in range(2):
         assert np.array_equal(state.blocks.wkv[layer, 0], tuned[f"blocks.{layer}.att.time_state"])
     assert not np.any(state.blocks.att_x) and not np.any(state.blocks.ffn_x)

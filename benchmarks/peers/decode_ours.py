@@ -1,8 +1,11 @@
-"""Worker: decoding at batch 1 with rwkv_jax: the jitted loop, sampling included."""
+"""Worker: reading prompts and decoding batches with rwkv_jax, sampling included."""
 
 import time
 
 from benchmarks.worker import serve
+
+MATRIX = 1 << 14
+"""Numbers in a parameter from which it counts as a matrix of the model."""
 
 
 def start(options: dict):
@@ -11,49 +14,53 @@ def start(options: dict):
 
     from benchmarks.peers.official_weights import random_rwkv7
     from rwkv_jax.checkpoint.keymaps import from_official
-    from rwkv_jax.nn import Transposed
     from rwkv_jax.sampling import Sampling
     from rwkv_jax.sampling.decode import BLOCK, decode, decoding_layout, prefill
     from rwkv_jax.sampling.transforms import Vocabulary
 
-    def is_large(leaf) -> bool:
-        return isinstance(leaf, Transposed)
-
     params, cfg = from_official(random_rwkv7(options["shape"]))
     params = decoding_layout(params, cfg)
-    vocabulary = Vocabulary(
-        allowed=numpy.ones(cfg.vocab_size, bool),
-        increment=numpy.ones(cfg.vocab_size, numpy.float32),
-    )
-    vocabulary = jax.device_put(vocabulary)
-    end = -1  # no token ends the text, so that every call writes all that it is asked for
-    rows = prefill(params, [options["prompt"]], [0], cfg=cfg, end=end)
-    logits = numpy.asarray(rows.logits)[0, ::4096].tolist()
-
-    def write(rows, count: int, sampling: Sampling):
-        written, rows = decode(
-            params, rows, sampling.batched(1), vocabulary, count, cfg=cfg, end=end
+    vocabulary = jax.device_put(
+        Vocabulary(
+            allowed=numpy.ones(cfg.vocab_size, bool),
+            increment=numpy.ones(cfg.vocab_size, numpy.float32),
         )
-        return jax.block_until_ready(written), rows
+    )
+    end = -1  # no token ends the text, so that every call writes all that it is asked for
+
+    def read(tokens: list[int], rows: int = 1):
+        return prefill(params, [tokens] * rows, list(range(rows)), cfg=cfg, end=end)
+
+    batches = {rows: read(options["prompt"], rows) for rows in options["rows"]}
+
+    def write(rows: int, count: int, greedy: bool) -> None:
+        sampling = Sampling(temperature=0.0) if greedy else Sampling()
+        while count:
+            steps = min(count, BLOCK)
+            written, batches[rows] = decode(
+                params, batches[rows], sampling.batched(rows), vocabulary, steps, cfg=cfg, end=end
+            )
+            jax.block_until_ready(written)
+            count -= steps
 
     def handle(request: dict) -> dict:
-        nonlocal rows
-        sampling = Sampling(temperature=0.0) if request["greedy"] else Sampling()
-        left = request["tokens"]
         began = time.perf_counter()
-        while left:
-            count = min(left, BLOCK)
-            _, rows = write(rows, count, sampling)
-            left -= count
+        if "read" in request:
+            ids = numpy.random.default_rng(0).integers(cfg.vocab_size, size=request["read"])
+            jax.block_until_ready(read(ids.tolist()))
+        else:
+            write(request["rows"], request["tokens"], request["greedy"])
         return {"seconds": time.perf_counter() - began}
 
-    handle({"tokens": 2, "greedy": False})
-    matrices = sum(x.nbytes for x in jax.tree.leaves(params)) - params.emb.nbytes
-    large = jax.tree.leaves((params.blocks, params.head), is_leaf=is_large)
+    logits = numpy.asarray(batches[1].logits)[0, ::4096].tolist()
+    for rows in batches:
+        write(rows, 2, False)
+    table = params.emb.nbytes
+    large = [x for x in jax.tree.leaves((params.blocks, params.head)) if x.size >= MATRIX]
     return handle, {
         "logits": logits,
-        "weight_bytes": matrices + params.emb.nbytes // cfg.vocab_size,
-        "products": [x.rows.shape for x in large if is_large(x)],
+        "weight_bytes": sum(x.nbytes for x in jax.tree.leaves(params)) - table,
+        "products": [x.shape for x in large if x.ndim == 2],
     }
 
 

@@ -1,4 +1,4 @@
-"""Worker: decoding at batch 1 with PyPI `rwkv` (strategy "cpu fp32" or "cpu bf16")."""
+"""Worker: reading and decoding one row with PyPI `rwkv` (strategy "cpu fp32" or "cpu bf16")."""
 
 import os
 import tempfile
@@ -27,10 +27,14 @@ def start(options: dict):
     sampler = PIPELINE(model, "rwkv_vocab_v20230424")
     logits, state = model.forward(options["prompt"], None)
     first = logits.float()[::4096].tolist()
+    ids = torch.randint(options["shape"]["vocab"], (max(options["reads"]),)).tolist()
 
     def handle(request: dict) -> dict:
         nonlocal logits, state
         began = time.perf_counter()
+        if "read" in request:
+            model.forward(ids[: request["read"]], None)
+            return {"seconds": time.perf_counter() - began}
         for _ in range(request["tokens"]):
             if request["greedy"]:
                 token = int(logits.argmax())

@@ -1,8 +1,4 @@
-"""Worker: float32 matrix-vector GB/s, by "numpy", "jax" or "torch".
-
-The rate is that of one product over `bytes` of weights or, with `shapes` (jax), of a chain of
-dependent products with matrices of these shapes, in one program.
-"""
+"""Worker: float32 matrix-vector GB/s of one product, by "numpy", "jax" or "torch"."""
 
 import time
 
@@ -15,8 +11,6 @@ def start(options: dict):
     import numpy
 
     rng = numpy.random.default_rng(0)
-    if "shapes" in options:
-        return chain([rng.random(shape, dtype=numpy.float32) for shape in options["shapes"]])
     rows = options["bytes"] // (4 * COLUMNS)
     matrix = rng.random((rows, COLUMNS), dtype=numpy.float32)
     vector = rng.random(COLUMNS, dtype=numpy.float32)
@@ -42,25 +36,6 @@ def start(options: dict):
             return matrix @ vector
 
     return measured(product, 4 * rows * COLUMNS)
-
-
-def chain(matrices: list):
-    import jax
-    import jax.numpy as jnp
-
-    size = sum(matrix.nbytes for matrix in matrices)
-    matrices = jax.device_put(matrices)
-    longest = max(matrix.shape[1] for matrix in matrices)
-
-    @jax.jit
-    def products(matrices, vector):
-        for matrix in matrices:
-            # Every row takes part: of rows that nothing needs, XLA makes no product.
-            vector = vector + 1e-9 * jnp.sum(matrix @ vector[: matrix.shape[1]])
-        return vector
-
-    vector = jnp.ones(longest)
-    return measured(lambda: jax.block_until_ready(products(matrices, vector)), size)
 
 
 def measured(product, size: int):

@@ -7,6 +7,12 @@ class WeightsError(UserError):
     """A file of weights that cannot be read or written."""
 
 
+ZERO = (
+    "part of a DeepSpeed checkpoint; run zero_to_fp32.py, which lies in its folder (python"
+    " zero_to_fp32.py . model.pth), and give the file that it makes"
+)
+
+
 def shown(text: object) -> str:
     """A name or message from a file or a library, made fit for an error message: escaped, cut to 80
     characters and without its full stop.

@@ -7,6 +7,7 @@ Numbers are little-endian, in both formats and on every machine that JAX runs on
 """
 
 import contextlib
+import json
 import math
 import mmap
 import os
@@ -137,6 +138,12 @@ def _check_regular(path: Path) -> None:
         raise WeightsError("is not a regular file; name one")
 
 
+def begins(path: Path) -> bytes:
+    """The first bytes of a file."""
+    with path.open("rb") as file:
+        return file.read(16)
+
+
 def kind(memory: mmap.mmap) -> str:
     """What a file of another format is, and the remedy."""
     # A safetensors length may look like any of the other signs, so it comes first.
@@ -169,10 +176,48 @@ def unique(pairs: Iterable[tuple[str, Entry]]) -> dict[str, Entry]:
     return found
 
 
+def json_object(memory: mmap.mmap, start: int, stop: int) -> dict[str, Any]:
+    """The JSON object in these bytes. Raises ValueError for anything else, a name that occurs twice
+    included."""
+    if stop > len(memory):
+        raise ValueError("its header reaches beyond the end of the file")
+    if stop - start > MAX_INDEX:
+        raise WeightsError("its list of tensors is too large; split the model")
+    found = json.loads(memory[start:stop].decode(), object_pairs_hook=unique)
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return found
+
+
+TILE = 256
+"""Rows and columns of a matrix that are transposed together: they fit into a core's cache."""
+
+
+def c_order(values: np.ndarray) -> np.ndarray:
+    """The values in C order: themselves, or a copy."""
+    if values.flags.c_contiguous:
+        return values
+    copy = np.empty(values.shape, values.dtype)
+    copy_into(copy, values)
+    return copy
+
+
+def copy_into(copy: np.ndarray, values: np.ndarray) -> None:
+    """`copy[...] = values`. A transposed matrix goes tile by tile: numpy goes through all of it in
+    the order of `copy`, which takes three to twenty times as long."""
+    if values.ndim != 2 or values.strides[0] >= values.strides[1]:
+        copy[...] = values
+        return
+    for i in range(0, values.shape[0], TILE):
+        for j in range(0, values.shape[1], TILE):
+            here = slice(i, i + TILE), slice(j, j + TILE)
+            copy[here] = values[here].T.copy().T
+
+
 def as_bytes(array: ArrayLike) -> memoryview:
     """The values in C order, little-endian, as flat bytes: a view if they are stored like that."""
     dtype = np.dtype(array.dtype).newbyteorder("<")
-    values = np.asarray(np.asarray(array), dtype, order="C")
+    values = c_order(np.asarray(np.asarray(array), dtype))
     if values.shape != tuple(array.shape):
         raise ValueError(f"an array of shape {array.shape} gave one of shape {values.shape}")
     return values.reshape(-1).view(np.uint8).data

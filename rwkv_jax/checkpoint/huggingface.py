@@ -18,6 +18,9 @@ The layouts, the code that makes them, and the files that these tables were deri
     fla-rwkv7           fla/layers/rwkv7.py, fla/models/rwkv7, utils/convert_from_rwkv7.py; the
                         PyPI package rwkv7-hf (0.9.0: modeling_rwkv7.py) has the same names and
                         shapes
+    official-rwkv7      Rwkv7ForCausalLM, the layout of the official repositories (2026): official
+                        names and shapes, all but the head's behind `rwkv7.`; configuration_rwkv7.py
+                        and convert_rwkv7_checkpoint_to_hf.py of its pull request to transformers
 
 Differences that the names do not show:
 
@@ -39,7 +42,14 @@ import numpy as np
 
 from rwkv_jax.checkpoint.errors import WeightsError, shown
 from rwkv_jax.checkpoint.files import ArrayLike, Deferred
-from rwkv_jax.checkpoint.keymaps import optional, plain
+from rwkv_jax.checkpoint.keymaps import optional
+from rwkv_jax.checkpoint.names import (
+    as_official,
+    is_official,
+    plain,
+    plain_name,
+    refuse,
+)
 
 HEAD_SIZE = 64
 """Version 7 there uses 1e-5 times the head size for the epsilon of its GroupNorm, official code
@@ -257,51 +267,41 @@ LAYOUTS = {
 }
 """By name, in the order in which they are tried."""
 
-_REFUSED = (
-    (
-        "peft_type",
-        (".lora_A.", ".lora_B."),
-        "an adapter, not a model; merge it into its base model (PEFT: merge_and_unload) and save"
-        " that",
-    ),
-    (
-        "quantization_config",
-        (".qweight", ".weight_packed", ".weight_scale", ".SCB", ".absmax"),
-        "a quantised model; take the original in 16 or 32 bits",
-    ),
-    (
-        "attn",
-        (".attn.q_proj.",),
-        "a hybrid with attention layers; only models with RWKV layers alone can be read",
-    ),
-)
-"""Models that cannot be read: an entry of `config.json`, parts of tensors' names, the remedy."""
+OFFICIAL = "official-rwkv7"
+"""The layout that has official names, and is therefore none of `LAYOUTS`."""
+
+DEFAULTS = {"4": "transformers-rwkv4", "7": "fla-rwkv7"}
+"""The layouts that are written unless another is asked for: public code loads them."""
+
+LOADED_BY = {
+    "transformers-rwkv4": ("transformers", "AutoModelForCausalLM"),
+    "fla-rwkv7": ("rwkv7_hf", "RWKV7ForCausalLM"),  # and fla.models, with a GPU
+}
+"""The package and the class that load a written layout by `from_pretrained`."""
 
 
 def is_huggingface(names: Iterable[str]) -> bool:
-    """Whether the names are those of a Hugging Face folder, of any model, not only RWKV."""
-    return any(name.startswith(("rwkv", "model.", "lm_head.", "base_model.")) for name in names)
+    """Whether the names are those of a Hugging Face folder of any model that does not have official
+    names."""
+    names = {plain_name(name) for name in names}
+    starts = ("layers.", "lm_head.", "embeddings.", "embed_tokens.")
+    signs = (name.startswith(starts) or ".attention." in name for name in names)
+    return not is_official(names) and any(signs)
 
 
 def layout_of(names: Iterable[str], config: Mapping[str, Any]) -> str:
     """The layout, a key of `LAYOUTS`, of tensors with these names and this `config.json`.
 
-    Raises WeightsError if it is none of them, or the model has other parts than RWKV.
+    Raises WeightsError if it is none of them.
     """
-    names = set(names)
-    for key, parts, what in _REFUSED:
-        if config.get(key):
-            raise WeightsError(f"config.json has {key}: {what}")
-        for name in sorted(names):
-            if any(part in name for part in parts):
-                raise WeightsError(f"{shown(name)}: {what}")
+    names = {plain_name(name) for name in names}
     for layout in LAYOUTS.values():
-        if layout.mark in names:
+        if plain_name(layout.mark) in names:
             return layout.name
     kind = config.get("model_type") or "unknown"
     raise WeightsError(
         f"not a known RWKV layout (config.json: model_type = {shown(kind)});"
-        f" give an official .pth, or a folder of {', '.join(LAYOUTS)}"
+        f" give an official .pth, or a folder of {', '.join((*LAYOUTS, OFFICIAL))}"
     )
 
 
@@ -311,8 +311,11 @@ def to_official(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) ->
     `config` is the folder's `config.json`. Raises WeightsError for a tensor that is missing or not
     of the layout, and for a model that official code would compute differently.
     """
+    refuse(tensors, config)
     layout = LAYOUTS[layout_of(tensors, config)]
-    _check_config(layout, config)
+    _check_config(layout.expected, config)
+    given = {plain_name(name): name for name in tensors}  # as errors show them
+    tensors = plain(tensors)
     found: dict[str, Tensor] = {}
     used: set[str] = set()
     for official, layer, sources in _places(layout, _layers(tensors, config)):
@@ -321,7 +324,8 @@ def to_official(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) ->
             for source in sources
             if source.when is None or config.get(source.when[0]) == source.when[1]
         ]
-        name, form = next(((x, form) for x, form in there if x in tensors), (None, SAME))
+        places = ((plain_name(x), form) for x, form in there)
+        name, form = next(((x, form) for x, form in places if x in tensors), (None, SAME))
         if name is None:
             if optional(official):
                 continue
@@ -335,10 +339,10 @@ def to_official(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) ->
         except (ValueError, IndexError):
             shape = list(tensors[name].shape)
             raise WeightsError(
-                f"{name} has shape {shape}, which layout {layout.name} does not allow;"
+                f"{given[name]} has shape {shape}, which layout {layout.name} does not allow;"
                 " download the folder again"
             ) from None
-    if extra := sorted(set(tensors) - used):
+    if extra := sorted(given[name] for name in set(tensors) - used):
         raise WeightsError(
             f"{shown(extra[0])} has no place in layout {layout.name}; this release cannot read"
             " such a model"
@@ -347,17 +351,42 @@ def to_official(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) ->
     return found
 
 
-def from_official(
-    tensors: Mapping[str, ArrayLike], *, eod: int = 0
-) -> tuple[dict[str, ArrayLike], dict[str, Any]]:
-    """Tensors and `config.json` of a folder that public code loads, without any code in the folder.
+def with_official_names(
+    tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The tensors of a folder whose names are official once they are plain, such as one in the
+    layout `official-rwkv7`. Raises WeightsError as `to_official` does for its `config.json`."""
+    refuse(tensors, config)
+    found = as_official(plain(tensors))
+    if config.get("tie_word_embeddings") is True and "emb.weight" in found:
+        found.setdefault("head.weight", found["emb.weight"])
+    if config.get("model_type") == "rwkv7":
+        _check_config({"layer_norm_epsilon": 1e-5, "group_norm_epsilon": 64e-5}, config)
+        last = _layers(found, config) - 1
+        if not any(name.startswith(f"blocks.{last}.") for name in found):
+            raise WeightsError(
+                f"blocks.{last} is missing: config.json has {last + 1} layers; download the folder"
+                " again"
+            )
+        fused, norm = config.get("embedding_layer_norm_fused"), "blocks.0.ln0.weight"
+        if fused in (True, False) and fused == (norm in found):
+            raise WeightsError(
+                f"{norm} is {'there' if fused else 'missing'}, but config.json has"
+                f" embedding_layer_norm_fused = {str(fused).lower()}; download the folder again"
+            )
+    return found
 
-    Version 7 gets the layout `fla-rwkv7`, which both flash-linear-attention and rwkv7-hf load with
-    `RWKV7ForCausalLM.from_pretrained`; version 4 gets `transformers-rwkv4`. Tensors are views, not
-    always in C order, or deferred where the given ones are. `eod` is the end-of-document id.
-    Inverse of `to_official` except that version 7's unused tensors of the first layer are left out.
-    Raises WeightsError for other versions, for head sizes that mean something else there, and for a
-    tensor that is missing or has no place there."""
+
+def from_official(
+    tensors: Mapping[str, ArrayLike], *, layout: str = "", eod: int = 0
+) -> tuple[dict[str, ArrayLike], dict[str, Any]]:
+    """Tensors and `config.json` of a folder, without any code in it: in `layout`, or by default in
+    that of `DEFAULTS`.
+
+    Tensors are views, not always in C order, or deferred where the given ones are. `eod` is the
+    end-of-document id. Inverse of `to_official` except that version 7's unused tensors of the first
+    layer are left out. Raises WeightsError for another version than the layout's, for head sizes
+    that mean something else there, and for a tensor that is missing or has no place there."""
     tensors = plain(tensors)
     version7 = "blocks.0.att.r_k" in tensors
     if not version7 and "blocks.0.att.ln_x.weight" in tensors:
@@ -365,26 +394,13 @@ def from_official(
             "versions 5 and 6 cannot be written as a Hugging Face folder: only code inside the"
             " folder loads 5, and public code for 6 has another epsilon; write a .pth"
         )
-    _check_head_size(tensors)
-    layout = LAYOUTS["fla-rwkv7" if version7 else "transformers-rwkv4"]
-    layers = _layers(tensors, {})
-    written: dict[str, ArrayLike] = {}
-    used: set[str] = set()
-    for official, layer, (source, *_) in _places(layout, layers):
-        used.add(official)
-        if optional(official):
-            continue
-        if official not in tensors:
-            raise WeightsError(f"{official} is missing: not a complete checkpoint; write it again")
-        written[source.there.format(layer)] = source.form.written(tensors[official])
-    if extra := sorted(set(tensors) - used):
-        raise WeightsError(f"{shown(extra[0])} has no place in layout {layout.name}; write a .pth")
-    try:
-        config = (_config7 if version7 else _config4)(tensors, layers)
-    except (ValueError, IndexError):
+    allowed = (DEFAULTS["7"], OFFICIAL) if version7 else (DEFAULTS["4"],)
+    chosen = layout or allowed[0]
+    if chosen not in allowed:
         raise WeightsError(
-            f"tensors of other shapes than those of {layout.name}; write the checkpoint again"
-        ) from None
+            f"layout {shown(chosen)} cannot hold this model; give {' or '.join(allowed)}"
+        )
+    written, config = (_prefixed if chosen == OFFICIAL else _renamed_back)(tensors, chosen)
     return written, config | {
         "bos_token_id": eod,
         "eos_token_id": eod,
@@ -393,6 +409,71 @@ def from_official(
         "use_cache": True,
         "torch_dtype": np.dtype(tensors["emb.weight"].dtype).name,
     }
+
+
+def _prefixed(
+    tensors: Mapping[str, ArrayLike], layout: str
+) -> tuple[dict[str, ArrayLike], dict[str, Any]]:
+    """A model of version 7 in the layout `official-rwkv7`."""
+    for name in tensors:
+        if ".ffn.s_emb" in name:
+            raise WeightsError(f"{name} has no place in layout {layout}; write a .pth")
+    written: dict[str, ArrayLike] = {
+        name if name == "head.weight" else f"rwkv7.{name}": x
+        for name, x in tensors.items()
+        if not optional(name)
+    }
+    fla = _shaped(_config7, tensors, layout)
+    same = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    return written, {
+        "architectures": ["Rwkv7ForCausalLM"],
+        "num_attention_heads": fla["num_heads"],
+        "head_size": fla["head_dim"],
+        "context_length": 4096,  # what their converter writes if the file's name has none
+        "max_position_embeddings": 4096,
+        "layer_norm_epsilon": 1e-5,
+        "group_norm_epsilon": 64e-5,
+        "embedding_layer_norm_fused": "blocks.0.ln0.weight" not in tensors,
+        **{key: fla[key] for key in same},
+        **{key: x for key, x in fla.items() if key.endswith("_low_rank_dim")},
+    }
+
+
+def _renamed_back(
+    tensors: Mapping[str, ArrayLike], chosen: str
+) -> tuple[dict[str, ArrayLike], dict[str, Any]]:
+    """A model in a layout of `LAYOUTS`."""
+    _check_head_size(tensors)
+    layout, layers = LAYOUTS[chosen], _layers(tensors, {})
+    written: dict[str, ArrayLike] = {}
+    used: set[str] = set()
+    for official, layer, (source, *_) in _places(layout, layers):
+        used.add(official)
+        if optional(official):
+            continue
+        if official not in tensors:
+            what = "not a complete checkpoint; write it again"
+            if ".ln0." in official:  # folded into the embeddings
+                what = f"layout {chosen} needs it; write a .pth, or layout {OFFICIAL}"
+            raise WeightsError(f"{official} is missing: {what}")
+        written[source.there.format(layer)] = source.form.written(tensors[official])
+    if extra := sorted(set(tensors) - used):
+        raise WeightsError(f"{shown(extra[0])} has no place in layout {layout.name}; write a .pth")
+    return written, _shaped(_config4 if chosen == DEFAULTS["4"] else _config7, tensors, chosen)
+
+
+def _shaped(
+    make: Callable[[Mapping[str, ArrayLike], int], dict[str, Any]],
+    tensors: Mapping[str, ArrayLike],
+    layout: str,
+) -> dict[str, Any]:
+    """The `config.json` that `make` reads off the tensors' shapes."""
+    try:
+        return make(tensors, _layers(tensors, {}))
+    except (KeyError, ValueError, IndexError):
+        raise WeightsError(
+            f"tensors of other shapes than those of {layout}; write the checkpoint again"
+        ) from None
 
 
 def generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -428,8 +509,8 @@ def _places(layout: Layout, layers: int) -> Iterator[tuple[str, int, list[Source
             yield template.format(layer), layer, sources
 
 
-def _check_config(layout: Layout, config: Mapping[str, Any]) -> None:
-    for key, value in layout.expected.items():
+def _check_config(expected: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    for key, value in expected.items():
         if config.get(key, value) != value:
             raise WeightsError(
                 f"config.json: {key} = {shown(repr(config[key]))}, but RWKV has {value!r}: another"

@@ -6,9 +6,12 @@ there and [in, out] here; token-shift mixes are [1, 1, c] there and [c] here; la
 there and stacked here. Numbers are neither computed nor rounded, so a round trip is exact.
 """
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -17,18 +20,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from rwkv_jax import models
 from rwkv_jax.checkpoint.errors import WeightsError, shown
-from rwkv_jax.checkpoint.files import ArrayLike, Deferred, cast, float_type
+from rwkv_jax.checkpoint.files import (
+    ArrayLike,
+    Deferred,
+    c_order,
+    cast,
+    copy_into,
+    float_type,
+)
+from rwkv_jax.checkpoint.names import plain
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.models import Model, specs
 from rwkv_jax.params import ParamSpec, is_spec, path_name
-from rwkv_jax.typing import Array
+from rwkv_jax.typing import Array, PyTree
 
 _UNUSED = ("att.v0", "att.v1", "att.v2")
 """Version 7: layer 0 has no value to mix with, so most files leave these out there."""
 
 LARGE = 64 << 20
 """A parameter of at least so many bytes is put on its device layer by layer."""
+
+ALIGNMENT = 64
+"""Bytes. Arrays of numpy that begin at a multiple are used by JAX on a CPU without a copy."""
 
 
 class _Version(NamedTuple):
@@ -45,7 +60,7 @@ class _Version(NamedTuple):
     """Whether the decay has an axis of channels."""
 
 
-_SIZES_7 = {f"rank_{x}": (f"att.{x}1", 1) for x in "wavg"} | {"head_size": ("att.r_k", 1)}
+_SIZES_7 = {f"rank_{x}": (f"att.{x}1", 1) for x in "wavg"} | {"head_size": ("att.r_k", -1)}
 _HEADS = {"heads": ("att.time_decay", 0)}
 _VERSIONS = {
     "7a": _Version(("att.r_k", "ffn.s_emb.weight"), _SIZES_7 | {"rank_embed": ("ffn.s1", 1)}),
@@ -53,7 +68,7 @@ _VERSIONS = {
     "6": _Version(
         ("att.time_maa_x",),
         {
-            "head_size": ("att.time_faaaa", 1),
+            "head_size": ("att.time_faaaa", -1),
             "rank_mix": ("att.time_maa_w2", 1),
             "rank_w": ("att.time_decay_w1", 1),
         },
@@ -82,16 +97,38 @@ def from_official(
     dtype = None if dtype is None else jax.dtypes.canonicalize_dtype(float_type(dtype))
     tensors = plain(tensors)
     cfg = check(tensors)
-    table, tree = _table(cfg), jax.tree.structure(specs(cfg), is_leaf=is_spec)
-    sources = [_sources(tensors, name, spec, dtype) for name, spec in table.items()]
+    specs_by_path, tree = table(cfg), jax.tree.structure(specs(cfg), is_leaf=is_spec)
+    sources = [_sources(tensors, name, spec, dtype) for name, spec in specs_by_path.items()]
     one = sharding is None or isinstance(sharding, jax.sharding.Sharding)
-    shardings = [sharding] * len(table) if one else tree.flatten_up_to(sharding)
-    return jax.tree.unflatten(tree, map(_placed, sources, table.values(), shardings)), cfg
+    shardings = [sharding] * len(specs_by_path) if one else tree.flatten_up_to(sharding)
+    return jax.tree.unflatten(tree, map(_placed, sources, specs_by_path.values(), shardings)), cfg
 
 
-def plain(tensors: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
-    """The tensors without the prefix that DeepSpeed adds to their names."""
-    return {name.removeprefix("_forward_module."): x for name, x in tensors.items()}
+def unstacked_from_official(
+    tensors: Mapping[str, ArrayLike], dtype_of: Callable[[ParamSpec], Any]
+) -> tuple[Model[Array], ModelConfig]:
+    """`from_official` with `blocks` as a tuple of layers and each parameter in a type of its own.
+
+    Besides the parameters the host holds a few rows of one.
+    """
+    tensors = plain(tensors)
+    cfg = check(tensors)
+    paths = table(cfg)
+    placed: dict[str, list[Array]] = {}
+    for path, spec in paths.items():
+        placed[path] = [
+            jax.device_put(_copied(name, tensors.get(name), spec, dtype_of(spec)))
+            for name in names_of(path, spec)
+        ]
+    tree = jax.tree.structure(specs(cfg), is_leaf=is_spec)
+    lists = jax.tree.unflatten(tree, [placed[path] for path in paths])
+
+    def pick(tree: PyTree, layer: int) -> PyTree:
+        return jax.tree.map(itemgetter(layer), tree, is_leaf=lambda x: isinstance(x, list))
+
+    whole = pick(replace(lists, blocks=None), 0)
+    blocks = tuple(pick(lists.blocks, layer) for layer in range(cfg.layers))
+    return replace(whole, blocks=blocks), cfg
 
 
 def check(tensors: Mapping[str, ArrayLike]) -> ModelConfig:
@@ -104,7 +141,7 @@ def check(tensors: Mapping[str, ArrayLike]) -> ModelConfig:
     return cfg
 
 
-def _table(cfg: ModelConfig) -> dict[str, ParamSpec]:
+def table(cfg: ModelConfig) -> dict[str, ParamSpec]:
     """The specs of all parameters by path, in the order of the tree's leaves."""
     leaves = jax.tree_util.tree_leaves_with_path(specs(cfg), is_leaf=is_spec)
     return {path_name(path): spec for path, spec in leaves}
@@ -114,11 +151,11 @@ def _sources(
     tensors: Mapping[str, ArrayLike], path: str, spec: ParamSpec, dtype: Any
 ) -> list[ArrayLike]:
     """The tensors of a parameter, one for each layer, all of one type."""
-    layers = {name: tensors.get(name) for name in _names(path, spec)}
+    layers = {name: tensors.get(name) for name in names_of(path, spec)}
     kinds = {np.dtype(x.dtype) for x in layers.values() if x is not None} or {np.dtype("f4")}
     # float64 becomes float32 where JAX has it switched off, which would be a warning later.
     kind = dtype or jnp.result_type(*map(jax.dtypes.canonicalize_dtype, kinds))
-    shape = _official_shape(spec)
+    shape = official_shape(spec)
     zeros = Deferred(shape, kind, lambda: np.zeros(shape, kind))
     return [zeros if x is None else cast(name, x, kind) for name, x in layers.items()]
 
@@ -161,8 +198,8 @@ def to_official(
     dtype = None if dtype is None else float_type(dtype)
     check_params(params, cfg)
     tensors: dict[str, ArrayLike] = {}
-    for (path, spec), value in zip(_table(cfg).items(), jax.tree.leaves(params), strict=True):
-        for layer, name in enumerate(_names(path, spec)):
+    for (path, spec), value in zip(table(cfg).items(), jax.tree.leaves(params), strict=True):
+        for layer, name in enumerate(names_of(path, spec)):
             tensor = _official(value, spec, layer if spec.layers else None)
             tensors[name] = tensor if dtype is None else cast(name, tensor, dtype)
     return tensors
@@ -172,9 +209,9 @@ def expected(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The names and shapes of an official checkpoint of `cfg`'s model, including version 7's unused
     v0, v1 and v2 of layer 0."""
     return {
-        name: _official_shape(spec)
-        for path, spec in _table(cfg).items()
-        for name in _names(path, spec)
+        name: official_shape(spec)
+        for path, spec in table(cfg).items()
+        for name in names_of(path, spec)
     }
 
 
@@ -183,17 +220,9 @@ def check_params(params: Model[Array], cfg: ModelConfig) -> None:
     type."""
     if isinstance(params.blocks, tuple):
         raise ValueError("params are a tuple of layers: give rwkv_jax.stack(params)")
-    found = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    shapes = {name: list(spec.full_shape) for name, spec in _table(cfg).items()}
-    for name in sorted(shapes.keys() | found.keys()):
-        have = list(found[name].shape) if name in found else "missing"
-        want = shapes.get(name, "missing")
-        if have != want:
-            raise ValueError(
-                f"params.{name} is {have}, but in a model of cfg (RWKV-{cfg.version}, {cfg.layers}"
-                f" layers, width {cfg.width}) it is {want}: give the cfg of these params"
-            )
-        float_type(found[name].dtype)
+    models.check_params(params, cfg)
+    for x in jax.tree.leaves(params):
+        float_type(x.dtype)
 
 
 def in_order(tensors: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
@@ -216,7 +245,7 @@ def optional(name: str) -> bool:
     return name.removeprefix("blocks.0.") in _UNUSED
 
 
-def _official_shape(spec: ParamSpec) -> tuple[int, ...]:
+def official_shape(spec: ParamSpec) -> tuple[int, ...]:
     """The shape of one layer's tensor."""
     shape = spec.shape[::-1] if spec.layout == "linear" else spec.shape
     return (1, 1, *shape) if spec.layout == "row" else shape
@@ -229,6 +258,27 @@ def _ours(array: ArrayLike, spec: ParamSpec) -> np.ndarray:
     return values.reshape(spec.shape)
 
 
+def _copied(name: str, array: ArrayLike | None, spec: ParamSpec, dtype: Any) -> np.ndarray:
+    """One layer's tensor in our shape and in `dtype`; None is zeros.
+
+    Copied some rows at a time into aligned memory, which JAX takes over on a CPU: a large tensor is
+    never held twice.
+    """
+    dtype = np.dtype(dtype)
+    size = math.prod(spec.shape) * dtype.itemsize
+    memory = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    values = memory[start : start + size].view(dtype).reshape(spec.shape)
+    if array is not None:
+        target = values.T if spec.layout == "linear" else values
+        source = np.asarray(array).reshape(target.shape)
+        step = max(1, (1 << 18) * len(target) // target.size)
+        for row in range(0, len(target), step):
+            rows = slice(row, row + step)
+            target[rows] = np.asarray(cast(name, source[rows], dtype))
+    return values
+
+
 def _placed(sources: Sequence[ArrayLike], spec: ParamSpec, sharding: Any) -> Array:
     """The parameter, put on its devices."""
     kind = sources[0].dtype
@@ -239,14 +289,19 @@ def _placed(sources: Sequence[ArrayLike], spec: ParamSpec, sharding: Any) -> Arr
     if one_device and spec.layers and np.prod(shape) * np.dtype(kind).itemsize >= LARGE:
         value = jnp.zeros(shape, kind, device=sharding)
         for layer, source in enumerate(sources):
-            value = _set_layer(value, jax.device_put(_ours(source, spec), sharding), layer)
+            values = c_order(_ours(source, spec))
+            value = _set_layer(value, jax.device_put(values, sharding), layer)
         return value
 
     def part(index: Any) -> np.ndarray:
         if not spec.layers:
-            return np.ascontiguousarray(_ours(sources[0], spec)[index])
+            return c_order(_ours(sources[0], spec)[index])
         layers = range(*index[0].indices(spec.layers))
-        return np.stack([_ours(sources[i], spec)[index[1:]] for i in layers])
+        each = [_ours(sources[i], spec)[index[1:]] for i in layers]
+        together = np.empty((len(each), *each[0].shape), kind)
+        for i, values in enumerate(each):
+            copy_into(together[i], values)
+        return together
 
     return jax.make_array_from_callback(shape, sharding, part)
 
@@ -258,16 +313,22 @@ def _set_layer(into: Array, layer: Array, index: Any) -> Array:
 
 def _official(value: Array, spec: ParamSpec, layer: int | None) -> Deferred:
     """One layer's tensor in the official shape."""
-    shape = _official_shape(spec)
+    shape = official_shape(spec)
 
     def fetch() -> np.ndarray:
-        values = np.asarray(value if layer is None else value[layer])
+        whole = np.asarray(value) if is_on_host(value) else value
+        values = np.asarray(whole if layer is None else whole[layer])
         return (values.T if spec.layout == "linear" else values).reshape(shape)
 
     return Deferred(shape, value.dtype, fetch)
 
 
-def _names(path: str, spec: ParamSpec) -> list[str]:
+def is_on_host(value: Array) -> bool:
+    """Whether numpy sees all of an array without a copy."""
+    return [device.platform for device in value.devices()] == ["cpu"]
+
+
+def names_of(path: str, spec: ParamSpec) -> list[str]:
     """The official names of a parameter, one for each layer."""
     suffix = ".weight" if spec.layout in ("linear", "table") else ""
     if not spec.layers:
@@ -334,7 +395,7 @@ def _config(tensors: Mapping[str, ArrayLike]) -> ModelConfig:
     def size(name: str, axis: int, axes: int = 0) -> int:
         """Of a tensor with exactly so many axes, if given."""
         shape = tensors[name].shape
-        if len(shape) <= axis or (axes and len(shape) != axes) or not shape[axis]:
+        if not -len(shape) <= axis < len(shape) or (axes and len(shape) != axes) or not shape[axis]:
             raise WeightsError(f"{name} has the impossible shape {list(shape)}")
         return shape[axis]
 
@@ -344,13 +405,14 @@ def _config(tensors: Mapping[str, ArrayLike]) -> ModelConfig:
     def fits(version: _Version) -> bool:
         decay = f"{last}att.time_decay"
         return all(map(first, version.marks)) and (
-            not version.per_channel or tensors[decay].shape[1:] > (1,)
+            not version.per_channel or any(n > 1 for n in tensors[decay].shape[1:])
         )
 
     vocab, width = (size("emb.weight", axis, 2) for axis in (0, 1))
     layers = _layers(tensors)
     last = f"blocks.{layers - 1}."  # layer 0 may lack version 7's v0, v1, v2
     found: dict[str, Any] = {"layers": layers, "width": width, "vocab_size": vocab}
+    found["ln0"] = first("ln0.weight") or first("ln0.bias")
     found["ffn_width"] = size("blocks.0.ffn.key.weight", 0)
     found["version"] = next(name for name, version in _VERSIONS.items() if fits(version))
     version = _VERSIONS[found["version"]]

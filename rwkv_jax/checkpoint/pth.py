@@ -19,7 +19,7 @@ import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from rwkv_jax.checkpoint import files
-from rwkv_jax.checkpoint.errors import WeightsError, shown
+from rwkv_jax.checkpoint.errors import ZERO, WeightsError, shown
 from rwkv_jax.checkpoint.files import ArrayLike
 
 _STORAGES = {
@@ -57,10 +57,25 @@ _TYPES = {
 _TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 _PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _DICT = "collections.OrderedDict"
-_IGNORED = ("torch.Size", "torch.device", "builtins.set", "__builtin__.set")
-"""Objects beside the state dict in a trainer's checkpoint."""
+_SUBCLASS = "torch._tensor._rebuild_from_type_v2"
+"""A tensor with attributes, or of a class of its own: (function, class, arguments, attributes)."""
+_BUILTINS = ("set", "bytes", "bytearray", "complex", "list", "dict", "int", "float")
+_IGNORED = (
+    "torch.Size",
+    "torch.device",
+    "torch.Tensor",
+    "torch.nn.parameter.Parameter",
+    "collections.Counter",
+    "collections.defaultdict",
+    "_codecs.encode",  # bytes
+    "torch._utils._rebuild_sparse_tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage",
+    "torch.serialization._get_layout",
+    *(f"{home}.{name}" for home in ("builtins", "__builtin__") for name in _BUILTINS),
+)
+"""Objects beside the state dict in a trainer's checkpoint: what torch's `weights_only` takes."""
 
-_CALLS = (*_TENSORS, *_PARAMETERS, _DICT, *_IGNORED)
+_CALLS = (*_TENSORS, *_PARAMETERS, _SUBCLASS, _DICT, *_IGNORED)
 """The names that a pickle may call; others it may refer to match `_TYPE`."""
 
 _TYPE = re.compile(
@@ -68,12 +83,18 @@ _TYPE = re.compile(
     r"|torch\.(bool|u?int[0-9]+|b?float[0-9]+(_[a-z0-9]+)?|complex[0-9]+)"
 )
 
-_NESTED = ("state_dict", "model", "module")
-"""Where trainers keep the state dict in their checkpoints: Lightning, others, DeepSpeed."""
+_NESTED = ("state_dict", "model_state_dict", "model", "module", "weights", "net")
+"""Where trainers keep the state dict in their checkpoints, one in another too."""
+
+_DEPTH = 4
+"""How many dicts a state dict may be inside of."""
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
-_DISTRUST = "which no state dict needs; it could run code when loaded: do not trust this file"
+_REMEDY = (
+    "which no state dict needs; save the state dict alone (model.state_dict()), and do not trust"
+    " this file if it is not your own: it could run code when loaded"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +208,10 @@ def _unpickle(data: bytes) -> object:
                     stack.append(_number(argument))
                 case "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8":
                     stack.append(argument)
+                case "BINSTRING" | "SHORT_BINSTRING":
+                    stack.append(argument)
+                case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
+                    stack.append(None)
                 case "EMPTY_DICT":
                     stack.append({})
                 case "EMPTY_LIST" | "EMPTY_SET":
@@ -203,6 +228,9 @@ def _unpickle(data: bytes) -> object:
                 case "APPEND":
                     item = stack.pop()
                     _extend(stack[-1], [item])
+                case "FROZENSET":
+                    stack = below.pop()
+                    stack.append(None)
                 case "APPENDS" | "ADDITEMS":
                     items, stack = stack, below.pop()
                     _extend(stack[-1], items)
@@ -234,17 +262,15 @@ def _unpickle(data: bytes) -> object:
                 case "STOP":
                     return stack.pop()
                 case name:
-                    raise WeightsError(f"its pickle uses {name}, {_DISTRUST}")
+                    raise WeightsError(f"its pickle uses {name}, {_REMEDY}")
     except LookupError as error:
         raise ValueError("its pickle uses an item that it never stored") from error
     raise ValueError("its pickle has no end")
 
 
-def _number(value: Any) -> int:
-    # Arithmetic on longer numbers is slow, and they cannot be printed.
-    if value.bit_length() > 63:
-        raise ValueError("its pickle has a number larger than any size")
-    return value
+def _number(value: Any) -> int | None:
+    """None for a number larger than any size, such as a seed: arithmetic on it could be slow."""
+    return value if value.bit_length() <= 63 else None
 
 
 def _extend(target: object, items: list) -> None:
@@ -256,18 +282,19 @@ def _extend(target: object, items: list) -> None:
 def _update(target: object, items: list) -> None:
     if not isinstance(target, dict):
         raise ValueError("its pickle sets items of something that is not a dict")
-    # Hashing nested tuples can take forever.
-    if not all(isinstance(key, str | int) for key in items[::2]):
-        raise ValueError("its pickle has a dict with keys that are not names")
-    target.update(zip(items[::2], items[1::2], strict=True))
+    # Only names matter, and hashing nested tuples can take forever.
+    pairs = zip(items[::2], items[1::2], strict=True)
+    target.update((key, x) for key, x in pairs if isinstance(key, str | int))
 
 
 def _refer(module: object, name: object) -> _Global:
     if not isinstance(module, str) or not isinstance(name, str):
         raise ValueError("its pickle refers to something that is not a name")
     full = f"{module}.{name}"
+    if full.startswith("deepspeed."):
+        raise WeightsError(f"is {ZERO}")
     if full not in _CALLS and not _TYPE.fullmatch(full):
-        raise WeightsError(f"refers to {shown(full)}, {_DISTRUST}")
+        raise WeightsError(f"refers to {shown(full)}, {_REMEDY}")
     return _Global(full)
 
 
@@ -293,7 +320,11 @@ def _stand_in(called: object, arguments: object) -> object:
             return _tensor(arguments)
         case _Global(name), (tensor, *_) if name in _PARAMETERS:
             return tensor
+        case _Global(name), (made, _, tuple(inner), *_) if name == _SUBCLASS:
+            return _stand_in(made, inner)
         case _Global(name), () if name == _DICT:
+            return {}
+        case _Global("collections.defaultdict"), (_Global(),):
             return {}
         case _Global(name), tuple() if name in _IGNORED:
             return None
@@ -301,14 +332,37 @@ def _stand_in(called: object, arguments: object) -> object:
 
 
 def _state_dict(root: object) -> dict[str, _Tensor]:
-    """The tensors of the first dict that has any: under a trainer's key, or the top level."""
-    if isinstance(root, dict):
-        for found in (*map(root.get, _NESTED), root):
-            items = found.items() if isinstance(found, dict) else ()
-            tensors = {k: x for k, x in items if isinstance(k, str) and isinstance(x, _Tensor)}
-            if tensors:
-                return tensors
+    """The tensors of the state dict in a checkpoint: under a trainer's key, or else those of the
+    dict that has most."""
+    if isinstance(root, dict) and {"_strategy", "_version"} <= root.keys():
+        raise WeightsError(
+            "was converted by PyPI rwkv for one strategy (turned, rescaled, some of it quantised);"
+            " take the file that it was made from"
+        )
+    dicts = list(_dicts(root, _DEPTH, set()))
+    trained = [tensors for tensors, known in dicts if known and tensors]
+    if found := max(trained or [tensors for tensors, _ in dicts], key=len, default={}):
+        return found
     raise WeightsError("holds no named tensors; save model.state_dict()")
+
+
+def _dicts(
+    root: object, depth: int, seen: set[int], known: bool = False
+) -> Iterator[tuple[dict[str, _Tensor], bool]]:
+    """The tensors of each dict in a tree of dicts, and whether it is under a trainer's keys."""
+    if not isinstance(root, dict) or id(root) in seen:
+        return
+    seen.add(id(root))
+    if depth:
+        for key in (*_NESTED, *root):
+            named = key in _NESTED and (known or depth == _DEPTH)
+            yield from _dicts(root.get(key), depth - 1, seen, named)
+    yield _tensors(root), known
+
+
+def _tensors(part: object) -> dict[str, _Tensor]:
+    items = part.items() if isinstance(part, dict) else ()
+    return {key: x for key, x in items if isinstance(key, str) and isinstance(x, _Tensor)}
 
 
 def _array(archive: _Archive, name: str, tensor: _Tensor) -> np.ndarray:

@@ -14,7 +14,6 @@ silently write a tensor that is not contiguous in the wrong order: `numpy._flatt
 import json
 import math
 import mmap
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,6 @@ import numpy as np
 from rwkv_jax.checkpoint import files
 from rwkv_jax.checkpoint.errors import WeightsError, shown
 from rwkv_jax.checkpoint.files import ArrayLike
-
-FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""A model in one file; the list of tensors of a model in several."""
-
-_SHARD = re.compile(r"\w[\w. -]*")
-"""A file name that stays in its folder and is printable."""
 
 _METADATA = "__metadata__"
 
@@ -44,54 +37,19 @@ _DTYPES = {code: np.dtype(name) for name, code in _CODES.items()}
 
 
 def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
-    """The tensors of a file, of an index and its shards, or of a folder with either: read-only
-    views of the files, which stay mapped as long as one of them is alive.
+    """The tensors of a file: read-only views of it; it stays mapped as long as one of them is
+    alive.
 
     Raises WeightsError, one line, for a file that cannot be read or is damaged.
     """
-    tensors = {}
-    for file, names in _files(Path(path)):
-        with files.reading(file) as memory:
-            found, _ = _read(memory)
-            for name in found if names is None else names:
-                if name not in found:
-                    raise WeightsError(
-                        f"does not have {shown(name)}, unlike its index; download both"
-                    )
-                tensors[name] = found[name]
-    return tensors
+    with files.reading(Path(path)) as memory:
+        return _read(memory)[0]
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
-    """The metadata of a file, or of all files of a model. Raises as `read_safetensors`."""
-    metadata = {}
-    for file, _ in _files(Path(path)):
-        with files.reading(file) as memory:
-            metadata |= _read(memory)[1]
-    return metadata
-
-
-def _files(path: Path) -> list[tuple[Path, list[str] | None]]:
-    """The files of a model, and the tensors to read from each; None: all."""
-    if path.is_dir():
-        found = [path / name for name in (FILE, INDEX) if (path / name).exists()]
-        if not found:
-            raise WeightsError(f"{path}: holds neither {FILE} nor {INDEX}; name a folder with one")
-        path = found[0]
-    if not path.name.endswith(".index.json"):
-        return [(path, None)]
-    shards: dict[str, list[str]] = {}
-    with files.reading(path) as memory:
-        places = _json(memory, 0, len(memory)).get("weight_map")
-        if not isinstance(places, dict):
-            raise ValueError("no weight_map")
-        for name, shard in places.items():
-            if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
-                raise WeightsError(
-                    f"{shown(name)} is in {shown(shard)}, not a file beside it; correct the name"
-                )
-            shards.setdefault(shard, []).append(name)
-    return [(path.parent / shard, names) for shard, names in shards.items()]
+    """The metadata of a file. Raises as `read_safetensors`."""
+    with files.reading(Path(path)) as memory:
+        return _read(memory)[1]
 
 
 def _read(memory: mmap.mmap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -99,7 +57,7 @@ def _read(memory: mmap.mmap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     if memory[8:9] != b"{":
         raise WeightsError(files.kind(memory))
     start = 8 + int.from_bytes(memory[:8], "little")
-    header = _json(memory, 8, start)
+    header = files.json_object(memory, 8, start)
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
         raise ValueError("its metadata are not text")
@@ -127,18 +85,6 @@ def _part(name: str, entry: object) -> tuple[int, int, np.dtype, list[int]]:
             if files.is_shape(shape) and math.prod(shape) * dtype.itemsize == end - begin:
                 return begin, end - begin, dtype, shape
     raise ValueError(f"{name} has an impossible shape or place")
-
-
-def _json(memory: mmap.mmap, start: int, stop: int) -> dict[str, Any]:
-    """A JSON object; a name that occurs twice is an error."""
-    if stop > len(memory):
-        raise ValueError("its header reaches beyond the end of the file")
-    if stop - start > files.MAX_INDEX:
-        raise WeightsError("its list of tensors is too large; split the model")
-    found = json.loads(memory[start:stop].decode(), object_pairs_hook=files.unique)
-    if not isinstance(found, dict):
-        raise ValueError("not a JSON object")
-    return found
 
 
 def write_safetensors(

@@ -1,7 +1,8 @@
 """Reads and writes RWKV weights in every format, under official names.
 
-Read: an official `.pth`, a `.safetensors` in official names, a Hugging Face folder (version 4 of
-transformers, versions 5 to 7 in the layouts of `huggingface.py`), the folder of one of our runs.
+Read: an official `.pth`, a `.safetensors` in official names, web-rwkv's `.st`, a Hugging Face
+folder (version 4 of transformers, versions 5 to 7 in the layouts of `huggingface.py`), any of them
+in shards (`shards.py`) and with longer names (`names.py`), the folder of one of our runs.
 Written: `.pth`, `.safetensors`, a Hugging Face folder (versions 4 and 7).
 
 Files are mapped, not read: a tensor is in memory while it is used. No code in a file is run.
@@ -22,7 +23,7 @@ import numpy as np
 
 from rwkv_jax import disk
 from rwkv_jax.checkpoint import huggingface, store
-from rwkv_jax.checkpoint.errors import WeightsError, shown
+from rwkv_jax.checkpoint.errors import ZERO, WeightsError, shown
 from rwkv_jax.checkpoint.files import (
     ArrayLike,
     cast,
@@ -31,9 +32,11 @@ from rwkv_jax.checkpoint.files import (
     replacing,
     writing,
 )
-from rwkv_jax.checkpoint.keymaps import config_of, from_official, in_order, plain, to_official
-from rwkv_jax.checkpoint.pth import read_pth, write_pth
-from rwkv_jax.checkpoint.safetensors import read_safetensors, write_safetensors
+from rwkv_jax.checkpoint.fingerprint import fingerprint_of
+from rwkv_jax.checkpoint.keymaps import config_of, from_official, in_order, to_official
+from rwkv_jax.checkpoint.pth import write_pth
+from rwkv_jax.checkpoint.safetensors import write_safetensors
+from rwkv_jax.checkpoint.shards import PTH, SAFETENSORS, STANDARD, models_in, read_model
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import (
     HF_FILE,
@@ -45,10 +48,9 @@ from rwkv_jax.data.tokenizers import (
     open_tokenizer,
     world_vocabulary,
 )
+from rwkv_jax.errors import remark
 from rwkv_jax.models import Model
 from rwkv_jax.typing import Array
-
-PTH, SAFETENSORS = (".pth", ".pt", ".bin", ".ckpt"), (".safetensors",)
 
 PILE = (50277, 50304)
 """Embedding rows of models with the Pile's (GPT-NeoX's) vocabulary: exact, and padded."""
@@ -60,7 +62,8 @@ KNOWN = {WorldTokenizer.vocab_size: "world", ByteTokenizer.vocab_size: "bytes"}
 """Vocabularies that need no file, by the embedding rows of their models."""
 
 PADDING = 128
-"""Fewer than this many of a model's embedding rows may be padding, which no token uses."""
+"""Fewer than this many of a model's embedding rows are padding, which no token uses, if nobody has
+said that the tokenizer is the model's."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +82,18 @@ def read(path: Path | str) -> Weights:
     Raises WeightsError, one line that names the file, if it holds no weights or is damaged. Whether
     they are a complete model is checked by `from_official`.
     """
-    path = Path(path).expanduser()
+    name, path = str(path), Path(path).expanduser()
     with disk.reading(path, "name one that exists and is readable", WeightsError):
         if path.is_dir():
-            found = _read_folder(path)
-        elif path.suffix in SAFETENSORS or (path.is_file() and _begins(path)[8:9] == b"{"):
-            found = _official(path, "safetensors", read_safetensors(path))
-        else:
-            found = _official(path, "pth", read_pth(path))
-    return replace(found, tensors=plain(found.tensors))
+            return _read_folder(path)
+        if not path.exists() and (command := _download(name)):
+            raise WeightsError(
+                f"{name}: no such file or folder here; if it is on the Hugging Face hub, download"
+                f" it first (or one file of it, named after the repository): {command}"
+            )
+        if _ZERO_PART.search(path.name):
+            raise WeightsError(f"{path}: {ZERO}")
+        return _official(path, read_model(path))
 
 
 def load(
@@ -116,17 +122,28 @@ def load_with_tokenizer(
     Raises UserError also if none is found or it does not fit the model.
     """
     path = Path(path).expanduser()
-    if not tokenizer and (path / store.CONFIG).is_file():
+    if not tokenizer and is_run(path):
         params, cfg, found = store.load_run(path)
         if dtype is not None:
             with naming(path):
                 params, cfg = from_official(to_official(params, cfg), dtype=dtype)
         return params, cfg, found
-    weights = read(path)
+    weights, found = read_with_tokenizer(path, tokenizer)
     with naming(path):
-        sizes = config_of(weights.tensors)
-        found = find_tokenizer(weights, sizes.vocab_size, tokenizer)
         return *from_official(weights.tensors, dtype=dtype), found
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of one of our runs."""
+    return (path / store.CONFIG).is_file()
+
+
+def read_with_tokenizer(path: Path | str, tokenizer: str = "") -> tuple[Weights, Tokenizer]:
+    """`read` together with the model's tokenizer, as `load_with_tokenizer`."""
+    weights = read(path)
+    with naming(weights.path):
+        sizes = config_of(weights.tensors)
+        return weights, find_tokenizer(weights, sizes.vocab_size, tokenizer)
 
 
 def find_tokenizer(weights: Weights, vocab_size: int, name: str = "") -> Tokenizer:
@@ -134,7 +151,7 @@ def find_tokenizer(weights: Weights, vocab_size: int, name: str = "") -> Tokeniz
     or a `tokenizer.json`); else the run's own; else the `tokenizer.json` or `20B_tokenizer.json`
     beside the weights, whichever fits; else World or bytes, if the size is theirs.
 
-    Raises UserError if there is none, or if its size does not fit the model's, up to padding.
+    Raises UserError if there is none, or it has more tokens than the model.
     """
     if not name:
         if found := _beside(weights, vocab_size):
@@ -152,16 +169,22 @@ def find_tokenizer(weights: Weights, vocab_size: int, name: str = "") -> Tokeniz
 
 
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, called: str) -> None:
-    """Raises WeightsError unless the tokenizer fits a model with `vocab_size` embedding rows."""
-    if not _fits(tokenizer, vocab_size):
-        raise WeightsError(
-            f"{called} has {tokenizer.vocab_size:,} tokens, but the model has {vocab_size:,}"
-            " embeddings: they do not belong together; name the model's own"
-        )
+    """Checks a tokenizer that the user has named for a model with `vocab_size` embedding rows.
+
+    A vocabulary may be padded to any multiple, so a smaller one passes, with a remark if the
+    difference is large. Raises WeightsError for a larger one; and for a much smaller BPE of our
+    own, which is trained for one vocabulary.
+    """
+    if _fits(tokenizer, vocab_size):
+        return
+    sizes = f"{called} has {tokenizer.vocab_size:,} tokens, but the model has {vocab_size:,}"
+    if tokenizer.vocab_size > vocab_size or tokenizer.kind == "bpe":
+        raise WeightsError(f"{sizes} embeddings: they do not belong together; name the model's own")
+    remark(f"{sizes} embeddings: right if these are padded; the spare ones are never drawn")
 
 
-def _fits(tokenizer: Tokenizer, vocab_size: int) -> bool:
-    return 0 <= vocab_size - tokenizer.vocab_size < PADDING
+def _fits(tokenizer: Tokenizer, vocab_size: int, padding: int = PADDING) -> bool:
+    return 0 <= vocab_size - tokenizer.vocab_size < padding
 
 
 def _beside(weights: Weights, vocab_size: int) -> tuple[Path, Tokenizer] | None:
@@ -170,11 +193,19 @@ def _beside(weights: Weights, vocab_size: int) -> tuple[Path, Tokenizer] | None:
     if weights.format == "run":
         folder = weights.path / store.TOKENIZER
         return folder / HF_FILE, load_tokenizer(folder)
-    folder = weights.path if weights.path.is_dir() else weights.path.parent
+    own = weights.path.is_dir()  # everything in a folder belongs to its model
+    folder = weights.path if own else weights.path.parent
+    padding = vocab_size if own else PADDING
     for path in (folder / HF_FILE, folder / PILE_FILE):
-        if path.is_file() and _fits(tokenizer := open_tokenizer(str(path)), vocab_size):
+        if path.is_file() and _fits(tokenizer := open_tokenizer(str(path)), vocab_size, padding):
             return path, tokenizer
     return None
+
+
+def tokenizer_kind(weights: Weights, vocab_size: int) -> str:
+    """The kind of the tokenizer that `find_tokenizer` finds; empty if there is none."""
+    found = _beside(weights, vocab_size)
+    return found[1].kind if found else KNOWN.get(vocab_size, "")
 
 
 def tokenizer_files(weights: Weights, vocab_size: int, target: Path) -> dict[str, bytes]:
@@ -185,7 +216,7 @@ def tokenizer_files(weights: Weights, vocab_size: int, target: Path) -> dict[str
     if the tokenizer cannot be read.
     """
     found = _beside(weights, vocab_size)
-    kind = found[1].kind if found else KNOWN.get(vocab_size, "")
+    kind = tokenizer_kind(weights, vocab_size)
     own = found[0].read_bytes() if found and kind in ("bpe", "file") else b""
     if not is_file(target):
         files = {HF_FILE: own} if own else {}
@@ -205,15 +236,23 @@ def tokenizer_files(weights: Weights, vocab_size: int, target: Path) -> dict[str
     return {place.name: own} if place else {}
 
 
-def save(path: Path | str, params: Model[Array], cfg: ModelConfig, *, dtype: Any = None) -> None:
+def save(
+    path: Path | str,
+    params: Model[Array],
+    cfg: ModelConfig,
+    *,
+    dtype: Any = None,
+    layout: str = "",
+) -> None:
     """Writes the parameters, in their own type or in `dtype`: as PyTorch's state dict if `path`
     ends in .pth, as safetensors if it ends in .safetensors (both in official names), and otherwise
-    as a Hugging Face folder.
+    as a Hugging Face folder, which `transformers` (version 4) or `rwkv7_hf` (version 7) loads.
+    `layout="official-rwkv7"` is the layout of the official folders of version 7 instead.
 
     An older file is replaced once all is written. Raises WeightsError; ValueError if `params` are
     not of `cfg`'s model, or `dtype` is not a floating type of 16, 32 or 64 bits.
     """
-    write(path, to_official(params, cfg, dtype=dtype))
+    write(path, to_official(params, cfg, dtype=dtype), layout=layout)
 
 
 def write(
@@ -221,6 +260,7 @@ def write(
     tensors: Mapping[str, ArrayLike],
     *,
     dtype: Any = None,
+    layout: str = "",
     beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Writes tensors in official names as `save` does, one after the other. The files `beside`
@@ -230,9 +270,11 @@ def write(
         kind = float_type(dtype)
         tensors = {name: cast(name, x, kind) for name, x in tensors.items()}
     if not is_file(path):
-        _write_folder(path, tensors, beside)
+        _write_folder(path, tensors, layout, beside)
         return
-    if path.suffix not in (*PTH, *SAFETENSORS):
+    if layout:
+        raise WeightsError(f"{path}: layout {layout} is one of folders; leave it out for a file")
+    if path.suffix not in (*PTH, ".safetensors"):
         raise WeightsError(
             f"{path}: {path.suffix} is not a format; end the name in .pth or .safetensors, or give"
             " one without an ending for a Hugging Face folder"
@@ -251,40 +293,86 @@ def is_file(target: Path) -> bool:
     return target.suffix in (*PTH, *SAFETENSORS) or bool(re.fullmatch(r"\.[a-z]+", target.suffix))
 
 
-def _begins(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(16)
+_HUB = re.compile(
+    r"(?:https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/|hf:/*)?"
+    r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:/(?:blob|resolve|tree)/[^/]+)?(?:/(?P<file>[^?]*\w))?/?"
+    r"(?:\?.*)?"
+)
+
+_ZERO_PART = re.compile(r"zero_pp_rank_\d|_optim_states\.pt$")
+"""In the names of files that hold a part of each tensor."""
+
+
+def _download(name: str) -> str:
+    """The command that downloads what a name says, if it may be one of the Hugging Face hub."""
+    match = _HUB.fullmatch(name)
+    if not match or (":" not in name and Path(name.split("/")[0]).is_dir()):
+        return ""  # a slip of the pen in a path
+    repository, file = match["repository"], match["file"]
+    if repository.endswith((*PTH, *SAFETENSORS)):
+        return ""
+    folder = repository.split("/")[1]
+    return f"hf download {repository}{f' {file}' if file else ''} --local-dir {folder}"
 
 
 def _read_folder(path: Path) -> Weights:
-    if (path / store.CONFIG).is_file():
+    if is_run(path):
         params, cfg, _ = store.load_run(path)
         return Weights(path, "run", to_official(params, cfg))
-    if not (path / "config.json").is_file():
-        files = sorted(x.name for x in path.iterdir() if x.suffix in (*PTH, *SAFETENSORS))
-        hint = f"; it has {files[0]}: name that file" if files else "; name a file of weights"
-        raise WeightsError(
-            f"{path}: neither a run nor a Hugging Face folder (no config.json){hint}"
+    config = _config(path / "config.json")
+    if not (models := models_in(path)):
+        raise WeightsError(f"{path}: {_what_instead(path)}")
+    first, *others = models
+    if first.name not in STANDARD and others:
+        names = ", ".join(x.name for x in models[:4]) + (", ..." if len(models) > 4 else "")
+        raise WeightsError(f"{path}: holds several models ({names}); name one of these files")
+    found = _official(first, read_model(first), config)
+    for other in others:
+        with contextlib.suppress(WeightsError):
+            if fingerprint_of(_official(other, read_model(other), config).tensors) != (
+                fingerprint_of(found.tensors)
+            ):
+                remark(
+                    f"{path}: {first.name} and {other.name} hold different models;"
+                    f" {first.name} is read (name the other file to read that)"
+                )
+    return replace(found, path=path)
+
+
+def _what_instead(path: Path) -> str:
+    """Why a folder without a model has none."""
+    parts = ("zero_to_fp32.py", "*zero_pp_rank_*", "*/*zero_pp_rank_*", "*/mp_rank_*")
+    if any(any(path.glob(part)) for part in parts):
+        return ZERO
+    if (path / ".metadata").is_file() or any(path.glob("*.distcp")):
+        return (
+            "a checkpoint of torch.distributed; make one file of it: python -m"
+            f" torch.distributed.checkpoint.format_utils dcp_to_torch {path} model.pth"
         )
-    config, pth = _config(path / "config.json"), path / "pytorch_model.bin"
-    tensors = read_pth(pth) if pth.is_file() else read_safetensors(path)
-    return _official(path, "safetensors", tensors, config)
+    return "neither a run nor a folder with weights; name a file of weights"
 
 
 def _official(
-    path: Path,
-    kind: str,
-    tensors: Mapping[str, np.ndarray],
-    config: dict[str, Any] | None = None,
+    path: Path, tensors: Mapping[str, np.ndarray], config: dict[str, Any] | None = None
 ) -> Weights:
-    """Tensors in official names, or in Hugging Face's with `config`, by default the one in their
-    folder."""
+    """Tensors in official names; `config` is by default the `config.json` beside the file, which
+    counts for Hugging Face's names only."""
     with naming(path):
-        if not huggingface.is_huggingface(tensors):
-            return Weights(path, kind, tensors)
-        config = _config(path.with_name("config.json")) if config is None else config
-        layout = huggingface.layout_of(tensors, config)
-        return Weights(path, layout, huggingface.to_official(tensors, config))
+        hub = huggingface.is_huggingface(tensors)
+        if config is None:
+            config = _config(path.with_name("config.json")) if hub else {}
+        if hub:
+            layout = huggingface.layout_of(tensors, config)
+            return Weights(path, layout, huggingface.to_official(tensors, config))
+        named = huggingface.with_official_names(tensors, config)
+        return Weights(path, _format(path, tensors), named)
+
+
+def _format(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
+    if any(name.startswith("rwkv7.") for name in tensors):
+        return huggingface.OFFICIAL
+    pth = path.name.endswith(PTH) or re.search(r"\.bin\b", path.name)
+    return "pth" if pth else "safetensors"
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -304,11 +392,11 @@ def _json(table: Mapping[str, Any]) -> bytes:
 
 
 def _write_folder(
-    path: Path, tensors: Mapping[str, ArrayLike], others: Mapping[str, bytes]
+    path: Path, tensors: Mapping[str, ArrayLike], layout: str, others: Mapping[str, bytes]
 ) -> None:
     """A Hugging Face folder, which appears once it is complete."""
     with naming(path):
-        named, config = huggingface.from_official(tensors)
+        named, config = huggingface.from_official(tensors, layout=layout)
     if path.is_file():
         raise WeightsError(f"{path}: is a file; name a new folder, or end in .pth or .safetensors")
     if path.exists() and any(path.iterdir()):

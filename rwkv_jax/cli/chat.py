@@ -140,8 +140,8 @@ def save(path: Path, conversation: Conversation) -> None:
     """Writes a conversation as a state with notes (`rwkv_jax.states`); the name ends in
     `.safetensors`. Raises `UserError`."""
     states.check_save_path(path)
-    state, logits = conversation.state, conversation.logits
-    states.save(path, state, logits=logits, notes=conversation.notes())
+    state, logits, weights = conversation.state, conversation.logits, conversation.generator.weights
+    states.save(path, state, logits=logits, notes=conversation.notes(), weights=weights)
 
 
 def load(path: Path, generator: Generator, prefix: Prefix | None = None) -> Conversation:
@@ -149,7 +149,7 @@ def load(path: Path, generator: Generator, prefix: Prefix | None = None) -> Conv
 
     Raises `UserError`, one line, if the file has none, or one of another model.
     """
-    saved = states.load(path, generator.cfg)
+    saved = states.load(path, generator.cfg, weights=generator.weights)
     try:
         return Conversation.resumed(generator, saved.state, saved.logits, saved.notes, prefix)
     except UserError as error:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from rwkv_jax.config import DataConfig
-from rwkv_jax.errors import UserError
+from rwkv_jax.errors import UserError, printed_remarks
 from rwkv_jax.interrupts import interruptible
 
 
@@ -41,7 +41,7 @@ def run(prog: str, action: Callable[[], object]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # it may not have all characters
     try:
-        with interruptible(), _with_a_device():
+        with interruptible(), printed_remarks(prog), _with_a_device():
             action()
         sys.stdout.flush()
     except UserError as error:
@@ -49,6 +49,7 @@ def run(prog: str, action: Callable[[], object]) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"\n{interrupt}".rstrip("\n"), file=sys.stderr)
+        _finish_computing()
         return 130
     except BrokenPipeError:
         _abandon_stdout()  # the reader has what it wanted (`| head`)
@@ -57,6 +58,15 @@ def run(prog: str, action: Callable[[], object]) -> int:
         _abandon_stdout()
         return 2
     return 0
+
+
+def _finish_computing() -> None:
+    """Waits for what JAX computes: its threads crash when the interpreter ends under them. The
+    traceback of the exception that is handled keeps the results alive."""
+    jax = sys.modules.get("jax")
+    with contextlib.suppress(Exception):  # a failed computation has ended too
+        for array in jax.live_arrays() if jax else ():
+            array.block_until_ready()
 
 
 @contextlib.contextmanager
@@ -118,6 +128,15 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
     keep_compiled_programs(DataConfig().cache_root)
     return load_with_tokenizer(args.model, args.tokenizer)
+
+
+def load_to_decode(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """`load_model` in the layout of decoding and in --dtype."""
+    from rwkv_jax.compiled import keep_compiled_programs
+    from rwkv_jax.sampling import load
+
+    keep_compiled_programs(DataConfig().cache_root)
+    return load.load_to_decode(args.model, args.tokenizer, dtype=args.dtype)
 
 
 def width() -> int | None:

@@ -1,6 +1,7 @@
 """`inspect`: what a weight file holds."""
 
 import argparse
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -138,6 +139,7 @@ def _inspect(args: argparse.Namespace, wrong: list[str]) -> None:
 
 
 def _print_header(console: Console, weights: Any, cfg: Any) -> None:
+    from rwkv_jax.checkpoint.fingerprint import fingerprint_of
     from rwkv_jax.checkpoint.weights import find_tokenizer
 
     ranks = {key.name: getattr(cfg, key.name) for key in fields(cfg) if "rank_" in key.name}
@@ -152,11 +154,14 @@ def _print_header(console: Console, weights: Any, cfg: Any) -> None:
         "model": f"RWKV-{cfg.version}, {cfg.layers} layers of width {cfg.width}{heads}",
         "channel mix": f"{cfg.ffn} wide",
         "ranks": ", ".join(f"{name[5:]} {rank}" for name, rank in ranks.items() if rank),
+        "embedding": "" if cfg.ln0 else "normalised already (no ln0)",
         "state": "documents start from a learnt one" if cfg.state_tuned else "",
         "vocabulary": f"{cfg.vocab_size:,}",
         "tokenizer": tokenizer,
         "parameters": f"{sum(math.prod(x.shape) for x in weights.tensors.values()):,}",
     }
+    with contextlib.suppress(UserError):  # of an incomplete model there is none
+        rows["fingerprint"] = fingerprint_of(weights.tensors)
     header(console, "", rows)
 
 

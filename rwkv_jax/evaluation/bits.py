@@ -207,7 +207,8 @@ def _placement(rows: int) -> tuple[Callable[[np.ndarray], Any], int]:
 
 @partial(jax.jit, static_argnames=("cfg", "rows"))
 def _init_state(params, *, cfg, rows):
-    return sharding.shard_batch(models.init_state(cfg, rows, params))
+    state = sharding.shard_batch(models.init_state(cfg, rows, params))
+    return models.unstack(state) if isinstance(params.blocks, tuple) else state
 
 
 @partial(jax.jit, static_argnames="settings")

@@ -1,10 +1,9 @@
 """Scores given continuations of a prompt: how likely each is, and whether the model itself would
 write it.
 
-A prompt is the beginning of a document: `eod`, then its ids. It is read once, however many
-continuations it has: each starts from a copy of the state. A batch of prompts is padded on the left
-with `eod`, which resets the state: so all prompts end at the same position, and padding has no
-effect. Continuations are padded on the right, after their end.
+A prompt is the beginning of a document: `eod`, then its ids. It is read as sampling reads it, once,
+however many continuations it has: each starts from a copy of the state. A batch of continuations is
+padded on the right, after their end.
 """
 
 import itertools
@@ -18,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from rwkv_jax import models, states
+from rwkv_jax import models
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.evaluation.bits import Report, Settings, finite, one_late
-from rwkv_jax.models import Model
+from rwkv_jax.models import Model, State
+from rwkv_jax.sampling.decode import decoding_layout, fresh_state, read
 from rwkv_jax.typing import Array
 
 WIDTHS = (256, 64, 16)
@@ -80,7 +80,7 @@ def score(
     report: Report | None = None,
 ) -> list[list[Score]]:
     """The scores of each prompt's continuations, of which `settings.rows` are read side by side (in
-    windows of `WIDTHS`).
+    windows of `WIDTHS`). Parameters that are not in `decoding_layout` are copied into it.
 
     `report` counts continuations. An empty continuation has probability 1. Raises `UserError` for a
     model that predicts NaN.
@@ -132,15 +132,15 @@ def _calls(
         return
     cfg, batch, dtype = settings.cfg, settings.rows, jnp.dtype(settings.dtype)
     eod, height = prompts[0].ids[0], min(batch, first[-1])
-    advance, judge = (partial(f, params, eod=eod, cfg=cfg, dtype=dtype) for f in (_advance, _judge))
-    fresh = models.init_state(cfg, min(batch, len(prompts)), params)
+    params = decoding_layout(params, cfg, dtype)
+    judge = partial(_judge, params, eod=eod, cfg=cfg, dtype=dtype)
+    fresh = fresh_state(params, cfg, 1)
     # Longest first: a lack of memory shows at once, and neighbours are of about equal length.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids), reverse=True)
     for group in groups(order, batch):
         # A prompt's last token is the first input of its continuations.
-        state, beginnings = fresh, [prompts[i].ids[:-1] for i in group]
-        for tokens in _cut(_padded(beginnings, min(batch, len(prompts)), eod, left=True)):
-            state = advance(state, tokens)
+        beginnings = [prompts[i].ids[:-1] for i in group]
+        after = [read(params, ids, fresh, cfg=cfg)[1] if ids else fresh for ids in beginnings]
         answers = [
             _Answer(first[i] + j, row, [prompts[i].ids[-1], *ids[:-1]], list(ids))
             for row, i in enumerate(group)
@@ -149,7 +149,7 @@ def _calls(
         ]
         for part in groups(sorted(answers, key=lambda x: len(x.ids), reverse=True), batch):
             rows = [answer.row for answer in part]
-            forked = states.take(state, rows + [0] * (height - len(rows)))
+            forked = _join([after[row] for row in rows + [0] * (height - len(rows))])
             left = np.array([len(answer.ids) for answer in part])
             inputs, targets = (
                 _cut(_padded(ids, height, eod))
@@ -165,13 +165,12 @@ def groups(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _padded(rows: Sequence[Ids], height: int, eod: int, *, left: bool = False) -> np.ndarray:
+def _padded(rows: Sequence[Ids], height: int, eod: int) -> np.ndarray:
     """The rows as int32 [height, t], padded to a multiple of the smallest width."""
     longest = max(len(row) for row in rows)
     tokens = np.full((height, -(-longest // WIDTHS[-1]) * WIDTHS[-1]), eod, np.int32)
     for line, row in zip(tokens, rows, strict=False):
-        start = len(line) - len(row) if left else 0
-        line[start : start + len(row)] = row
+        line[: len(row)] = row
     return tokens
 
 
@@ -184,11 +183,10 @@ def _cut(tokens: np.ndarray) -> Iterator[np.ndarray]:
             start += width
 
 
-@partial(jax.jit, static_argnames=("cfg", "dtype"))
-def _advance(params, state, tokens, *, eod, cfg, dtype):
-    """The state after the tokens."""
-    reset = tokens == eod
-    return models.backbone(params, tokens, state, cfg=cfg, reset=reset, dtype=dtype)[1]
+@jax.jit
+def _join(rows: list[State]) -> State:
+    """One state of all rows, unstacked."""
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *rows)
 
 
 @partial(jax.jit, static_argnames=("cfg", "dtype"))

@@ -79,12 +79,13 @@ class RWKV(LM):
         super().__init__()
         if isinstance(pretrained, str | Path):
             pretrained = load_with_tokenizer(pretrained, tokenizer)
-        self.params, cfg, self.tokenizer = pretrained
+        params, cfg, self.tokenizer = pretrained
         automatic = str(batch_size).startswith("auto")
         rows = (max_batch_size or BATCH) if automatic else int(batch_size)
         if rows < 1:
             raise UserError(f"batch_size {rows}: 1 or more, or auto")
         self.settings = Settings(cfg, rows, dtype=jnp.dtype(dtype or decoding_dtype()))
+        self.params = decoding_layout(params, cfg, self.settings.dtype)
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """log p of each continuation, and whether all of its tokens are the most likely ones."""
@@ -149,13 +150,10 @@ class RWKV(LM):
 
     @cached_property
     def _generator(self) -> tuple[Generator, Prefix]:
-        """For generating text, and the beginning of a document; made when first needed, as it holds
-        a copy of the parameters."""
-        cfg = self.settings.cfg
-        params = decoding_layout(self.params, cfg, self.settings.dtype)
-        generator = Generator(params, cfg, self.tokenizer)
+        """For generating text, and the beginning of a document."""
+        generator = Generator(self.params, self.settings.cfg, self.tokenizer)
         document = generator.prefill([[]], [0])
-        return generator, Prefix(document.state, cfg, document.logits)
+        return generator, Prefix(document.state, self.settings.cfg, document.logits)
 
 
 def _sampling(settings: dict[str, Any]) -> Sampling:

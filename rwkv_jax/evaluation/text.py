@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rwkv_jax.data.tokenizers import Tokenizer, added, pieces_of
+from rwkv_jax.data.tokenizers import Tokenizer, added, pieces_for
 from rwkv_jax.errors import UserError
 from rwkv_jax.evaluation.bits import (
     Evaluation,
@@ -102,7 +102,7 @@ def encode(name: str, documents: Iterable[str], tokenizer: Tokenizer, limit: int
 def _ids(document: str, tokenizer: Tokenizer, enough: int) -> list[int]:
     """The ids of a document, its `eod` included, or more than `enough` of them."""
     ids: list[int] = []
-    for piece in pieces_of(document):
+    for piece in pieces_for(tokenizer, document):
         ids += tokenizer.encode(piece)
         if len(ids) > enough:
             return ids

@@ -6,6 +6,7 @@ made, trained and saved so. Unstacked: a tuple of layers and a Python loop. No l
 copied, so that decoding on a CPU is more than twice as fast.
 """
 
+import math
 from dataclasses import replace
 from functools import cache, partial
 from operator import itemgetter
@@ -13,13 +14,13 @@ from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 
 from rwkv_jax import nn, sharding
 from rwkv_jax import params as tables
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models import rwkv4, rwkv5, rwkv6, rwkv7, rwkv7a
+from rwkv_jax.containers import container
+from rwkv_jax.models import checks, rwkv4, rwkv5, rwkv6, rwkv7, rwkv7a
 from rwkv_jax.models.state import State
 from rwkv_jax.models.version import Version, block
 from rwkv_jax.nn import Norm
@@ -41,15 +42,22 @@ VERSIONS: dict[str, Version] = {
 Tree = TypeVar("Tree", "Model", "State")
 
 
-@struct.dataclass
+@container
 class Model(Generic[Leaf]):
     """A model's parameters (or specs, or shapes); `blocks` is stacked, or a tuple of layers."""
 
     emb: Leaf
-    ln0: Norm[Leaf]
+    ln0: Norm[Leaf] | None  # None where the table holds normalised embeddings
     blocks: Any
     ln_out: Norm[Leaf]
     head: Leaf
+
+    def __repr__(self) -> str:
+        leaves = [x for x in jax.tree.leaves(self) if hasattr(x, "shape") and hasattr(x, "dtype")]
+        layers = f"{len(self.blocks)} layers" if isinstance(self.blocks, tuple) else "stacked"
+        types = ", ".join(sorted({str(x.dtype) for x in leaves}))
+        numbers = sum(math.prod(x.shape) for x in leaves)
+        return f"Model({layers}, {len(leaves)} arrays, {numbers:,} parameters, {types})"
 
 
 @cache
@@ -73,7 +81,7 @@ def specs(cfg: ModelConfig) -> Model[ParamSpec]:
     head_gain = 0.5 * max(vocab / c, 1.0) ** 0.5
     return Model(
         emb=ParamSpec((vocab, c), uniform(1e-4), 0, (None, "channels"), decay=True, layout="table"),
-        ln0=once.norm(c),
+        ln0=once.norm(c) if cfg.ln0 else None,
         blocks=blocks,
         ln_out=once.norm(c),
         head=once.matrix((c, vocab), ("embed", "vocab"), orthogonal(head_gain)),
@@ -90,6 +98,18 @@ def abstract_params(cfg: ModelConfig) -> Model[jax.ShapeDtypeStruct]:
     return tables.abstract(specs(cfg))
 
 
+@cache
+def _expected(cfg: ModelConfig, unstacked: bool) -> Model[jax.ShapeDtypeStruct]:
+    params = abstract_params(cfg)
+    return jax.eval_shape(unstack, params) if unstacked else params
+
+
+def check_params(params: Model[Array], cfg: ModelConfig) -> None:
+    """Raises `ValueError` unless these are the parameters of `cfg`'s model, in either layout."""
+    unstacked = isinstance(getattr(params, "blocks", None), tuple)
+    checks.check_params(params, _expected(cfg, unstacked), cfg)
+
+
 def init_state(cfg: ModelConfig, batch: int, params: Model[Array] | None = None) -> State:
     """The state before the first token of a document, float32, stacked over layers.
 
@@ -101,13 +121,18 @@ def init_state(cfg: ModelConfig, batch: int, params: Model[Array] | None = None)
         if params is None:
             raise ValueError("a state-tuned model starts from a learnt state: give its params too")
         tuned = params if not isinstance(params.blocks, tuple) else stack(params)
-        wkv = tuned.blocks.att.time_state.astype(jnp.float32)[:, None]
+        wkv = nn.precise(tuned.blocks.att.time_state)[:, None]
         blocks = replace(blocks, wkv=jnp.broadcast_to(wkv, blocks.wkv.shape))
     return State(blocks, cfg.version)
 
 
 def check_state(state: State, cfg: ModelConfig, batch: int) -> None:
     """Raises `ValueError` unless `state` fits `cfg`'s model and `batch` rows."""
+    if not isinstance(state, State):
+        raise ValueError(
+            f"state is {type(state).__name__}, not a State: `init_state` and `forward` return one,"
+            " `rwkv_jax.states` converts others"
+        )
     if state.version != cfg.version:
         raise ValueError(f"the state is of version {state.version}, the model of {cfg.version}")
     layer = jax.eval_shape(lambda: VERSIONS[cfg.version].init_state(cfg, batch))
@@ -158,19 +183,22 @@ def backbone(
                     last valid token, outputs of padding are undefined
     mesh_axis       the explicit mesh axis (`jax.set_mesh`) that shards time; state and parameters
                     are replicated over it. Inside a `jax.shard_map` over it, tokens are the shard
-    dtype           compute type; states, decays, norms and the WKV accumulate in float32 always
+    dtype           compute type, float32, bfloat16 or float16. States, decays, norms and the WKV
+                    are float32 always; float64 computes everything in float64
     remat           what the backward pass saves (`rwkv_jax.remat`)
     implementation  of the WKV (`rwkv_jax.wkv`); None chooses the fastest
 
-    Token ids are not checked. As in all JAX indexing, a negative id counts from the end of the
-    vocabulary, and one that is too large reads its last row.
+    Jitted, so that calls outside of `jax.jit` compile once for each shape too. Token ids are
+    checked where they are known. In a traced program, as in all JAX indexing, a negative id counts
+    from the end of the vocabulary, and one that is too large reads its last row.
 
-    Raises `ValueError` for tokens that are not [b, t], a state of another model or layout, and a
-    `mesh_axis` that does not exist, is not explicit or does not divide the tokens.
+    Raises `ValueError` for arguments that do not belong together, and a `mesh_axis` that does not
+    exist, is not explicit or does not divide the tokens.
     """
-    if tokens.ndim != 2 or 0 in tokens.shape:
-        raise ValueError(f"tokens have shape {tokens.shape}: [b, t] is needed, both at least 1")
-    if mesh_axis and not sharding.is_manual(mesh_axis):
+    dtype, local = checks.compute_dtype(dtype), bool(mesh_axis) and sharding.is_manual(mesh_axis)
+    check_params(params, cfg)
+    checks.check_tokens(tokens, reset, lengths, cfg.vocab_size, whole=not local)
+    if mesh_axis and not local:
         sharding.check_axis("forward", mesh_axis, tokens.shape[1])
         if not sharding.is_explicit(mesh_axis):
             raise ValueError(
@@ -178,23 +206,33 @@ def backbone(
                 " axes: make the mesh with axis_types=(jax.sharding.AxisType.Explicit, ...)"
             )
         tokens, reset = jax.tree.map(partial(sharding.shard_time, axis=mesh_axis), (tokens, reset))
-    if state is None:
-        state = _fresh_state(params, tokens, cfg)
-    check_state(state, cfg, tokens.shape[0])
-    if isinstance(state.blocks, tuple) != isinstance(params.blocks, tuple):
-        raise ValueError(
-            "one of params and state is stacked, the other is not: `stack` or `unstack` one"
-        )
+    if state is not None:
+        check_state(state, cfg, tokens.shape[0])
+        if isinstance(state.blocks, tuple) != isinstance(params.blocks, tuple):
+            raise ValueError(
+                "one of params and state is stacked, the other is not: `stack` or `unstack` one"
+            )
+    masks = {"reset": reset, "lengths": lengths}
+    return _backbone(params, tokens, state, masks, cfg, mesh_axis, dtype, remat, implementation)
 
+
+@partial(jax.jit, static_argnums=range(4, 9))
+def _backbone(
+    params: Model[Array],
+    tokens: Int[Array, "b t"],
+    state: State | None,
+    masks: dict[str, Array | None],
+    cfg: ModelConfig,
+    mesh_axis: str | None,
+    dtype: Any,
+    remat: Remat,
+    implementation: str | None,
+) -> tuple[Float[Array, "b t c"], State]:
+    given: State = _fresh_state(params, tokens, cfg) if state is None else state
+    memory = jax.tree.map(lambda x: x.astype(nn.precise_dtype(dtype)), given.blocks)
     version = VERSIONS[cfg.version]
-    shift = partial(nn.token_shift, reset=reset, lengths=lengths, mesh_axis=mesh_axis)
-    wkv = partial(
-        version.wkv,
-        reset=reset,
-        lengths=lengths,
-        mesh_axis=mesh_axis,
-        implementation=implementation,
-    )
+    shift = partial(nn.token_shift, **masks, mesh_axis=mesh_axis)
+    wkv = partial(version.wkv, **masks, mesh_axis=mesh_axis, implementation=implementation)
 
     def layer(stream, inputs):
         (x, carry), (block_params, block_state) = stream, inputs
@@ -204,10 +242,11 @@ def backbone(
 
     blocks = version.look_up(params.blocks, tokens)
     with jax.named_scope("embed"):
-        x = nn.layer_norm(nn.embed(params.emb, tokens, dtype), params.ln0)
+        x = nn.embed(params.emb, tokens, dtype)
+        x = x if params.ln0 is None else nn.layer_norm(x, params.ln0)
     layer = rematerialise(layer, remat, prevent_cse=isinstance(blocks, tuple))
     stream = (x, version.init_carry(x))
-    (x, _), after = _over_layers(layer, stream, (blocks, state.blocks))
+    (x, _), after = _over_layers(layer, stream, (blocks, memory))
     return nn.layer_norm(x, params.ln_out), State(after, cfg.version)
 
 
@@ -236,10 +275,11 @@ def _over_layers(layer: Callable, stream: PyTree, inputs: PyTree) -> tuple[PyTre
     return stream, tuple(after)
 
 
+@jax.jit
 def head(params: Model[Array], hidden: Float[Array, "*shape c"]) -> Float[Array, "*shape V"]:
-    """Float32 logits of `hidden`."""
+    """Logits of `hidden`: float32, or float64 if it is."""
     with jax.named_scope("head"):
-        return nn.linear(hidden, sharding.gather(params.head)).astype(jnp.float32)
+        return nn.precise(nn.linear(hidden, sharding.gather(params.head)))
 
 
 def forward(
@@ -255,7 +295,8 @@ def forward(
     remat: Remat = "none",
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t V"], State]:
-    """Float32 logits [b, t, V] of the next token at every position, and the state after the last.
+    """Logits [b, t, V] of the next token at every position, and the state after the last. Logits
+    are float32, or float64 for that `dtype`.
 
     One code path for training, prefill and single tokens; arguments and errors are `backbone`'s.
     """

@@ -19,10 +19,10 @@ from typing import Generic
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from rwkv_jax import nn
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.containers import container
 from rwkv_jax.models.state import BlockState
 from rwkv_jax.models.version import Block, Version
 from rwkv_jax.params import (
@@ -37,7 +37,7 @@ from rwkv_jax.typing import Array, Callable, Float, Leaf
 from rwkv_jax.wkv import Wkv4State, wkv4
 
 
-@struct.dataclass
+@container
 class TimeMix(Generic[Leaf]):
     """Parameters of the time mix (official `att`)."""
 
@@ -52,7 +52,7 @@ class TimeMix(Generic[Leaf]):
     output: Leaf
 
 
-@struct.dataclass
+@container
 class ChannelMix(Generic[Leaf]):
     """Parameters of the channel mix (official `ffn`)."""
 
@@ -99,9 +99,9 @@ def time_mix(
     with jax.named_scope("projections"):
         r = jax.nn.sigmoid(nn.linear(x_r, p.receptance))
         k, v = nn.linear(x_k, p.key), nn.linear(x_v, p.value)
-        log_w = -jnp.exp(p.time_decay.astype(jnp.float32))
+        log_w = -jnp.exp(nn.precise(p.time_decay, x))
     with jax.named_scope("wkv"):
-        y, state = wkv(log_w, k, v, p.time_first, state)
+        y, state = wkv(log_w, k, v, nn.precise(p.time_first, x), state)
     with jax.named_scope("output"):
         return nn.linear(r * y, p.output), carry, last, state
 

@@ -24,10 +24,10 @@ from typing import Generic
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from rwkv_jax import nn
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.containers import container
 from rwkv_jax.models.rwkv4 import ChannelMix, channel_mix, interpolate
 from rwkv_jax.models.state import matrix_state
 from rwkv_jax.models.version import Block, Version
@@ -46,7 +46,7 @@ from rwkv_jax.typing import Array, Callable, Float, Leaf
 from rwkv_jax.wkv import wkv6
 
 
-@struct.dataclass
+@container
 class TimeMix(Generic[Leaf]):
     """Parameters of the time mix (official `att`); None where a version has no such parameter."""
 
@@ -89,8 +89,8 @@ def time_mix(
         products = (x_r, p.receptance), (x_k, p.key), (x_v, p.value)
         r, k, v = (nn.split_heads(nn.linear(*pair), n) for pair in products)
     with jax.named_scope("wkv"):
-        log_w = per_channel(-jnp.exp(p.time_decay.astype(jnp.float32)), n)
-        y, state = wkv(r, log_w, k, v, per_channel(bonus(p), n), state)
+        log_w = per_channel(-jnp.exp(nn.precise(p.time_decay, x)), n)
+        y, state = wkv(r, log_w, k, v, per_channel(bonus(p, x), n), state)
     with jax.named_scope("output"):
         y = nn.group_norm(y, p.ln_x)
         if p.gate is not None and p.time_mix_g is not None:
@@ -99,12 +99,12 @@ def time_mix(
         return nn.linear(y, p.output), carry, last, state
 
 
-def bonus(params: TimeMix[Array]) -> Float[Array, "h *n"]:
-    """u, float32."""
+def bonus(params: TimeMix[Array], x: Array) -> Float[Array, "h *n"]:
+    """u, for the compute type of `x`."""
     if params.time_faaaa is not None:
-        return params.time_faaaa.astype(jnp.float32)
+        return nn.precise(params.time_faaaa, x)
     assert params.time_first is not None, "one of the two is there"
-    return jnp.exp(params.time_first.astype(jnp.float32))
+    return jnp.exp(nn.precise(params.time_first, x))
 
 
 def per_channel(x: Float[Array, "h *n"], n: int) -> Float[Array, "h n"]:

@@ -23,10 +23,10 @@ from typing import Generic
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from rwkv_jax import nn
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.containers import container
 from rwkv_jax.models.state import matrix_state
 from rwkv_jax.models.version import Block, Version
 from rwkv_jax.nn import Norm
@@ -44,7 +44,7 @@ from rwkv_jax.typing import Array, Callable, Float, Leaf
 from rwkv_jax.wkv import wkv6
 
 
-@struct.dataclass
+@container
 class TimeMix(Generic[Leaf]):
     """Parameters of the time mix (official `att`); `time_state` only of a state-tuned model."""
 
@@ -69,7 +69,7 @@ class TimeMix(Generic[Leaf]):
     ln_x: Norm[Leaf]
 
 
-@struct.dataclass
+@container
 class ChannelMix(Generic[Leaf]):
     """Parameters of the channel mix (official `ffn`)."""
 
@@ -102,11 +102,13 @@ def time_mix(
     with jax.named_scope("projections"):
         r, k, v = nn.linear(x_r, p.receptance), nn.linear(x_k, p.key), nn.linear(x_v, p.value)
         g = jax.nn.silu(nn.linear(x_g, p.gate))
-        w = nn.lora(x_w, p.time_decay_w1, p.time_decay_w2, jnp.tanh).astype(jnp.float32)
+        w = nn.precise(nn.lora(x_w, p.time_decay_w1, p.time_decay_w2, jnp.tanh))
         log_w = -jnp.exp(w + nn.expand(p.time_decay, w))
     with jax.named_scope("wkv"):
         r, log_w, k, v = (nn.split_heads(z, n) for z in (r, log_w, k, v))
-        y, state = wkv(r, log_w, k, v, p.time_faaaa, state, initial=p.time_state)
+        u = nn.precise(p.time_faaaa, x)
+        initial = None if p.time_state is None else nn.precise(p.time_state, x)
+        y, state = wkv(r, log_w, k, v, u, state, initial=initial)
     with jax.named_scope("output"):
         y = nn.group_norm(y, p.ln_x) * g
         return nn.linear(y, p.output), carry, last, state
@@ -146,13 +148,11 @@ def channel_mix(
 def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     """The table of one layer's parameters, stacked over `cfg.layers`.
 
-    Ranks of a new model: 32 and 64, twice that from width 4096 on. Optimizer groups (RWKV-v5
-    trainer): `time_decay` 2x without weight decay, matrices and `time_state` with it, the rest
-    without.
+    Optimizer groups (RWKV-v5 trainer): `time_decay` 2x without weight decay, matrices and
+    `time_state` with it, the rest without.
     """
     c, f, h, n = cfg.width, cfg.ffn, cfg.heads, cfg.head_size
-    wide = 2 if c >= 4096 else 1
-    rank_mix, rank_w = cfg.rank_mix or 32 * wide, cfg.rank_w or 64 * wide
+    rank_mix, rank_w = cfg.rank("rank_mix"), cfg.rank("rank_w")
 
     make = Layers(cfg.layers)
     row, matrix, norm = partial(make.row, c), make.matrix, partial(make.norm, c)

@@ -28,11 +28,11 @@ from typing import Generic
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import lax
 
 from rwkv_jax import nn, sharding
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.containers import container
 from rwkv_jax.models.state import matrix_state
 from rwkv_jax.models.version import Block, Version
 from rwkv_jax.nn import Norm
@@ -52,8 +52,10 @@ from rwkv_jax.wkv import wkv7
 LOG_W_SCALE = -math.exp(-0.5)
 """log w = LOG_W_SCALE * sigma(.), so that w lies in (0.545, 1)."""
 
+bounded_wkv7 = partial(wkv7, log_w_min=LOG_W_SCALE)
 
-@struct.dataclass
+
+@container
 class TimeMix(Generic[Leaf]):
     """Parameters of the time mix (official `att`)."""
 
@@ -84,7 +86,7 @@ class TimeMix(Generic[Leaf]):
     ln_x: Norm[Leaf]
 
 
-@struct.dataclass
+@container
 class ChannelMix(Generic[Leaf]):
     """Parameters of the channel mix (official `ffn`)."""
 
@@ -93,7 +95,7 @@ class ChannelMix(Generic[Leaf]):
     value: Leaf
 
 
-@struct.dataclass
+@container
 class Carry(Generic[Leaf]):
     """What passes from layer to layer besides `x`: the first layer's values."""
 
@@ -114,7 +116,7 @@ def time_mix(
     state: Float[Array, "b h v k"],
     *,
     shift: Callable[..., tuple] = nn.token_shift,
-    wkv: Callable[..., tuple] = wkv7,
+    wkv: Callable[..., tuple] = bounded_wkv7,
 ) -> tuple[Float[Array, "b t c"], Carry[Array], Float[Array, "b c"], Float[Array, "b h v k"]]:
     """The time mix of `x`, the carry, and the states of the token shift and the WKV.
 
@@ -129,7 +131,7 @@ def time_mix(
         )
     with jax.named_scope("projections"):
         r, k, v = nn.linear(x_r, p.receptance), nn.linear(x_k, p.key), nn.linear(x_v, p.value)
-        w_raw = nn.lora(x_w, p.w1, p.w2, jnp.tanh).astype(jnp.float32)
+        w_raw = nn.precise(nn.lora(x_w, p.w1, p.w2, jnp.tanh))
         log_w = LOG_W_SCALE * jax.nn.sigmoid(w_raw + nn.expand(p.w0, w_raw))
         a = jax.nn.sigmoid(nn.lora(x_a, p.a1, p.a2) + nn.expand(p.a0, x))
         g = nn.lora(x_g, p.g1, p.g2, jax.nn.sigmoid)
@@ -150,9 +152,9 @@ def time_mix(
 
 def normalise(x: Float[Array, "*shape n"]) -> Float[Array, "*shape n"]:
     """Unit vectors along the last axis, `x / max(|x|, 1e-12)`, with a zero gradient at zero."""
-    x32 = x.astype(jnp.float32)
-    square = jnp.sum(jnp.square(x32), axis=-1, keepdims=True)
-    return (x32 * lax.rsqrt(jnp.maximum(square, 1e-24))).astype(x.dtype)
+    wide = nn.precise(x)
+    square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * lax.rsqrt(jnp.maximum(square, 1e-24))).astype(x.dtype)
 
 
 def channel_mix(
@@ -169,17 +171,10 @@ def channel_mix(
     return nn.squared_relu_linear(nn.linear(x_k, params.key), params.value), last
 
 
-def rank(factor: float, width: int) -> int:
-    """Official LoRA rank of a new model: `factor * sqrt(width)`, rounded to a multiple of 32, at
-    least 32."""
-    return max(32, round(factor * width**0.5 / 32) * 32)
-
-
 def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     """The table of one layer's parameters, stacked over `cfg.layers`."""
     c, f, h, n = cfg.width, cfg.ffn, cfg.heads, cfg.head_size
-    rank_w, rank_a = cfg.rank_w or rank(2.5, c), cfg.rank_a or rank(2.5, c)
-    rank_v, rank_g = cfg.rank_v or rank(1.7, c), cfg.rank_g or rank(5.0, c)
+    rank_w, rank_a, rank_v, rank_g = (cfg.rank(f"rank_{x}") for x in "wavg")
 
     make = Layers(cfg.layers)
     vector, matrix, norm = partial(make.row, c), make.matrix, partial(make.norm, c)
@@ -245,7 +240,7 @@ VERSION = Version(
     matrix_state,
     time_mix,
     channel_mix,
-    wkv7,
+    bounded_wkv7,
     init_carry,
     recurrence_flops=8,  # S a, its product with b, v k, S r
     decay_name="w0",

@@ -18,20 +18,17 @@ from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from rwkv_jax import nn, sharding
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.containers import container
 from rwkv_jax.models import rwkv7
 from rwkv_jax.models.version import Block
 from rwkv_jax.params import Layers, ParamSpec, ones, orthogonal, uniform, zeros
 from rwkv_jax.typing import Array, Callable, Float, Int, Leaf
 
-RANK = 32
-"""Side of the matrices of the released model."""
 
-
-@struct.dataclass
+@container
 class ChannelMix(Generic[Leaf]):
     """Parameters of the channel mix (official `ffn`)."""
 
@@ -45,7 +42,7 @@ class ChannelMix(Generic[Leaf]):
     s0: Leaf
 
 
-@struct.dataclass
+@container
 class Carry(rwkv7.Carry[Leaf]):
     """Version 7's, and the embedded tokens."""
 
@@ -98,7 +95,7 @@ def channel_mix(
 def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     """The table of one layer's parameters, stacked over `cfg.layers`: version 7's and the new
     ones."""
-    c, f, rank = cfg.width, cfg.ffn, cfg.rank_embed or RANK
+    c, f, rank = cfg.width, cfg.ffn, cfg.rank("rank_embed")
     base, make = rwkv7.specs(cfg), Layers(cfg.layers)
     table = ParamSpec(
         (cfg.vocab_size, rank**2),

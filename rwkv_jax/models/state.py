@@ -6,13 +6,13 @@ Nothing is changed in place: keep a state and continue from it as often as you l
 from typing import Any, Generic
 
 import jax.numpy as jnp
-from flax import struct
 
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.containers import container, static
 from rwkv_jax.typing import Array, Leaf
 
 
-@struct.dataclass
+@container
 class BlockState(Generic[Leaf]):
     """What one layer remembers, float32: the last tokens of both token shifts [b, c], and the WKV
     state, one matrix per head [b, h, v, k] (version 4: the three vectors of `Wkv4State`)."""
@@ -22,13 +22,13 @@ class BlockState(Generic[Leaf]):
     ffn_x: Leaf
 
 
-@struct.dataclass
+@container
 class State:
     """A whole model's state, labelled with its version; `blocks` is stacked, or a tuple of
     layers."""
 
     blocks: Any
-    version: str = struct.field(pytree_node=False)
+    version: str = static()
 
 
 def matrix_state(cfg: ModelConfig, batch: int) -> BlockState[Array]:

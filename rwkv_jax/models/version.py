@@ -9,17 +9,17 @@ from typing import Any, Generic, NamedTuple
 
 import jax
 import numpy as np
-from flax import struct
 
 from rwkv_jax import nn, sharding
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.containers import container
 from rwkv_jax.models.state import BlockState
 from rwkv_jax.nn import Norm
 from rwkv_jax.params import ParamSpec
 from rwkv_jax.typing import Array, Callable, Float, Leaf, PyTree
 
 
-@struct.dataclass
+@container
 class Block(Generic[Leaf]):
     """One layer's parameters; `att` and `ffn` are the version's `TimeMix` and `ChannelMix`."""
 

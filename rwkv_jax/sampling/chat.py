@@ -56,7 +56,10 @@ THINK = {
 `fast` is an empty thought, `compact` the same as models since G1h prefer it; `a bit`, `some` and
 `a lot` set the length of the thought (newer G1 models); `tool` is a call of a tool instead."""
 
-MARKED_THINK = dict.fromkeys(("off", "fast", "compact"), "<think></think") | {"tool": "```json"}
+MARKED_THINK: dict[str, str] = {
+    **dict.fromkeys(("off", "fast", "compact"), "<think></think"),
+    "tool": "```json",
+}
 """Starts of replies in templates with a mark, `<think` in the other modes. Without a thought they
 begin with an empty one."""
 

@@ -13,15 +13,14 @@ from typing import Any, Generic
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import lax
 from jaxtyping import Key
 
 from rwkv_jax import models
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.containers import container
 from rwkv_jax.errors import UserError
 from rwkv_jax.models import Model, State, backbone, check_state, forward, head, stack, unstack
-from rwkv_jax.nn import Transposed
 from rwkv_jax.params import ParamSpec, is_spec
 from rwkv_jax.sampling.compiler import jit_for_decoding
 from rwkv_jax.sampling.transforms import (
@@ -33,10 +32,7 @@ from rwkv_jax.sampling.transforms import (
     no_counts,
     sample,
 )
-from rwkv_jax.typing import Array, Bool, Float, Int, Leaf
-
-CHUNKS = (256, 16, 1)
-"""Lengths that are compiled: a prompt is cut into these, longest first, without padding."""
+from rwkv_jax.typing import Array, Bool, Callable, Float, Int, Leaf
 
 BLOCK = 64
 """The most tokens per call of `decode`."""
@@ -49,7 +45,7 @@ NOT_FINITE = -2
 drawn."""
 
 
-@struct.dataclass
+@container
 class DecodeState(Generic[Leaf]):
     """A batch of texts being written: one row each, independent of the others.
 
@@ -95,9 +91,19 @@ def decoding_dtype() -> Any:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
+def chunk_length() -> int:
+    """Tokens read at a time, by measurement: on a CPU, longer chunks read a long prompt a tenth
+    faster and a short one twice as slowly; elsewhere short ones would wait for memory.
+
+    A text is cut into chunks from where its reading starts, and the last is padded. So a state
+    after a multiple of this many tokens resumes to the same bits.
+    """
+    return 64 if jax.default_backend() == "cpu" else 256
+
+
 def decoding_layout(params: Model[Array], cfg: ModelConfig, dtype: Any = None) -> Model[Array]:
-    """The parameters for decoding: layers unstacked, matrices stored in `dtype` and, on CPU, the
-    large ones transposed. Unstacked parameters are returned unchanged.
+    """The parameters for decoding: layers unstacked, matrices stored in `dtype`. Unstacked
+    parameters are returned unchanged.
 
     `dtype` None is `decoding_dtype()`. Logits equal those of `params` computed in `dtype`: matrices
     are cast once instead of at each use. Everything else stays float32.
@@ -108,13 +114,16 @@ def decoding_layout(params: Model[Array], cfg: ModelConfig, dtype: Any = None) -
 
 @partial(jax.jit, static_argnums=(1, 2))
 def _lay_out(params: Model[Array], cfg: ModelConfig, dtype: Any) -> Model[Array]:
-    def store(spec: ParamSpec, value: Array) -> Array | Transposed:
-        matrix = spec.layout in ("linear", "table", "factor")  # not a decay per head and channel
-        value = value.astype(dtype if matrix else jnp.float32)
-        turned = spec.layout == "linear" and jax.default_backend() == "cpu"
-        return Transposed(value.swapaxes(-1, -2)) if turned else value
+    def store(spec: ParamSpec, value: Array) -> Array:
+        return value.astype(stored_type(spec, dtype))
 
     return unstack(jax.tree.map(store, models.specs(cfg), params, is_leaf=is_spec))
+
+
+def stored_type(spec: ParamSpec, dtype: Any) -> Any:
+    """The type of a parameter in `decoding_layout`."""
+    matrix = spec.layout in ("linear", "table", "factor")  # not a decay per head and channel
+    return dtype if matrix else jnp.float32
 
 
 def prefill(
@@ -125,26 +134,28 @@ def prefill(
     cfg: ModelConfig,
     end: int,
     prefix: Prefix | None = None,
+    report: Callable[[int], None] = lambda tokens: None,
 ) -> DecodeState[Array]:
-    """Reads the prompts; `params` in `decoding_layout`.
+    """Reads the prompts; `params` in `decoding_layout`, `report` as of `read`.
 
     Each prompt is read by itself, after `prefix` if given, so prompts may differ in length and no
     row depends on another. An empty prompt reads `end`, the token between documents, as every
     document starts in training; after a prefix with logits it reads nothing.
     """
-    start = _fresh_state(params, cfg, 1) if prefix is None else prefix.unstacked
+    start = fresh_state(params, cfg, 1) if prefix is None else prefix.unstacked
     known = None if prefix is None else prefix.logits
     rows = [
         (known, start)
         if known is not None and not prompt
-        else _read(params, prompt or [end], start, cfg)
+        else read(params, prompt or [end], start, cfg=cfg, report=report)
         for prompt in prompts
     ]
     return _as_batch(rows, _keys(seeds))
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _fresh_state(params: Model[Array], cfg: ModelConfig, batch: int) -> State:
+def fresh_state(params: Model[Array], cfg: ModelConfig, batch: int) -> State:
+    """The state before the first token, unstacked."""
     return unstack(models.init_state(cfg, batch, params))
 
 
@@ -164,10 +175,16 @@ def _as_batch(
 
 
 def extend(
-    params: Model[Array], decoding: DecodeState[Array], tokens: Sequence[int], *, cfg: ModelConfig
+    params: Model[Array],
+    decoding: DecodeState[Array],
+    tokens: Sequence[int],
+    *,
+    cfg: ModelConfig,
+    report: Callable[[int], None] = lambda tokens: None,
 ) -> DecodeState[Array]:
-    """A single row after reading at least one more token; it is no longer done."""
-    logits, state = _read(params, tokens, decoding.state, cfg)
+    """A single row after reading at least one more token; it is no longer done. `report` as of
+    `read`."""
+    logits, state = read(params, tokens, decoding.state, cfg=cfg, report=report)
     return replace(decoding, logits=logits, state=state, done=jnp.zeros_like(decoding.done))
 
 
@@ -182,7 +199,7 @@ def restart(
 
     Unless `prefix` has logits, those of `decoding` remain, and a token has to be read next.
     """
-    state = _fresh_state(params, cfg, len(decoding.done)) if prefix is None else prefix.unstacked
+    state = fresh_state(params, cfg, len(decoding.done)) if prefix is None else prefix.unstacked
     logits = decoding.logits if prefix is None or prefix.logits is None else prefix.logits
     return replace(
         decoding,
@@ -202,26 +219,49 @@ def _keys(seeds: Sequence[int]) -> Key[Array, " b"]:
     return jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
 
 
-def _read(
-    params: Model[Array], tokens: Sequence[int], state: State, cfg: ModelConfig
+def read(
+    params: Model[Array],
+    tokens: Sequence[int],
+    state: State,
+    *,
+    cfg: ModelConfig,
+    report: Callable[[int], None] = lambda tokens: None,
 ) -> tuple[Float[Array, "1 V"], State]:
-    ids = np.asarray(tokens, np.int32)[None]
-    start, logits = 0, None
-    for chunk in CHUNKS:
-        while ids.shape[1] - start >= chunk:
-            logits, state = _chunk(params, ids[:, start : start + chunk], state, cfg=cfg)
-            start += chunk
-    assert logits is not None, "callers pass at least one token"
+    """Logits after the last of at least one token, and the state; `params` in `decoding_layout`.
+
+    All that reads a prompt reads it here, so that it gets the same bits everywhere. `report` is
+    given the number of tokens of each chunk before the last, once it is read.
+    """
+    size = chunk_length()
+    lengths = np.full(-(-len(tokens) // size), size, np.int32)
+    lengths[-1] -= -len(tokens) % size
+    ids = np.zeros((len(lengths), size), np.int32)
+    ids.flat[: len(tokens)] = tokens
+    logits: Any = None
+    for chunk, length in zip(ids[:, None], lengths[:, None], strict=True):
+        if logits is not None:
+            # One chunk is on its way, not all: so progress is known, and Ctrl-C stops the reading.
+            logits.block_until_ready()
+            report(size)
+        logits, state = _chunk(params, chunk, length, state, cfg=cfg)
     return logits, state
 
 
 @jit_for_decoding
 def _chunk(
-    params: Model[Array], tokens: Int[Array, "b t"], state: State, *, cfg: ModelConfig
+    params: Model[Array],
+    tokens: Int[Array, "b t"],
+    lengths: Int[Array, " b"],
+    state: State,
+    *,
+    cfg: ModelConfig,
 ) -> tuple[Float[Array, "b V"], State]:
     """Logits after the last token only: those of a whole prompt would be the largest array."""
-    hidden, state = backbone(params, tokens, state, cfg=cfg, dtype=params.head.dtype)
-    return head(params, hidden[:, -1]), state
+    hidden, state = backbone(
+        params, tokens, state, cfg=cfg, lengths=lengths, dtype=params.head.dtype
+    )
+    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, 1)[:, 0]
+    return head(params, last), state
 
 
 Carry = tuple[Array, Array, DecodeState[Array]]

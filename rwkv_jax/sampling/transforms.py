@@ -20,20 +20,17 @@ from typing import Generic
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 from jaxtyping import Key
 
-from rwkv_jax.typing import Array, Float, Int, Leaf
+from rwkv_jax.containers import container
+from rwkv_jax.typing import Array, Bool, Float, Int, Leaf
 
-FEW = 128
+FEW = 512
 """Number of the largest probabilities that are tried first."""
 
-ONE_BITS = 0x3F800000
-"""The bit pattern of the float32 1.0."""
 
-
-@struct.dataclass
+@container
 class Settings(Generic[Leaf]):
     """`Sampling` as arrays, [b] each: float32, but `top_k` int32 (0 is no limit)."""
 
@@ -46,7 +43,7 @@ class Settings(Generic[Leaf]):
     min_p: Leaf | None = None
 
 
-@struct.dataclass
+@container
 class Vocabulary(Generic[Leaf]):
     """Properties of the tokens, [V] each.
 
@@ -59,7 +56,7 @@ class Vocabulary(Generic[Leaf]):
     increment: Leaf
 
 
-@struct.dataclass
+@container
 class Counts(Generic[Leaf]):
     """Tokens generated so far, [b, V] each: decayed occurrences, and whether there were any."""
 
@@ -70,7 +67,7 @@ class Counts(Generic[Leaf]):
 def no_counts(batch: int, vocab_size: int) -> Counts[Array]:
     """Counts before the first token."""
     shape = (batch, vocab_size)
-    return Counts(occurrence=jnp.zeros(shape), seen=jnp.zeros(shape, bool))
+    return Counts(occurrence=jnp.zeros(shape, jnp.float32), seen=jnp.zeros(shape, bool))
 
 
 def apply_penalties(
@@ -122,42 +119,66 @@ def _cutoff(weights: Float[Array, "b V"], settings: Settings[Array]) -> Float[Ar
     The few largest weights nearly always decide; only if they don't, all are searched. Sorting all
     65,536 of a World vocabulary takes a CPU core 12 ms, half of a 0.1B model's time per token.
     """
-    goal = settings.top_p * _total(_tiles(weights, 0.0))
+    total = _total(_tiles(weights, 0.0))
+    goal = settings.top_p * total
     # A sum may round to less than 1, but top_p = 1 has to keep everything.
     goal = jnp.where(settings.top_p >= 1, jnp.inf, goal)
     top_k = jnp.where(settings.top_k > 0, settings.top_k, jnp.iinfo(jnp.int32).max)
     largest = lax.top_k(weights, min(FEW, weights.shape[1]))[0]
-    rank = jnp.arange(1, largest.shape[1] + 1)
+    rank = jnp.arange(1, largest.shape[1] + 1, dtype=jnp.int32)
     enough = (jnp.cumsum(largest, axis=1) >= goal[:, None]) | (rank[None] >= top_k[:, None])
     cutoff = jnp.max(jnp.where(enough, largest, 0.0), axis=1)
     # The smallest of the few may have ties among the others. (Not `largest[:, -1]`: XLA turns a
     # slice of a top-k into a full sort.)
-    decided = jnp.all(cutoff > jnp.min(largest, axis=1))
-    return lax.cond(decided, lambda: cutoff, lambda: _bisect(weights, goal, top_k))
+    smallest = jnp.min(largest, axis=1)
+    decided = (cutoff > smallest) | ((settings.top_p >= 1) & (settings.top_k <= 0))
+
+    def search() -> Array:
+        # Without all weights below this, the sum is still enough.
+        low = jnp.maximum(0.5 * (total - goal) / weights.shape[1], 0.0)
+        larger = jnp.sum(largest > smallest[:, None], axis=1, dtype=jnp.int32)
+        found = _bisect(weights, goal, top_k, decided, (low, smallest, larger))
+        return jnp.where(decided, cutoff, found)
+
+    return lax.cond(jnp.all(decided), lambda: cutoff, search)
 
 
 def _bisect(
-    weights: Float[Array, "b V"], goal: Float[Array, " b"], top_k: Int[Array, " b"]
+    weights: Float[Array, "b V"],
+    goal: Float[Array, " b"],
+    top_k: Int[Array, " b"],
+    decided: Bool[Array, " b"],
+    bracket: tuple[Float[Array, " b"], Float[Array, " b"], Int[Array, " b"]],
 ) -> Float[Array, " b"]:
-    """`_cutoff` in 30 passes, however many tokens are kept.
+    """`_cutoff` of the rows that are not `decided`, however many tokens are kept; a dozen passes.
 
     With mass(c) and count(c) over all weights >= c, it is the largest c with mass(c) >= goal or
-    count(c) >= top_k, found by bisecting bit patterns: those of positive floats are ordered as the
-    floats are.
+    count(c) >= top_k, found by bisecting bit patterns (those of positive floats are ordered as the
+    floats are) until one weight is left between. `bracket` has a number that is not above it, one
+    that is not below it, and how many weights are larger than the second.
     """
     tiles = _tiles(weights, 0.0)
+    low, high = (lax.bitcast_convert_type(x, jnp.int32) for x in bracket[:2])
 
-    def halve(_: Array | int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bracket
-        middle = (low + high) // 2
+    def undecided(carry: tuple[Array, ...]) -> Array:
+        low, high, kept_low, kept_high = carry
+        return jnp.any(~decided & (high - low > 1) & (kept_low - kept_high > 1))
+
+    def halve(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        low, high, kept_low, kept_high = carry
+        middle = low + (high - low) // 2
         kept = tiles >= lax.bitcast_convert_type(middle, jnp.float32)[:, None, None]
         count = _total(kept.astype(jnp.float32)).astype(jnp.int32)
         enough = (_total(jnp.where(kept, tiles, 0.0)) >= goal) | (count >= top_k)
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+        return (
+            jnp.where(enough, middle, low),
+            jnp.where(enough, high, middle),
+            jnp.where(enough, count, kept_low),
+            jnp.where(enough, kept_high, count),
+        )
 
-    low = jnp.zeros(weights.shape[0], jnp.int32)  # the bits of 0.0: keeps everything
-    high = jnp.full(weights.shape[0], ONE_BITS + 1)  # just above the largest: keeps nothing
-    low, _ = lax.fori_loop(0, ONE_BITS.bit_length(), halve, (low, high))
+    everything = jnp.full(weights.shape[0], weights.shape[1], jnp.int32)
+    low, *_ = lax.while_loop(undecided, halve, (low, high + 1, everything, bracket[2]))
     return lax.bitcast_convert_type(low, jnp.float32)
 
 
@@ -196,4 +217,4 @@ def _total(tiles: Float[Array, "b rows columns"]) -> Float[Array, " b"]:
 
 def _by_row(tiles: Float[Array, "b rows columns"]) -> Float[Array, "b rows"]:
     """Sums along the last axis, as a product: XLA's own sums take six times as long on CPU."""
-    return jnp.matmul(tiles, jnp.ones(tiles.shape[2]), precision=lax.Precision.HIGHEST)
+    return jnp.matmul(tiles, jnp.ones(tiles.shape[2], tiles.dtype), precision=lax.Precision.HIGHEST)

@@ -5,17 +5,17 @@ from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rwkv_jax import models, sharding
 from rwkv_jax.config import Config
+from rwkv_jax.containers import container
 from rwkv_jax.training.mesh import params_shardings, rows_sharding
 from rwkv_jax.training.optimizer import optimizer_for
 from rwkv_jax.typing import Array, Leaf, PyTree
 
 
-@struct.dataclass
+@container
 class TrainState(Generic[Leaf]):
     """Steps taken (which decide the data that comes next), parameters, optimizer's moments."""
 

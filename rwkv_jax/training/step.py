@@ -7,11 +7,11 @@ from typing import Generic, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jax import lax
 
 from rwkv_jax import models, sharding
 from rwkv_jax.config import Config
+from rwkv_jax.containers import container
 from rwkv_jax.data.loader import Batch
 from rwkv_jax.params import path_name
 from rwkv_jax.training.objective import Examples, Objective, objective
@@ -20,7 +20,7 @@ from rwkv_jax.training.state import TrainState
 from rwkv_jax.typing import Array, Bool, Callable, Float, Leaf, PyTree
 
 
-@struct.dataclass
+@container
 class Metrics(Generic[Leaf]):
     """What one step reports; scalars but for `bad_gradients`.
 

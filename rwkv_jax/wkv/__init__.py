@@ -34,7 +34,8 @@ returns:
 (`default.py`). A name runs that implementation or raises an error that says why it cannot. On a CPU
 the kernels are interpreted, for tests.
 
-**Every operator** returns `y` and the state after the last token, and takes
+**Every operator** returns `y`, in the dtype of `v`, and the state after the last token, float32. It
+computes in float32, and if any input is float64, all is float64. It takes
 
     state      the state before the first token; None for a fresh one
     reset      [b, t], bool: where documents start. Token t with reset[b, t] sees a fresh state;

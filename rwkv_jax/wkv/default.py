@@ -54,7 +54,6 @@ def choose(operator: str, x: Any, state: Any) -> tuple[Form, bool]:
 
 
 wkv4 = with_gradient(
-    "wkv4",
     by_platform(cpu=v4.in_place, default=outputs_of(v4_associative.forward)),
     by_platform(cpu=v4_chunked.forward, default=v4_associative.forward),
     by_platform(cpu=v4_chunked.backward, default=v4_associative.backward),
@@ -71,7 +70,6 @@ def _in_place6(
 
 
 _small6 = with_gradient(
-    "wkv6",
     by_platform(cpu=_in_place6, default=outputs_of(v6_chunked.forward)),
     v6_chunked.forward,
     v6_chunked.backward,
@@ -87,7 +85,6 @@ def wkv6(x: v6.Inputs, state: State, reset: Starts) -> tuple[Output, State]:
 
 
 wkv7 = with_gradient(
-    "wkv7",
     by_platform(cpu=v7.in_place, default=outputs_of(v7_chunked.forward)),
     v7_chunked.forward,
     v7_chunked.backward,

@@ -33,7 +33,8 @@ def compute_dtype(*inputs: Any) -> Any:
 
 
 def in_compute_dtype(form: Form) -> Form:
-    """`form` with all inputs cast to `compute_dtype`, and `y` cast back to the dtype of `v`."""
+    """`form` with all inputs cast to `compute_dtype`, and `y` cast back to the dtype of `v`, unless
+    it is float64."""
 
     def run(x: Any, state: Any, reset: Starts, /) -> tuple[Array, Any]:
         dtype = compute_dtype(x, state)
@@ -42,6 +43,6 @@ def in_compute_dtype(form: Form) -> Form:
             return z.astype(dtype) if jnp.issubdtype(z.dtype, jnp.floating) else z
 
         y, after = form(jax.tree.map(cast, x), jax.tree.map(cast, state), reset)
-        return y.astype(x.v.dtype), after
+        return y if dtype == jnp.float64 else y.astype(x.v.dtype), after
 
     return run

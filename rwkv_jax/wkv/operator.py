@@ -4,13 +4,15 @@ Arguments are checked, a mesh gives each device its shards, padding is masked, t
 and inputs are cast to the precision it computes in.
 """
 
+import contextlib
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 
 from rwkv_jax.sharding import axes_of, check_axis, is_explicit, is_manual, mapped
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int
@@ -26,6 +28,9 @@ IMPLEMENTATIONS = ("scan", "chunked", "associative")
 KERNELS = ("pallas_gpu", "pallas_tpu")
 """The names that it takes on one kind of device; interpreted on a CPU."""
 
+with contextlib.suppress(ValueError):  # the module is reloaded, and the name is taken
+    export.register_namedtuple_serialization(Wkv4State, serialized_name="rwkv_jax.wkv.Wkv4State")
+
 _PLATFORMS = {"pallas_gpu": "cuda", "pallas_tpu": "tpu"}
 
 
@@ -38,6 +43,8 @@ class Operator(NamedTuple):
     forms: Mapping[str, Form]
     on_part: Callable[..., tuple[Array, Any]]
     """(form, mesh axis, x, state, reset): one device's tokens, where time is sharded."""
+    widen: Callable[[Form], Form] = lambda form: form
+    """A form -> one for any values of the inputs."""
 
 
 _MASKS = {"reset": "bt", "lengths": "b"}
@@ -50,7 +57,8 @@ _AXES6 = _AXES7 | {"u": "hk", "initial": "hvk"}
 WKV4 = Operator("wkv4", _AXES4, v4.FORMS, sequence.wkv4)
 WKV5 = Operator("wkv6", _AXES6 | {"log_w": "hk"}, v6.FORMS, sequence.wkv6)
 WKV6 = Operator("wkv6", _AXES6, v6.FORMS, sequence.wkv6)
-WKV7 = Operator("wkv7", _AXES7, v7.FORMS, sequence.wkv7)
+WKV7_BOUNDED = Operator("wkv7", _AXES7, v7.FORMS, sequence.wkv7)
+WKV7 = WKV7_BOUNDED._replace(widen=v7.for_any_decay)
 
 
 def wkv4(
@@ -65,12 +73,12 @@ def wkv4(
     mesh_axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t c"], Wkv4State]:
-    """The WKV of version 4: `y` in the dtype of `v`, and the state after the last token.
+    """The WKV of version 4: `y` and the state after the last token.
 
     `log_w <= 0` is the log of the decay per token (official `-exp(time_decay)`), `u` the bonus of
-    the current token (`time_first`). Computes in float32, or float64 if any input is. The gradient
-    of the final state flows through `num` and `den`; `max_exp` is only their scale. The other
-    arguments are common to all versions (`rwkv_jax.wkv`).
+    the current token (`time_first`). The gradient of the final state flows through `num` and `den`;
+    `max_exp` is only their scale. The other arguments, and types, are common to all versions
+    (`rwkv_jax.wkv`).
 
     Raises `ValueError` for an unknown implementation, shapes that do not match, and a mesh axis
     that does not exist or does not divide the length.
@@ -94,17 +102,18 @@ def wkv6(
     mesh_axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
-    """The WKV of versions 5 and 6: `y` in the dtype of `v`, and the state after the last token.
+    """The WKV of versions 5 and 6: `y` and the state after the last token.
 
     `log_w <= 0` is the log of the decay: of each token in version 6, `[h, k]` for all tokens in
     version 5. Every implementation is exact for any decay. `u` is the bonus of the current token.
-    Documents start from the state `initial` (state tuning), or from zero. Computes in float32, or
-    float64 if any input is. The other arguments are common to all versions (`rwkv_jax.wkv`).
+    Documents start from the state `initial` (state tuning), or from zero. The other arguments, and
+    types, are common to all versions (`rwkv_jax.wkv`).
 
     Raises `ValueError` for an unknown implementation, shapes that do not match, and a mesh axis
     that does not exist or does not divide the length.
     """
-    x, operator = Inputs6(r, log_w, k, v, u, initial), WKV5 if log_w.ndim == 2 else WKV6
+    x, operator = Inputs6(r, log_w, k, v, u, initial), WKV5 if jnp.ndim(log_w) == 2 else WKV6
+    _check_arrays(operator, x, state)
     if initial is not None:
         x = x._replace(initial=initial.astype(compute_dtype(x, state)))
     return _apply(operator, x, state, reset, lengths, mesh_axis, implementation)
@@ -121,21 +130,24 @@ def wkv7(
     *,
     reset: Bool[Array, "b t"] | None = None,
     lengths: Int[Array, " b"] | None = None,
+    log_w_min: float = -math.inf,
     mesh_axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
-    """The WKV of version 7: `y` in the dtype of `v`, and the state after the last token.
+    """The WKV of version 7: `y` and the state after the last token.
 
-    `log_w <= 0` is the log of the decay, in (-0.6066, 0) in the model; the chunked forms are exact
-    down to -4 a token, `scan` for any decay. The model passes `a = -kk` and `b = kk * (learning
-    rate)` with |kk| = 1. Computes in float32, or float64 if any input is. The other arguments are
-    common to all versions (`rwkv_jax.wkv`).
+    `log_w <= 0` is the log of the decay, in (-0.6066, 0) in the model. Forms in chunks hold decays
+    down to -4 a token; where one is below, `scan` runs instead, decided as the program runs. With
+    a `log_w_min` of -4 or more, a promise that no decay is below it, nothing is left to decide. The
+    model passes `a = -kk` and `b = kk * (learning rate)` with |kk| = 1. The other arguments, and
+    types, are common to all versions (`rwkv_jax.wkv`).
 
     Raises `ValueError` for an unknown implementation, shapes that do not match, and a mesh axis
     that does not exist or does not divide the length.
     """
     x = Inputs7(r, log_w, k, v, a, b)
-    return _apply(WKV7, x, state, reset, lengths, mesh_axis, implementation)
+    operator = WKV7_BOUNDED if log_w_min >= v7.STRONGEST else WKV7
+    return _apply(operator, x, state, reset, lengths, mesh_axis, implementation)
 
 
 def _apply(
@@ -152,6 +164,7 @@ def _apply(
     Shardings are read off the arrays' types, where mesh axes are explicit. All arrays follow `v`,
     and where it is replicated, the first array that is sharded.
     """
+    _check_arrays(operator, x, state, reset=reset, lengths=lengths)
     sizes = _check_shapes(operator, x, state=state, reset=reset, lengths=lengths)
     _check_types(operator.name, x, reset, lengths)
     if implementation not in (None, *IMPLEMENTATIONS, *KERNELS):
@@ -206,6 +219,7 @@ def _on_shard(
     state = jax.tree.map(lambda z: z.astype(dtype), state)
 
     form, is_kernel = _choose(operator, implementation, x, state)
+    form = operator.widen(form)
     run = form if mesh_axis is None else partial(operator.on_part, form, mesh_axis)
     # Kernels take any dtype, and round y themselves.
     return (run if is_kernel else in_compute_dtype(run))(x, state, reset)
@@ -215,6 +229,13 @@ def _choose(
     operator: Operator, implementation: str | None, x: Any, state: Any
 ) -> tuple[Form, bool]:
     """The form, and whether it is a kernel."""
+    if not isinstance(x.k.shape[1], int):
+        if implementation not in (None, "scan"):
+            raise ValueError(
+                f"{operator.name}: {implementation!r} cuts time into chunks, and its length is a"
+                f" symbol ({x.k.shape[1]}); implementation='scan', or None, takes any length"
+            )
+        return operator.forms["scan"], False
     if implementation is None:
         return default.choose(operator.name, x, state)
     if implementation in KERNELS:
@@ -230,6 +251,16 @@ def _valid(lengths: Array | None, time: int, mesh_axis: str | None) -> Bool[Arra
     return first + jnp.arange(time)[None] < lengths[:, None]
 
 
+def _check_arrays(operator: Operator, x: Any, state: Any, **masks: Any) -> None:
+    for name, tree in (x._asdict() | {"state": state} | masks).items():
+        for z in jax.tree.leaves(tree):
+            if not (hasattr(z, "shape") and hasattr(z, "dtype")):
+                needed = f"an array [{', '.join(operator.axes[name])}]"
+                raise ValueError(
+                    f"{operator.name}: {name} is {type(tree).__name__}: {needed} is needed"
+                )
+
+
 def _check_shapes(operator: Operator, x: Any, **others: Any) -> dict[str, int]:
     """The size of each axis."""
     sizes: dict[str, int] = {}
@@ -241,7 +272,9 @@ def _check_shapes(operator: Operator, x: Any, **others: Any) -> dict[str, int]:
     for _, dims, z in arrays:
         pairs = zip(dims, z.shape, strict=False)
         if z.ndim != len(dims) or any(sizes.setdefault(letter, n) != n for letter, n in pairs):
-            shapes = ", ".join(f"{name} {list(z.shape)}" for name, _, z in arrays)
+            shapes = ", ".join(
+                f"{name} [{', '.join(dims)}] is {list(z.shape)}" for name, dims, z in arrays
+            )
             raise ValueError(f"{operator.name}: shapes do not match: {shapes}")
     if sizes["t"] == 0:
         raise ValueError(f"{operator.name}: no tokens, in inputs of shape {list(x.k.shape)}")

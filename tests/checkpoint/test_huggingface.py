@@ -98,6 +98,20 @@ def test_official_names_round_trip(name, dtype):
     assert all(np.shares_memory(back[key], x) for key, x in tensors.items())
 
 
+@every_folder
+@pytest.mark.parametrize("wrapper", ["module", "_orig_mod.module", "model.model", "student"])
+def test_wrapped_names(name, wrapper):
+    """In front of all names, and around each layer."""
+    tensors, config, _, _ = folder(name)
+    expected = to_official(tensors, config)
+    front = {f"{wrapper}.{key}": x for key, x in tensors.items()}
+    inside = {re.sub(r"(\.\d+\.)", r"\1_fsdp_wrapped_module.", key): x for key, x in front.items()}
+    assert inside.keys() != front.keys()
+    for wrapped in (front, inside):
+        assert is_huggingface(wrapped)
+        same(to_official(wrapped, config), expected)
+
+
 def test_unused_tensors_of_the_first_layer_are_left_out():
     """Official training writes the first layer's value mix, and so do our own files."""
     params, cfg = keymaps.from_official(official("rwkv7"))

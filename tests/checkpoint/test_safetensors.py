@@ -16,7 +16,6 @@ from hypothesis.extra import numpy as hnp
 from rwkv_jax.checkpoint.errors import WeightsError
 from rwkv_jax.checkpoint.safetensors import read_metadata, read_safetensors, write_safetensors
 
-INDEX = "model.safetensors.index.json"
 DTYPES = [np.dtype(ml_dtypes.bfloat16)] + [
     np.dtype(f"{kind}{size}")
     for kind, sizes in {"f": (2, 4, 8), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8), "b": (1,)}.items()
@@ -171,64 +170,3 @@ def test_any_damage_is_an_error_or_none(tmp_path):
     tensors = {"x": np.ones((2, 3), ml_dtypes.bfloat16), "y": np.zeros((0, 2)), "z": np.ones(5)}
     write_safetensors(path, tensors, {"format": "np"})
     check_any_damage(read_safetensors, path.read_bytes(), path, 300)
-
-
-# Models in several files.
-
-
-@pytest.fixture
-def sharded(tmp_path):
-    write_safetensors(tmp_path / "a-1.safetensors", {"x": np.ones(2)}, {"format": "np"})
-    write_safetensors(tmp_path / "a-2.safetensors", {"y": np.zeros(3)}, {"made": "here"})
-    index(tmp_path, {"x": "a-1.safetensors", "y": "a-2.safetensors"})
-    return tmp_path
-
-
-def index(folder, places):
-    content = {"metadata": {"total_size": 40}, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(content), encoding="utf-8")
-
-
-def test_a_folder_and_its_index_give_all_shards(sharded):
-    for path in (sharded, str(sharded), sharded / INDEX):
-        assert_same(read_safetensors(path), {"x": np.ones(2), "y": np.zeros(3)})
-        assert read_metadata(path) == {"format": "np", "made": "here"}
-
-
-def test_a_folder_with_one_file_gives_that(sharded):
-    write_safetensors(sharded / "model.safetensors", {"z": np.ones(1)})
-    assert_same(read_safetensors(sharded), {"z": np.ones(1)})
-
-
-def test_a_folder_without_weights(tmp_path):
-    assert fault(read_safetensors, tmp_path) == (
-        f"{tmp_path}: holds neither model.safetensors nor model.safetensors.index.json;"
-        " name a folder with one"
-    )
-
-
-@pytest.mark.parametrize(
-    "shard",
-    ["../a-1.safetensors", "/etc/passwd", "..", "", ".hidden", "b/c", "b\nc", "c:\\d", 3, None],
-)
-def test_a_shard_cannot_be_outside_its_folder(shard, sharded):
-    index(sharded, {"x": shard})
-    message = fault(read_safetensors, sharded)
-    assert f"{INDEX}: x is in " in message
-    assert message.endswith("not a file beside it; correct the name")
-
-
-def test_shards_that_are_not_as_the_index_says(sharded):
-    index(sharded, {"x": "a-1.safetensors", "y": "a-1.safetensors"})
-    message = fault(read_safetensors, sharded)
-    assert message == f"{sharded}/a-1.safetensors: does not have y, unlike its index; download both"
-    (sharded / "a-2.safetensors").unlink()
-    index(sharded, {"y": "a-2.safetensors"})
-    message = fault(read_safetensors, sharded)
-    assert message.startswith(f"{sharded}/a-2.safetensors: cannot be read (No such file")
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": []}', '{"a": 1, "a": 2}'])
-def test_damaged_indices_are_one_line(content, sharded):
-    (sharded / INDEX).write_text(content, encoding="utf-8")
-    assert fault(read_safetensors, sharded).startswith(f"{sharded}/{INDEX}: ")

@@ -1,5 +1,6 @@
 """`python -m rwkv_jax`: inspect, convert and diff: what they print, write and return."""
 
+import contextlib
 import errno
 import io
 import os
@@ -333,6 +334,32 @@ def test_convert_copies_the_tokenizer_of_the_model_only(model, tmp_path, monkeyp
     for name in ("own.pth", "again.pth"):
         assert rwkv_jax("convert", path, out / name) == 0
         assert (out / "20B_tokenizer.json").read_bytes() == own
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "line"),
+    [
+        ("4", [], "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pret"),
+        ("7", [], "from rwkv7_hf import RWKV7ForCausalLM; RWKV7ForCausalLM.from_pretrained("),
+        ("7", ["--layout", "official-rwkv7"], "rwkv_jax.load("),
+    ],
+)
+def test_convert_prints_what_opens_a_folder(version, options, line, tmp_path, capsys):
+    """And that no tokenizer is known, or none that the libraries have."""
+    for vocab, problem in ((67, "none is known for 67 tokens; put its"), (257, "its is bytes")):
+        source, target = tmp_path / f"{vocab}.pth", tmp_path / f"{vocab}"
+        tensors = checkpoint(version, width=128, head=64, ranks=RANKS, vocab=vocab)
+        weights.write(source, tensors)
+        assert rwkv_jax("convert", source, target, *options) == 0
+        out, err = capsys.readouterr()
+        assert f"open it: {line}" in out and f'("{target}")' in out
+        assert re.fullmatch(f"{target}: without a tokenizer: {problem}.*\n", err)
+        assert rwkv_jax("diff", source, target) == 0
+        capsys.readouterr()
+    for target, layout in ((tmp_path / "m.pth", "fla-rwkv7"), (tmp_path / "m", "fla-rwkv6")):
+        with contextlib.suppress(SystemExit):  # argparse
+            assert rwkv_jax("convert", source, target, "--layout", layout) == 2
+        assert not target.exists() and layout in capsys.readouterr().err
 
 
 def test_convert_does_without_a_tokenizer_that_cannot_be_read(model, tmp_path, capsys):

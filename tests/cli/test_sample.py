@@ -198,7 +198,7 @@ def test_the_compute_type(run, capsys):
         (["RUN", "--prompt-file", "TMP/none"], "--prompt-file .*none: No such file"),
         (["RUN", "--prompt-file", "TMP/latin"], "--prompt-file .*latin: byte 2 is not UTF-8"),
         (["TMP/none"], "none: cannot be read .No such file or directory.; name"),
-        (["TMP"], "neither a run nor a Hugging Face folder"),
+        (["TMP"], "neither a run nor a folder with weights"),
         (["TMP/fresh"], "has no checkpoint yet"),
         (["TMP/latin"], "latin: is neither a .pth nor a .safetensors file"),
         (["RUN", "--state", "TMP/none.pth"], "none.pth: cannot be read"),
@@ -263,6 +263,28 @@ def test_a_state_is_saved_and_resumed(run, tmp_path, capsys):
     assert sample_py(run, "x", "y", "--state", kept, "--tokens", "5", *greedy) == 0
     texts = capsys.readouterr().out
     assert texts.count("==>") == 2 and kept.read_bytes() == before
+
+
+def test_a_state_of_other_weights_is_said_to_be(run, tmp_path, capsys, monkeypatch):
+    """Once each: in a text, in a chat after one, and in a conversation."""
+    cfg, text, talk = config("7"), tmp_path / "text.safetensors", tmp_path / "talk.safetensors"
+    chat = ["--chat", "--template", "g1", "--tokens", "2"]
+    assert sample_py(run, "x", "--tokens", "2", "--save-state", text) == 0
+    Typist(monkeypatch, "one")
+    assert sample_py(run, *chat, "--save-state", talk) == 0
+    assert "other weights" not in capsys.readouterr().err
+    for path in (text, talk):
+        saved = states.load(path, cfg)
+        assert saved.weights == generator().weights
+        other = {"logits": saved.logits, "notes": saved.notes, "weights": "0" * 16}
+        states.save(path, saved.state, **other)
+    assert sample_py(run, "x", "--state", text, "--tokens", "2") == 0
+    Typist(monkeypatch)
+    assert sample_py(run, *chat, "--state", text) == 0
+    assert sample_py(run, "--chat", "--state", talk) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "other weights" in line]
+    assert [line.split(": ")[1] for line in lines] == [f"{text}", f"{text}", f"{talk}"]
+    assert all("0" * 16 in line and generator().weights in line for line in lines)
 
 
 def test_a_state_of_another_tokenizer_or_without_logits(run, tmp_path, capsys):

@@ -1,13 +1,26 @@
 """Prefill and the decode loop against plain `forward`."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rwkv_jax import models
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.models import stack
 from rwkv_jax.sampling import Sampling
-from rwkv_jax.sampling.decode import BLOCK, NO_TOKEN, decode, decoding_layout, extend, prefill
+from rwkv_jax.sampling.decode import (
+    BLOCK,
+    NO_TOKEN,
+    Prefix,
+    chunk_length,
+    decode,
+    decoding_layout,
+    extend,
+    prefill,
+)
 from tests.sampling.conftest import VOCAB, config, weights
 
 PROMPT = [5, 33, 200, 49, 1]
@@ -74,13 +87,47 @@ def test_a_token_that_the_tokenizer_lacks_is_never_drawn(generator, next_logits)
     assert written.max() < 257
 
 
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 275])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 275])
 def test_prefill_in_chunks_is_one_forward(generator, next_logits, length):
     prompt = np.random.default_rng(length).integers(0, 257, length + 1).tolist()
     decoding = start(generator, [prompt[:-1]], [0])
     np.testing.assert_allclose(decoding.logits[0], next_logits(prompt[:-1]), rtol=1e-4, atol=1e-4)
     decoding = extend(generator.params, decoding, prompt[-1:], cfg=generator.cfg)
     np.testing.assert_allclose(decoding.logits[0], next_logits(prompt), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("version", "width"),
+    [("7", 768)]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow) for case in (("4", 768), ("6", 768), ("7", 128))
+    ],
+)
+def test_a_prompt_is_the_same_bits_however_it_is_read(version, width):
+    """Resumed at any multiple of the chunk, or beside others. Products of small models do not show
+    what depends on their shapes: hence the width."""
+    cfg = ModelConfig(version=version, layers=2, width=width, vocab_size=VOCAB)
+    rng, size = np.random.default_rng(2), chunk_length()
+    params = jax.jit(partial(models.init_params, cfg))(jax.random.key(1))
+    # Fresh projections are zero: nothing would flow through them.
+    noise = jax.tree.map(lambda x: np.float32(0.03 * rng.normal(size=x.shape)), params)
+    params = decoding_layout(jax.tree.map(jnp.add, params, noise), cfg)
+    prompt = rng.integers(0, VOCAB, 3 * size + 21).tolist()
+
+    def read(prompts, prefix=None):
+        return prefill(params, prompts, range(len(prompts)), cfg=cfg, end=0, prefix=prefix)
+
+    whole = read([prompt])
+    for cut in (size, 3 * size):
+        before = read([prompt[:cut]])
+        prefix = Prefix(stack(before.state), cfg, before.logits)
+        resumed = read([prompt[cut:], prompt[cut : cut + 5]], prefix)
+        for x, y in zip(
+            jax.tree.leaves((resumed.logits, resumed.state)),
+            jax.tree.leaves((whole.logits, whole.state)),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(x[:1], y)
 
 
 def test_the_cut_into_calls_makes_no_difference(generator7):

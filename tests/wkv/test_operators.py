@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
-from tolerances import assert_close
+from tolerances import CHANNEL, assert_close
 from wkv.operators import (
     LONG,
     SMALL,
@@ -28,7 +28,7 @@ from wkv.operators import (
 
 from rwkv_jax import testing
 from rwkv_jax.testing import leak_test
-from rwkv_jax.wkv import IMPLEMENTATIONS, Wkv4State, wkv4, wkv6
+from rwkv_jax.wkv import IMPLEMENTATIONS, KERNELS, Wkv4State, wkv4, wkv6
 
 
 @pytest.mark.parametrize(
@@ -331,6 +331,34 @@ def test_one_float64_makes_all_float64(version):
             if name != "v":  # which decides the dtype of y
                 mixed, _ = version.operator(**wide | {name: inputs[name]})
                 assert np.abs(mixed - y).max() < 1e-13, name
+
+
+@pytest.mark.parametrize(
+    "implementation",
+    [*IMPLEMENTATIONS, *(pytest.param(name, marks=pytest.mark.slow) for name in KERNELS)],
+)
+def test_version_4_gradients_channel_by_channel(implementation):
+    """Decays from slow to those that forget at once: gradients of fast channels are small, and
+    right all the same."""
+    rng = np.random.default_rng(1)
+    log_w = -np.exp(np.linspace(-6, 3, 64))
+    k, v, dy = rng.normal(size=(3, 2, 70, 64))
+    u = rng.normal(size=64)
+    zeros = np.zeros((2, 64))
+    exact = oracles.wkv4_grad(log_w, k, v, u, None, None, dy, (zeros, zeros))
+
+    @jax.jit
+    def gradient(*parameters):
+        def loss(log_w, u):
+            y, _ = wkv4(log_w, *map(jnp.float32, (k, v)), u, implementation=implementation)
+            return jnp.sum(y * jnp.float32(dy))
+
+        return jax.grad(loss, (0, 1))(*parameters)
+
+    found = gradient(jnp.float32(log_w), jnp.float32(u))
+    for name, gradient in zip(("log_w", "u"), found, strict=True):
+        error = np.abs(np.asarray(gradient) / exact[name] - 1)
+        assert np.all(error <= CHANNEL), f"{name}: {error.max():.1e} in channel {error.argmax()}"
 
 
 @pytest.mark.slow

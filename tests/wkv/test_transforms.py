@@ -1,11 +1,11 @@
-"""The operators under JAX's transformations: each works or names the implementations that do."""
+"""The operators under JAX's transformations."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tolerances import relative_rms
-from wkv.operators import every_implementation, every_version, quickly
+from wkv.operators import every_version, quickly
 
 from rwkv_jax import testing
 from rwkv_jax.wkv import IMPLEMENTATIONS, Wkv4State
@@ -16,9 +16,11 @@ chunked_and_slowly_others = pytest.mark.parametrize(
     ["chunked", *(pytest.param(x, marks=slow) for x in IMPLEMENTATIONS if x != "chunked")],
 )
 """The others are differentiated by JAX itself, or by the code of `chunked`."""
+default_and_slowly_others = pytest.mark.parametrize(
+    "implementation", [None, *(pytest.param(x, marks=slow) for x in IMPLEMENTATIONS)]
+)
 
 TINY = testing.Shape(1, 37, 2, 4)
-FORWARD_MODE = {"4": ("scan",), "6": ("scan", "associative"), "7": ("scan", "associative")}
 
 
 def problem(version, implementation):
@@ -46,30 +48,55 @@ def inner(x, y):
     return sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True))
 
 
-@every_implementation
-@every_version
-def test_forward_mode_works_or_names_who_supports_it(version, implementation):
+def close(x, y, bound=1e-9):
+    for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True):
+        assert relative_rms(a, b) < bound
+
+
+@default_and_slowly_others
+@quickly("7")
+def test_forward_mode_is_the_gradient(version, implementation):
+    """Tangents along a direction, by `jvp` and by `linearize`."""
     with jax.enable_x64(True):
         loss, x = problem(version, implementation)
         v = directions(x)
-        if implementation in FORWARD_MODE[version.name]:
-            _, along = jax.jit(lambda x, v: jax.jvp(loss, (x,), (v,)))(x, v)
-            assert np.isclose(along, inner(jax.jit(jax.grad(loss))(x), v), rtol=1e-9)
-            return
-        forms = " or ".join(f"'{name}'" for name in FORWARD_MODE[version.name])
-        message = rf"wkv{version.name}: forward-mode .* needs implementation={forms}"
-        for call in (jax.jvp, jax.jit(jax.jvp, static_argnums=0)):
-            with pytest.raises(TypeError, match=message):
-                call(loss, (x,), (v,))
-        with pytest.raises(TypeError, match=message):
-            jax.linearize(loss, x)[1](v)
+        _, along = jax.jit(lambda x, v: jax.jvp(loss, (x,), (v,)))(x, v)
+        assert np.isclose(along, inner(jax.jit(jax.grad(loss))(x), v), rtol=1e-9)
+        if version.name == "7":
+            linear = jax.jit(lambda x, v: jax.linearize(loss, x)[1](v))
+            assert np.isclose(linear(x, v), along, rtol=1e-9)
+
+
+@default_and_slowly_others
+@every_version
+def test_mixed_partials(version, implementation):
+    """The gradient of some inputs along a direction of others, in three orders of modes."""
+    with jax.enable_x64(True):
+        loss, (inputs, state) = problem(version, implementation)
+        v = directions(inputs)["k"]
+
+        def of(k, value):
+            return loss((inputs | {"k": k, "v": value}, state))
+
+        def forward_over_reverse(k, value):
+            return jax.jvp(lambda k: jax.grad(of, 1)(k, value), (k,), (v,))[1]
+
+        def reverse_over_forward(k, value):
+            return jax.grad(lambda value: jax.jvp(lambda k: of(k, value), (k,), (v,))[1])(value)
+
+        def reverse_over_reverse(k, value):
+            return jax.grad(lambda value: jnp.vdot(jax.grad(of)(k, value), v))(value)
+
+        at = inputs["k"], inputs["v"]
+        expected = jax.jit(reverse_over_reverse)(*at)
+        close(jax.jit(forward_over_reverse)(*at), expected)
+        close(jax.jit(reverse_over_forward)(*at), expected)
 
 
 @chunked_and_slowly_others
 @quickly("7")
 def test_gradients_of_gradients(version, implementation):
-    """Reverse over reverse, and forward over reverse where supported, against finite differences of
-    gradients."""
+    """Reverse over reverse, and forward over reverse, against finite differences of gradients."""
     with jax.enable_x64(True):
         loss, x = problem(version, implementation)
         v = directions(x)
@@ -80,12 +107,32 @@ def test_gradients_of_gradients(version, implementation):
             lambda a, b: (a - b) / (2 * step), gradient(ahead), gradient(behind)
         )
         curved = jax.jit(jax.grad(lambda x: inner(jax.grad(loss)(x), v)))(x)
-        for a, b in zip(*map(jax.tree.leaves, (curved, differences)), strict=True):
-            assert relative_rms(a, b) < 1e-6
-        if implementation == "chunked" and version.name != "4":
-            pushed = jax.jit(lambda x, v: jax.jvp(jax.grad(loss), (x,), (v,))[1])(x, v)
-            for a, b in zip(*map(jax.tree.leaves, (pushed, curved)), strict=True):
-                assert relative_rms(a, b) < 1e-9
+        close(curved, differences, 1e-6)
+        # Version 4's `max_exp` is a scale that its gradient by hand does not move.
+        if version.name != "4":
+            close(jax.jit(lambda x, v: jax.jvp(jax.grad(loss), (x,), (v,))[1])(x, v), curved)
+
+
+@default_and_slowly_others
+@quickly("7")
+def test_mapped_tangents(version, implementation):
+    """`vmap` around and inside of derivatives in both modes."""
+    with jax.enable_x64(True):
+        loss, (inputs, state) = problem(version, implementation)
+
+        def of(value):
+            return loss((inputs | {"v": value}, state))
+
+        values = jnp.stack([inputs["v"], 2 * inputs["v"]])
+        outside = jax.jit(jax.vmap(jax.grad(of)))(values)
+        inside = jax.jit(jax.grad(lambda values: jnp.sum(jax.vmap(of)(values))))(values)
+        close(inside, outside)
+
+        def along(value):
+            return jax.jvp(of, (value,), (value,))[1]
+
+        expected = jnp.sum(outside * values, axis=range(1, values.ndim))
+        close(jax.jit(jax.vmap(along))(values), expected)
 
 
 @chunked_and_slowly_others

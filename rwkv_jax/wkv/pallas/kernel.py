@@ -197,8 +197,8 @@ def recurrence(
 
     Programs for the kernel's platform run these passes compiled. In other programs, a kernel that
     was not `named` is replaced by `xla`; a `named` one is interpreted on a CPU, which is slow.
-    First derivatives are those of the passes, second ones those of `reference`, the same function
-    in XLA. Masks have no gradient.
+    Gradients are those of the passes; tangents and second derivatives those of `reference`, the
+    same function in XLA. Masks have no gradient.
     """
     forms = {kernel.driver.platform: passes(False)}
     forms |= {"cpu": passes(True)} if named else {"default": xla}
@@ -207,28 +207,29 @@ def recurrence(
         for run in zip(*forms.values(), strict=True)
     )
 
-    @jax.custom_vjp
+    @jax.custom_jvp
     def forward_again(*args):
         return forward(*args)
 
-    def backward_of_forward(args, cotangents):
-        *x, masks = args
-        return *jax.vjp(lambda *x: reference(*x, masks), *x)[1](cotangents[0]), None
+    @forward_again.defjvp
+    def _(args, tangents):
+        outputs, residuals = forward(*args)
+        run = lambda *x: reference(*x, args[-1])  # noqa: E731
+        _, moved = jax.jvp(run, args[:-1], tangents[:-1])
+        return (outputs, residuals), (moved, jax.tree.map(jnp.zeros_like, residuals))
 
-    forward_again.defvjp(lambda *args: (forward(*args), args), backward_of_forward)
-
-    @jax.custom_vjp
+    @jax.custom_jvp
     def backward_again(args, residuals, cotangents):
         return backward(args, residuals, cotangents)
 
-    def backward_of_backward(saved, cotangents):
-        (*x, masks), residuals, dy = saved
+    @backward_again.defjvp
+    def _(primals, tangents):
+        args, _, dy = primals
 
         def gradient(x, dy):
-            return jax.vjp(lambda *x: reference(*x, masks), *x)[1](dy)
+            return jax.vjp(lambda *x: reference(*x, args[-1]), *x)[1](dy)
 
-        x, dy = jax.vjp(gradient, tuple(x), dy)[1](cotangents[:-1])
-        return (*x, None), jax.tree.map(jnp.zeros_like, residuals), dy
+        _, moved = jax.jvp(gradient, (args[:-1], dy), (tangents[0][:-1], tangents[2]))
+        return backward(*primals), (*moved, None)
 
-    backward_again.defvjp(lambda *all: (backward(*all), all), backward_of_backward)
-    return with_gradient(kernel.tile.operator, primal, forward_again, backward_again)
+    return with_gradient(primal, forward_again, backward_again, pushed=reference)

@@ -122,7 +122,10 @@ def recurrence(step: Step, platform: str, named: bool) -> Callable[..., tuple[Ar
     def backward(args: tuple, residuals: None, cotangents: tuple) -> tuple:
         return jax.vjp(step.reference, *args)[1](cotangents)
 
-    return with_gradient(step.operator, run, lambda *args: (run(*args), None), backward)
+    def forward(*args: Array) -> tuple:
+        return run(*args), None
+
+    return with_gradient(run, forward, backward, pushed=step.reference)
 
 
 def _gpu(step: Step, interpret: bool, inputs: Inputs) -> Outputs:

@@ -92,13 +92,14 @@ def backward(
     """Each token's (dk, dv), and what is carried to the token before the first."""
     readings = []
     for x, d in zip(tokens, dy, strict=True):
-        state, reading = sweeps.step_again(log_w, u, state, (x, d))
-        readings.append(reading)
-    carry, out = (after, sweeps.inner(state, after.grad)), []
+        state = sweeps.meet(state, x)
+        readings.append(sweeps.read_again(u, state, x, d))
+        state = sweeps.advance(state, x, log_w)
+    out = []
     for x, reading in zip(reversed(tokens), reversed(readings), strict=True):
-        carry, gradients = sweeps.step_back(log_w, carry, (x, x.v - reading.gap, reading))
+        after, gradients = sweeps.step_back(log_w, after, (x, x.v - reading.gap, reading))
         out.append(gradients)
-    return out[::-1], carry[0]
+    return out[::-1], after
 
 
 TILE = Tile("wkv4", forward, backward, flags)

@@ -125,14 +125,13 @@ def backward(
     added, _ = lax.scan(step, empty, (chunks, y, reading), reverse=True)
     decay = total_decay(x.log_w, chunks)
     leaving, first = join(decay, added, sweeps.gradient_of_sums(dlast, last), reverse=True)
-    ends = jax.tree.map(lambda e, s: jnp.concatenate([e[:, 1:], s[:, None]], 1), entering, last)
 
     after = SweptBack(leaving, jnp.zeros_like(empty.num), jnp.zeros_like(empty.num))
-    before, gradients = sweeps.sweep_back(x.log_w, chunks, y, reading, ends, after)
+    before, gradients = sweeps.sweep_back(x.log_w, chunks, y, reading, after)
     dk, dv = map(partial(merge_chunks, t=t), gradients)
     dx = Inputs(jnp.sum(before.log_w, (0, 1)), dk, dv, jnp.sum(before.u, (0, 1)))
     return dx, sweeps.gradient_of_state(first, state), None
 
 
-wkv4 = with_gradient("wkv4", outputs_of(forward), forward, backward, keeps_outputs=True)
+wkv4 = with_gradient(outputs_of(forward), forward, backward, keeps_outputs=True)
 """The form by an associative scan over chunks of 64 tokens."""

@@ -60,20 +60,18 @@ def backward(
     chunks = jax.tree.map(chunks_first, sweeps.tokens(x.k, x.v, reset, x.mask, size))
     y, dy = (chunks_first(sweeps.split_chunks(z, size)) for z in (y, dy))
 
-    def chunk(carry: tuple[SweptBack, Wkv4State], inputs: tuple) -> tuple[tuple, tuple]:
-        after, end = carry
+    def chunk(after: SweptBack, inputs: tuple) -> tuple[SweptBack, tuple[Array, Array]]:
         tokens, y, dy, entering = inputs
         reading = sweeps.readings(x.log_w, x.u, tokens, dy, entering)
-        before, gradients = sweeps.sweep_back(x.log_w, tokens, y, reading, end, after)
-        return (before, entering), gradients
+        return sweeps.sweep_back(x.log_w, tokens, y, reading, after)
 
     zeros = jnp.zeros_like(last.num)
-    carry = (SweptBack(sweeps.gradient_of_sums(dlast, last), zeros, zeros), last)
-    (before, _), gradients = lax.scan(chunk, carry, (chunks, y, dy, entering), reverse=True)
+    after = SweptBack(sweeps.gradient_of_sums(dlast, last), zeros, zeros)
+    before, gradients = lax.scan(chunk, after, (chunks, y, dy, entering), reverse=True)
     dk, dv = map(partial(merge_chunks, t=t), gradients)
     dx = Inputs(jnp.sum(before.log_w, 0), dk, dv, jnp.sum(before.u, 0))
     return dx, sweeps.gradient_of_state(before.grad, state), None
 
 
-wkv4 = with_gradient("wkv4", in_place, forward, backward, keeps_outputs=True)
+wkv4 = with_gradient(in_place, forward, backward, keeps_outputs=True)
 """The form by chunks of 64 tokens."""

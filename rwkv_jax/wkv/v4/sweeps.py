@@ -2,19 +2,18 @@
 
 A sweep is over the tokens of one chunk, for any number of chunks at once. The forward sweep is the
 definition. For the backward pass only the states that enter chunks are kept; it sweeps a chunk
-forward again for the denominators, then back. With q_t = dy_t / denominator_t, and G_t the gradient
-of (numerator, denominator) before token t,
+forward again for the states that tokens read, then back. With q_t = dy_t / denominator_t, and G_t
+the gradient of (numerator, denominator) before token t,
 
     G_t  = (q_t, -q_t y_t) + w G_{t+1}              the same recurrence, run backwards
     dk_t = e^{k_t} <(v_t, 1), G_{t+1}> + e^{u+k_t} q_t (v_t - y_t)
     dv_t = e^{k_t} G_{t+1}[numerator] + e^{u+k_t} q_t
     du   = sum_t e^{u+k_t} q_t (v_t - y_t)
-    d log w = sum_t f_t,   f_t = w <S_t, G_{t+1}>
+    d log w = sum_t w <S_t, G_{t+1}>
 
-where f_t, the flow through the state at step t, needs no state: <S_t, G_t> = f_t - e^{u+k_t} q_t
-(v_t - y_t), because numerator - y * denominator is zero, and f_t = <S_{t+1}, G_{t+1}> - e^{k_t}
-<(v_t, 1), G_{t+1}>. One scalar is carried. It is recomputed from the state at every chunk, so that
-rounding errors do not accumulate.
+Each product of the last sum is also a difference of the other gradients: w <S_t, G_{t+1}> =
+<S_t, G_t> + e^{u+k_t} q_t (v_t - y_t). Where w is small, that would be a difference of numbers that
+are nearly equal.
 """
 
 from functools import partial
@@ -111,28 +110,30 @@ class Readings(NamedTuple):
     """What the backward sweeps need of how each token read the state; exponents are separate, to
     avoid overflow."""
 
+    state: Wkv4State  # before the token
     exponent: Array  # of the denominator
     q: Array  # dy / denominator, without e^-exponent
     current: Array  # e^{u+k} q: the part of dv that comes from the token's own y
     gap: Array  # v - y, not by subtraction: with a strong bonus y rounds to v
 
 
-def step_again(
-    log_w: Array, u: Array, state: Wkv4State, inputs: tuple[Tokens, Array]
-) -> tuple[Wkv4State, Readings]:
-    """The state after a token, and its reading; `inputs` are the token and dy."""
-    token, dy = inputs
-    state = meet(state, token)
+def read_again(u: Array, state: Wkv4State, token: Tokens, dy: Array) -> Readings:
+    """How a token read `state`, which is what `meet` returned."""
     top, old, new = blend(state.max_exp, row(u, token.k) + token.k)
     inverse = 1 / (old * state.den + new)
     q = dy * inverse
     gap = old * (state.den * token.v - state.num) * inverse
-    return advance(state, token, log_w), Readings(top, q, new * q, gap)
+    return Readings(state, top, q, new * q, gap)
 
 
 def readings(log_w: Array, u: Array, x: Tokens, dy: Array, entering: Wkv4State) -> Readings:
     """The readings, by a second forward sweep."""
-    return lax.scan(partial(step_again, log_w, u), entering, (x, dy))[1]
+
+    def step(state: Wkv4State, token: Tokens) -> tuple[Wkv4State, Wkv4State]:
+        state = meet(state, token)
+        return advance(state, token, log_w), state
+
+    return read_again(u, lax.scan(step, entering, x)[1], x, dy)
 
 
 def retreat(grad: Wkv4State, token: Tokens, y: Array, reading: Readings, log_w: Array) -> Wkv4State:
@@ -150,37 +151,36 @@ class SweptBack(NamedTuple):
 
 
 def step_back(
-    log_w: Array, carry: tuple[SweptBack, Array], inputs: tuple[Tokens, Array, Readings]
-) -> tuple[tuple[SweptBack, Array], tuple[Array, Array]]:
-    """One token: the carry before it, from that after it, and (dk, dv). Carried are the gradients,
-    and the flow through the state; `inputs` are the token, its y and its reading."""
-    (grad, dlog_w, du), flow = carry
+    log_w: Array, carry: SweptBack, inputs: tuple[Tokens, Array, Readings]
+) -> tuple[SweptBack, tuple[Array, Array]]:
+    """One token: the gradients before it, from those after it, and (dk, dv); `inputs` are the
+    token, its y and its reading."""
+    grad, dlog_w, du = carry
     token, y, reading = inputs
-    scale = jnp.exp(jnp.minimum(token.k + grad.max_exp, LARGEST_EXPONENT))
-    stored = scale * (token.v * grad.num + grad.den)
+    scale = bounded_exp(token.k + grad.max_exp)
     own = reading.current * reading.gap
-    through = zero_where(flow - stored, token.starts)
-    flow = zero_where(through - own, token.starts)
-    dlog_w = dlog_w + zero_where(through, token.padding)
+    dlog_w = dlog_w + zero_where(flow(reading.state, grad, log_w), token.padding)
     before = SweptBack(retreat(grad, token, y, reading, log_w), dlog_w, du + own)
-    return (before, flow), (stored + own, scale * grad.num + reading.current)
+    dk = scale * (token.v * grad.num + grad.den) + own
+    return before, (dk, scale * grad.num + reading.current)
 
 
 def sweep_back(
-    log_w: Array, x: Tokens, y: Array, reading: Readings, end: Wkv4State, after: SweptBack
+    log_w: Array, x: Tokens, y: Array, reading: Readings, after: SweptBack
 ) -> tuple[SweptBack, tuple[Array, Array]]:
-    """All tokens, backwards from the state `end` and its gradient in `after`: the carry before the
-    first token, and (dk, dv) [C, *lanes, c]."""
-    carry = (after, inner(end, after.grad))
-    step = partial(step_back, log_w)
-    (before, _), gradients = lax.scan(step, carry, (x, y, reading), reverse=True)
-    return before, gradients
+    """All tokens, backwards: the gradients before the first, and (dk, dv) [C, *lanes, c]."""
+    return lax.scan(partial(step_back, log_w), after, (x, y, reading), reverse=True)
 
 
-def inner(state: Wkv4State, grad: Wkv4State) -> Array:
-    """<S, G>, the flow through the state."""
-    exponent = jnp.minimum(state.max_exp + grad.max_exp, LARGEST_EXPONENT)
-    return (state.num * grad.num + state.den * grad.den) * jnp.exp(exponent)
+def flow(state: Wkv4State, grad: Wkv4State, log_w: Array) -> Array:
+    """w <S, G>: what the decay passes on, of a state before a step and a gradient after it."""
+    factor = bounded_exp(state.max_exp + grad.max_exp + row(log_w, state.num))
+    return (state.num * grad.num + state.den * grad.den) * factor
+
+
+def bounded_exp(x: Array) -> Array:
+    """e^x, at most e^`LARGEST_EXPONENT`."""
+    return jnp.exp(jnp.minimum(x, LARGEST_EXPONENT))
 
 
 def zero_where(x: Array, where: Array | None) -> Array:
@@ -196,6 +196,6 @@ def gradient_of_sums(dlast: Wkv4State, last: Wkv4State) -> Wkv4State:
 
 def gradient_of_state(grad: Wkv4State, state: Wkv4State) -> Wkv4State:
     """The gradient of the initial state, from that of its sums."""
-    scale = jnp.exp(jnp.minimum(state.max_exp + grad.max_exp, LARGEST_EXPONENT))
+    scale = bounded_exp(state.max_exp + grad.max_exp)
     num, den = grad.num * scale, grad.den * scale
     return Wkv4State(num, den, num * state.num + den * state.den)

@@ -47,7 +47,7 @@ def backward(
     return *scan_chunks_back(chunk, x, heads, reset, entering, cotangents, size), None
 
 
-_by_chunks = with_gradient("wkv6", outputs_of(forward), forward, backward)
+_by_chunks = with_gradient(outputs_of(forward), forward, backward)
 
 
 def wkv6(x: Inputs, state: State, reset: Starts) -> tuple[Output, State]:

@@ -47,5 +47,5 @@ def backward(
     return dx, dstate, None
 
 
-wkv7 = with_gradient("wkv7", outputs_of(forward), forward, backward)
+wkv7 = with_gradient(outputs_of(forward), forward, backward)
 """The form by chunks of 32 tokens."""

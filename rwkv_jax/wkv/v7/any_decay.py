@@ -1,0 +1,83 @@
+"""RWKV-7's WKV for decays of any strength.
+
+The factors that a chunk splits its decays into overflow where these are strong (`algebra.py`).
+Sequences with such a token are computed token by token, decided when the program runs.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from rwkv_jax.remat import rematerialise
+from rwkv_jax.typing import Array, Bool, Float
+from rwkv_jax.wkv.chunks import DocumentIds, scan_chunks, scan_chunks_back
+from rwkv_jax.wkv.form import Form, Output, Starts, State, in_compute_dtype
+from rwkv_jax.wkv.gradient import outputs_of, with_gradient
+from rwkv_jax.wkv.v7 import recurrence
+from rwkv_jax.wkv.v7.chunked import CHUNK
+from rwkv_jax.wkv.v7.recurrence import Inputs
+
+STRONGEST = -4.0
+"""The least log decay of a token that chunks of 32 tokens can compute: their factors are up to
+e^64, and of the products of these only those that are at most 1 count."""
+
+
+def for_any_decay(form: Form) -> Form:
+    """`form`, or where a decay is stronger than `STRONGEST`, `by_tokens`."""
+    if form is recurrence.scan:
+        return form
+
+    def run(x: Inputs, state: State, reset: Starts) -> tuple[Output, State]:
+        mild = is_mild(lax.stop_gradient(x.log_w))
+        return lax.cond(mild, form, in_compute_dtype(by_tokens), x, state, reset)
+
+    # Of a `cond`, JAX keeps what the gradient of either branch needs: copies of all inputs, too.
+    return rematerialise(run, "wkv", prevent_cse=True)
+
+
+@custom_vmap
+def is_mild(log_w: Float[Array, "b t h k"]) -> Bool[Array, ""]:
+    return jnp.all(log_w >= STRONGEST)
+
+
+@is_mild.def_vmap
+def _(size, batched, log_w):
+    # One answer for all: a `cond` with several is computed by both branches.
+    return is_mild(log_w), False
+
+
+def chunk(x: Inputs, ids: DocumentIds | None, state: Array) -> tuple[Array, Array]:
+    """`y` of one chunk [b, h, C, n] and the state after it, token by token."""
+    starts = None
+    if ids is not None:
+        before = jnp.concatenate([ids.before, ids.tokens[:, :-1]], 1)
+        starts = ids.tokens != before
+    y, after = recurrence.scan(Inputs(*(z.swapaxes(1, 2) for z in x)), state, starts)
+    return y.swapaxes(1, 2), after
+
+
+def forward(x: Inputs, state: State, reset: Starts) -> tuple[tuple[Array, Array], Array]:
+    """(`y`, the state after), and the states that enter the chunks."""
+    return scan_chunks(chunk, x, state, reset, CHUNK)
+
+
+def backward(
+    args: tuple[Inputs, Array, Array | None],
+    entering: Float[Array, "chunks b h v k"],
+    cotangents: tuple[Array, Array],
+) -> tuple[Inputs, Array, None]:
+    """Gradients of the arguments of `forward`, from those of `y` and the state after."""
+    x, _, reset = args
+
+    def back(x: Inputs, ids: DocumentIds | None, state: Array, dy: Array, dstate: Array) -> tuple:
+        _, pull_back = jax.vjp(lambda x, state: chunk(x, ids, state), x, state)
+        dx, dstate = pull_back((dy, dstate))
+        return dx, (), dstate
+
+    dx, _, dstate = scan_chunks_back(back, x, (), reset, entering, cotangents, CHUNK)
+    return dx, dstate, None
+
+
+by_tokens = with_gradient(outputs_of(forward), forward, backward)
+"""The definition, whose gradient keeps one state a chunk."""
