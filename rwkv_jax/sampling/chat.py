@@ -450,7 +450,8 @@ class Conversation:
         for chunk in stream:
             if chunk.finish != "length":  # its text may be the start of a stop string
                 reply.grow(chunk, stream.decoding, generator.tokenizer)
-            text = self._settle() if chunk.finish else reply.beginning + reply.text
+            # Blanks at the end are dropped if the reply ends here: `<think ` may become `<think>`.
+            text = self._settle() if chunk.finish else (reply.beginning + reply.text).rstrip()
             yield reply.next_chunk(text, chunk.tokens, chunk.finish)
             if self._reply is not reply:
                 return  # the reply was ended while the caller had control

@@ -108,7 +108,7 @@ def test_escapes_mean_what_people_mean(run, capsys):
     assert out == f"a\nb{written('a' + chr(10) + 'b', 3)}\n" and r"[\n, \t and" in err
     assert sample_py(run, r"a\nb", "--no-escape", *FLAGS) == 0
     out, err = capsys.readouterr()
-    assert out == rf"a\nb{written(r'a' + chr(92) + 'nb', 3)}" + "\n" and "read as" not in err
+    assert out == rf"a\nb{written(r'a' + chr(92) + 'nb', 3)}" + "\n" and "in PROMPT" not in err
     free = written("def", 3)
     stop = free[4].encode("unicode_escape").decode()
     for flags in (["--stop", r"\n"], ["--stop", r"x\t\\"], ["--stop", stop]):
@@ -179,6 +179,7 @@ def test_the_compute_type(run, capsys):
         (["RUN", "--suffix", "x", "-i"], "--interactive and --suffix: leave one out"),
         (["RUN", "--suffix", "x", "--suffix-file", "TMP/latin"], "give one of them"),
         (["RUN", "--suffix", "x", "--prompt-ids", "1"], "--prompt-ids and --suffix"),
+        (["RUN", "--prompt-file", "-", "--suffix-file", "-"], "stdin can be read once"),
         (["RUN", "--suffix-file", "TMP/none"], "--suffix-file .*none: No such file"),
         (["RUN", "--top-logprobs", "2"], "--top-logprobs belongs to --logprobs"),
         (["RUN", "--logprobs", "TMP/no/x"], "--logprobs .*no/x: cannot be a file"),

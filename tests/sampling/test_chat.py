@@ -7,7 +7,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tolerances import assert_close
 
@@ -332,6 +332,7 @@ PARTS = st.sampled_from(
     tokens=st.integers(0, 30),
     think=st.sampled_from(["on", "off"]),
 )
+@example(reply=" ", tokens=1, think="on")
 def test_any_reply_cut_anywhere(scripted, reply, tokens, think):
     """The transcript has what was shown, with one complete end of the reply."""
     talk = talking(scripted, reply, think=think, max_tokens=tokens)
@@ -376,6 +377,7 @@ def test_thoughts_and_answers_are_separated(scripted, think, reply, expected):
 @pytest.mark.parametrize(
     "think, reply, tokens, stands",
     [
+        ("on", " ", 1, " <think>\n</think>"),
         ("on", ">\nWell, so", 6, " <think>\nWell\n</think>"),
         ("on", ">\nWell</think>\nYes", 99, None),
         ("on", ">\nWell\n\nUser:", 99, " <think>\nWell\n</think>"),
@@ -477,6 +479,7 @@ def test_a_flower_that_is_typed_is_refused(scripted):
     tokens=st.integers(0, 30),
     think=st.sampled_from(["on", "off"]),
 )
+@example(reply=" ", tokens=1, think="on")
 def test_any_reply_with_flowers_cut_anywhere(scripted, reply, tokens, think):
     talk = talking(scripted, reply, think=think, max_tokens=tokens, template="flower")
     chunks = list(talk.say("a"))
