@@ -299,8 +299,8 @@ def _placed(sources: Sequence[ArrayLike], spec: ParamSpec, sharding: Any) -> Arr
         layers = range(*index[0].indices(spec.layers))
         each = [_ours(sources[i], spec)[index[1:]] for i in layers]
         together = np.empty((len(each), *each[0].shape), kind)
-        for i, values in enumerate(each):
-            copy_into(together[i], values)
+        for layer, values in enumerate(each):
+            copy_into(together[layer], values)
         return together
 
     return jax.make_array_from_callback(shape, sharding, part)

@@ -362,21 +362,16 @@ def _official(
     """Tensors in official names; `config` is by default the `config.json` beside the file, which
     counts for Hugging Face's names only."""
     with naming(path):
-        hub = huggingface.is_huggingface(tensors)
+        renamed = huggingface.is_huggingface(tensors)
+        prefixed = any(name.startswith("rwkv7.") for name in tensors)
         if config is None:
-            config = _config(path.with_name("config.json")) if hub else {}
-        if hub:
+            config = _config(path.with_name("config.json")) if renamed or prefixed else {}
+        if renamed:
             layout = huggingface.layout_of(tensors, config)
             return Weights(path, layout, huggingface.to_official(tensors, config))
-        named = huggingface.with_official_names(tensors, config)
-        return Weights(path, _format(path, tensors), named)
-
-
-def _format(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
-    if any(name.startswith("rwkv7.") for name in tensors):
-        return huggingface.OFFICIAL
-    pth = path.name.endswith(PTH) or re.search(r"\.bin\b", path.name)
-    return "pth" if pth else "safetensors"
+        pth = path.name.endswith(PTH) or ".bin." in path.name  # or an index of such files
+        layout = huggingface.OFFICIAL if prefixed else "pth" if pth else "safetensors"
+        return Weights(path, layout, huggingface.with_official_names(tensors, config))
 
 
 def _config(path: Path) -> dict[str, Any]:

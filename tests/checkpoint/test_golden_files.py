@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from official_weights import checkpoint
 from tolerances import GOLDEN_LOGITS, MODEL_BFLOAT16, relative_rms
 
 import rwkv_jax
@@ -177,10 +178,10 @@ CONTAINERS = [
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
-def files(folder, rename, container, keys, dtype):
-    tensors = {rename(name): x.astype(DTYPES[dtype]) for name, x in golden()[0].items()}
+def files(folder, tensors, rename, container, keys, dtype):
     folder.mkdir()
-    return container(folder, tensors, keys)
+    renamed = {rename(name): x.astype(DTYPES[dtype]) for name, x in tensors.items()}
+    return container(folder, renamed, keys)
 
 
 def test_equal_logits_whatever_the_file(tmp_path):
@@ -188,7 +189,7 @@ def test_equal_logits_whatever_the_file(tmp_path):
     cases = [*zip(NAMES, itertools.cycle(CONTAINERS), itertools.repeat(()))]
     cases += [(in_front(), one_pth, keys) for keys in KEYS]
     for number, (case, dtype) in enumerate(zip(cases, itertools.cycle(DTYPES))):
-        paths = files(tmp_path / str(number), *case, dtype)
+        paths = files(tmp_path / str(number), golden()[0], *case, dtype)
         check_logits(paths[number % len(paths)], dtype=dtype)
 
 
@@ -196,11 +197,12 @@ def test_equal_logits_whatever_the_file(tmp_path):
 def test_equal_numbers_in_every_combination(tmp_path):
     names = [*NAMES, *(in_front(*pair) for pair in PAIRS)]
     around = [(container, ()) for container in CONTAINERS] + [(one_pth, keys) for keys in KEYS[1:]]
+    tensors = checkpoint("7", layers=2)
     for number, (rename, case) in enumerate(itertools.product(names, around)):
-        for path in files(tmp_path / str(number), rename, *case, "bfloat16"):
+        for path in files(tmp_path / str(number), tensors, rename, *case, "bfloat16"):
             found = weights.read(path).tensors
-            assert found.keys() == golden()[0].keys()
-            for name, x in golden()[0].items():
+            assert found.keys() == tensors.keys()
+            for name, x in tensors.items():
                 assert np.array_equal(found[name], x.astype(ml_dtypes.bfloat16)), (path, name)
         shutil.rmtree(tmp_path / str(number))
 
@@ -303,6 +305,7 @@ def test_the_official_layout_out_and_in(tmp_path):
     ):
         (tmp_path / "hf" / "config.json").write_text(json.dumps(config | change))
         check_refused(tmp_path / "hf", message)
+        check_refused(tmp_path / "hf" / "model.safetensors", message)
 
 
 def for_web_rwkv(tensors):
