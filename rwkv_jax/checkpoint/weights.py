@@ -192,13 +192,17 @@ def _beside(weights: Weights, vocab_size: int) -> tuple[Path, Tokenizer] | None:
     One of another size belongs to another model: a folder often holds several."""
     if weights.format == "run":
         folder = weights.path / store.TOKENIZER
-        return folder / HF_FILE, load_tokenizer(folder)
+        found = load_tokenizer(folder)
+        return folder / (WORLD_FILE if found.kind == "txt" else HF_FILE), found
     own = weights.path.is_dir()  # everything in a folder belongs to its model
     folder = weights.path if own else weights.path.parent
     padding = vocab_size if own else PADDING
-    for path in (folder / HF_FILE, folder / PILE_FILE):
-        if path.is_file() and _fits(tokenizer := open_tokenizer(str(path)), vocab_size, padding):
-            return path, tokenizer
+    for path in (folder / HF_FILE, folder / PILE_FILE, folder / WORLD_FILE):
+        if path.is_file():
+            tokenizer = open_tokenizer(str(path))
+            needed = tokenizer.kind != "world"  # which is known by its size
+            if needed and _fits(tokenizer, vocab_size, padding):
+                return path, tokenizer
     return None
 
 
@@ -217,9 +221,9 @@ def tokenizer_files(weights: Weights, vocab_size: int, target: Path) -> dict[str
     """
     found = _beside(weights, vocab_size)
     kind = tokenizer_kind(weights, vocab_size)
-    own = found[0].read_bytes() if found and kind in ("bpe", "file") else b""
+    own = found[0].read_bytes() if found and kind in ("bpe", "file", "txt") else b""
     if not is_file(target):
-        files = {HF_FILE: own} if own else {}
+        files = {WORLD_FILE if kind == "txt" else HF_FILE: own} if own else {}
         files |= {WORLD_FILE: world_vocabulary().read_bytes()} if kind == "world" else {}
         if config := huggingface.tokenizer_config(kind, vocab_size):
             files["tokenizer_config.json"] = _json(config)

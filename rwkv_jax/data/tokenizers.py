@@ -402,11 +402,13 @@ def open_tokenizer(name: str, setting: str = "data.tokenizer = ") -> Tokenizer:
     content = _read_text(path)
     if not re.match(r"\s*\d+ b?['\"]", content):
         return JsonTokenizer(content, "file", path)
-    found = TextTokenizer(content, path)
     try:
-        world = _world()
+        world, official = _world(), world_vocabulary().read_text(encoding="utf-8")
     except TokenizerError:  # its package is not installed
-        return found
+        return TextTokenizer(content, path)
+    if content == official:
+        return world
+    found = TextTokenizer(content, path)
     spare = [UNKNOWN] * (world.vocab_size - found.vocab_size)
     return world if [*(found._bytes or ()), *spare] == world._bytes else found
 
