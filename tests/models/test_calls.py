@@ -125,6 +125,7 @@ def test_the_loss_is_float64_too():
         hidden, head = (jnp.asarray(rng.normal(size=x)) for x in ((1, 5, 4), (4, 9)))
         targets = jnp.array([[1, 8, 3, 0, 2]])
 
+        @jax.jit
         def loss(hidden, head):
             return cross_entropy(hidden, head, targets, z_loss=0.1)[0]
 
