@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rwkv_jax import sharding
+from rwkv_jax.nn import precise_dtype
 from rwkv_jax.typing import Array, Callable, Float, Int
 
 CHUNK_LOGITS = 1 << 21
@@ -56,8 +57,8 @@ def cross_entropy(
     `chunk_tokens` is the number of tokens whose logits exist at once; None chooses. Differentiable
     in reverse mode only, with respect to `hidden` and `head`.
     """
-    if weight is None:
-        weight = jnp.ones(targets.shape, jnp.float32)
+    wide = precise_dtype(hidden.dtype)
+    weight = jnp.ones(targets.shape, wide) if weight is None else weight.astype(wide)
     terms = _Terms(targets.size, l2wrap, z_loss, chunk_tokens)
     outputs: Any = _objective(hidden, sharding.gather(head), targets, weight, terms)
     loss, metrics = outputs
@@ -108,7 +109,10 @@ def _over_chunks(chunk, carry, head, arrays, chunk_tokens):
 
 def _logits(hidden, head):
     return jnp.einsum(
-        "btc,cV->btV", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
+        "btc,cV->btV",
+        hidden,
+        head.astype(hidden.dtype),
+        preferred_element_type=precise_dtype(hidden.dtype),
     )
 
 
@@ -163,7 +167,7 @@ def _objective(hidden, head, targets, weight, settings):
             return _add_terms(sums, terms, weight), None
 
         arrays = hidden, targets, weight
-        sums, _ = _over_chunks(chunk, _no_terms(), head, arrays, settings.chunk_tokens)
+        sums, _ = _over_chunks(chunk, _no_terms(weight.dtype), head, arrays, settings.chunk_tokens)
         return lax.psum(sums, tokens) if tokens else sums
 
     outputs = dict.fromkeys(TERMS, "")
@@ -181,6 +185,7 @@ def _with_gradients(settings, hidden, head, targets, weight, tokens, words):
     """The sums over all tokens, and the gradients of the mean with respect to `hidden` and
     `head`."""
     total, l2wrap, z_loss, chunk_tokens = settings
+    wide = weight.dtype
 
     def chunk(carry, inputs):
         sums, d_head = carry
@@ -188,19 +193,19 @@ def _with_gradients(settings, hidden, head, targets, weight, tokens, words):
         logits = _logits(hidden, head)
         terms = _token_terms(logits, targets, words)
         _, partition, largest = (term[..., None] for term in terms)
-        ids = lax.broadcasted_iota(jnp.int32, logits.shape, 2) + _first_word(logits, words)
+        ids = lax.broadcasted_iota(targets.dtype, logits.shape, 2) + _first_word(logits, words)
         d_logits = jnp.exp(logits - partition) * (1 + 2 * z_loss * partition)
-        d_logits -= (ids == targets[..., None]).astype(jnp.float32)
+        d_logits -= (ids == targets[..., None]).astype(logits.dtype)
         if l2wrap:
             # Equal largest logits, rare in float32, are all pulled: an argmax costs a tenth more.
             d_logits += jnp.where(logits == largest, l2wrap * largest, 0.0)
         d_logits = (d_logits * (weight / total)[..., None]).astype(hidden.dtype)
         d_hidden = jnp.einsum("btV,cV->btc", d_logits, head.astype(hidden.dtype))
         d_hidden = lax.psum(d_hidden, words) if words else d_hidden
-        d_head += jnp.einsum("btc,btV->cV", hidden, d_logits, preferred_element_type=jnp.float32)
+        d_head += jnp.einsum("btc,btV->cV", hidden, d_logits, preferred_element_type=wide)
         return (_add_terms(sums, terms, weight), d_head), d_hidden
 
-    carry, arrays = (_no_terms(), jnp.zeros(head.shape, jnp.float32)), (hidden, targets, weight)
+    carry, arrays = (_no_terms(wide), jnp.zeros(head.shape, wide)), (hidden, targets, weight)
     carry, d_hidden = _over_chunks(chunk, carry, head, arrays, chunk_tokens)
     sums, d_head = lax.psum(carry, tokens) if tokens else carry
     return sums, d_hidden, d_head
@@ -218,8 +223,8 @@ _objective.defvjp(_objective_forward, _objective_backward)
 TERMS = ("cross_entropy", "z_loss", "max_logit")
 
 
-def _no_terms():
-    return {name: jnp.zeros((), jnp.float32) for name in TERMS}
+def _no_terms(dtype):
+    return {name: jnp.zeros((), dtype) for name in TERMS}
 
 
 def _add_terms(sums, terms, weight):

@@ -45,7 +45,8 @@ def check_params(params: Any, expected: PyTree, cfg: ModelConfig) -> None:
         {path_name(path): list(jnp.shape(x)) for path, x in jax.tree.leaves_with_path(tree)}
         for tree in (params, expected)
     )
-    for name in [*found, *wanted]:
+    # First those that only one has: of another version, nearly all differ.
+    for name in sorted([*found, *wanted], key=lambda name: name in found and name in wanted):
         have, want = (shapes.get(name, "missing") for shapes in (found, wanted))
         if have != want:
             raise ValueError(

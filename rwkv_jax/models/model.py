@@ -104,7 +104,7 @@ def _expected(cfg: ModelConfig, unstacked: bool) -> Model[jax.ShapeDtypeStruct]:
     return jax.eval_shape(unstack, params) if unstacked else params
 
 
-def check_params(params: Model[Array], cfg: ModelConfig) -> None:
+def check_params(params: Any, cfg: ModelConfig) -> None:
     """Raises `ValueError` unless these are the parameters of `cfg`'s model, in either layout."""
     unstacked = isinstance(getattr(params, "blocks", None), tuple)
     checks.check_params(params, _expected(cfg, unstacked), cfg)
@@ -126,7 +126,7 @@ def init_state(cfg: ModelConfig, batch: int, params: Model[Array] | None = None)
     return State(blocks, cfg.version)
 
 
-def check_state(state: State, cfg: ModelConfig, batch: int) -> None:
+def check_state(state: Any, cfg: ModelConfig, batch: int) -> None:
     """Raises `ValueError` unless `state` fits `cfg`'s model and `batch` rows."""
     if not isinstance(state, State):
         raise ValueError(
@@ -219,7 +219,7 @@ def backbone(
 @partial(jax.jit, static_argnums=range(4, 9))
 def _backbone(
     params: Model[Array],
-    tokens: Int[Array, "b t"],
+    tokens: Array,
     state: State | None,
     masks: dict[str, Array | None],
     cfg: ModelConfig,
@@ -228,6 +228,7 @@ def _backbone(
     remat: Remat,
     implementation: str | None,
 ) -> tuple[Float[Array, "b t c"], State]:
+    tokens = tokens.astype(jnp.int32)  # ids of any integer type
     given: State = _fresh_state(params, tokens, cfg) if state is None else state
     memory = jax.tree.map(lambda x: x.astype(nn.precise_dtype(dtype)), given.blocks)
     version = VERSIONS[cfg.version]

@@ -78,8 +78,9 @@ def adamw(
     )
 
     def update(grads: PyTree, state: PyTree, params: PyTree | None = None) -> tuple:
-        # optax raises floats to integer powers, which JAX's strict promotion refuses.
-        with jax.numpy_dtype_promotion("standard"):
+        # optax raises floats to integer powers, which JAX's strict promotion refuses, and which are
+        # float64 where that is enabled.
+        with jax.numpy_dtype_promotion("standard"), jax.enable_x64(False):
             return chain.update(grads, state, params)
 
     return optax.GradientTransformation(chain.init, update)  # pyright: ignore[reportArgumentType]

@@ -112,7 +112,10 @@ def wkv6(
     Raises `ValueError` for an unknown implementation, shapes that do not match, and a mesh axis
     that does not exist or does not divide the length.
     """
-    x, operator = Inputs6(r, log_w, k, v, u, initial), WKV5 if jnp.ndim(log_w) == 2 else WKV6
+    x, operator = (
+        Inputs6(r, log_w, k, v, u, initial),
+        WKV5 if len(getattr(log_w, "shape", ())) == 2 else WKV6,
+    )
     _check_arrays(operator, x, state)
     if initial is not None:
         x = x._replace(initial=initial.astype(compute_dtype(x, state)))

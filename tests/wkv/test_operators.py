@@ -28,7 +28,7 @@ from wkv.operators import (
 
 from rwkv_jax import testing
 from rwkv_jax.testing import leak_test
-from rwkv_jax.wkv import IMPLEMENTATIONS, KERNELS, Wkv4State, wkv4, wkv6
+from rwkv_jax.wkv import IMPLEMENTATIONS, KERNELS, Wkv4State, wkv4, wkv6, wkv7
 
 
 @pytest.mark.parametrize(
@@ -420,3 +420,76 @@ def test_version_6_default_starts_documents_from_the_learnt_state(size):
     actual_y, actual = jax.jit(wkv6)(**inputs, reset=reset, initial=initial)
     assert_close(actual_y, y, "float32", name="y")
     assert_close(actual, state, "float32", name="final state")
+
+
+STRONG = {
+    "all": lambda rng, size: np.full(size, -20.0),
+    "some": lambda rng, size: rng.choice([-3e-4, -20.0, -1e4], size=size),
+    "endless": lambda rng, size: rng.choice([-3e-4, -np.inf], size=size),
+}
+
+
+@pytest.mark.parametrize(
+    ("decays", "implementation"),
+    [
+        ("some", "chunked"),
+        *(pytest.param("some", x, marks=pytest.mark.slow) for x in (None, "associative", *KERNELS)),
+        *(pytest.param(x, "chunked", marks=pytest.mark.slow) for x in ("all", "endless")),
+    ],
+)
+def test_version_7_holds_any_decay(decays, implementation):
+    """In chunks their factors overflow: token by token, values and gradients are right."""
+    shape = testing.Shape(2, 70, 2, 16)
+    version, rng = VERSIONS["7"], np.random.default_rng(4)
+    inputs, state = version.inputs("typical", shape), version.state(shape)
+    inputs["log_w"] = STRONG[decays](rng, shape.heads_shape).astype(np.float32)
+    reset = testing.reset_pattern("random", shape)
+    y, final, scale = version.expected(inputs, state, reset)
+    dy, dfinal = cotangents(version, shape, final)
+    gradients = version.gradients(inputs, state, reset, dy, dfinal, scale)
+    values, dinputs = compiled(version, implementation)(inputs, state, reset, scale, dy, dfinal)
+    expected = {"y": y} | final | {f"d {name}": x for name, x in gradients.items()}
+    actual = values | {f"d {name}": x for name, x in dinputs.items()}
+    for name, x in expected.items():
+        assert_close(actual[name], x, "float32", name=name)
+
+
+def test_a_promise_of_mild_decays_changes_no_bit():
+    """Only the question whether they are is left out; under `vmap` it has one answer for all."""
+    inputs = jax.tree.map(jnp.asarray, VERSIONS["7"].inputs("typical", SMALL))
+
+    def gradient(inputs, **options):
+        return jax.value_and_grad(lambda x: jnp.sum(jnp.sin(wkv7(**x, **options)[0])))(inputs)
+
+    asked, promised = (
+        jax.jit(partial(gradient, **options)) for options in ({}, {"log_w_min": -0.7})
+    )
+    jax.tree.map(np.testing.assert_array_equal, asked(inputs), promised(inputs))
+    both = jax.tree.map(lambda x: jnp.stack([x, x]), inputs)
+    together = str(jax.make_jaxpr(jax.vmap(gradient))(both))
+    assert "cond[" in together and "cond[" not in str(jax.make_jaxpr(promised)(inputs))
+
+
+@quickly("6", "7")
+def test_float64_in_float64_out(version):
+    """Whichever input is: `y` and the state have one type."""
+    shape = testing.Shape(1, 20, 1, 4)
+    with jax.enable_x64(True):
+        inputs = jax.tree.map(jnp.asarray, version.inputs("typical", shape))
+        for name in inputs:
+            wide = inputs | {name: inputs[name].astype(jnp.float64)}
+            kinds = {x.dtype for x in jax.tree.leaves(jax.eval_shape(version.operator, **wide))}
+            assert kinds == {np.dtype("float64")}, name
+        half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inputs)
+        y, state = jax.eval_shape(version.operator, **half)
+        assert y.dtype == jnp.bfloat16
+        assert {x.dtype for x in jax.tree.leaves(state)} == {np.dtype("float32")}
+
+
+@every_version
+def test_a_list_is_no_array(version):
+    inputs = jax.tree.map(jnp.asarray, version.inputs("typical", SMALL))
+    operator = inspect.unwrap(version.operator)
+    for name in inputs:
+        with pytest.raises(ValueError, match=rf"{name} is list: an array \[.*\] is needed"):
+            operator(**inputs | {name: inputs[name].tolist()})

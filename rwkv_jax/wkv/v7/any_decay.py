@@ -37,7 +37,7 @@ def for_any_decay(form: Form) -> Form:
 
 
 @custom_vmap
-def is_mild(log_w: Float[Array, "b t h k"]) -> Bool[Array, ""]:
+def is_mild(log_w: Float[Array, "..."]) -> Bool[Array, ""]:
     return jnp.all(log_w >= STRONGEST)
 
 

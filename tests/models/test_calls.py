@@ -1,0 +1,228 @@
+"""Calls of a model from a user's own code: outside of `jit`, in float64, with wrong arguments."""
+
+import dataclasses
+import inspect
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from tolerances import relative_rms
+
+import rwkv_jax as rwkv
+from rwkv_jax import models, nn
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.loss import cross_entropy
+
+CFG = ModelConfig(version="7", layers=2, width=32, vocab_size=23, head_size=16)
+TOKENS = jnp.array([[1, 5, 2, 7, 22, 0]])
+slow = pytest.mark.slow
+
+
+def noisy(cfg, dtype=jnp.float32):
+    """Parameters without the zeros of a new model."""
+    rng = np.random.default_rng(0)
+    params = models.init_params(cfg, jax.random.key(0))
+    draw = lambda x: np.asarray(x) + 0.1 * rng.standard_normal(x.shape)  # noqa: E731
+    return jax.tree.map(lambda x: jnp.asarray(draw(x), dtype), params)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return noisy(CFG)
+
+
+def test_a_second_call_compiles_nothing(params, caplog):
+    """With or without a state, under `grad` and `vmap`, whichever equal config it is given."""
+    same = dataclasses.replace(CFG, ffn_width=CFG.ffn)
+    _, state = models.forward(params, TOKENS, cfg=CFG)
+    several = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+
+    def loss(params, cfg):
+        return jnp.sum(jnp.square(models.forward(params, TOKENS, state, cfg=cfg)[0]))
+
+    calls = [
+        lambda cfg: models.forward(params, TOKENS, cfg=cfg),
+        lambda cfg: models.forward(params, TOKENS, state, cfg=cfg),
+        lambda cfg: models.head(params, models.backbone(params, TOKENS, cfg=cfg)[0]),
+        lambda cfg: jax.grad(loss)(params, cfg),
+        lambda cfg: jax.vmap(lambda p: models.forward(p, TOKENS, cfg=cfg))(several),
+        lambda cfg: jax.vmap(lambda p: jax.grad(loss)(p, cfg))(several),
+    ]
+    for call in calls:
+        call(CFG)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for call in calls:
+            call(same)
+    assert not [x.getMessage() for x in caplog.records if "Compiling" in x.getMessage()]
+
+
+def test_members_of_an_ensemble_are_as_if_alone(params):
+    other = jax.tree.map(lambda x: 1.1 * x, params)
+    several = jax.tree.map(lambda *x: jnp.stack(x), params, other)
+    logits, state = jax.vmap(lambda p: models.forward(p, TOKENS, cfg=CFG))(several)
+    for i, one in enumerate((params, other)):
+        expected, after = models.forward(one, TOKENS, cfg=CFG)
+        assert relative_rms(logits[i], expected) < 1e-5
+        assert relative_rms(state.blocks.wkv[i], after.blocks.wkv) < 1e-5
+
+
+def test_save_and_load_give_an_equal_config(params, tmp_path):
+    rwkv.save(tmp_path / "model.safetensors", params, CFG)
+    _, cfg = rwkv.load(tmp_path / "model.safetensors")
+    assert cfg == CFG and hash(cfg) == hash(CFG) and cfg.rank_w != CFG.rank_w
+
+
+versions = pytest.mark.parametrize(
+    "version", [pytest.param(x, marks=() if x in "47" else slow) for x in models.VERSIONS]
+)
+
+
+def small(version):
+    head = {} if version == "4" else {"head_size": 8}
+    return ModelConfig(version=version, layers=2, width=16, ffn_width=24, vocab_size=11, **head)
+
+
+@pytest.mark.parametrize(
+    "version", [pytest.param(x, marks=() if x == "7" else slow) for x in models.VERSIONS]
+)
+def test_float64_is_float64(version):
+    """Logits, states and gradients in every mode, and what float32 approximates."""
+    cfg, tokens = small(version), TOKENS % 11
+    with jax.enable_x64(True):
+        params = noisy(cfg, jnp.float64)
+        narrow = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+        start = jax.tree.map(lambda x: x.astype(jnp.float32), models.init_state(cfg, 1))
+
+        @jax.jit
+        def run(params, state):
+            return models.forward(params, tokens, state, cfg=cfg, dtype=jnp.float64)
+
+        logits, state = run(params, start)
+        assert {x.dtype for x in jax.tree.leaves((logits, state))} == {np.dtype("float64")}
+        wide = jax.tree.map(lambda x: x.astype(jnp.float64), narrow)
+        exact, after = run(wide, start)
+        rough, _ = models.forward(narrow, tokens, start, cfg=cfg)
+        assert rough.dtype == jnp.float32 and 1e-9 < relative_rms(rough, exact) < 1e-5
+        # A float64 state makes nothing else float64.
+        again, last = models.forward(narrow, tokens, after, cfg=cfg)
+        assert {x.dtype for x in jax.tree.leaves((again, last))} == {np.dtype("float32")}
+
+        def loss(params):
+            hidden, _ = models.backbone(params, tokens, cfg=cfg, dtype=jnp.float64)
+            logits = jnp.sin(models.head(params, hidden))
+            return jnp.sum(logits * jnp.arange(logits.size, dtype=float).reshape(logits.shape))
+
+        # In fp64 with steps of 1e-6, differences are good to eight digits.
+        check_grads(jax.jit(loss), (params,), order=1, eps=1e-6, rtol=1e-6)
+
+
+def test_the_loss_is_float64_too():
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        hidden, head = (jnp.asarray(rng.normal(size=x)) for x in ((1, 5, 4), (4, 9)))
+        targets = jnp.array([[1, 8, 3, 0, 2]])
+
+        @jax.jit
+        def loss(hidden, head):
+            return cross_entropy(hidden, head, targets, z_loss=0.1)[0]
+
+        assert loss(hidden, head).dtype == jnp.float64
+        check_grads(loss, (hidden, head), order=1, modes=["rev"], eps=1e-6, rtol=1e-8)
+
+
+@versions
+def test_forward_over_reverse_with_the_rest_frozen(version):
+    """The gradient of the head along a direction of the embedding: both orders of both modes."""
+    cfg, tokens = small(version), TOKENS % 11
+    with jax.enable_x64(True):
+        params = noisy(cfg, jnp.float64)
+
+        def loss(emb, head):
+            given = params.replace(emb=emb, head=head)
+            logits, _ = models.forward(given, tokens, cfg=cfg, dtype=jnp.float64)
+            return jnp.sum(jnp.square(jnp.sin(logits)))
+
+        @jax.jit
+        def both(emb, head):
+            gradient = lambda emb: jax.grad(loss, 1)(emb, head)  # noqa: E731
+            tangent = lambda head: jax.jvp(lambda emb: loss(emb, head), (emb,), (emb,))[1]  # noqa: E731
+            return jax.jvp(gradient, (emb,), (emb,))[1], jax.grad(tangent)(head)
+
+        one, other = both(params.emb, params.head)
+        assert np.abs(one).max() > 1e-6
+        assert relative_rms(one, other) < 1e-9
+
+
+def wrong_params(params):
+    six = models.init_params(small("6"), jax.random.key(0))
+    deeper = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), params.blocks)
+    shallow = models.unstack(params)
+    return [
+        (six, r"params\.blocks\.att\.time_maa_x is \[2, 16\], .* \(RWKV-7, 2 layers, width 32\)"),
+        (params.replace(blocks=deeper), r"params\.blocks\.\S+ is \[3, .* it is \[2, "),
+        (params.replace(emb=params.emb[1:]), r"params\.emb is \[22, 32\], .* it is \[23, 32\]"),
+        (shallow.replace(blocks=shallow.blocks[:1]), r"params\.blocks\.1\.\S+ is missing, "),
+        ((params, CFG), r"params are tuple, not a Model: .*`load`"),
+        ({"emb": params.emb}, r"params are dict, not a Model"),
+    ]
+
+
+def test_parameters_of_another_model_are_refused(params):
+    backbone = inspect.unwrap(models.backbone)
+    for other, message in wrong_params(params):
+        with pytest.raises(ValueError, match=message):
+            backbone(other, TOKENS, cfg=CFG)
+        if isinstance(other, models.Model):
+            with pytest.raises(ValueError, match=message):
+                jax.eval_shape(lambda p: backbone(p, TOKENS, cfg=CFG), other)
+
+
+ROW = jnp.zeros((1, 6), bool)
+WRONG = [
+    ({"tokens": [[1, 2, 3]]}, r"tokens: an array is needed, not list"),
+    ({"tokens": jnp.ones((1, 6))}, r"tokens are float32: ids, integers"),
+    ({"tokens": ROW}, r"tokens are bool: ids, integers"),
+    ({"tokens": jnp.arange(6)}, r"tokens have shape \(6,\): \[b, t\] is needed"),
+    ({"tokens": np.array([[0, 300]])}, r"there is no id 300, ids are 0 to 22"),
+    ({"tokens": jnp.array([[1, -100]])}, r"there is no id -100, .*give lengths"),
+    ({"reset": ROW[0]}, r"reset is bool \[6\]: bool \[b, t\], here \[1, 6\], is needed"),
+    ({"reset": ROW.astype(jnp.int32)}, r"reset is int32 \[1, 6\]: bool"),
+    ({"reset": [[False] * 6]}, r"reset: an array is needed, not list"),
+    ({"lengths": jnp.array([99])}, r"lengths: 99 of 6 tokens; 0 to 6 can be valid"),
+    ({"lengths": jnp.array([-1])}, r"lengths: -1 of 6"),
+    ({"lengths": jnp.array([[3]])}, r"lengths are int32 \[1, 1\]: integers \[b\], here \[1\]"),
+    ({"lengths": jnp.array([3.0])}, r"lengths are float32 \[1\]: integers"),
+    ({"state": [np.zeros(3)]}, r"state is list, not a State: .*rwkv_jax\.states"),
+    ({"dtype": jnp.int32}, r"dtype int32: a model computes in float32, bfloat16"),
+    ({"dtype": None}, r"dtype None: a model computes in"),
+    ({"dtype": "half a float"}, r"dtype 'half a float'"),
+    ({"dtype": jnp.float8_e4m3fn}, r"dtype float8_e4m3fn: a model"),
+    ({"dtype": jnp.float64}, r'float64: call jax\.config\.update\("jax_enable_x64", True\)'),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG, ids=[message[:30] for _, message in WRONG])
+def test_arguments_that_do_not_belong_together_are_a_sentence(params, given, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        inspect.unwrap(models.backbone)(params, **({"tokens": TOKENS} | given), cfg=CFG)
+    assert "\n" not in str(raised.value)
+
+
+def test_integers_of_all_kinds_are_ids(params):
+    expected, _ = models.backbone(params, TOKENS, cfg=CFG)
+    backbone = inspect.unwrap(models.backbone)
+    for kind in (np.uint8, np.uint16, np.int16, np.int64):
+        hidden, _ = backbone(params, np.asarray(TOKENS, kind), cfg=CFG)
+        np.testing.assert_array_equal(hidden, expected)
+
+
+def test_x64_changes_no_initial_value():
+    cfg = small("7a")
+    expected = models.init_params(cfg, jax.random.key(3))
+    with jax.enable_x64(True):
+        params = models.init_params(cfg, jax.random.key(3))
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+        assert nn.precise_dtype(jnp.bfloat16) == jnp.float32
