@@ -247,7 +247,7 @@ def read(
     return logits, state
 
 
-@jit_for_decoding
+@jit_for_decoding(lambda params, tokens, *_: tokens.size)
 def _chunk(
     params: Model[Array],
     tokens: Int[Array, "b t"],
@@ -268,7 +268,7 @@ Carry = tuple[Array, Array, DecodeState[Array]]
 """The carry of the decode loop: its step, the tokens so far, the state."""
 
 
-@jit_for_decoding
+@jit_for_decoding(lambda params, decoding, *_: len(decoding.done))
 def decode(
     params: Model[Array],
     decoding: DecodeState[Array],
