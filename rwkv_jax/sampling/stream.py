@@ -138,6 +138,7 @@ def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary[Array]:
         if 0 < len(text) <= len(UNCOUNTED) and text in UNCOUNTED.encode():
             increment[token] = 0
     allowed = np.arange(vocab_size) < tokenizer.vocab_size
+    allowed[list(tokenizer.unused)] = False
     return Vocabulary(allowed=jnp.asarray(allowed), increment=jnp.asarray(increment))
 
 
