@@ -103,9 +103,12 @@ def load(
     one of our runs (its newest checkpoint). Version and all sizes are read from the file.
 
     Parameters keep their stored type, mostly bfloat16, or are rounded to the floating type `dtype`;
-    functions compute in their own `dtype` either way. `sharding` is one `jax.sharding.Sharding`, or
-    a `Model` of them. Raises UserError, one line, for a file that cannot be read, or has numbers
-    too large for `dtype`.
+    functions compute in their own `dtype` either way, and convert parameters of another at every
+    call. In a loop over single tokens on a CPU that takes several times as long as the rest: give
+    it `dtype="float32"` (sampling converts once, by itself).
+
+    `sharding` is one `jax.sharding.Sharding`, or a `Model` of them. Raises UserError, one line, for
+    a file that cannot be read, or has numbers too large for `dtype`.
 
     >>> params, cfg = load("RWKV-x070-World-0.1B.pth")  # doctest: +SKIP
     """
@@ -117,7 +120,8 @@ def load(
 def load_with_tokenizer(
     path: Path | str, tokenizer: str = "", *, dtype: Any = None
 ) -> tuple[Model[Array], ModelConfig, Tokenizer]:
-    """`load` together with the model's tokenizer: the one named, or that of `find_tokenizer`.
+    """`load` together with the model's tokenizer: the one named, or that of `find_tokenizer`. With
+    `rwkv_jax.generate(*load_with_tokenizer(path), "text")` a model writes.
 
     Raises UserError also if none is found or it does not fit the model.
     """
