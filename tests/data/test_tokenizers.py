@@ -69,7 +69,7 @@ def bpe() -> JsonTokenizer:
 
 @pytest.fixture(scope="module")
 def world() -> WorldTokenizer:
-    return WorldTokenizer()
+    return open_tokenizer("world")
 
 
 @pytest.fixture(scope="module", params=["bytes", "bpe", "world", "file"])
