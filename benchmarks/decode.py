@@ -4,11 +4,12 @@
         [--check]
 
 All contestants load the same random float32 weights (12 layers, width 768, vocabulary 65,536), and
-their logits after a prompt are compared. A decode step of B rows is compared with the model's
-matrix products alone for B rows, each waiting for the one before it: a lower bound for any decoder
-that multiplies by these matrices. One row is also compared with one matrix-vector product over as
-many bytes. `--before` has one row decoded by another checkout of the project too. All run with the
-malloc settings of sample.py.
+their logits after a prompt are compared; `jaxrwkv` makes weights of its own, and is greedy.
+
+A decode step of B rows is compared with the model's matrix products alone for B rows, each waiting
+for the one before it: a lower bound for any decoder that multiplies by these matrices. One row is
+also compared with one matrix-vector product over as many bytes. `--before` has one row decoded by
+another checkout of the project too. All run with the malloc settings of sample.py.
 
 `--check` exits with 1 if a step of any batch takes more than 1.25 times its products, or one row
 decodes at less than 0.95 of the speed of `--before`.
@@ -30,7 +31,12 @@ PROMPT = [6699, 304, 25740, 109, 39990, 4600, 4596, 22590]
 ROWS = (1, 2, 4, 8, 32)
 READS = (512, 2048)
 OURS, PRODUCTS, BEFORE = "rwkv_jax", "the products alone", "rwkv_jax before"
-PEERS = {"PyPI rwkv, fp32": "cpu fp32", "PyPI rwkv, bf16": "cpu bf16"}
+JAXRWKV = "jaxrwkv, scan"
+PEERS = {
+    "PyPI rwkv, fp32": ("decode_rwkv.py", {"strategy": "cpu fp32"}),
+    "PyPI rwkv, bf16": ("decode_rwkv.py", {"strategy": "cpu bf16"}),
+    JAXRWKV: ("decode_jaxrwkv.py", {"kind": "ScanRWKV"}),
+}
 NO_OPENBLAS_SETTINGS = {"OPENBLAS_CORETYPE": None, "OPENBLAS_L2_SIZE": None}
 MOST, LEAST = 1.25, 0.95
 """The bounds of `--check`: a step over its products, one row over its speed before."""
@@ -59,9 +65,8 @@ def main() -> int:
         path = str(args.before.resolve())
         script = f"{path}/benchmarks/peers/decode_ours.py"
         makers[BEFORE] = partial(Worker, script, base, env=malloc | {"PYTHONPATH": path})
-    for name, strategy in PEERS.items():
-        options = {**base, "strategy": strategy}
-        makers[name] = partial(Worker, "decode_rwkv.py", options, env=malloc, **peer)
+    for name, (script, options) in PEERS.items():
+        makers[name] = partial(Worker, script, {**base, **options}, env=malloc, **peer)
     writers = harness.start_all(makers)
     about = writers[OURS].about
     shapes = {"threads": args.threads, "rows": ROWS, "shapes": about["products"]}
@@ -112,7 +117,8 @@ def step_times(writers: dict, products: Worker, tokens: int, index: int) -> dict
         found[rows] = {}
         for greedy in (False, True):
             request = {"rows": rows, "tokens": tokens, "greedy": greedy}
-            for name, answer in harness.in_turn(turn, request, index).items():
+            able = {name: w for name, w in turn.items() if greedy or name != JAXRWKV}
+            for name, answer in harness.in_turn(able, request, index).items():
                 found[rows][name + ", greedy" * greedy] = answer["seconds"] / tokens
         found[rows][PRODUCTS] = products.ask({"rows": rows, "repeats": tokens})["seconds"]
     return found
@@ -147,12 +153,10 @@ def summarise(args, writers: dict, memory: dict, steps: list, reads: list, rates
         percent = [
             100e-9 * size * s / r[taken]["gb_per_s"] for s, r in zip(speed, rates, strict=True)
         ]
-        apart = max(
-            abs(x - y)
-            for x, y in zip(
-                writers[who].about["logits"], writers[OURS].about["logits"], strict=True
-            )
+        pairs = zip(
+            writers[who].about.get("logits", ()), writers[OURS].about["logits"], strict=False
         )
+        apart = max((abs(x - y) for x, y in pairs), default=None)
         float32 = "bf16" not in name
         one_row[name] = {
             "tokens_per_s": spread(speed),
@@ -168,7 +172,7 @@ def summarise(args, writers: dict, memory: dict, steps: list, reads: list, rates
                 shown(ratio, 2),
                 shown(percent) if float32 else "",
                 f"{memory[who] / GIB:.2f}",
-                f"{apart:.0e}",
+                "" if apart is None else f"{apart:.0e}",
             ]
         )
     harness.table(
@@ -217,7 +221,9 @@ def summarise(args, writers: dict, memory: dict, steps: list, reads: list, rates
     for line in missed:
         console.print(f"[red]missed: {line}[/]")
     found = {"ours": versions("jax", "jaxlib", "numpy")}
-    theirs = next((w.about["versions"] for w in writers.values() if "versions" in w.about), None)
+    theirs = {}
+    for worker in writers.values():
+        theirs |= worker.about.get("versions", {})
     found |= {"peers": theirs} if theirs else {}
     harness.report(
         "decode",
