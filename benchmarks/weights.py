@@ -8,9 +8,7 @@ milliseconds: pages of the mapped file do not count, as the kernel can drop them
 """
 
 import argparse
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import ml_dtypes
@@ -59,7 +57,10 @@ def main() -> None:
         "load on one device": ["-c", LOAD, source, "1"],
         "load over 8 virtual devices": ["-c", LOAD, source, "8"],
     }
-    rows = {name: measure([sys.executable, *map(str, job)]) for name, job in jobs.items()}
+    rows = {
+        name: harness.run_alone([sys.executable, *map(str, job)])["anonymous"] / GIB
+        for name, job in jobs.items()
+    }
     size = source.stat().st_size / GIB
     source.unlink()
     target.unlink()
@@ -84,21 +85,6 @@ def noise(shape: tuple[int, ...]) -> Deferred:
         return bits.view(ml_dtypes.bfloat16)
 
     return Deferred(shape, ml_dtypes.bfloat16, make)
-
-
-def measure(command: list[str]) -> float:
-    """Peak anonymous memory of a process, in GiB."""
-    peak, process = 0, subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=harness.ROOT)
-    while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            peak = max(peak, int(status.split("RssAnon:")[1].split()[0]))
-        except (OSError, IndexError):
-            pass  # it is just starting or has just ended
-        time.sleep(0.005)
-    if process.returncode:
-        raise SystemExit(f"failed: {' '.join(command)}")
-    return peak * 1024 / GIB
 
 
 if __name__ == "__main__":

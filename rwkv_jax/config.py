@@ -213,7 +213,7 @@ class DataConfig(_Table):
     text)."""
     tokenizer: str = "bpe"
     """`bytes`, `bpe` (trained on the training documents), `world` (RWKV World), or a path to a
-    `tokenizer.json`."""
+    `tokenizer.json` or an RWKV vocabulary (`.txt`)."""
     special_tokens: bool = False
     """Names of special tokens in a text (`<|im_start|>`) are those tokens of the `tokenizer.json`,
     instead of letters."""

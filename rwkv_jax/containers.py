@@ -1,15 +1,15 @@
-"""Containers of arrays (or of specs, shapes, labels): frozen dataclasses that JAX takes as trees.
+"""Containers of arrays (or of specs, shapes, labels): flax's frozen dataclasses, which are pytrees.
 
-`jax.export` serialises programs that take or return them. Their `repr` has shapes, not numbers.
+Beyond flax's, `jax.export` serialises programs that take or return them, and their `repr` has
+shapes, not numbers.
 """
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any, TypeVar, dataclass_transform
 
-import jax
+from flax import struct
 from jax import export
 
 Class = TypeVar("Class", bound=type)
@@ -17,18 +17,15 @@ Class = TypeVar("Class", bound=type)
 
 def static() -> Any:
     """A field that is part of the tree's structure, not one of its leaves."""
-    return dataclasses.field(metadata={"static": True})
+    return struct.field(pytree_node=False)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))
 def container(cls: Class) -> Class:
     """Makes a class a container. `x.replace(name=value)` copies one with other fields."""
-    methods = {"__repr__": lambda self: _call(self, vars(self)), "replace": dataclasses.replace}
-    for name, method in methods.items():
-        if name not in vars(cls):
-            setattr(cls, name, method)
-    made = dataclasses.dataclass(frozen=True, repr=False)(cls)
-    jax.tree_util.register_dataclass(made)
+    if "__repr__" not in vars(cls):
+        cls.__repr__ = lambda self: _call(self, vars(self))  # pyright: ignore
+    made = struct.dataclass(cls, repr=False)
     with contextlib.suppress(ValueError):  # the module is reloaded, and the name is taken
         export.register_pytree_node_serialization(
             made,

@@ -1,5 +1,6 @@
 """How every test runs: on eight virtual CPU devices, with JAX at its strictest."""
 
+import gc
 import os
 import signal
 
@@ -8,10 +9,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A factorisation on each of eight devices, each by threads that spin, takes minutes.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import checking
 import compiling
 import hypothesis
 import jax
-from jaxtyping import install_import_hook
 
 compiling.set_up(devices=8)
 
@@ -22,8 +23,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Every annotation of the package is checked on every call, in tests only.
-install_import_hook("rwkv_jax", "beartype.beartype")
+checking.set_up("rwkv_jax")
 
 # Compiling takes longer than any test's arithmetic: no deadline. Repeatable: a failure that only
 # some seeds show is a new test, not a rerun.
@@ -31,3 +31,11 @@ hypothesis.settings.register_profile(
     "suite", deadline=None, max_examples=20, derandomize=True, print_blob=True
 )
 hypothesis.settings.load_profile("suite")
+
+# Tracing makes millions of small objects, few of them garbage that only the collector finds.
+gc.set_threshold(50_000, 10, 10)
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()

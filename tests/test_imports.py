@@ -35,7 +35,7 @@ def pulled_in(*modules: str) -> set[str]:
 
 
 def test_the_probe_sees_third_parties():
-    assert {"optax", "jax", "numpy"} <= pulled_in("optax")
+    assert {"flax", "jax", "numpy"} <= pulled_in("flax")
 
 
 def test_the_package_alone_is_light():
@@ -57,7 +57,7 @@ def test_data_knows_no_jax():
     modules = [m.name for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
     assert modules, "rwkv_jax.data is empty"
     found = pulled_in(package.__name__, *modules)
-    assert not found & ((JAX - {"numpy"}) | JAXTYPING | {"optax", "orbax", "torch"})
+    assert not found & ((JAX - {"numpy"}) | JAXTYPING | {"flax", "optax", "orbax", "torch"})
 
 
 @pytest.mark.parametrize("name", rwkv_jax.__all__)

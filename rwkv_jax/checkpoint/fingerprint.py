@@ -12,9 +12,10 @@ out.
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -47,13 +48,16 @@ def fingerprint(params: Model[Array], cfg: ModelConfig) -> str:
     """
     if not isinstance(params.blocks, tuple):
         check_params(params, cfg)
-    digest = hashlib.sha256()
+    names, places = [], []
     for path, spec in table(cfg).items():
         index = _sample(official_shape(spec))
         index = index[::-1] if spec.layout == "linear" else index[-len(spec.shape) :]
-        samples = _samples(params, path, spec, index)
-        for name, values in zip(names_of(path, spec), samples, strict=True):
-            _add(digest, name, official_shape(spec), values)
+        names.append((names_of(path, spec), official_shape(spec)))
+        places.append(_places(params, path, spec, index))
+    digest = hashlib.sha256()
+    for (each, shape), samples in zip(names, _picked(places), strict=True):
+        for name, values in zip(each, samples, strict=True):
+            _add(digest, name, shape, values)
     return digest.hexdigest()[:16]
 
 
@@ -71,26 +75,38 @@ def fingerprint_of(tensors: Mapping[str, ArrayLike]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _samples(
+def _places(
     params: Model[Array], path: str, spec: ParamSpec, index: tuple[np.ndarray, ...]
-) -> Iterable[np.ndarray]:
-    """The numbers of one parameter at an index, for each of its layers."""
+) -> list[tuple[Array, tuple[np.ndarray, ...]]]:
+    """Where the sample of a parameter is: arrays, each with an index [layers, numbers]."""
     home, *rest = path.split(".")
     found = getattr(params, home)
     homes = found if isinstance(found, tuple) else (found,)
     for part in rest:
         homes = [getattr(x, part) for x in homes]
     if spec.layers and not isinstance(found, tuple):
-        return _picked(homes[0], (slice(None), *index))
-    return [_picked(x, index) for x in homes]
+        index = (np.arange(spec.layers)[:, None], *index)
+    else:
+        index = tuple(x[None] for x in index)
+    return [(jnp.asarray(x), index) for x in homes]
 
 
-def _picked(value: Any, index: tuple) -> np.ndarray:
-    """The numbers at an index. From one accelerator they alone are fetched."""
-    value = jnp.asarray(value)
-    if is_on_host(value) or len(value.devices()) > 1:
-        value = np.asarray(value)
-    return np.asarray(value[index])
+def _picked(
+    places: list[list[tuple[Array, tuple[np.ndarray, ...]]]],
+) -> Iterator[np.ndarray]:
+    """The numbers at the places of each parameter. One accelerator picks them all in one program,
+    and they alone leave it."""
+    (first, _), *_ = places[0]
+    if len(first.devices()) == 1 and not is_on_host(first):
+        found = jax.device_get(_gather(places))
+    else:
+        found = ([np.asarray(x)[index] for x, index in each] for each in places)
+    return map(np.concatenate, found)
+
+
+@jax.jit
+def _gather(places: Any) -> Any:
+    return [[x[index] for x, index in each] for each in places]
 
 
 def _sample(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:

@@ -301,7 +301,7 @@ def layout_of(names: Iterable[str], config: Mapping[str, Any]) -> str:
     kind = config.get("model_type") or "unknown"
     raise WeightsError(
         f"not a known RWKV layout (config.json: model_type = {shown(kind)});"
-        f" give an official .pth, or a folder of {', '.join(LAYOUTS)}"
+        f" give an official .pth, or a folder of {', '.join((*LAYOUTS, OFFICIAL))}"
     )
 
 

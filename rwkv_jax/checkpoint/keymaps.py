@@ -22,7 +22,14 @@ from jax import lax
 
 from rwkv_jax import models
 from rwkv_jax.checkpoint.errors import WeightsError, shown
-from rwkv_jax.checkpoint.files import ArrayLike, Deferred, cast, float_type
+from rwkv_jax.checkpoint.files import (
+    ArrayLike,
+    Deferred,
+    c_order,
+    cast,
+    copy_into,
+    float_type,
+)
 from rwkv_jax.checkpoint.names import plain
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.models import Model, specs
@@ -282,14 +289,19 @@ def _placed(sources: Sequence[ArrayLike], spec: ParamSpec, sharding: Any) -> Arr
     if one_device and spec.layers and np.prod(shape) * np.dtype(kind).itemsize >= LARGE:
         value = jnp.zeros(shape, kind, device=sharding)
         for layer, source in enumerate(sources):
-            value = _set_layer(value, jax.device_put(_ours(source, spec), sharding), layer)
+            values = c_order(_ours(source, spec))
+            value = _set_layer(value, jax.device_put(values, sharding), layer)
         return value
 
     def part(index: Any) -> np.ndarray:
         if not spec.layers:
-            return np.ascontiguousarray(_ours(sources[0], spec)[index])
+            return c_order(_ours(sources[0], spec)[index])
         layers = range(*index[0].indices(spec.layers))
-        return np.stack([_ours(sources[i], spec)[index[1:]] for i in layers])
+        each = [_ours(sources[i], spec)[index[1:]] for i in layers]
+        together = np.empty((len(each), *each[0].shape), kind)
+        for layer, values in enumerate(each):
+            copy_into(together[layer], values)
+        return together
 
     return jax.make_array_from_callback(shape, sharding, part)
 

@@ -106,7 +106,7 @@ def is_official(names: Iterable[str]) -> bool:
 def as_official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Tensors in almost official names, as the module's docstring describes, made official; others
     are as they were. Nothing is copied."""
-    first = {name.removeprefix("blocks.0.att.") for name in tensors}
+    first = {name.removeprefix("blocks.0.att.") for name in tensors}  # in the first layer
     renamed = []
     if "embeddings.weight" in tensors:
         renamed.append(("embeddings.weight", "emb.weight"))

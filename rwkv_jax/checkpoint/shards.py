@@ -33,8 +33,8 @@ _INDEX = re.compile(r".+\.index(\.\w+)?\.json")
 _SHARD = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})(\..+)")
 _BESIDE = re.compile(r"\w[\w. -]*")
 """A file name that stays in its folder and is printable."""
-_OTHERS = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state)\b.*")
-"""What trainers save beside a model."""
+_OTHERS = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state)\b.*|.*zero_pp_rank_.*")
+"""What trainers save beside a model, and DeepSpeed's parts of one."""
 
 
 def read_model(path: Path) -> dict[str, np.ndarray]:

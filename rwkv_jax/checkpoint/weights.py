@@ -89,7 +89,7 @@ def read(path: Path | str) -> Weights:
         if not path.exists() and (command := _download(name)):
             raise WeightsError(
                 f"{name}: no such file or folder here; if it is on the Hugging Face hub, download"
-                f" it first: {command}"
+                f" it first (or one file of it, named after the repository): {command}"
             )
         if _ZERO_PART.search(path.name):
             raise WeightsError(f"{path}: {ZERO}")
@@ -155,7 +155,7 @@ def find_tokenizer(weights: Weights, vocab_size: int, name: str = "") -> Tokeniz
     or a `tokenizer.json`); else the run's own; else the `tokenizer.json` or `20B_tokenizer.json`
     beside the weights, whichever fits; else World or bytes, if the size is theirs.
 
-    Raises UserError if there is none, or if its size does not fit the model's, up to padding.
+    Raises UserError if there is none, or it has more tokens than the model.
     """
     if not name:
         if found := _beside(weights, vocab_size):
@@ -196,13 +196,17 @@ def _beside(weights: Weights, vocab_size: int) -> tuple[Path, Tokenizer] | None:
     One of another size belongs to another model: a folder often holds several."""
     if weights.format == "run":
         folder = weights.path / store.TOKENIZER
-        return folder / HF_FILE, load_tokenizer(folder)
+        found = load_tokenizer(folder)
+        return folder / (WORLD_FILE if found.kind == "txt" else HF_FILE), found
     own = weights.path.is_dir()  # everything in a folder belongs to its model
     folder = weights.path if own else weights.path.parent
     padding = vocab_size if own else PADDING
-    for path in (folder / HF_FILE, folder / PILE_FILE):
-        if path.is_file() and _fits(tokenizer := open_tokenizer(str(path)), vocab_size, padding):
-            return path, tokenizer
+    for path in (folder / HF_FILE, folder / PILE_FILE, folder / WORLD_FILE):
+        if path.is_file():
+            tokenizer = open_tokenizer(str(path))
+            needed = tokenizer.kind != "world"  # which is known by its size
+            if needed and _fits(tokenizer, vocab_size, padding):
+                return path, tokenizer
     return None
 
 
@@ -221,9 +225,9 @@ def tokenizer_files(weights: Weights, vocab_size: int, target: Path) -> dict[str
     """
     found = _beside(weights, vocab_size)
     kind = tokenizer_kind(weights, vocab_size)
-    own = found[0].read_bytes() if found and kind in ("bpe", "file") else b""
+    own = found[0].read_bytes() if found and kind in ("bpe", "file", "txt") else b""
     if not is_file(target):
-        files = {HF_FILE: own} if own else {}
+        files = {WORLD_FILE if kind == "txt" else HF_FILE: own} if own else {}
         files |= {WORLD_FILE: world_vocabulary().read_bytes()} if kind == "world" else {}
         if config := huggingface.tokenizer_config(kind, vocab_size):
             files["tokenizer_config.json"] = _json(config)
@@ -345,7 +349,8 @@ def _read_folder(path: Path) -> Weights:
 
 def _what_instead(path: Path) -> str:
     """Why a folder without a model has none."""
-    if (path / "zero_to_fp32.py").is_file() or any(path.glob("*/*zero_pp_rank_*")):
+    parts = ("zero_to_fp32.py", "*zero_pp_rank_*", "*/*zero_pp_rank_*", "*/mp_rank_*")
+    if any(any(path.glob(part)) for part in parts):
         return ZERO
     if (path / ".metadata").is_file() or any(path.glob("*.distcp")):
         return (
@@ -361,21 +366,16 @@ def _official(
     """Tensors in official names; `config` is by default the `config.json` beside the file, which
     counts for Hugging Face's names only."""
     with naming(path):
-        hub = huggingface.is_huggingface(tensors)
+        renamed = huggingface.is_huggingface(tensors)
+        prefixed = any(name.startswith("rwkv7.") for name in tensors)
         if config is None:
-            config = _config(path.with_name("config.json")) if hub else {}
-        if hub:
+            config = _config(path.with_name("config.json")) if renamed or prefixed else {}
+        if renamed:
             layout = huggingface.layout_of(tensors, config)
             return Weights(path, layout, huggingface.to_official(tensors, config))
-        named = huggingface.with_official_names(tensors, config)
-        return Weights(path, _format(path, tensors), named)
-
-
-def _format(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
-    if any(name.startswith("rwkv7.") for name in tensors):
-        return huggingface.OFFICIAL
-    pth = path.name.endswith(PTH) or re.search(r"\.bin\b", path.name)
-    return "pth" if pth else "safetensors"
+        pth = path.name.endswith(PTH) or ".bin." in path.name  # or an index of such files
+        layout = huggingface.OFFICIAL if prefixed else "pth" if pth else "safetensors"
+        return Weights(path, layout, huggingface.with_official_names(tensors, config))
 
 
 def _config(path: Path) -> dict[str, Any]:

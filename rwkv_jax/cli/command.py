@@ -130,6 +130,15 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     return load_with_tokenizer(args.model, args.tokenizer)
 
 
+def load_to_decode(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """`load_model` in the layout of decoding and in --dtype."""
+    from rwkv_jax.compiled import keep_compiled_programs
+    from rwkv_jax.sampling import load
+
+    keep_compiled_programs(DataConfig().cache_root)
+    return load.load_to_decode(args.model, args.tokenizer, dtype=args.dtype)
+
+
 def width() -> int | None:
     """Width of rich's consoles: None is the terminal's own; elsewhere no line is wrapped."""
     return None if sys.stdout.isatty() else 1000

@@ -89,8 +89,8 @@ class Prompts:
         if self.after is not None:
             from rwkv_jax.sampling.prompts import between
 
-            assert all(isinstance(text, str) for text in texts)
-            return [between(tokenizer, text, self.after) for text in texts], texts  # pyright: ignore
+            known = [text for text in texts if isinstance(text, str)]  # all: see `prompts_of`
+            return [between(tokenizer, text, self.after) for text in known], known
         shown = [
             text if isinstance(text, str) else tokenizer.decode_bytes(text).decode(errors="replace")
             for text in texts
@@ -107,13 +107,15 @@ class Prompts:
 def prompts_of(args: argparse.Namespace) -> Prompts:
     """The prompts, stop strings and suffix of `sample`. Raises `UserError`."""
     remarks, escape = [], args.escape
+    if args.suffix_file == args.prompt_file == "-":
+        raise UserError("--prompt-file and --suffix-file: stdin can be read once")
     texts: list[Any] = [typed(argument, escape) for argument in args.prompt]
     stop = [typed(argument, escape) for argument in args.stop]
     if "" in args.stop:
         raise UserError("--stop is empty; give the text to stop before, or leave it out")
     if texts != [typed(argument, False) for argument in args.prompt]:
         remarks.append(
-            r"\n, \t and \\ in PROMPT are read as line end, tab and backslash; --no-escape"
+            r"\n, \t and \\ in PROMPT are line end, tab and backslash; --no-escape keeps them"
         )
     if args.prompt_file:
         text, cut = read("--prompt-file", args.prompt_file)

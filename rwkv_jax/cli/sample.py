@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rwkv_jax.cli.command import add_model, add_tokenizer, command, load_model, run, spoken
+from rwkv_jax.cli.command import add_model, add_tokenizer, command, load_to_decode, run, spoken
+from rwkv_jax.cli.status import Status
 from rwkv_jax.errors import UserError
 
 ABOUT = """
@@ -43,17 +44,19 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax sample") -> int:
 
 
 def _sample(args: argparse.Namespace) -> None:
+    status = Status()
+    status.show(f"loading {args.model}")
     # Imported here, so that --help and a mistyped option answer at once.
     from rwkv_jax.sampling.settings import FLAGS
 
     given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
-    if args.chat:
-        _chat(args, given)
-    else:
-        _write(args, given)
+    try:
+        (_chat if args.chat else _write)(args, given, status)
+    finally:
+        status.clear()
 
 
-def _write(args: argparse.Namespace, given: dict[str, float | int]) -> None:
+def _write(args: argparse.Namespace, given: dict[str, float | int], status: Status) -> None:
     from rwkv_jax import states
     from rwkv_jax.cli.prompts import ScoreFile, prompts_of
     from rwkv_jax.cli.terminal import TextDialogue, note, print_texts
@@ -83,14 +86,15 @@ def _write(args: argparse.Namespace, given: dict[str, float | int]) -> None:
         states.check_save_path(Path(args.save_state))
     for remark in prompts.remarks:
         note(remark)
-    generator = _generator(args)
+    generator = _generator(args, status)
     texts, shown = prompts.encoded(generator.tokenizer)
     saved = states.load(args.state, generator.cfg) if args.state else None
     prefix = _prefix(args.state, saved, generator) if saved else None
     limits = {"max_tokens": tokens, "sampling": sampling, "stop": prompts.stop}
     if not args.interactive and not args.save_state:
         limits |= {"seed": seed, "prefix": prefix, "logprobs": scores.alternatives}
-        chunks = prompts.followed(generate_with(generator, texts, **limits), args.echo)
+        chunks = status.until_first(generate_with(generator, texts, **limits))
+        chunks = prompts.followed(chunks, args.echo)
         chunks = scores.recording(chunks, generator.tokenizer)
         note(f"{print_texts(chunks, shown, echo=args.echo)}, seed {seed}")
         return
@@ -101,7 +105,8 @@ def _write(args: argparse.Namespace, given: dict[str, float | int]) -> None:
             TextDialogue(session, sampling, tokens, prompts.stop).run(shown[0] if count else None)
         else:
             session.feed(texts[0])
-            summary = print_texts(session.stream(**limits), shown, echo=args.echo)
+            chunks = status.until_first(session.stream(**limits))
+            summary = print_texts(chunks, shown, echo=args.echo)
             note(f"{summary}, seed {seed}")
     finally:  # also after Ctrl-C
         if args.save_state:
@@ -117,7 +122,7 @@ def _write(args: argparse.Namespace, given: dict[str, float | int]) -> None:
             note(f"state saved in {args.save_state}")
 
 
-def _chat(args: argparse.Namespace, given: dict[str, float | int]) -> None:
+def _chat(args: argparse.Namespace, given: dict[str, float | int], status: Status) -> None:
     from rwkv_jax import states
     from rwkv_jax.cli.chat import chat, likely_template
     from rwkv_jax.cli.prompts import typed
@@ -139,7 +144,7 @@ def _chat(args: argparse.Namespace, given: dict[str, float | int]) -> None:
     settings = {"seed": args.seed, "max_tokens": args.tokens, "think": args.think, "flags": given}
     settings |= {"sampling": preset(args.preset) if args.preset else None}
     settings = {name: value for name, value in settings.items() if value is not None}
-    generator = _generator(args)
+    generator = _generator(args, status)
     _edit_lines()
     saved = states.load(args.state, generator.cfg) if args.state else None
     resume = saved is not None and "chat" in saved.notes
@@ -158,14 +163,15 @@ def _chat(args: argparse.Namespace, given: dict[str, float | int]) -> None:
     )
 
 
-def _generator(args: argparse.Namespace) -> Any:
+def _generator(args: argparse.Namespace, status: Status) -> Any:
     from rwkv_jax.sampling import Generator
-    from rwkv_jax.sampling.decode import decoding_layout
 
-    params, cfg, tokenizer = load_model(args)
+    params, cfg, tokenizer = load_to_decode(args)
     if args.special_tokens is not None:
         tokenizer = tokenizer.with_special_tokens(args.special_tokens)
-    return Generator(decoding_layout(params, cfg, args.dtype), cfg, tokenizer)
+    generator = Generator(params, cfg, tokenizer, status.reading)
+    status.show("compiling")
+    return generator
 
 
 def _prefix(path: str, saved, generator):
@@ -199,7 +205,7 @@ def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
     add("--tokens", type=int, metavar="N", help="at most, per prompt (200) or reply (2000)")
     what = "stop before this text; may be repeated"
     add("--stop", metavar="TEXT", action="append", default=[], help=what)
-    what = r"read \\n, \\t, \\r and \\\\ in arguments as they are written in programs (the default)"
+    what = r"read \n, \t, \r and \\ in arguments as programs do (the default)"
     add("--escape", action=argparse.BooleanOptionalAction, default=True, help=what)
     what = "names of special tokens are those tokens (in prompts, not in a chat)"
     add("--special-tokens", action=argparse.BooleanOptionalAction, help=what)
@@ -215,7 +221,7 @@ def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
     add = parser.add_argument_group("chat").add_argument
     add("--chat", action="store_true", help="chat with a model trained for it (:help there)")
     add("--system", metavar="TEXT", help="system prompt")
-    add("--think", metavar="WAY", help="off, fast, on, a bit, some, a lot or compact (off)")
+    add("--think", metavar="WAY", help="off, fast, on, a bit, some, a lot, compact or tool (off)")
     add("--template", metavar="NAME", help="g1, world, raven or flower (the model's likeliest)")
 
     draw = parser.add_argument_group("sampling", "Options change values of the preset.")

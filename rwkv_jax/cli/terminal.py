@@ -282,7 +282,7 @@ def _read_lines(prompt: str) -> str | None:
             print(end=asked, file=sys.stderr, flush=True)
             asked = ""
         try:
-            line = input(asked)
+            line = input(asked).removeprefix("\ufeff")  # of a file on stdin
         except EOFError:
             print(file=sys.stderr)
             return "\n".join(lines) if lines else None

@@ -232,7 +232,10 @@ def _json_text(line: str, cfg: DataConfig) -> tuple[str, Spans | None]:
         text, spans = _record_text(record, cfg)
         text.encode()
     except UnicodeEncodeError as error:
-        raise _Problem(f"field {field!r} holds half a surrogate pair, which is not text") from error
+        raise _Problem(
+            f"field {field!r} holds half a surrogate pair, which is not text; correct the line, or"
+            " leave it out"
+        ) from error
     except ConversationError as error:
         raise _Problem(f"field {field!r}: {error}") from error
     return text, spans
@@ -246,6 +249,8 @@ def _record_text(record: dict, cfg: DataConfig) -> tuple[str, Spans | None]:
         if cfg.train_on == "spans":
             raise ConversationError('turns have no spans; set data.train_on = "answers"')
         return text, answers if cfg.train_on == "answers" else None
+    if value is None:
+        raise ConversationError("null, which is no text; leave the line out")
     if not isinstance(value, str):
         kind = type(value).__name__
         raise ConversationError(f"a {kind}, not text or a list of turns; set data.field")

@@ -14,14 +14,13 @@ between them, and SentencePiece's drop the one before the first. `added` and `St
 the last tokens, so what they give, joined, is what decoding all ids gives. Only ids whose bytes are
 no UTF-8 may differ: the characters around them are kept, where `tokenizers` drops a whole run.
 
-Three PyPI packages ship the World vocabulary of 2023-04-24 (the same 65,529 tokens); all give the
-official ids on the golden texts. `pyrwkv-tokenizer` 0.9.1 (Apache-2.0, Rust) is used: it has wheels
-for Python 3.11 to 3.13 on Linux and macOS, x86-64 and arm64, and encodes 54 MB/s of Python source.
-Only its encoder is used: its decoder panics on half a character and on unused ids. `rwkv-tokenizer`
-is as fast, but has no wheels after Python 3.12; `rwkv` encodes in Python, at 2.6 MB/s.
+Of three PyPI packages with the World vocabulary, which give the official ids on the golden texts,
+`pyrwkv-tokenizer` (Rust) is used, for encoding alone, at 54 MB/s of Python source: its decoder
+panics on half a character and on unused ids.
 """
 
 import codecs
+import copy
 import functools
 import hashlib
 import importlib.resources
@@ -67,6 +66,8 @@ class Tokenizer(Protocol):
     """The end-of-document id."""
     additive: bool
     """Whether the bytes of ids are those of each id, joined."""
+    unused: Sequence[int]
+    """Ids below `vocab_size` that are no tokens."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text; never `eod`. Raises TokenizerError for half a surrogate pair."""
@@ -101,8 +102,10 @@ class _Vocabulary:
     kind: str
     vocab_size: int
     additive = True
+    unused: Sequence[int] = ()
     _bytes: Sequence[bytes] | None
-    _checksum = ""
+    _checksum = _content = ""
+    _file = HF_FILE
 
     def encode(self, text: str) -> list[int]:
         raise NotImplementedError
@@ -131,6 +134,8 @@ class _Vocabulary:
         meta = {"kind": self.kind} | ({"checksum": self._checksum} if self._checksum else {})
         folder.mkdir(parents=True, exist_ok=True)
         (folder / META).write_text(json.dumps(meta) + "\n", encoding="utf-8")
+        if self._content:
+            (folder / self._file).write_text(self._content, encoding="utf-8", newline="")
 
     def identity(self) -> str:
         return f"{self.kind} {self._checksum}".rstrip()
@@ -172,12 +177,14 @@ class WorldTokenizer(_Vocabulary):
 
         self._encoder = pyrwkv_tokenizer.RWKVTokenizer()
         try:
-            self._bytes = _table(parse_vocabulary(text), self.vocab_size)
+            tokens = parse_vocabulary(text)
+            self._bytes = _table(tokens, self.vocab_size)
         except (ValueError, IndexError) as error:
             raise TokenizerError(
                 f"RWKV World vocabulary: damaged ({error}); reinstall pyrwkv-tokenizer"
             ) from error
         self._checksum = hashlib.blake2b(b"\n".join(self._bytes), digest_size=8).hexdigest()
+        self.unused: Sequence[int] = sorted(set(range(1, self.vocab_size)) - tokens.keys())
 
     def encode(self, text: str) -> list[int]:
         utf8(text)
@@ -221,6 +228,7 @@ class TextTokenizer(_Vocabulary):
 
     kind = "txt"
     eod = 0
+    _file = WORLD_FILE
 
     def __init__(self, content: str, where: object):
         try:
@@ -232,35 +240,30 @@ class TextTokenizer(_Vocabulary):
             ) from error
         self.vocab_size = max(tokens) + 1
         self._bytes = _table(tokens, self.vocab_size)
+        self.unused: Sequence[int] = sorted(set(range(1, self.vocab_size)) - tokens.keys())
         self._content, self._checksum = content, _checksum(content)
 
     def encode(self, text: str) -> list[int]:
         return self._encoder.encode(utf8(text))
 
-    def save(self, folder: Path) -> None:
-        super().save(folder)
-        (folder / WORLD_FILE).write_text(self._content, encoding="utf-8", newline="")
-
 
 class JsonTokenizer(_Vocabulary):
     """A Hugging Face `tokenizer.json`: our own BPE (`kind = "bpe"`) or any other (`"file"`).
 
-    The encoding of such a file need not be lossless (normalisers, unknown tokens). `special` is
-    what `with_special_tokens` has chosen, if it was called.
+    The encoding of such a file need not be lossless (normalisers, unknown tokens).
     """
 
-    def __init__(self, content: str, kind: str, where: object, *, special: bool | None = None):
+    def __init__(self, content: str, kind: str, where: object):
         self._tokenizer = _open(content, where)
-        self._tokenizer.encode_special_tokens = not special  # that is, as text
+        self._tokenizer.encode_special_tokens = True  # that is, as text
         self.kind = kind
-        self._special, self._variants = special, {}
+        self._variants: dict[bool, JsonTokenizer] | None = {}
         self._content, self._checksum = content, _checksum(content)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         ends = [vocabulary[name] for name in EOD_NAMES if name in vocabulary]
         if not ends:
-            raise TokenizerError(
-                f"{where}: no end-of-document token; add one of {', '.join(EOD_NAMES)} to it"
-            )
+            names = ", ".join(EOD_NAMES)
+            raise TokenizerError(f"{where}: no end-of-document token; add one of {names} to it")
         self.eod = ends[0]
         self.vocab_size = max(vocabulary.values()) + 1
         description = json.loads(content)
@@ -272,12 +275,16 @@ class JsonTokenizer(_Vocabulary):
         self._names: list[str | None] = [None] * self.vocab_size
         for token, i in vocabulary.items():
             self._names[i] = as_character(token) if fallback else token
+        self.unused: Sequence[int] = [i for i, name in enumerate(self._names) if name is None]
 
     def with_special_tokens(self, recognise: bool = True) -> "JsonTokenizer":
-        if self._special is not None:
+        if self._variants is None:
             return self
         if recognise not in self._variants:
-            made = JsonTokenizer(self._content, self.kind, HF_FILE, special=recognise)
+            made = copy.copy(self)
+            made._variants = None
+            if recognise:
+                made._tokenizer = _open(self._content, HF_FILE)
             self._variants[recognise] = made
         return self._variants[recognise]
 
@@ -300,10 +307,6 @@ class JsonTokenizer(_Vocabulary):
         decoder = self._tokenizer.decoder
         text = decoder.decode(tokens) if decoder else " ".join(tokens)
         return as_bytes(text)
-
-    def save(self, folder: Path) -> None:
-        super().save(folder)
-        (folder / HF_FILE).write_text(self._content, encoding="utf-8", newline="")
 
 
 def _open(content: str, where: object) -> tokenizers.Tokenizer:
@@ -356,7 +359,7 @@ def pieces_for(tokenizer: Tokenizer, text: str) -> list[str]:
     """`pieces_of`, if the ids of the pieces together are those of the text. Our BPE and World have
     no token in which a character other than a space follows a line end, and bytes have none of two
     characters; how another vocabulary encodes at a cut is unknown."""
-    return [text] if tokenizer.kind == "file" else pieces_of(text)
+    return [text] if tokenizer.kind in ("file", "txt") else pieces_of(text)
 
 
 def pieces_of(text: str) -> list[str]:
@@ -399,11 +402,13 @@ def open_tokenizer(name: str, setting: str = "data.tokenizer = ") -> Tokenizer:
     content = _read_text(path)
     if not re.match(r"\s*\d+ b?['\"]", content):
         return JsonTokenizer(content, "file", path)
-    found = TextTokenizer(content, path)
     try:
-        world = _world()
+        world, official = _world(), world_vocabulary().read_text(encoding="utf-8")
     except TokenizerError:  # its package is not installed
-        return found
+        return TextTokenizer(content, path)
+    if content == official:
+        return world
+    found = TextTokenizer(content, path)
     spare = [UNKNOWN] * (world.vocab_size - found.vocab_size)
     return world if [*(found._bytes or ()), *spare] == world._bytes else found
 

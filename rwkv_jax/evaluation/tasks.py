@@ -207,7 +207,9 @@ def _text(record: dict[str, Any], name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise TaskError(f"{name!r} holds half a surrogate pair, which is not text") from error
+        raise TaskError(
+            f"{name!r} holds half a surrogate pair, which is not text; correct the line"
+        ) from error
     return value
 
 

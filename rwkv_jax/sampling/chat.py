@@ -30,6 +30,7 @@ from rwkv_jax.errors import UserError
 from rwkv_jax.models import VERSIONS, State
 from rwkv_jax.sampling.decode import DecodeState, Prefix, reseed
 from rwkv_jax.sampling.presets import PRESETS
+from rwkv_jax.sampling.prompts import continuation
 from rwkv_jax.sampling.settings import MAX_SEED, Sampling, check_max_tokens, check_seed
 from rwkv_jax.sampling.stream import Finish, Generator, Stream, TextChunk
 from rwkv_jax.typing import Array, Float
@@ -48,13 +49,17 @@ THINK = {
     "some": (" (think)", " <think"),
     "a lot": (" (think a lot)", " <think"),
     "compact": ("", " <think></think"),
+    "tool": ("", " ```json"),
 }
 """Thinking modes of the G1 models: suffix of the question, start of the reply.
 
 `fast` is an empty thought, `compact` the same as models since G1h prefer it; `a bit`, `some` and
-`a lot` set the length of the thought (newer G1 models)."""
+`a lot` set the length of the thought (newer G1 models); `tool` is a call of a tool instead."""
 
-MARKED_THINK: dict[str, str] = dict.fromkeys(("off", "fast", "compact"), "<think></think")
+MARKED_THINK: dict[str, str] = {
+    **dict.fromkeys(("off", "fast", "compact"), "<think></think"),
+    "tool": "```json",
+}
 """Starts of replies in templates with a mark, `<think` in the other modes. Without a thought they
 begin with an empty one."""
 
@@ -79,14 +84,17 @@ def template_for(cfg: ModelConfig, tokenizer: Tokenizer) -> Template:
 
 def preset_for(template: Template, think: str) -> str:
     """The name of the sampling preset of a template's models."""
+    if think == "tool":
+        return "tool"
     if not template.mark:
         return "chat"
     return "answer" if think in MARKED_THINK else "think"
 
 
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a part of a conversation, equal to those within the whole conversation."""
-    ids = tokenizer.encode(text)
+def encode(tokenizer: Tokenizer, text: str, first: bool = False) -> list[int]:
+    """The tokens of a part of a conversation, equal to those within the whole conversation; `first`
+    is whether it begins that."""
+    ids = tokenizer.encode(text) if first else continuation(tokenizer, text)
     if ids[-1:] == _TWO_NEWLINES and text.endswith(END) and tokenizer.encode("\n") == _NEWLINE:
         return ids[:-1] + 2 * _NEWLINE
     return ids
@@ -417,9 +425,9 @@ class Conversation:
         opening = "" if before.exchanges else self._opening()
         turn = opening + template.turn(template.user, text + THINK[settings.think][0])
         turn += template.bot + template.colon + beginning(template, settings.think)
-        ids = encode(generator.tokenizer, turn)
-        if template.mark and not before.tokens and self._prefix is None:
-            ids = [generator.tokenizer.eod, *ids]
+        first = not before.tokens and self._prefix is None
+        ids = encode(generator.tokenizer, turn, first)
+        ids = [generator.tokenizer.eod, *ids] if template.mark and first else ids
         decoding = generator.prefill([ids], [settings.seed], before.prefix)
         return _Question(text, settings.think, before, ids, decoding)
 
@@ -442,7 +450,8 @@ class Conversation:
         for chunk in stream:
             if chunk.finish != "length":  # its text may be the start of a stop string
                 reply.grow(chunk, stream.decoding, generator.tokenizer)
-            text = self._settle() if chunk.finish else reply.beginning + reply.text
+            # Blanks at the end are dropped if the reply ends here: `<think ` may become `<think>`.
+            text = self._settle() if chunk.finish else (reply.beginning + reply.text).rstrip()
             yield reply.next_chunk(text, chunk.tokens, chunk.finish)
             if self._reply is not reply:
                 return  # the reply was ended while the caller had control
@@ -458,7 +467,8 @@ class Conversation:
         tokens, length = reply.spelling(text, generator.tokenizer)
         missing = encode(generator.tokenizer, text[length:])
         unread = reply.ids[reply.base_tokens : tokens] + missing
-        decoding = generator.extend(reply.base, unread)
+        # A vocabulary of words may have no token for the end of a turn.
+        decoding = generator.extend(reply.base, unread) if unread else reply.base
         end = Prefix(decoding.state, generator.cfg, decoding.logits)
         self._tokens[before.tokens :] = question.ids + reply.ids[:tokens] + missing
         self._position = _Position(end, len(self._tokens), before.exchanges + 1)

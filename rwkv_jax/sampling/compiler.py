@@ -7,31 +7,43 @@ import jax
 
 from rwkv_jax.typing import Callable
 
-SINGLE_TOKEN = {"xla_cpu_experimental_ynn_fusion_type": ""}
+FEW_TOKENS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 """CPU: no YNNPACK fusions. jaxlib 0.10 applies them to every reduction, and for a single token they
-cost 13 of 37 ms at the 0.1B shape."""
+cost 13 of 37 ms at the 0.1B shape. For many tokens its matrix products are the faster ones."""
+
+MANY = 8
+"""Tokens from which these options are not used."""
 
 
 @cache
 def _options() -> dict[str, str]:
-    """`SINGLE_TOKEN` on CPU if jaxlib knows it, else no options."""
+    """`FEW_TOKENS` on CPU if jaxlib knows it, else no options."""
     if jax.default_backend() != "cpu":
         return {}
     try:
-        jax.jit(lambda x: x, compiler_options=SINGLE_TOKEN).lower(0.0).compile()
+        jax.jit(lambda x: x, compiler_options=FEW_TOKENS).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
         return {}
-    return SINGLE_TOKEN
+    return FEW_TOKENS
 
 
-def jit_for_decoding(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`jax.jit` with `cfg` static and the options for single tokens.
+def jit_for_decoding(count: Callable[..., int]) -> Callable[[Callable[..., Any]], Callable]:
+    """`jax.jit` with `cfg` static and the options for as many tokens as `count` finds in the
+    arguments.
 
     They are determined at the first call, as importing a module must not start a backend.
     """
 
-    @cache
-    def jitted():
-        return jax.jit(function, static_argnames="cfg", compiler_options=_options())
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @cache
+        def jitted(many: bool):
+            options = {} if many else _options()
+            return jax.jit(function, static_argnames="cfg", compiler_options=options)
 
-    return wraps(function)(lambda *args, **kwargs: jitted()(*args, **kwargs))
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return jitted(count(*args) >= MANY)(*args, **kwargs)
+
+        return call
+
+    return decorate

@@ -175,10 +175,16 @@ def _as_batch(
 
 
 def extend(
-    params: Model[Array], decoding: DecodeState[Array], tokens: Sequence[int], *, cfg: ModelConfig
+    params: Model[Array],
+    decoding: DecodeState[Array],
+    tokens: Sequence[int],
+    *,
+    cfg: ModelConfig,
+    report: Callable[[int], None] = lambda tokens: None,
 ) -> DecodeState[Array]:
-    """A single row after reading at least one more token; it is no longer done."""
-    logits, state = read(params, tokens, decoding.state, cfg=cfg)
+    """A single row after reading at least one more token; it is no longer done. `report` as of
+    `read`."""
+    logits, state = read(params, tokens, decoding.state, cfg=cfg, report=report)
     return replace(decoding, logits=logits, state=state, done=jnp.zeros_like(decoding.done))
 
 
@@ -241,7 +247,7 @@ def read(
     return logits, state
 
 
-@jit_for_decoding
+@jit_for_decoding(lambda params, tokens, *_: tokens.size)
 def _chunk(
     params: Model[Array],
     tokens: Int[Array, "b t"],
@@ -262,7 +268,7 @@ Carry = tuple[Array, Array, DecodeState[Array]]
 """The carry of the decode loop: its step, the tokens so far, the state."""
 
 
-@jit_for_decoding
+@jit_for_decoding(lambda params, decoding, *_: len(decoding.done))
 def decode(
     params: Model[Array],
     decoding: DecodeState[Array],

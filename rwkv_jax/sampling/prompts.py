@@ -13,8 +13,19 @@ Prompt = str | Sequence[int] | np.ndarray
 """A text, in which the names of special tokens are those tokens, or token ids."""
 
 
-def as_ids(tokenizer: Tokenizer, prompts: Any) -> list[list[int]]:
-    """The ids of each `Prompt`; a single one, text or list of ids, is a batch of one.
+def continuation(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text that continues another: SentencePiece's put a space before each text."""
+    if not tokenizer.additive:
+        for before in ("\n\n", "."):
+            start, ids = tokenizer.encode(before), tokenizer.encode(before + text)
+            if start and ids[: len(start)] == start:
+                return ids[len(start) :]
+    return tokenizer.encode(text)
+
+
+def as_ids(tokenizer: Tokenizer, prompts: Any, continue_text: bool = False) -> list[list[int]]:
+    """The ids of each `Prompt`; a single one, text or list of ids, is a batch of one. With
+    `continue_text`, they follow a text that was read.
 
     Raises `UserError` if there are none, and for what is neither text nor ids of the tokenizer.
     """
@@ -22,12 +33,13 @@ def as_ids(tokenizer: Tokenizer, prompts: Any) -> list[list[int]]:
         prompts = [prompts]
     if not len(prompts):
         raise UserError('no prompts: give at least one; "" starts a new document')
-    return [_ids(tokenizer, prompt) for prompt in prompts]
+    return [_ids(tokenizer, prompt, continue_text) for prompt in prompts]
 
 
-def _ids(tokenizer: Tokenizer, prompt: object) -> list[int]:
+def _ids(tokenizer: Tokenizer, prompt: object, continue_text: bool) -> list[int]:
     if isinstance(prompt, str):
-        return tokenizer.with_special_tokens().encode(prompt)
+        special = tokenizer.with_special_tokens()
+        return continuation(special, prompt) if continue_text else special.encode(prompt)
     if isinstance(prompt, bytes) or not isinstance(prompt, Sequence | np.ndarray):
         raise UserError(f"prompt {prompt!r:.40}: a text, or a list of token ids")
     ids = []

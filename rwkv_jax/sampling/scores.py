@@ -1,5 +1,5 @@
 """Log-probabilities of the tokens drawn, by the model alone: before penalties, temperature and
-truncation."""
+truncation, over all of its rows, as `eval` has them."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -52,6 +52,6 @@ def score(
 def _score(
     logits: Float[Array, "b V"], allowed: Bool[Array, " V"], tokens: Int[Array, " b"], *, count: int
 ) -> tuple[Float[Array, " b"], Float[Array, "b n"], Int[Array, "b n"]]:
-    log_p = jax.nn.log_softmax(jnp.where(allowed[None], logits, -jnp.inf), axis=-1)
+    log_p = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(log_p, tokens[:, None], axis=1)[:, 0]
-    return chosen, *lax.top_k(log_p, count)
+    return chosen, *lax.top_k(jnp.where(allowed[None], log_p, -jnp.inf), count)

@@ -45,7 +45,7 @@ class Session:
 
     def feed(self, text: Prompt) -> None:
         """Appends text, or token ids, to what the model has read."""
-        [tokens] = as_ids(self.generator.tokenizer, [text])
+        [tokens] = as_ids(self.generator.tokenizer, [text], continue_text=self.started)
         if tokens:
             self._read(tokens)
             self._decoder = StreamDecoder(self.generator.tokenizer, tokens)

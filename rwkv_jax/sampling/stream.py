@@ -3,9 +3,11 @@
 The text depends on parameters, prompt, settings and seed, not on how it is cut into chunks.
 """
 
+import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import jax
@@ -41,20 +43,32 @@ Finish = Literal["", "stop", "end", "length"]
 class Generator:
     """A model and its tokenizer, prepared for decoding: make one, use it for many texts.
 
-    Raises `UserError` if the tokenizer has more tokens than the model.
+    `report` is called with the tokens read so far, and their total, while prompts are read and when
+    they are. Raises `UserError` if the tokenizer has more tokens than the model.
     """
 
-    def __init__(self, params: Model[Array], cfg: ModelConfig, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        params: Model[Array],
+        cfg: ModelConfig,
+        tokenizer: Tokenizer,
+        report: Callable[[int, int], None] = lambda done, total: None,
+    ):
         if tokenizer.vocab_size > cfg.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens and the model {cfg.vocab_size}: "
                 "they do not belong together; use the tokenizer that the model was trained with"
             )
-        self.weights = fingerprint(params, cfg)
         self.params = device.decoding_layout(params, cfg)
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary_of(tokenizer, cfg.vocab_size)
+        self.report = report
+
+    @cached_property
+    def weights(self) -> str:
+        """The fingerprint of the model."""
+        return fingerprint(self.params, self.cfg)
 
     def check_tokenizer(self, identity: str | None) -> None:
         """Raises `UserError` if a state was written with another tokenizer. None: not recorded."""
@@ -74,11 +88,28 @@ class Generator:
         if prefix is not None and prefix.logits is None and not all(prompts):
             raise UserError(NO_LOGITS)
         eod = self.tokenizer.eod
-        return device.prefill(self.params, prompts, seeds, cfg=self.cfg, end=eod, prefix=prefix)
+        with self._reported(sum(map(len, prompts))) as report:
+            return device.prefill(
+                self.params, prompts, seeds, cfg=self.cfg, end=eod, prefix=prefix, report=report
+            )
 
     def extend(self, decoding: DecodeState[Array], tokens: Sequence[int]) -> DecodeState[Array]:
         """`decode.extend`."""
-        return device.extend(self.params, decoding, tokens, cfg=self.cfg)
+        with self._reported(len(tokens)) as report:
+            return device.extend(self.params, decoding, tokens, cfg=self.cfg, report=report)
+
+    @contextlib.contextmanager
+    def _reported(self, total: int) -> Iterator[Callable[[int], None]]:
+        """A function that adds to the tokens read."""
+        done = 0
+
+        def add(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            self.report(done, total)
+
+        yield add
+        self.report(total, total)
 
     def restart(
         self, decoding: DecodeState[Array], prefix: Prefix | None = None
@@ -107,6 +138,7 @@ def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary[Array]:
         if 0 < len(text) <= len(UNCOUNTED) and text in UNCOUNTED.encode():
             increment[token] = 0
     allowed = np.arange(vocab_size) < tokenizer.vocab_size
+    allowed[list(tokenizer.unused)] = False
     return Vocabulary(allowed=jnp.asarray(allowed), increment=jnp.asarray(increment))
 
 
@@ -304,7 +336,7 @@ def generate_with(
     check_max_tokens(max_tokens)
     check_seed(seed)
     check_alternatives(logprobs)
-    tokens = as_ids(generator.tokenizer, prompts)
+    tokens = as_ids(generator.tokenizer, prompts, continue_text=prefix is not None)
     seeds = [(seed + index) % (MAX_SEED + 1) for index in range(len(tokens))]
     decoding = generator.prefill(tokens, seeds, prefix)
     decoders = [StreamDecoder(generator.tokenizer, ids) for ids in tokens]

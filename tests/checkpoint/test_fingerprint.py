@@ -69,6 +69,14 @@ def test_sharded_parameters(tmp_path):
     assert fingerprint(jax.tree.map(place, params), cfg) == fingerprint(params, cfg)
 
 
+def test_an_accelerator_picks_the_same_numbers(monkeypatch):
+    params, cfg = keymaps.from_official(tensors())
+    layers = rwkv_jax.unstack(params)
+    one = fingerprint(params, cfg)
+    monkeypatch.setattr("rwkv_jax.checkpoint.fingerprint.is_on_host", lambda _: False)
+    assert fingerprint(params, cfg) == one == fingerprint(layers, cfg)
+
+
 @pytest.mark.parametrize("name", ["emb.weight", "blocks.1.att.w0", "blocks.1.ln2.weight"])
 def test_another_model_has_another(name):
     params, cfg = keymaps.from_official(tensors())

@@ -17,7 +17,7 @@ from official_weights import VERSIONS, checkpoint
 
 import rwkv_jax
 from rwkv_jax import models
-from rwkv_jax.checkpoint import keymaps, weights
+from rwkv_jax.checkpoint import files, keymaps, weights
 from rwkv_jax.checkpoint.files import Deferred
 from rwkv_jax.checkpoint.pth import write_pth
 from rwkv_jax.checkpoint.safetensors import write_safetensors
@@ -134,6 +134,17 @@ def test_parameters_are_sharded_as_asked(tmp_path):
     one = jax.sharding.SingleDeviceSharding(jax.devices()[5])
     params, _ = rwkv_jax.load(tmp_path / "m.safetensors", sharding=one)
     assert {x.sharding for x in jax.tree.leaves(params)} == {one}
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 700), (513, 256), (2, 3, 5), (7,), ()])
+@pytest.mark.parametrize("dtype", ["float32", ml_dtypes.bfloat16])
+def test_copies_in_c_order(shape, dtype):
+    """Of a transposed array, part of one, and one in order."""
+    values = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    for x in (values, values.T, values.T[1:, ::2] if values.ndim == 2 else values):
+        copy = files.c_order(x)
+        assert copy.flags.c_contiguous and copy.dtype == x.dtype and copy.shape == x.shape
+        assert np.array_equal(copy, x)
 
 
 def test_large_parameters_layer_by_layer(tmp_path, monkeypatch):

@@ -69,7 +69,9 @@ def test_thoughts_never_go_to_stdout(talk):
 def test_any_bytes_from_a_pipe(scripted, tmp_path, monkeypatch, capsys):
     """One turn per line; invalid UTF-8 is read as U+FFFD."""
     path = tmp_path / "it.safetensors"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n\nlast"), "utf-8"))
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfcaf\xe9\n\nlast"), "utf-8")
+    )
     command.chat(telling(scripted, " One\0", " Two\0"), settings={"seed": 0}, save=path)
     assert capsys.readouterr().out == "One\nTwo\n"
     assert transcript(path, scripted) == (

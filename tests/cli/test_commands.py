@@ -336,6 +336,23 @@ def test_convert_copies_the_tokenizer_of_the_model_only(model, tmp_path, monkeyp
         assert (out / "20B_tokenizer.json").read_bytes() == own
 
 
+def test_convert_copies_a_vocabulary_in_a_text_file(tmp_path, capsys):
+    """Of a model whose vocabulary is its own; the World vocabulary needs no file."""
+    path, vocab, name = tmp_path / "model.pth", 300, "rwkv_vocab_v20230424.txt"
+    weights.write(path, checkpoint("7", width=128, head=64, ranks=RANKS, vocab=vocab))
+    lines = [f"{b + 1} {bytes([b])!r} 1\n" for b in range(256)]
+    lines += [f"{i} '<{i:03}>' 5\n" for i in range(257, vocab)]
+    (tmp_path / name).write_text("".join(lines))
+    assert rwkv_jax("inspect", path) == 0
+    assert "tokenizer" in (out := capsys.readouterr().out) and "txt " in out
+    for target in (tmp_path / "hf", tmp_path / "other" / "m.pth"):
+        target.parent.mkdir(exist_ok=True)
+        assert rwkv_jax("convert", path, target) == 0
+        folder = target if target.is_dir() else target.parent
+        assert (folder / name).read_text() == "".join(lines)
+        assert f"{folder / name}: its tokenizer" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("version", "options", "line"),
     [

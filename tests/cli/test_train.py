@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from training.processes import LIMITED, start, wait_for
-from training.runs import END, config, settings
+from training.runs import ALIKE, config, settings
 
 from rwkv_jax.cli.train import main
 from rwkv_jax.data.prepare import prepare
@@ -67,7 +67,7 @@ def test_a_disk_that_takes_no_checkpoint_is_one_line(tmp_path):
     """Files may not grow beyond 20 kB: the writes fail inside the library, as on a full disk."""
     prepare(config(tmp_path).data)
     done = subprocess.run(
-        [sys.executable, *LIMITED, os.devnull, *settings(tmp_path, **END)],
+        [sys.executable, *LIMITED, os.devnull, *settings(tmp_path, **ALIKE)],
         capture_output=True,
         text=True,
         # Programs are read from the cache, if they are there, and not written: that would fail.

@@ -16,7 +16,6 @@ from rwkv_jax.data.files import CorpusError
 from rwkv_jax.data.prepare import prepare
 from rwkv_jax.data.tokenizers import open_tokenizer, token_sizes
 
-WORLD = open_tokenizer("world")
 TURNS = [
     {"role": "system", "content": "Be\n\nkind."},
     {"role": "user", "content": " Hi\r\n\r\nthere "},
@@ -94,8 +93,8 @@ def test_tokens_that_overlap_a_span_are_trained_on(parts, chosen):
     inside = np.zeros(len(text.encode()) + 1, bool)
     for first, last in spans:
         inside[len(text[:first].encode()) : len(text[:last].encode())] = True
-    ids = np.array(WORLD.encode(text), int)
-    sizes = token_sizes(WORLD)[ids]
+    ids = np.array(open_tokenizer("world").encode(text), int)
+    sizes = token_sizes(open_tokenizer("world"))[ids]
     mask = loss_mask(text, tuple(spans), sizes)
     assert mask is not None
     ends = np.cumsum(sizes)
@@ -124,7 +123,7 @@ def test_only_answers_are_trained(tmp_path):
     assert tokens.mask is not None and (tokens.mask == again.mask).all()
     assert len(tokens.mask) == len(tokens.train)
     replies = [
-        WORLD.decode_bytes(tokens.train[part]).decode()
+        open_tokenizer("world").decode_bytes(tokens.train[part]).decode()
         for part in np.split(np.arange(len(tokens.train)), np.flatnonzero(np.diff(tokens.mask)) + 1)
         if tokens.mask[part[0]]
     ]
@@ -140,7 +139,7 @@ def test_spans_of_text(tmp_path):
     path = source(tmp_path, answer, {"text": "é", "spans": []})
     tokens = prepare(config(tmp_path, path, train_on="spans"), progress=False)
     assert tokens.mask is not None
-    assert WORLD.decode_bytes(tokens.train[tokens.mask]) == b" Answer."
+    assert open_tokenizer("world").decode_bytes(tokens.train[tokens.mask]) == b" Answer."
     assert tokens.mask[tokens.train == 0].tolist() == [True, False]
 
 

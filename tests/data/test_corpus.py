@@ -234,6 +234,7 @@ def test_lone_file_in_another_encoding(tmp_path):
         ),
         ('{"text": 5}', "field 'text': a int, not text or a list of turns; set data.field"),
         ('{"text": "\\ud800"}', "field 'text' holds half a surrogate pair, which is not text"),
+        ('{"text": null}', "field 'text': null, which is no text; leave the line out"),
     ],
 )
 def test_bad_json_lines_are_named_by_file_and_line(tmp_path, line, message):

@@ -69,7 +69,7 @@ def bpe() -> JsonTokenizer:
 
 @pytest.fixture(scope="module")
 def world() -> WorldTokenizer:
-    return WorldTokenizer()
+    return open_tokenizer("world")
 
 
 @pytest.fixture(scope="module", params=["bytes", "bpe", "world", "file"])
@@ -351,7 +351,8 @@ def test_a_vocabulary_in_a_text_file(tmp_path, world):
     ours = open_tokenizer(str(path))
     assert ours.encode(SOURCE) == world.encode(SOURCE)
     assert ours.encode("a<tool>") == [98, 65530] and ours.decode_bytes([65530]) == b"<tool>"
-    assert (ours.vocab_size, ours.eod) == (65531, 0)
+    assert (ours.vocab_size, ours.eod, ours.unused) == (65531, 0, [])
+    assert world.unused == list(range(65530, 65536))
     ours.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").identity() == ours.identity()
     assert open_tokenizer(str(tmp_path / "saved")).identity() == ours.identity()

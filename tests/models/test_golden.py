@@ -39,10 +39,19 @@ def golden(version):
 
 
 @functools.cache
+def loaded(version):
+    return from_official(golden(version)[0])
+
+
+unstack = jax.jit(models.unstack)
+"""One program instead of one for each shape."""
+
+
+@functools.cache
 def compiled(version, implementation, layout, jit=jax.jit):
     """(tokens, state) -> (logits, state) with the golden weights."""
-    params, cfg = from_official(golden(version)[0])
-    params = models.unstack(params) if layout == "unstacked" else params
+    params, cfg = loaded(version)
+    params = unstack(params) if layout == "unstacked" else params
     run = jit(functools.partial(models.forward, cfg=cfg, implementation=implementation))
     return lambda tokens, state=None: run(params, tokens, state)
 
@@ -75,9 +84,9 @@ def test_whole_sequence(version, implementation, layout):
 )
 def test_token_by_token(version, implementation, layout):
     run, tokens = compiled(version, implementation, layout), golden(version)[1]
-    params, cfg = from_official(golden(version)[0])
+    params, cfg = loaded(version)
     state, rows = models.init_state(cfg, 1, params), []
-    state = models.unstack(state) if layout == "unstacked" else state
+    state = unstack(state) if layout == "unstacked" else state
     for t in range(tokens.shape[1]):
         logits, state = run(tokens[:, t : t + 1], state)
         rows.append(logits)
@@ -102,16 +111,17 @@ def test_cut_at_random_places(version):
 @versions("7")
 def test_layouts_convert_into_each_other(version):
     """A state continues in the other layout, and `stack` undoes `unstack`."""
-    params, cfg = from_official(golden(version)[0])
+    params, cfg = loaded(version)
     tokens = golden(version)[1]
     first, state = compiled(version, None, "stacked")(tokens[:, :17])
-    second, unstacked = compiled(version, None, "unstacked")(tokens[:, 17:], models.unstack(state))
+    second, unstacked = compiled(version, None, "unstacked")(tokens[:, 17:], unstack(state))
     check(version, np.concatenate([first, second], 1))
-    for tree in (params, state, models.stack(unstacked)):
-        again = models.stack(models.unstack(tree))
+    stack = jax.jit(models.stack)
+    for tree in (params, state, stack(unstacked)):
+        again = stack(unstack(tree))
         assert jax.tree.structure(again) == jax.tree.structure(tree)
         assert all(map(np.array_equal, jax.tree.leaves(again), jax.tree.leaves(tree)))
-    assert len(models.unstack(params).blocks) == cfg.layers
+    assert len(unstack(params).blocks) == cfg.layers
 
 
 @each_recurrence
@@ -127,7 +137,7 @@ def test_rows_of_a_batch_are_alone(version):
 def test_official_names_round_trip(version):
     """Every tensor comes back bit for bit; version 7 adds only layer 0's unused v0, v1, v2."""
     tensors = golden(version)[0]
-    params, cfg = from_official(tensors)
+    params, cfg = loaded(version)
     back = to_official(params, cfg)
     unused = {f"blocks.0.att.v{i}" for i in range(3)} if version[0] == "7" else set()
     assert set(back) == set(tensors) | unused
@@ -147,7 +157,7 @@ def test_prefix_and_key_order_do_not_matter(version):
     tensors = golden(version)[0]
     prefixed = {f"_forward_module.{name}": tensors[name] for name in sorted(tensors, reverse=True)}
     params, cfg = from_official(prefixed)
-    expected, expected_cfg = from_official(tensors)
+    expected, expected_cfg = loaded(version)
     assert cfg == expected_cfg
     assert all(map(np.array_equal, jax.tree.leaves(params), jax.tree.leaves(expected)))
 

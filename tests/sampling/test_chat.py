@@ -7,19 +7,20 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tolerances import assert_close
 
 from rwkv_jax import models
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.conversations import TEMPLATES, Template, clean
-from rwkv_jax.data.tokenizers import ByteTokenizer, WorldTokenizer
+from rwkv_jax.data.tokenizers import ByteTokenizer, JsonTokenizer, WorldTokenizer
 from rwkv_jax.errors import UserError
 from rwkv_jax.sampling import Generator, Prefix, Sampling, chat, stream
 from rwkv_jax.sampling import decode as device
 from rwkv_jax.sampling.chat import THINK, Conversation, ReplySettings, encode, parts
 from rwkv_jax.sampling.decode import NO_TOKEN
+from tests.data.test_tokenizers import of_bytes_as_fallback, words
 from tests.sampling.conftest import config, weights
 
 STORY = Template(opening="Once.\n\n")
@@ -132,6 +133,7 @@ def assert_as_if_read(talk):
         ("some", "User: hi (think)\n\nAssistant: <think"),
         ("a lot", "User: hi (think a lot)\n\nAssistant: <think"),
         ("compact", "User: hi\n\nAssistant: <think></think"),
+        ("tool", "User: hi\n\nAssistant: ```json"),
     ],
 )
 def test_prompts_of_the_ways_to_think(scripted, monkeypatch, think, prompt):
@@ -330,6 +332,7 @@ PARTS = st.sampled_from(
     tokens=st.integers(0, 30),
     think=st.sampled_from(["on", "off"]),
 )
+@example(reply=" ", tokens=1, think="on")
 def test_any_reply_cut_anywhere(scripted, reply, tokens, think):
     """The transcript has what was shown, with one complete end of the reply."""
     talk = talking(scripted, reply, think=think, max_tokens=tokens)
@@ -362,6 +365,7 @@ def test_parts_of_an_unfinished_reply_never_change(text, cut):
         ("off", " <think>Well</think>Yes.\0", ("Well", "Yes.")),
         ("off", " <\0", ("", "<")),
         ("on", "ing hard\0", ("", "<thinking hard")),
+        ("tool", '\n{"a": 1}\n```\0', ("", '```json\n{"a": 1}\n```')),
     ],
 )
 def test_thoughts_and_answers_are_separated(scripted, think, reply, expected):
@@ -373,6 +377,7 @@ def test_thoughts_and_answers_are_separated(scripted, think, reply, expected):
 @pytest.mark.parametrize(
     "think, reply, tokens, stands",
     [
+        ("on", " ", 1, " <think>\n</think>"),
         ("on", ">\nWell, so", 6, " <think>\nWell\n</think>"),
         ("on", ">\nWell</think>\nYes", 99, None),
         ("on", ">\nWell\n\nUser:", 99, " <think>\nWell\n</think>"),
@@ -407,6 +412,7 @@ def test_thinking_needs_paragraphs(scripted):
         ("fast", "User✿hi✿\nBot✿<think></think"),
         ("on", "User✿hi✿\nBot✿<think"),
         ("a bit", "User✿hi (think a bit)✿\nBot✿<think"),
+        ("tool", "User✿hi✿\nBot✿```json"),
     ],
 )
 def test_prompts_with_flowers(scripted, monkeypatch, think, begins):
@@ -473,6 +479,7 @@ def test_a_flower_that_is_typed_is_refused(scripted):
     tokens=st.integers(0, 30),
     think=st.sampled_from(["on", "off"]),
 )
+@example(reply=" ", tokens=1, think="on")
 def test_any_reply_with_flowers_cut_anywhere(scripted, reply, tokens, think):
     talk = talking(scripted, reply, think=think, max_tokens=tokens, template="flower")
     chunks = list(talk.say("a"))
@@ -482,6 +489,28 @@ def test_any_reply_with_flowers_cut_anywhere(scripted, reply, tokens, think):
     assert body == body.rstrip() and "✿" not in body
     assert not body.startswith("<think>") or "</think>" in body
     assert (thought(chunks), said(chunks)[0]) == parts(body + "\n\n")
+
+
+# Tokenizers that are not lossless.
+
+
+def test_sentence_pieces_get_no_space_between_turns():
+    """Llama's vocabulary puts one before each text that it encodes."""
+    tokenizer = JsonTokenizer(of_bytes_as_fallback([], True).to_str(), "file", "x")
+    generator = Scripted(weights("7", vocab_size=300), config("7", vocab_size=300), tokenizer)
+    talk = talking(generator, "Hi.\n\nUser:", "Bye.\0")
+    assert [said(talk.say(text))[0] for text in ("a a", "b")] == ["Hi.", "Bye."]
+    assert talk.transcript == ("User: a a\n\nAssistant: Hi.\n\nUser: b\n\nAssistant: Bye.\n\n")
+    assert_as_if_read(talk)
+
+
+def test_words_without_a_token_for_the_end_of_a_turn():
+    tokenizer = JsonTokenizer(words("[SEP]").to_str(), "file", "x")
+    talk = random_talk(Generator(weights("7"), config("7"), tokenizer))
+    for text in ("one", "two"):
+        reply, _ = said(talk.say(text))
+        assert set(reply.split()) <= {"one", "two"}
+        assert_as_if_read(talk)
 
 
 # The conversation as a value.

@@ -55,4 +55,5 @@ def test_the_official_presets():
 def test_presets_of_templates():
     ways = {way: preset_for(TEMPLATES["flower"], way) for way in ("off", "fast", "on", "a lot")}
     assert ways == {"off": "answer", "fast": "answer", "on": "think", "a lot": "think"}
+    assert preset_for(TEMPLATES["g1"], "tool") == preset_for(TEMPLATES["flower"], "tool") == "tool"
     assert preset_for(TEMPLATES["g1"], "on") == preset_for(TEMPLATES["world"], "off") == "chat"

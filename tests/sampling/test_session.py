@@ -226,7 +226,9 @@ def test_other_bad_input(generator7):
 
 def test_the_end_of_a_document_counts():
     """As any token whose text is empty does; PyPI `rwkv` counts it for the World vocabulary."""
-    increment = np.asarray(vocabulary_of(open_tokenizer("world"), 65536).increment)
+    vocabulary = vocabulary_of(open_tokenizer("world"), 65536)
+    assert np.flatnonzero(~np.asarray(vocabulary.allowed)).tolist() == list(range(65530, 65536))
+    increment = np.asarray(vocabulary.increment)
     assert increment[0] == 1 and increment[65530:].all()
     assert np.flatnonzero(increment == 0).tolist()[:4] == [10, 33, 49, 50]
 

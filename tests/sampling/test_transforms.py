@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
+from scipy.special import chdtrc
 
 from rwkv_jax.sampling import transforms
 from rwkv_jax.sampling.transforms import Settings
@@ -129,7 +129,9 @@ def test_frequencies_are_the_probabilities(case, size):
     if hoped[-1] == 0:
         observed, hoped = observed[:-1], hoped[:-1]
     if len(hoped) > 1:
-        assert scipy.stats.chisquare(observed, hoped).pvalue > 1e-3
+        np.testing.assert_allclose(observed.sum(), hoped.sum(), rtol=1e-8)
+        statistic = ((observed - hoped) ** 2 / hoped).sum()
+        assert chdtrc(len(hoped) - 1, statistic) > 1e-3  # `scipy.stats` takes a second to import
 
 
 def test_temperature_zero_is_the_first_argmax_whatever_the_key():

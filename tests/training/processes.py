@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from compiling import QUICK_FLAGS
-from training.runs import END, settings
+from training.runs import ALIKE, settings
 
 ROOT = Path(__file__).parents[2]
 LIMITED = (
@@ -85,7 +85,7 @@ def start(tmp_path: Path, *extra: str) -> subprocess.Popen:
     toml = tmp_path / "empty.toml"
     toml.write_text("")
     return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", toml, *settings(tmp_path, **END), *extra],
+        [sys.executable, ROOT / "train.py", toml, *settings(tmp_path, **ALIKE), *extra],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

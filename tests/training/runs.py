@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -11,8 +12,9 @@ from rwkv_jax.toml import load_config
 from rwkv_jax.training.objective import Objective, objective
 from rwkv_jax.training.step import make_train_step
 
-END = {"data.exit_tokens": 14 * 2 * 32}
-"""Where the schedule ends, however long a run is, so that runs of all lengths share a program."""
+ALIKE = {"data.exit_tokens": 14 * 2 * 32, "train.accumulate": 2}
+"""Settings of runs that share a program, whatever their lengths: where the schedule ends is not the
+run's end. One gradient a step is what the runs in `tests/golden` and most tests of a step have."""
 
 LINES = (
     "def add(a, b):\n    return a + b\n\n",
@@ -62,13 +64,15 @@ def copy(run: Path, folder: Path) -> None:
     stated.write_text(stated.read_text().replace(str(run), str(folder)))
 
 
-def train_step(cfg: Config, objective: Objective = objective) -> jax.stages.Wrapped:
+def train_step(cfg: Config, objective: Objective = objective) -> Callable:
     """`make_train_step`, traced and compiled once for all runs of a test session whose steps are
-    the same."""
+    the same. On one device."""
     steps = 1 if cfg.data.exit_tokens else cfg.train.steps  # which end the schedule
     train = dataclasses.replace(cfg.train, output="run", steps=steps)
     key = repr((cfg.model, cfg.optimizer, train, cfg.data.exit_tokens, objective))
-    return _STEPS.setdefault(key, make_train_step(cfg, objective))
+    step = _STEPS.setdefault(key, make_train_step(cfg, objective))
+    # Restored arrays are committed to their device, new ones are not: that would be two programs.
+    return lambda state, batch: step(jax.device_put(state, jax.devices()[0]), batch)
 
 
 _STEPS: dict[str, jax.stages.Wrapped] = {}

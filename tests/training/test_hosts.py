@@ -77,6 +77,7 @@ def test_processes_stop_together_and_one_resumes(tmp_path, monkeypatch):
     end = stopped + 10
     other = {"train.steps": end, "mesh.fsdp": 2, "mesh.data": 2}
     alone = {"train.steps": end, "mesh.fsdp": 1, "train.output": tmp_path / "alone"}
+    alone["train.checkpoint_every"] = end
     with (tmp_path / "stdout").open("w") as file:
         train(load_config(None, tiny(tmp_path, **other)), console=Console(file=file))
         train(load_config(None, tiny(tmp_path, **alone)), console=Console(quiet=True))

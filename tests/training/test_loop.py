@@ -13,7 +13,7 @@ import pytest
 from official_weights import checkpoint
 from rich.console import Console
 from training.processes import start, wait_for
-from training.runs import END, config, copy, settings, train_step
+from training.runs import ALIKE, config, copy, settings, train_step
 
 from rwkv_jax.checkpoint import weights
 from rwkv_jax.checkpoint.keymaps import from_official
@@ -45,7 +45,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, (folder / "stdout").open("w") as file:
         patch.setattr(Report, "summary", noted)
         patch.setattr(loop, "make_train_step", train_step)
-        given = config(folder, **END, **{"train.keep": 1})
+        given = config(folder, **ALIKE, **{"train.keep": 2})
         assert train(given, console=Console(file=file, width=100)) == folder / "run"
     return folder, (folder / "stdout").read_text(), spent[0]
 
@@ -85,7 +85,7 @@ def interrupt_at(monkeypatch, step, kind=signal.SIGINT):
 def test_resumed_run_is_the_run_that_never_stopped(
     version, tmp_path, console, monkeypatch, one_program
 ):
-    parts = {"model.version": version, "train.accumulate": 2}
+    parts = ALIKE | {"model.version": version}
     handler = signal.getsignal(signal.SIGINT)
     whole = config(tmp_path, **parts, **{"train.output": tmp_path / "whole"})
     expected = metrics(train(whole, console=console))
@@ -137,7 +137,7 @@ def test_final_table_curve_and_checkpoints(finished):
         assert f"{value:.3f}" in printed
     assert "step 12/12  loss" in printed
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["12"]
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["10", "12"]
     assert not list(folder.glob("*.partial"))
     # Learning shows: the corpus is the same five lines again and again.
     losses = [line["loss"] for line in metrics(folder) if "loss" in line]
@@ -169,7 +169,7 @@ def test_divergence_names_the_step_the_gradient_and_the_last_good_checkpoint(
     monkeypatch.setattr(loop, "make_train_step", poisoned)
     monkeypatch.setattr(Report, "curve", lambda _: None)
     with pytest.raises(NonFiniteError) as caught:
-        train(config(tmp_path), console=console, objective=counted)
+        train(config(tmp_path, **ALIKE), console=console, objective=counted)
     assert calls  # the objective given is the one that is minimised
     message = str(caught.value)
     assert message.startswith("step 8: the loss is nan; the gradient is not finite in emb")
@@ -183,14 +183,14 @@ def test_refuses_a_folder_that_is_not_this_runs(finished, tmp_path, console):
     folder = tmp_path / "run"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"holds another run \(optimizer.beta2 is 0.99 there, 0.9"):
-        train(config(tmp_path, **END, **{"optimizer.beta2": 0.9}), console=console)
+        train(config(tmp_path, **ALIKE, **{"optimizer.beta2": 0.9}), console=console)
     other = settings(tmp_path)[2].removeprefix("data.source=") + "/more.py"
     Path(other).write_text("x = 1\n" * 50)
     with pytest.raises(UserError, match=r"was trained on other text than data\.source"):
-        train(config(tmp_path, **END, **{"data.tokenizer": "bytes"}), console=console)
+        train(config(tmp_path, **ALIKE, **{"data.tokenizer": "bytes"}), console=console)
     document = Path(other).with_name("7.py")
     Path(other).unlink()
-    same = config(tmp_path, **END)  # which writes the corpus
+    same = config(tmp_path, **ALIKE)  # which writes the corpus
     document.write_text(document.read_text().replace("a", "b", 1))  # of the same size
     with pytest.raises(UserError, match=r"was trained on other text than data\.source"):
         train(same, console=console)
@@ -269,7 +269,7 @@ def test_stopped_while_starting_it_starts_again(tmp_path, console, monkeypatch, 
     def kill(*_):
         raise Killed
 
-    cfg = config(tmp_path, **END, **{"train.steps": 2})
+    cfg = config(tmp_path, **ALIKE, **{"train.steps": 2})
     for module, moment in (
         (setup, "Store"),
         (setup, "init_train_state"),
@@ -288,7 +288,7 @@ def test_a_home_is_a_home(tmp_path, console, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(loop, "make_train_step", train_step)
     short = {"train.output": "~/there", "train.steps": 1, "train.log_every": 1}
-    folder = train(config(tmp_path, **END, **short), console=console)
+    folder = train(config(tmp_path, **ALIKE, **short), console=console)
     assert folder == tmp_path / "there"
     assert (folder / "loss.png").exists()
 
@@ -296,11 +296,13 @@ def test_a_home_is_a_home(tmp_path, console, monkeypatch):
 @pytest.mark.parametrize(
     "item", ["params", *(pytest.param(item, marks=pytest.mark.slow) for item in ("rest", "meta"))]
 )
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(item, tmp_path, one_program):
-    ends = END | {"train.keep": 3}
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
+    item, finished, tmp_path, one_program
+):
+    copy(finished[0], tmp_path)
+    folder, ends = tmp_path / "run", ALIKE | {"train.keep": 2}
     with (tmp_path / "out").open("w") as out:
         console = Console(file=out, width=200)
-        folder = train(config(tmp_path, **ends), console=console)
         other = {"train.steps": 14, "train.output": tmp_path / "whole"}
         whole = train(config(tmp_path, **ends | other), console=console)
         newest = folder / "checkpoints" / "12"

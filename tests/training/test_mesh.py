@@ -214,6 +214,10 @@ def test_large_parameters_are_sharded(version, mesh):
     assert mine / whole <= 1.35 / parts
 
 
+EVERY_AXIS = ("data2-sequence4", "data2-fsdp2-tensor2")
+"""Meshes that together have all of them."""
+
+
 def arrays(jaxpr):
     """The types of all arrays of a program and of what it calls, without broadcast scalars and
     without what a device computes inside a `shard_map`."""
@@ -229,7 +233,13 @@ def arrays(jaxpr):
 
 
 @versions("7")
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(mesh, id=name, marks=() if name in EVERY_AXIS else pytest.mark.slow)
+        for name, mesh in MESHES.items()
+    ],
+)
 def test_what_grows_with_rows_and_time_is_sharded(version, mesh):
     """Every device has its own rows, time, heads and hidden channels only."""
     cfg = config(mesh, version, context=512)

@@ -40,9 +40,19 @@ def config(version="7", **train):
 
 
 @functools.cache
-def compiled_step(version):
-    """The step of the plain config, compiled once."""
-    return make_train_step(config(version))
+def compiled_step(version, **train):
+    """The step of a config, compiled once."""
+    return make_train_step(config(version, **train))
+
+
+@functools.cache
+def first_state(version):
+    return jax.device_get(init_train_state(config(version)))
+
+
+def initial(version="7"):
+    """What `init_train_state` returns for all of these configs; a copy, as a step donates it."""
+    return jax.tree.map(jnp.array, first_state(version))
 
 
 def batch(seed=0, b=4, t=16, vocab=32):
@@ -51,16 +61,19 @@ def batch(seed=0, b=4, t=16, vocab=32):
     return Batch(tokens[:, :-1], tokens[:, 1:], tokens[:, :-1] == 0)
 
 
+@jax.jit
+def forward(params, inputs, reset):
+    logits, after = models.forward(params, inputs, cfg=MODELS["7"], reset=reset)
+    return jax.nn.log_softmax(logits), after
+
+
 def read(params, rows):
-    """Nats of each target, and the state after them, by version 7's `forward`."""
-
-    @jax.jit
-    def forward(params, inputs, reset):
-        logits, after = models.forward(params, inputs, cfg=MODELS["7"], reset=reset)
-        return jax.nn.log_softmax(logits), after
-
-    logp, after = forward(params, rows.inputs, rows.reset)
-    return -np.take_along_axis(np.asarray(logp), rows.targets[..., None], -1)[..., 0], after
+    """Nats of each target, by version 7's `forward`; the state after 48 tokens."""
+    time = rows.inputs.shape[1]
+    after_it = (0, 0), (0, 48 - time)  # one program for all lengths
+    logp, after = forward(params, np.pad(rows.inputs, after_it), np.pad(rows.reset, after_it))
+    logp = np.asarray(logp)[:, :time]
+    return -np.take_along_axis(logp, rows.targets[..., None], -1)[..., 0], after
 
 
 @pytest.mark.parametrize(
@@ -80,8 +93,8 @@ def test_accumulated_gradient_is_the_whole_batchs(version, masked):
             # With a large eps the update is lr * gradient / eps: no normalisation hides a factor.
             optimizer=OptimizerConfig(eps=1e3, peak_lr=1e3, final_lr=1e3, warmup_steps=0, clip=0.0),
         )
-        state = init_train_state(cfg)
-        before = jax.tree.map(np.asarray, state.params)
+        state = initial(version)
+        before = first_state(version).params
         state, metrics = make_train_step(cfg)(state, rows)
         moved = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, before)
         results.append((moved, float(metrics.loss), float(metrics.grad_norm)))
@@ -106,10 +119,13 @@ def test_the_objective_can_be_replaced():
         nats = token_nats(hidden, params.head, batch.targets)
         return jnp.mean(nats), (jnp.mean(nats), after)
 
-    cfg, seen = config("4", l2wrap=0.0), {}
-    for name, chosen in (("own", objective), ("doubled", doubled), ("plain", plain)):
-        state = init_train_state(cfg)
-        _, metrics = make_train_step(cfg, objective=chosen)(state, batch())
+    plainly, seen = {"l2wrap": 0.0}, {}
+    for name, step in (
+        ("own", compiled_step("4", **plainly)),
+        ("doubled", make_train_step(config("4", **plainly), objective=doubled)),
+        ("plain", make_train_step(config("4", **plainly), objective=plain)),
+    ):
+        _, metrics = step(initial("4"), batch())
         seen[name] = np.array([metrics.loss, metrics.grad_norm, metrics.state_rms])
     np.testing.assert_allclose(seen["doubled"], seen["own"] * [3, 2, 1], rtol=1e-5)
     np.testing.assert_allclose(seen["plain"], seen["own"], rtol=1e-5)
@@ -117,7 +133,7 @@ def test_the_objective_can_be_replaced():
 
 @pytest.mark.parametrize("version", [pytest.param("4", marks=pytest.mark.slow), "7"])
 def test_learns_a_batch_by_heart(version):
-    state = init_train_state(config(version))
+    state = initial(version)
     step = compiled_step(version)
     losses = []
     for _ in range(50):
@@ -129,7 +145,7 @@ def test_learns_a_batch_by_heart(version):
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_says_what():
-    state = init_train_state(config())
+    state = initial()
     bad = state.params.blocks.att.w0.at[1].set(jnp.nan)
     att = state.params.blocks.att.replace(w0=bad)
     blocks = state.params.blocks.replace(att=att)
@@ -143,8 +159,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_says_what():
 
 
 def test_names_the_parameter_whose_gradient_is_not_finite():
-    state = init_train_state(config("4"))
-    step = compiled_step("4")
+    state = initial("4")
+    step = compiled_step("4", l2wrap=0.0)
     state, metrics = step(state, batch())
     names = [
         jax.tree_util.keystr(path, simple=True, separator=".")
@@ -188,13 +204,13 @@ def test_the_official_0_1b_step_compiles_in_the_memory_its_config_states():
 
 
 def test_a_masked_loss_is_the_mean_over_its_tokens():
-    cfg, rows, step = config(), batch(), compiled_step("7")
-    nats, _ = read(init_train_state(cfg).params, rows)
+    rows, step = batch(), compiled_step("7")
+    nats, _ = read(first_state("7").params, rows)
     for mask in (np.arange(64).reshape(4, 16) % 3 == 0, np.arange(64).reshape(4, 16) == 5):
-        _, metrics = step(init_train_state(cfg), rows._replace(mask=mask))
+        _, metrics = step(initial(), rows._replace(mask=mask))
         assert float(metrics.loss) == pytest.approx(nats[mask].mean(), rel=1e-5)
     nothing = rows._replace(mask=np.zeros((4, 16), bool))
-    _, metrics = step(init_train_state(cfg), nothing)
+    _, metrics = step(initial(), nothing)
     assert float(metrics.loss) == float(metrics.grad_norm) == 0
 
 
@@ -217,7 +233,7 @@ def test_documents_of_a_pack_do_not_see_each_other(version):
         assert loader.epoch == (4,)
         rows = loader.read(0)
         assert rows.mask.sum() == lengths[number] and rows.reset.sum() == 8
-        state, metrics = compiled_step(version)(init_train_state(config(version)), rows)
+        state, metrics = compiled_step(version)(initial(version), rows)
         return jax.tree.map(np.asarray, (metrics.loss, state.params))
 
     for number in (0, 3, 6):

@@ -5,7 +5,7 @@ import itertools
 
 import jax
 import pytest
-from compiling import as_users_do
+from compiling import as_users_do, for_long_loops
 from wkv import accuracy
 from wkv.operators import VERSIONS
 
@@ -31,7 +31,8 @@ def cases():
         elif trains:
             yield pytest.param(*case, as_users_do, id=title, marks=slow)
         else:
-            yield pytest.param(*case, jax.jit, id=title, marks=slow)
+            jit = for_long_loops if form == "scan" else jax.jit
+            yield pytest.param(*case, jit, id=title, marks=slow)
             yield pytest.param(*case, as_users_do, id=f"{title}-optimised", marks=pytest.mark.slow)
 
 
