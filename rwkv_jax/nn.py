@@ -194,7 +194,8 @@ def _last_valid(
     time, devices, mine = x.shape[1], 1, 0
     if mesh_axis:
         devices, mine = lax.axis_size(mesh_axis), lax.axis_index(mesh_axis)
-    count = jnp.full(x.shape[:1], time * devices) if lengths is None else lengths
+    whole = jnp.full(x.shape[:1], time * devices, jnp.int32)
+    count = whole if lengths is None else lengths.astype(jnp.int32)
     place = (count - 1 - mine * time)[:, None]
     found = jnp.take_along_axis(x, jnp.clip(place, 0, time - 1)[:, :, None], axis=1)[:, 0]
     found = jnp.where((place >= 0) & (place < time), found, jnp.zeros_like(found))

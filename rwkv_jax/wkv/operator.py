@@ -251,7 +251,8 @@ def _valid(lengths: Array | None, time: int, mesh_axis: str | None) -> Bool[Arra
     if lengths is None:
         return None
     first = 0 if mesh_axis is None else lax.axis_index(mesh_axis) * time
-    return first + jnp.arange(time)[None] < lengths[:, None]
+    place = first + jnp.arange(time, dtype=jnp.int32)
+    return place[None] < lengths[:, None].astype(jnp.int32)
 
 
 def _check_arrays(operator: Operator, x: Any, state: Any, **masks: Any) -> None:
