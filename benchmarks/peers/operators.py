@@ -106,7 +106,7 @@ def ours(implementation: str | None) -> dict:
     def run(operator, x):
         return operator(**x, implementation=implementation)
 
-    return {"4": run4, "6": partial(run, wkv6), "7": partial(run, wkv7)}
+    return {"4": run4, "6": partial(run, wkv6), "7": partial(run, partial(wkv7, log_w_min=-0.7))}
 
 
 def ejkernel(_) -> dict:
