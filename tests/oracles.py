@@ -99,7 +99,7 @@ def _wkv6_states(log_w, k, v, state, reset, initial):
     """The state that each token finds (after its reset), and the final one."""
     before = []
     for t in range(k.shape[1]):
-        state = np.where(reset[:, t, None, None, None], initial, state)
+        state = _restart(state, reset[:, t], initial)
         before.append(state)
         state = state * np.exp(log_w[:, t])[..., None, :] + _outer(v[:, t], k[:, t])
     return before, state
@@ -112,7 +112,7 @@ def wkv6(r, log_w, k, v, u, state=None, reset=None, initial=None):
     before, final = _wkv6_states(log_w, k, v, state, reset, initial)
     y = np.zeros_like(v)
     for t, s in enumerate(before):
-        y[:, t] = np.einsum("bhvk,bhk->bhv", s + _outer(v[:, t], u * k[:, t]), r[:, t])
+        y[:, t] = _read(s + _outer(v[:, t], u * k[:, t]), r[:, t])
     return y, final
 
 
@@ -127,16 +127,15 @@ def wkv6_grad(r, log_w, k, v, u, state, reset, dy, dstate, initial=None):
     for t, s in reversed(list(enumerate(before))):
         w, uk = np.exp(log_w[:, t]), u * k[:, t]
         along = np.einsum("bhv,bhv->bh", dy[:, t], v[:, t])[..., None]
-        grads["r"][:, t] = np.einsum("bhvk,bhv->bhk", s, dy[:, t]) + uk * along
-        grads["k"][:, t] = np.einsum("bhvk,bhv->bhk", g, v[:, t]) + u * r[:, t] * along
+        grads["r"][:, t] = _spread(s, dy[:, t]) + uk * along
+        grads["k"][:, t] = _spread(g, v[:, t]) + u * r[:, t] * along
         bonus = np.einsum("bhk,bhk->bh", uk, r[:, t])[..., None]
-        grads["v"][:, t] = np.einsum("bhvk,bhk->bhv", g, k[:, t]) + bonus * dy[:, t]
+        grads["v"][:, t] = _read(g, k[:, t]) + bonus * dy[:, t]
         grads["u"] += (k[:, t] * r[:, t] * along).sum(0)
         grads["log_w"][:, t] = w * np.einsum("bhvk,bhvk->bhk", g, s)
         g = g * w[..., None, :] + _outer(dy[:, t], r[:, t])
-        fresh = reset[:, t, None, None, None]
-        grads["initial"] += np.where(fresh, g, 0.0).sum(0)
-        g = np.where(fresh, 0.0, g)
+        grads["initial"] += g[reset[:, t]].sum(0)
+        g = _restart(g, reset[:, t])
     if shared:
         grads["log_w"] = grads["log_w"].sum((0, 1))
     return grads | {"state": g}
@@ -150,8 +149,8 @@ def _wkv7_states(log_w, k, v, a, b, state, reset):
     """For each token the state it finds (after its reset) and the one it leaves; the final one."""
     pairs = []
     for t in range(k.shape[1]):
-        before = np.where(reset[:, t, None, None, None], 0.0, state)
-        removed = np.einsum("bhvk,bhk->bhv", before, a[:, t])
+        before = _restart(state, reset[:, t])
+        removed = _read(before, a[:, t])
         state = before * np.exp(log_w[:, t])[..., None, :]
         state = state + _outer(removed, b[:, t]) + _outer(v[:, t], k[:, t])
         pairs.append((before, state))
@@ -160,6 +159,21 @@ def _wkv7_states(log_w, k, v, a, b, state, reset):
 
 def _outer(x, y):
     return x[..., :, None] * y[..., None, :]
+
+
+def _read(state, x):
+    """`[b, h, v, k]` times `[b, h, k]`."""
+    return (state @ x[..., None])[..., 0]
+
+
+def _spread(state, x):
+    """`[b, h, v, k]`, transposed, times `[b, h, v]`."""
+    return (x[..., None, :] @ state)[..., 0, :]
+
+
+def _restart(state, fresh, initial=0.0):
+    """The state that a token finds: another one where a document starts."""
+    return np.where(fresh[:, None, None, None], initial, state) if fresh.any() else state
 
 
 def _wkv7_defaults(k, state, reset):
@@ -175,7 +189,7 @@ def wkv7(r, log_w, k, v, a, b, state=None, reset=None):
     pairs, final = _wkv7_states(log_w, k, v, a, b, state, reset)
     y = np.zeros_like(r)
     for t, (_, after) in enumerate(pairs):
-        y[:, t] = np.einsum("bhvk,bhk->bhv", after, r[:, t])
+        y[:, t] = _read(after, r[:, t])
     return y, final
 
 
@@ -188,17 +202,15 @@ def wkv7_grad(r, log_w, k, v, a, b, state, reset, dy, dstate):
     for t, (before, after) in reversed(list(enumerate(pairs))):
         w = np.exp(log_w[:, t])
         g = g + _outer(dy[:, t], r[:, t])
-        grads["r"][:, t] = np.einsum("bhvk,bhv->bhk", after, dy[:, t])
+        grads["r"][:, t] = _spread(after, dy[:, t])
         grads["log_w"][:, t] = w * np.einsum("bhvk,bhvk->bhk", g, before)
-        grads["k"][:, t] = np.einsum("bhvk,bhv->bhk", g, v[:, t])
-        grads["v"][:, t] = np.einsum("bhvk,bhk->bhv", g, k[:, t])
-        grads["b"][:, t] = np.einsum(
-            "bhvk,bhv->bhk", g, np.einsum("bhvk,bhk->bhv", before, a[:, t])
-        )
-        dremoved = np.einsum("bhvk,bhk->bhv", g, b[:, t])
-        grads["a"][:, t] = np.einsum("bhvk,bhv->bhk", before, dremoved)
+        grads["k"][:, t] = _spread(g, v[:, t])
+        grads["v"][:, t] = _read(g, k[:, t])
+        grads["b"][:, t] = _spread(g, _read(before, a[:, t]))
+        dremoved = _read(g, b[:, t])
+        grads["a"][:, t] = _spread(before, dremoved)
         g = g * w[..., None, :] + _outer(dremoved, a[:, t])
-        g = np.where(reset[:, t, None, None, None], 0.0, g)
+        g = _restart(g, reset[:, t])
     return grads | {"state": g}
 
 

@@ -6,7 +6,8 @@ from rwkv_jax.cli.plan import main
 def test_the_command(tmp_path, capsys):
     path = tmp_path / "x.toml"
     path.write_text(
-        "[model]\nlayers = 1\nwidth = 64\n[data]\ntokenizer = 'bytes'\n[train]\nbatch = 8\n"
+        "[model]\nversion = '4'\nlayers = 1\nwidth = 64\n"
+        "[data]\ntokenizer = 'bytes'\n[train]\nbatch = 8\n"
     )
     assert main([str(path), "--topology", "here", "train.context=32"]) == 0
     out = capsys.readouterr().out
