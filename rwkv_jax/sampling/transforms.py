@@ -98,10 +98,14 @@ def sample(
 
     A row's draw depends only on its logits, key and settings. Logits of -inf are never drawn.
     """
-    logs = jnp.log(truncate(logits, settings))
-    weights = jnp.exp(logs / jnp.maximum(settings.temperature, 1e-6)[:, None])
-    drawn = jax.vmap(_draw)(keys, weights)
-    return jnp.where(settings.temperature == 0, _argmax(logits), drawn)
+    greedy = settings.temperature == 0
+
+    def draw() -> Array:
+        logs = jnp.log(truncate(logits, settings))
+        weights = jnp.exp(logs / jnp.maximum(settings.temperature, 1e-6)[:, None])
+        return jnp.where(greedy, _argmax(logits), jax.vmap(_draw)(keys, weights))
+
+    return lax.cond(jnp.all(greedy), lambda: _argmax(logits), draw)
 
 
 def truncate(logits: Float[Array, "b V"], settings: Settings[Array]) -> Float[Array, "b V"]:
