@@ -14,9 +14,12 @@ import typing
 from collections.abc import Callable
 
 import jaxtyping
+from beartype import BeartypeConf, beartype
 
 _decorate = jaxtyping.jaxtyped
 _SHARED: dict[tuple, Callable] = {}
+_without_shapes = beartype(conf=BeartypeConf(violation_type=TypeError))
+"""Raises what jaxtyping raises, a `TypeError`."""
 
 
 def set_up(package: str) -> None:
@@ -61,7 +64,7 @@ def _checked(function: types.FunctionType, typechecker: Callable) -> Callable:
         return functools.partial(_SHARED[key], function)
     if any(map(_has_shapes, function.__annotations__.values())):
         return _decorate(function, typechecker=typechecker)
-    return typechecker(function)
+    return _without_shapes(function)
 
 
 def _has_shapes(annotation: object) -> bool:
