@@ -84,13 +84,15 @@ def run_alone(command: list[str], env: dict[str, str] | None = None) -> dict[str
     """Runs a program to its end: its CPU seconds (`cpu`), wall time (`seconds`), and peak anonymous
     memory in bytes (`anonymous`; pages of mapped files do not count). Linux only."""
     began, peak = time.perf_counter(), 0
+    environment = {**os.environ, **(env or {})}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # modules are compiled once, as for any user
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         cwd=ROOT,
-        env={**os.environ, **(env or {})},
+        env=environment,
     )
     before = os.times()
     while process.poll() is None:
