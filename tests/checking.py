@@ -13,10 +13,12 @@ import types
 import typing
 from collections.abc import Callable
 
+import beartype
 import jaxtyping
 
 _decorate = jaxtyping.jaxtyped
 _SHARED: dict[tuple, Callable] = {}
+_SHAPELESS = beartype.beartype(conf=beartype.BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 
 
 def set_up(package: str) -> None:
@@ -61,7 +63,7 @@ def _checked(function: types.FunctionType, typechecker: Callable) -> Callable:
         return functools.partial(_SHARED[key], function)
     if any(map(_has_shapes, function.__annotations__.values())):
         return _decorate(function, typechecker=typechecker)
-    return typechecker(function)
+    return _SHAPELESS(function)
 
 
 def _has_shapes(annotation: object) -> bool:
