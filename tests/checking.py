@@ -13,13 +13,12 @@ import types
 import typing
 from collections.abc import Callable
 
+import beartype
 import jaxtyping
-from beartype import BeartypeConf, beartype
 
 _decorate = jaxtyping.jaxtyped
 _SHARED: dict[tuple, Callable] = {}
-_without_shapes = beartype(conf=BeartypeConf(violation_type=TypeError))
-"""Raises what jaxtyping raises, a `TypeError`."""
+_SHAPELESS = beartype.beartype(conf=beartype.BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 
 
 def set_up(package: str) -> None:
@@ -64,7 +63,7 @@ def _checked(function: types.FunctionType, typechecker: Callable) -> Callable:
         return functools.partial(_SHARED[key], function)
     if any(map(_has_shapes, function.__annotations__.values())):
         return _decorate(function, typechecker=typechecker)
-    return _without_shapes(function)
+    return _SHAPELESS(function)
 
 
 def _has_shapes(annotation: object) -> bool:

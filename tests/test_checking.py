@@ -40,7 +40,7 @@ def test_the_package_is_checked():
     x = jnp.ones((1, 1, 4))
     with pytest.raises(TypeCheckError, match=r"parameters of rwkv_jax\.wkv\.v7.*\n.*parameter 'b'"):
         wkv7_step(x, x, x, x, x, jnp.ones((1, 1, 5)), jnp.ones((1, 1, 4, 4)))
-    with pytest.raises(TypeError, match="parse_vocabulary"):
+    with pytest.raises(TypeCheckError, match="parse_vocabulary"):
         parse_vocabulary(b"1 'a' 1")
-    with pytest.raises(TypeError, match="width"):
+    with pytest.raises(TypeCheckError, match="width"):
         ModelConfig(width="64")

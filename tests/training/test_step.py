@@ -108,27 +108,23 @@ def test_accumulated_gradient_is_the_whole_batchs(version, masked):
 
 
 def test_the_objective_can_be_replaced():
-    """By one that changes its results, and by one that is written from scratch."""
+    """By one that adds to its results what is written from scratch: as much again."""
 
     def doubled(params, batch, carried, *, model, train):
-        loss, (cross_entropy, after) = objective(params, batch, carried, model=model, train=train)
-        return 2 * loss, (3 * cross_entropy, after)
-
-    def plain(params, batch, carried, *, model, train):
+        loss, (cross_entropy, _) = objective(params, batch, carried, model=model, train=train)
         hidden, after = hidden_states(params, batch, carried, model=model, train=train)
-        nats = token_nats(hidden, params.head, batch.targets)
-        return jnp.mean(nats), (jnp.mean(nats), after)
+        nats = jnp.mean(token_nats(hidden, params.head, batch.targets))
+        return loss + nats, (cross_entropy + 2 * nats, after)
 
-    plainly, seen = {"l2wrap": 0.0}, {}
-    for name, step in (
-        ("own", compiled_step("4", **plainly)),
-        ("doubled", make_train_step(config("4", **plainly), objective=doubled)),
-        ("plain", make_train_step(config("4", **plainly), objective=plain)),
+    seen = []
+    for step in (
+        compiled_step("4", l2wrap=0.0),
+        make_train_step(config("4", l2wrap=0.0), objective=doubled),
     ):
         _, metrics = step(initial("4"), batch())
-        seen[name] = np.array([metrics.loss, metrics.grad_norm, metrics.state_rms])
-    np.testing.assert_allclose(seen["doubled"], seen["own"] * [3, 2, 1], rtol=1e-5)
-    np.testing.assert_allclose(seen["plain"], seen["own"], rtol=1e-5)
+        seen.append(np.array([metrics.loss, metrics.grad_norm, metrics.state_rms]))
+    own, other = seen
+    np.testing.assert_allclose(other, own * [3, 2, 1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("version", [pytest.param("4", marks=pytest.mark.slow), "7"])
