@@ -23,18 +23,21 @@ def remark(text: str) -> None:
 @contextlib.contextmanager
 def printed_remarks(prog: str) -> Iterator[None]:
     """Prints each `Remark` on stderr as a command's line; other warnings are shown as ever."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", Remark)
-        shown = warnings.showwarning
+    # Without `catch_warnings`: filters that are set meanwhile stay.
+    warnings.simplefilter("always", Remark)
+    shown = warnings.showwarning
 
-        def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
-            if issubclass(category, Remark):
-                print(f"{prog}: {message}", file=sys.stderr)
-            else:
-                shown(message, category, *place)
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, Remark):
+            print(f"{prog}: {message}", file=sys.stderr)
+        else:
+            shown(message, category, *place)
 
-        warnings.showwarning = show
+    warnings.showwarning = show
+    try:
         yield
+    finally:
+        warnings.showwarning = shown
 
 
 PREDICTS_NAN = (

@@ -3,8 +3,10 @@
 Only the main thread can set signal handlers; in any other these contexts leave them alone.
 """
 
+import _thread
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,6 +33,26 @@ def _caused_by_interrupt(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+@contextlib.contextmanager
+def undropped_interrupts() -> Iterator[None]:
+    """Raises KeyboardInterrupt again where Python drops it: in a finaliser, or in a callback of the
+    garbage collector, as JAX has one."""
+    before = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        if isinstance(dropped.exc_value, KeyboardInterrupt):
+            threading.Timer(0.01, _thread.interrupt_main).start()
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        if sys.unraisablehook is hook:  # else a library has put its own before it
+            sys.unraisablehook = before
 
 
 @contextlib.contextmanager

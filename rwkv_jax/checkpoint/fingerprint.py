@@ -23,7 +23,6 @@ import numpy as np
 from rwkv_jax.checkpoint.files import ArrayLike
 from rwkv_jax.checkpoint.keymaps import (
     check,
-    check_params,
     is_on_host,
     names_of,
     official_shape,
@@ -31,7 +30,7 @@ from rwkv_jax.checkpoint.keymaps import (
     table,
 )
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models import Model
+from rwkv_jax.models import Model, check_params
 from rwkv_jax.params import ParamSpec
 from rwkv_jax.typing import Array
 
@@ -46,8 +45,7 @@ def fingerprint(params: Model[Array], cfg: ModelConfig) -> str:
 
     Raises ValueError if they are not of `cfg`'s model.
     """
-    if not isinstance(params.blocks, tuple):
-        check_params(params, cfg)
+    check_params(params, cfg)
     names, places = [], []
     for path, spec in table(cfg).items():
         index = _sample(official_shape(spec))

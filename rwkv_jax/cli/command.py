@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from rwkv_jax.config import DataConfig
 from rwkv_jax.errors import UserError, printed_remarks
-from rwkv_jax.interrupts import interruptible
+from rwkv_jax.interrupts import interruptible, undropped_interrupts
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +41,7 @@ def run(prog: str, action: Callable[[], object]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # it may not have all characters
     try:
-        with interruptible(), printed_remarks(prog), _with_a_device():
+        with interruptible(), undropped_interrupts(), printed_remarks(prog), _with_a_device():
             action()
         sys.stdout.flush()
     except UserError as error:

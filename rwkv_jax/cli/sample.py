@@ -10,6 +10,7 @@ from typing import Any
 from rwkv_jax.cli.command import add_model, add_tokenizer, command, load_to_decode, run, spoken
 from rwkv_jax.cli.status import Status
 from rwkv_jax.errors import UserError
+from rwkv_jax.interrupts import deferred_interrupts
 
 ABOUT = """
 Continue a prompt with a model: official weights, a Hugging Face folder, or a run of train.py.
@@ -46,8 +47,10 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax sample") -> int:
 def _sample(args: argparse.Namespace) -> None:
     status = Status()
     status.show(f"loading {args.model}")
-    # Imported here, so that --help and a mistyped option answer at once.
-    from rwkv_jax.sampling.settings import FLAGS
+    # Imported here, so that --help and a mistyped option answer at once. An import of JAX that is
+    # interrupted may abort the process.
+    with deferred_interrupts():
+        from rwkv_jax.sampling.settings import FLAGS
 
     given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     try:
@@ -131,7 +134,14 @@ def _chat(args: argparse.Namespace, given: dict[str, float | int], status: Statu
 
     if (
         any((args.prompt, args.prompt_file, args.prompt_ids, args.stop, args.interactive))
-        or any((args.suffix is not None, args.suffix_file, args.logprobs, args.top_logprobs))
+        or any(
+            (
+                args.suffix is not None,
+                args.suffix_file,
+                args.logprobs,
+                args.top_logprobs is not None,
+            )
+        )
         or not args.echo
     ):
         raise UserError(

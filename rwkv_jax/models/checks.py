@@ -40,6 +40,9 @@ def check_params(params: Any, expected: PyTree, cfg: ModelConfig) -> None:
     leaves, tree = jax.tree.flatten(params)
     shapes, known = jax.tree.flatten(expected)
     if tree == known and all(jnp.shape(x) == y.shape for x, y in zip(leaves, shapes, strict=True)):
+        kinds = {jnp.dtype(x.dtype) for x in leaves}
+        if odd := [kind.name for kind in kinds if not jnp.issubdtype(kind, jnp.floating)]:
+            raise ValueError(f"params are {odd[0]}: floating point is needed")
         return
     found, wanted = (
         {path_name(path): list(jnp.shape(x)) for path, x in jax.tree.leaves_with_path(tree)}

@@ -106,9 +106,11 @@ def decoding_layout(params: Model[Array], cfg: ModelConfig, dtype: Any = None) -
     parameters are returned unchanged.
 
     `dtype` None is `decoding_dtype()`. Logits equal those of `params` computed in `dtype`: matrices
-    are cast once instead of at each use. Everything else stays float32.
+    are cast once instead of at each use. Everything else stays float32. Raises `ValueError` for
+    parameters that are not of `cfg`'s model.
     """
     dtype = decoding_dtype() if dtype is None else dtype
+    models.check_params(params, cfg)
     return params if isinstance(params.blocks, tuple) else _lay_out(params, cfg, dtype)
 
 

@@ -37,7 +37,9 @@ def with_gradient(
 
     @jax.custom_jvp
     def run(*args):
-        return primal(*args)
+        outputs, tree = jax.tree.flatten(primal(*args))
+        tied = _tied.bind(*outputs, *jax.tree.leaves(args), size=len(outputs))
+        return jax.tree.unflatten(tree, tied)
 
     def differentiated(args, tangents):
         outputs, residuals = save_for_backward(forward(*args), of_wkv=True)
@@ -169,3 +171,30 @@ mlir.register_lowering(_derivative, mlir.lower_fun(_push, multiple_results=True)
 ad.primitive_transposes[_derivative] = _transpose
 ad.primitive_jvps[_derivative] = _differentiate
 batching.primitive_batchers[_derivative] = _batch
+
+
+_tied = Primitive("tied")
+"""The first `size` operands. Where `vmap` maps any operand, it maps all results: it maps `run` and
+its derivative apart, and inside of `cond` both have to map the same."""
+_tied.multiple_results = True
+
+
+@_tied.def_abstract_eval
+def _types_tied(*operands, size):
+    return list(operands[:size])
+
+
+def _tie(*operands, size):
+    return list(operands[:size])
+
+
+def _batch_tied(operands, axes, *, size):
+    count = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
+    pairs = zip(operands[:size], axes[:size], strict=True)
+    front = [batching.bdim_at_front(x, axis, count) for x, axis in pairs]
+    return _tied.bind(*front, size=size), [0] * size
+
+
+_tied.def_impl(_tie)
+mlir.register_lowering(_tied, mlir.lower_fun(_tie, multiple_results=True))
+batching.primitive_batchers[_tied] = _batch_tied

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -421,3 +422,18 @@ def test_ctrl_c_while_something_is_imported(capsys):
 
     assert run("it", interrupted) == 130
     assert capsys.readouterr() == ("", "\n")
+
+
+def test_an_interrupt_that_python_drops_ends_the_command(capsys):
+    """In a finaliser an exception cannot be raised; JAX has a callback of the garbage collector."""
+
+    class Final:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def action():
+        final = Final()
+        del final
+        time.sleep(10)
+
+    assert run("prog", action) == 130

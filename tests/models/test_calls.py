@@ -15,6 +15,7 @@ import rwkv_jax as rwkv
 from rwkv_jax import models, nn
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.loss import cross_entropy
+from rwkv_jax.sampling.decode import decoding_layout
 
 CFG = ModelConfig(version="7", layers=2, width=32, vocab_size=23, head_size=16)
 TOKENS = jnp.array([[1, 5, 2, 7, 22, 0]])
@@ -209,6 +210,18 @@ def test_arguments_that_do_not_belong_together_are_a_sentence(params, given, mes
     with pytest.raises(ValueError, match=message) as raised:
         inspect.unwrap(models.backbone)(params, **({"tokens": TOKENS} | given), cfg=CFG)
     assert "\n" not in str(raised.value)
+
+
+def test_parameters_of_another_model_are_refused_wherever_they_are_taken(params):
+    """Also where they are laid out for decoding, or named by their fingerprint."""
+    other = dataclasses.replace(CFG, layers=1)
+    for run in (decoding_layout, rwkv.fingerprint):
+        for given in (params, models.unstack(params)):
+            with pytest.raises(ValueError, match="give the cfg of these params"):
+                run(given, other)
+    whole = jax.tree.map(lambda x: x.astype(jnp.int32), params)
+    with pytest.raises(ValueError, match="params are int32: floating point is needed"):
+        models.forward(whole, TOKENS, cfg=CFG)
 
 
 def test_integers_of_all_kinds_are_ids(params):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tolerances import relative_rms
-from wkv.operators import every_version, quickly
+from wkv.operators import VERSIONS, every_version, quickly
 
 from rwkv_jax import testing
 from rwkv_jax.wkv import IMPLEMENTATIONS, Wkv4State
@@ -133,6 +133,22 @@ def test_mapped_tangents(version, implementation):
 
         expected = jnp.sum(outside * values, axis=range(1, values.ndim))
         close(jax.jit(jax.vmap(along))(values), expected)
+
+
+@pytest.mark.parametrize(
+    "mapped", ["r", *(pytest.param(x, marks=pytest.mark.slow) for x in ("log_w", "k", "v"))]
+)
+def test_one_argument_is_mapped(mapped):
+    """The gradient of a `vmap` over one argument, on which not all results depend."""
+    with jax.enable_x64(True):
+        loss, (inputs, state) = problem(VERSIONS["7"], None)
+
+        def of(scale):
+            return loss((inputs | {mapped: scale * inputs[mapped]}, state))
+
+        scales = jnp.arange(1.0, 4.0)
+        inside = jax.jit(jax.grad(lambda scales: jnp.sum(jax.vmap(of)(scales))))(scales)
+        close(inside, jax.jit(lambda scales: jax.lax.map(jax.grad(of), scales))(scales))
 
 
 @chunked_and_slowly_others
