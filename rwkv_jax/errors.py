@@ -12,7 +12,7 @@ class UserError(ValueError):
 
 
 class Remark(UserWarning):
-    """Something that a user should know although the work goes on. One line, as a `UserError`."""
+    """A warning for the user, in one line as a `UserError`; the work continues."""
 
 
 def remark(text: str) -> None:

@@ -220,9 +220,9 @@ def check_params(params: Model[Array], cfg: ModelConfig) -> None:
     type."""
     if isinstance(params.blocks, tuple):
         raise ValueError("params are a tuple of layers: give rwkv_jax.stack(params)")
-    models.check_params(params, cfg)
     for x in jax.tree.leaves(params):
         float_type(x.dtype)
+    models.check_params(params, cfg)
 
 
 def in_order(tensors: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:

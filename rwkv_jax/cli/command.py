@@ -120,23 +120,17 @@ def add_tokenizer(add: Callable[..., object]) -> None:
     add("--tokenizer", default="", metavar="NAME", help=what)
 
 
-def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """Parameters, config and tokenizer as MODEL and --tokenizer say. What JAX compiles from now on
-    is cached."""
+def load_model(args: argparse.Namespace, *, to_decode: bool = False) -> tuple[Any, Any, Any]:
+    """Parameters, config and tokenizer as MODEL and --tokenizer say; with `to_decode` in the layout
+    of decoding and in --dtype. What JAX compiles from now on is cached."""
     from rwkv_jax.checkpoint.weights import load_with_tokenizer
     from rwkv_jax.compiled import keep_compiled_programs
+    from rwkv_jax.sampling.load import load_to_decode
 
     keep_compiled_programs(DataConfig().cache_root)
+    if to_decode:
+        return load_to_decode(args.model, args.tokenizer, dtype=args.dtype)
     return load_with_tokenizer(args.model, args.tokenizer)
-
-
-def load_to_decode(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """`load_model` in the layout of decoding and in --dtype."""
-    from rwkv_jax.compiled import keep_compiled_programs
-    from rwkv_jax.sampling import load
-
-    keep_compiled_programs(DataConfig().cache_root)
-    return load.load_to_decode(args.model, args.tokenizer, dtype=args.dtype)
 
 
 def width() -> int | None:

@@ -21,7 +21,6 @@ from rwkv_jax.cli.command import (
     add_tokenizer,
     command,
     load_model,
-    load_to_decode,
     run,
     spoken,
     width,
@@ -106,8 +105,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     sources = _sources(args)
     with within_memory("lower --batch, or --dtype bfloat16"):
         # Tasks read prompts in the layout of sampling; for texts alone, the other compiles faster.
-        load = load_to_decode if endings or choices else load_model
-        params, cfg, tokenizer = load(args)
+        params, cfg, tokenizer = load_model(args, to_decode=bool(endings or choices))
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         dtype = args.dtype or decoding_dtype().__name__
         subject = _Subject(params, tokenizer, Settings(cfg, rows=args.batch, dtype=dtype))

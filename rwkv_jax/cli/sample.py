@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rwkv_jax.cli.command import add_model, add_tokenizer, command, load_to_decode, run, spoken
+from rwkv_jax.cli.command import add_model, add_tokenizer, command, load_model, run, spoken
 from rwkv_jax.cli.status import Status
 from rwkv_jax.errors import UserError
 from rwkv_jax.interrupts import deferred_interrupts
@@ -132,18 +132,10 @@ def _chat(args: argparse.Namespace, given: dict[str, float | int], status: Statu
     from rwkv_jax.data.conversations import TEMPLATES
     from rwkv_jax.sampling.presets import preset
 
-    if (
-        any((args.prompt, args.prompt_file, args.prompt_ids, args.stop, args.interactive))
-        or any(
-            (
-                args.suffix is not None,
-                args.suffix_file,
-                args.logprobs,
-                args.top_logprobs is not None,
-            )
-        )
-        or not args.echo
-    ):
+    texts = [args.prompt, args.prompt_file, args.prompt_ids, args.suffix_file, args.stop]
+    others = [args.interactive, args.logprobs, not args.echo]
+    numbers = [args.suffix, args.top_logprobs]  # given, though empty or 0
+    if any(texts + others) or any(x is not None for x in numbers):
         raise UserError(
             "--chat takes its text from the terminal and its stops from the template: leave out"
             " PROMPT, --prompt-file, --prompt-ids, --suffix, --suffix-file, --stop, --logprobs,"
@@ -176,7 +168,7 @@ def _chat(args: argparse.Namespace, given: dict[str, float | int], status: Statu
 def _generator(args: argparse.Namespace, status: Status) -> Any:
     from rwkv_jax.sampling import Generator
 
-    params, cfg, tokenizer = load_to_decode(args)
+    params, cfg, tokenizer = load_model(args, to_decode=True)
     if args.special_tokens is not None:
         tokenizer = tokenizer.with_special_tokens(args.special_tokens)
     generator = Generator(params, cfg, tokenizer, status.reading)

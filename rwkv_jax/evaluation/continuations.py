@@ -20,8 +20,8 @@ from jax import lax
 from rwkv_jax import models
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.evaluation.bits import Report, Settings, finite, one_late
-from rwkv_jax.models import Model, State
-from rwkv_jax.sampling.decode import decoding_layout, fresh_state, read
+from rwkv_jax.models import Model
+from rwkv_jax.sampling.decode import decoding_layout, fresh_state, join_rows, read
 from rwkv_jax.typing import Array
 
 WIDTHS = (256, 64, 16)
@@ -149,7 +149,7 @@ def _calls(
         ]
         for part in groups(sorted(answers, key=lambda x: len(x.ids), reverse=True), batch):
             rows = [answer.row for answer in part]
-            forked = _join([after[row] for row in rows + [0] * (height - len(rows))])
+            forked = join_rows([after[row] for row in rows + [0] * (height - len(rows))])
             left = np.array([len(answer.ids) for answer in part])
             inputs, targets = (
                 _cut(_padded(ids, height, eod))
@@ -181,12 +181,6 @@ def _cut(tokens: np.ndarray) -> Iterator[np.ndarray]:
         while tokens.shape[1] - start >= width:
             yield tokens[:, start : start + width]
             start += width
-
-
-@jax.jit
-def _join(rows: list[State]) -> State:
-    """One state of all rows, unstacked."""
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *rows)
 
 
 @partial(jax.jit, static_argnames=("cfg", "dtype"))

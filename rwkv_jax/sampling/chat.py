@@ -35,8 +35,6 @@ from rwkv_jax.sampling.settings import MAX_SEED, Sampling, check_max_tokens, che
 from rwkv_jax.sampling.stream import Finish, Generator, Stream, TextChunk
 from rwkv_jax.typing import Array, Float
 
-CHAT_SAMPLING = PRESETS["chat"]
-
 KEPT = 16
 """Number of exchanges that can be undone. Each keeps a state, 2.4 MB for a 0.1B model of version 7
 and 21 MB for a 2.9B one, and the logits after it."""
@@ -136,7 +134,7 @@ class ReplySettings:
     """
 
     think: str = "off"
-    sampling: Sampling = CHAT_SAMPLING
+    sampling: Sampling = PRESETS["chat"]
     max_tokens: int = 2000
     seed: int = 0
 

@@ -7,43 +7,40 @@ import jax
 
 from rwkv_jax.typing import Callable
 
-FEW_TOKENS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+FEW_ROWS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 """CPU: no YNNPACK fusions. jaxlib 0.10 applies them to every reduction, and for a single token they
-cost 13 of 37 ms at the 0.1B shape. For many tokens its matrix products are the faster ones."""
+cost 13 of 37 ms at the 0.1B shape. For many rows its matrix products are the faster ones."""
 
 MANY = 8
-"""Tokens from which these options are not used."""
+"""Rows from which these options are not used."""
 
 
 @cache
 def _options() -> dict[str, str]:
-    """`FEW_TOKENS` on CPU if jaxlib knows it, else no options."""
+    """`FEW_ROWS` on CPU if jaxlib knows it, else no options."""
     if jax.default_backend() != "cpu":
         return {}
     try:
-        jax.jit(lambda x: x, compiler_options=FEW_TOKENS).lower(0.0).compile()
+        jax.jit(lambda x: x, compiler_options=FEW_ROWS).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
         return {}
-    return FEW_TOKENS
+    return FEW_ROWS
 
 
-def jit_for_decoding(count: Callable[..., int]) -> Callable[[Callable[..., Any]], Callable]:
-    """`jax.jit` with `cfg` static and the options for as many tokens as `count` finds in the
-    arguments.
+def jit_by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.jit` of `function(params, decoding, ...)` with `cfg` static and the options for as many
+    rows as `decoding` has.
 
     They are determined at the first call, as importing a module must not start a backend.
     """
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        @cache
-        def jitted(many: bool):
-            options = {} if many else _options()
-            return jax.jit(function, static_argnames="cfg", compiler_options=options)
+    @cache
+    def jitted(many: bool):
+        options = {} if many else _options()
+        return jax.jit(function, static_argnames="cfg", compiler_options=options)
 
-        @wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return jitted(count(*args) >= MANY)(*args, **kwargs)
+    @wraps(function)
+    def call(params: Any, decoding: Any, *args: Any, **kwargs: Any) -> Any:
+        return jitted(len(decoding.done) >= MANY)(params, decoding, *args, **kwargs)
 
-        return call
-
-    return decorate
+    return call

@@ -8,7 +8,7 @@ continuation depends on: decoding from the same value again gives the same token
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from rwkv_jax.containers import container
 from rwkv_jax.errors import UserError
 from rwkv_jax.models import Model, State, backbone, check_state, forward, head, stack, unstack
 from rwkv_jax.params import ParamSpec, is_spec
-from rwkv_jax.sampling.compiler import jit_for_decoding
+from rwkv_jax.sampling.compiler import jit_by_rows
 from rwkv_jax.sampling.transforms import (
     Counts,
     Settings,
@@ -33,6 +33,8 @@ from rwkv_jax.sampling.transforms import (
     sample,
 )
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int, Leaf
+
+Tree = TypeVar("Tree")
 
 BLOCK = 64
 """The most tokens per call of `decode`."""
@@ -162,10 +164,16 @@ def fresh_state(params: Model[Array], cfg: ModelConfig, batch: int) -> State:
 
 
 @jax.jit
+def join_rows(rows: list[Tree]) -> Tree:
+    """One batch of several, in the layout of decoding: their arrays along the first axis."""
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *rows)
+
+
+@jax.jit
 def _as_batch(
     rows: list[tuple[Float[Array, "1 V"], State]], keys: Key[Array, " b"]
 ) -> DecodeState[Array]:
-    logits, state = jax.tree.map(lambda *xs: jnp.concatenate(xs), *rows)
+    logits, state = join_rows(rows)
     return DecodeState(
         state=state,
         logits=logits,
@@ -249,7 +257,7 @@ def read(
     return logits, state
 
 
-@jit_for_decoding(lambda params, tokens, *_: tokens.size)
+@partial(jax.jit, static_argnames="cfg")
 def _chunk(
     params: Model[Array],
     tokens: Int[Array, "b t"],
@@ -270,7 +278,7 @@ Carry = tuple[Array, Array, DecodeState[Array]]
 """The carry of the decode loop: its step, the tokens so far, the state."""
 
 
-@jit_for_decoding(lambda params, decoding, *_: len(decoding.done))
+@jit_by_rows
 def decode(
     params: Model[Array],
     decoding: DecodeState[Array],

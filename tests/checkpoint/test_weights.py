@@ -354,7 +354,7 @@ def test_only_floating_types_can_be_asked_for(tmp_path):
             rwkv_jax.save(tmp_path / "n.pth", params, cfg, dtype=dtype)
         with pytest.raises(ValueError, match=message):
             rwkv_jax.load(tmp_path / "m.pth", dtype=dtype)
-    with pytest.raises(ValueError, match="params are int8: floating point is needed"):
+    with pytest.raises(ValueError, match="dtype = int8"):
         rwkv_jax.save(tmp_path / "n.pth", jax.tree.map(lambda x: x.astype("int8"), params), cfg)
     assert not (tmp_path / "n.pth").exists()
 

@@ -15,8 +15,7 @@ from rwkv_jax.cli import chat as command
 from rwkv_jax.config import Config
 from rwkv_jax.data.conversations import TEMPLATES
 from rwkv_jax.errors import UserError
-from rwkv_jax.sampling import Prefix, Sampling
-from rwkv_jax.sampling.chat import CHAT_SAMPLING
+from rwkv_jax.sampling import PRESETS, Prefix, Sampling
 from rwkv_jax.toml import to_toml
 from tests.sampling.conftest import config, weights
 from tests.sampling.test_chat import Pieces, Scripted, random_talk, said, telling
@@ -236,7 +235,7 @@ def test_resumed(talk, scripted, tmp_path):
         "System: Be kind.\n\nUser: a\n\nAssistant: <think>A</t\n</think>\n\n"
         "User: b\n\nAssistant: <think>B</t\n</think>\n\n"
     )
-    given = {"seed": 7, "think": "off", "max_tokens": 6, "sampling": CHAT_SAMPLING}
+    given = {"seed": 7, "think": "off", "max_tokens": 6, "sampling": PRESETS["chat"]}
     err = talk([":set"], settings=given, resume=path).err
     assert "top_k 0," in err and "tokens 6, think off, seed 7]" in err
 

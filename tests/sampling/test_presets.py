@@ -7,7 +7,7 @@ import pytest
 from rwkv_jax.data.conversations import TEMPLATES
 from rwkv_jax.errors import UserError
 from rwkv_jax.sampling import Sampling
-from rwkv_jax.sampling.chat import CHAT_SAMPLING, preset_for
+from rwkv_jax.sampling.chat import preset_for
 from rwkv_jax.sampling.presets import PRESETS, preset, release_of
 
 
@@ -41,7 +41,8 @@ def test_other_names_say_nothing(path):
 
 
 def test_the_official_presets():
-    assert PRESETS["text"] == Sampling() and PRESETS["chat"] == CHAT_SAMPLING
+    assert PRESETS["text"] == Sampling()
+    assert PRESETS["chat"] == Sampling(top_p=0.3, presence_penalty=0.5, frequency_penalty=0.5)
     assert PRESETS["think"].flags() == {
         "temperature": 0.96, "top_p": 0.76, "top_k": 32, "presence": 1.0, "frequency": 0.1,
         "decay": 0.988, "min_p": 0.0,
