@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.params import path_name
 from rwkv_jax.typing import PyTree
+from rwkv_jax.wkv.form import known
 
 
 def compute_dtype(dtype: Any) -> np.dtype:
@@ -95,6 +95,4 @@ def check_tokens(tokens: Any, reset: Any, lengths: Any, vocabulary: int, *, whol
 
 def _value(x: Any) -> np.ndarray | None:
     """The numbers of an array where they are known."""
-    if x is None or isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
-        return None
-    return np.asarray(x)
+    return None if x is None or not known(x) else np.asarray(x)

@@ -4,6 +4,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from rwkv_jax.typing import Array, Bool, Float
 
@@ -24,6 +25,12 @@ class Form(Protocol):
     """
 
     def __call__(self, x: Any, state: Any, reset: Starts, /) -> tuple[Array, Any]: ...
+
+
+def known(x: Any) -> bool:
+    """Whether the numbers of an array are known: not inside of JAX's transformations, nor where
+    other processes have some of them."""
+    return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 def compute_dtype(*inputs: Any) -> Any:

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export, lax
 
 from rwkv_jax.sharding import axes_of, check_axis, is_explicit, is_manual, mapped
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int
 from rwkv_jax.wkv import default, pallas, sequence, v4, v6, v7
-from rwkv_jax.wkv.form import Form, compute_dtype, in_compute_dtype
+from rwkv_jax.wkv.form import Form, compute_dtype, in_compute_dtype, known
 from rwkv_jax.wkv.v4.recurrence import Inputs as Inputs4
 from rwkv_jax.wkv.v4.recurrence import Wkv4State
 from rwkv_jax.wkv.v6.recurrence import Inputs as Inputs6
@@ -170,6 +171,7 @@ def _apply(
     _check_arrays(operator, x, state, reset=reset, lengths=lengths)
     sizes = _check_shapes(operator, x, state=state, reset=reset, lengths=lengths)
     _check_types(operator.name, x, reset, lengths)
+    _check_values(operator.name, x, lengths, mesh_axis)
     if implementation not in (None, *IMPLEMENTATIONS, *KERNELS):
         known = ", ".join(IMPLEMENTATIONS + KERNELS)
         raise ValueError(f"implementation {implementation!r}: one of {known}, or None")
@@ -298,6 +300,24 @@ def _check_types(operator: str, x: Any, reset: Array | None, lengths: Array | No
         raise ValueError(f"{operator}: reset must be bool, not {reset.dtype}")
     if lengths is not None and not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(f"{operator}: lengths must be integers, not {lengths.dtype}")
+
+
+def _check_values(operator: str, x: Any, lengths: Array | None, mesh_axis: str | None) -> None:
+    """Checks numbers that are known, as they are in calls that nothing transforms."""
+    with jax.ensure_compile_time_eval():
+        largest = float(jnp.max(x.log_w)) if known(x.log_w) else 0.0
+    if largest > 0:
+        raise ValueError(
+            f"{operator}: log_w is up to {largest:.3g}, but the log of a decay is 0 or less; if"
+            " these are decays, give jnp.log of them"
+        )
+    whole = not (mesh_axis and is_manual(mesh_axis))  # `lengths` count all devices' tokens
+    if lengths is not None and whole and known(lengths):
+        time, counts = x.v.shape[1], np.asarray(lengths)
+        if (odd := counts[(counts < 0) | (counts > time)]).size:
+            raise ValueError(
+                f"{operator}: lengths: {odd[0]} of {time} tokens; 0 to {time} can be valid"
+            )
 
 
 def _fresh(operator: Operator, x: Any, sizes: dict[str, int]) -> Any:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from tolerances import CHANNEL, assert_close
 from wkv.operators import (
+    ANY_DECAY,
     LONG,
     SMALL,
     VERSIONS,
@@ -306,6 +307,11 @@ def test_errors_name_the_mistake(version):
         operator(**inputs, reset=jnp.zeros((SMALL.batch, SMALL.time), jnp.int32))
     with pytest.raises(ValueError, match="lengths must be integers, not float32"):
         operator(**inputs, lengths=jnp.ones(SMALL.batch))
+    for count in (-1, SMALL.time + 1):
+        with pytest.raises(ValueError, match=f"lengths: {count} of {SMALL.time} tokens"):
+            operator(**inputs, lengths=jnp.array([3, count]))
+    with pytest.raises(ValueError, match=r"log_w is up to [01].*, but the log of a decay is 0"):
+        operator(**inputs | {"log_w": jnp.exp(inputs["log_w"])})
     with pytest.raises(ValueError, match="floating-point numbers, not int32"):
         operator(**inputs | {"v": inputs["v"].astype(jnp.int32)})
     with pytest.raises(ValueError, match="no tokens"):
@@ -440,7 +446,7 @@ STRONG = {
 def test_version_7_holds_any_decay(decays, implementation):
     """In chunks their factors overflow: token by token, values and gradients are right."""
     shape = testing.Shape(2, 70, 2, 16)
-    version, rng = VERSIONS["7"], np.random.default_rng(4)
+    version, rng = ANY_DECAY, np.random.default_rng(4)
     inputs, state = version.inputs("typical", shape), version.state(shape)
     inputs["log_w"] = STRONG[decays](rng, shape.heads_shape).astype(np.float32)
     reset = testing.reset_pattern("random", shape)

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tolerances import assert_close
-from wkv.operators import VERSIONS, every_implementation, every_version, per_token, quickly
+from wkv.operators import (
+    ANY_DECAY,
+    DISTINCT,
+    VERSIONS,
+    every_implementation,
+    every_version,
+    per_token,
+    quickly,
+)
 
 from rwkv_jax import testing
 from rwkv_jax.planning.collectives import bytes_moved
@@ -117,7 +125,13 @@ MESHES = {
         ),
     ],
 )
-@quickly("7")
+@pytest.mark.parametrize(
+    "version",
+    [
+        pytest.param(ANY_DECAY, id="wkv7-any-decay"),
+        *(pytest.param(x, id=f"wkv{x.name}", marks=pytest.mark.slow) for x in DISTINCT),
+    ],
+)
 def test_rows_and_heads_across_devices(version, axes, kind):
     """Only states move, and gradients of shared inputs are summed once; also without `jit`."""
     shape = testing.Shape(4, 48, 4, 8)
