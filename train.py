@@ -2,10 +2,7 @@
 
 import sys
 
-from rwkv_jax.cli.train import main
+from rwkv_jax.__main__ import start_script
 
 if __name__ == "__main__":
-    from rwkv_jax import malloc
-
-    malloc.set_up()
-    sys.exit(main(sys.argv[1:], "python train.py"))
+    sys.exit(start_script("train"))

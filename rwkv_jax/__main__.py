@@ -1,12 +1,10 @@
 """The command line: `python -m rwkv_jax COMMAND ...`, or `rwkv-jax COMMAND ...`."""
 
-import platform
 import sys
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 
-from rwkv_jax import __version__, malloc
-from rwkv_jax.cli.command import command
+from rwkv_jax import __version__, interrupts, malloc
 
 COMMANDS = {
     "tokenize": ("tokenize", "turn text into token files for training"),
@@ -38,7 +36,9 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax") -> int:
     """Runs one command; returns its exit code. `prog` is the program's name in messages."""
     if arguments and arguments[0] in COMMANDS:
         name, *rest = arguments
-        return import_module(f"rwkv_jax.cli.{COMMANDS[name][0]}").main(rest, f"{prog} {name}")
+        return _run(name, rest, f"{prog} {name}")
+    from rwkv_jax.cli.command import command
+
     parser = command(prog, "COMMAND ...", ABOUT)
     parser.add_argument("--version", action="version", version=_versions())
     commands = parser.add_subparsers(metavar="COMMAND", title="commands", required=True)
@@ -50,12 +50,31 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax") -> int:
 
 def start() -> int:
     """The entry point of both `rwkv-jax` and `python -m rwkv_jax`."""
-    malloc.set_up()
+    _prepare()
     name = Path(sys.argv[0]).stem
     return main(sys.argv[1:], "python -m rwkv_jax" if name == "__main__" else name)
 
 
+def start_script(name: str) -> int:
+    """The entry point of the script of a command in the root folder."""
+    _prepare()
+    return _run(name, sys.argv[1:], f"python {name}.py")
+
+
+def _prepare() -> None:
+    """Before anything slow is imported."""
+    interrupts.leave_at_once()
+    malloc.set_up()
+
+
+def _run(name: str, arguments: list[str], prog: str) -> int:
+    return import_module(f"rwkv_jax.cli.{COMMANDS[name][0]}").main(arguments, prog)
+
+
 def _versions() -> str:
+    import platform
+    from importlib import metadata
+
     found = [f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib")]
     return f"rwkv_jax {__version__} ({', '.join(found)}, Python {platform.python_version()})"
 

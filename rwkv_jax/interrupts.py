@@ -5,11 +5,42 @@ Only the main thread can set signal handlers; in any other these contexts leave 
 
 import _thread
 import contextlib
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+
+
+def leave(*_: Any) -> None:
+    """A signal handler: ends the process with 130, and says nothing."""
+    os.write(2, b"\n")
+    os._exit(130)
+
+
+def leave_at_once() -> None:
+    """From now on Ctrl-C calls `leave`, but for the contexts below: while modules are imported and
+    as the process ends, an exception may come out as any other, or abort it.
+
+    A handler that somebody else has set stays.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
+
+
+def leaving() -> contextlib.AbstractContextManager[None]:
+    """`leave_at_once` while the context lasts."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return _handling(leave, signal.SIGINT) if ours else contextlib.nullcontext()
+
+
+def raising() -> contextlib.AbstractContextManager[None]:
+    """Ctrl-C raises KeyboardInterrupt again after `leave_at_once`."""
+    ours = signal.getsignal(signal.SIGINT) is leave
+    return (
+        _handling(signal.default_int_handler, signal.SIGINT) if ours else contextlib.nullcontext()
+    )
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ decoding, which reads every weight for every token, spends an eighth of its time
 """
 
 import os
+import signal
 import sys
 
 SETTINGS = "glibc.malloc." + ":glibc.malloc.".join(
@@ -18,12 +19,15 @@ def set_up() -> None:
     """Restarts this program with `SETTINGS`, which glibc reads only at the start of a process.
 
     Does nothing without glibc, or if the user has configured malloc. Call it in a program's entry
-    point only, before anything else.
+    point only, before anything else. A Ctrl-C while Python restarts takes effect when it calls this
+    again.
     """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     # Python may not know its own path: with another user's rights, or embedded in a program.
     if _has_glibc() and sys.executable and "glibc.malloc." not in tunables:
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, SETTINGS)))
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         # Not orig_argv[0]: Python finds its virtual environment by the path it is started from.
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

@@ -6,12 +6,16 @@ import errno
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from rwkv_jax.config import DataConfig
 from rwkv_jax.errors import UserError, printed_remarks
-from rwkv_jax.interrupts import interruptible, undropped_interrupts
+from rwkv_jax.interrupts import interruptible, leaving, raising, undropped_interrupts
+
+PATIENCE = 20.0
+"""Seconds that an interrupted command waits for what is being computed."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,8 +45,11 @@ def run(prog: str, action: Callable[[], object]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # it may not have all characters
     try:
-        with interruptible(), undropped_interrupts(), printed_remarks(prog), _with_a_device():
-            action()
+        with contextlib.ExitStack() as stack:
+            for context in raising(), interruptible(), undropped_interrupts():
+                stack.enter_context(context)
+            with printed_remarks(prog), _with_a_device():
+                action()
         sys.stdout.flush()
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
@@ -60,12 +67,31 @@ def run(prog: str, action: Callable[[], object]) -> int:
     return 0
 
 
+def import_jax() -> None:
+    """Imports JAX; a Ctrl-C meanwhile ends the process, as the import would turn it into any error,
+    or abort."""
+    with leaving():
+        import jax  # noqa: F401
+
+
 def _finish_computing() -> None:
     """Waits for what JAX computes: its threads crash when the interpreter ends under them. The
     traceback of the exception that is handled keeps the results alive."""
-    jax = sys.modules.get("jax")
+    if "jax" not in sys.modules:
+        return
+    waiting = threading.Thread(target=_wait_for_arrays, daemon=True)
+    waiting.start()
+    waiting.join(PATIENCE)
+    if waiting.is_alive():  # the interpreter cannot end in order
+        for stream in sys.stdout, sys.stderr:
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(130)
+
+
+def _wait_for_arrays() -> None:
     with contextlib.suppress(Exception):  # a failed computation has ended too
-        for array in jax.live_arrays() if jax else ():
+        for array in sys.modules["jax"].live_arrays():
             array.block_until_ready()
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rwkv_jax.cli.command import add_model, command, run, spoken
+from rwkv_jax.cli.command import add_model, command, import_jax, run, spoken
 from rwkv_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax convert") -> int:
 
 def _convert(args: argparse.Namespace) -> None:
     # Here, so that --help answers at once.
+    import_jax()
     from rwkv_jax.checkpoint.huggingface import DEFAULTS
     from rwkv_jax.checkpoint.keymaps import check
     from rwkv_jax.checkpoint.weights import naming, read, write

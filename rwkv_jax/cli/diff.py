@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from rwkv_jax.cli.command import add_model, command, run, spoken, width
+from rwkv_jax.cli.command import add_model, command, import_jax, run, spoken, width
 from rwkv_jax.console import numbers, tracked
 
 ABOUT = """
@@ -59,6 +59,7 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax diff") -> int:
 
 def _diff(args: argparse.Namespace, differing: list[Row]) -> None:
     # Here, so that --help answers at once.
+    import_jax()
     from rwkv_jax.checkpoint.keymaps import optional
     from rwkv_jax.checkpoint.weights import read
 

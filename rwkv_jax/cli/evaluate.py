@@ -20,6 +20,7 @@ from rwkv_jax.cli.command import (
     add_model,
     add_tokenizer,
     command,
+    import_jax,
     load_model,
     run,
     spoken,
@@ -93,6 +94,7 @@ def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
 def _evaluate(args: argparse.Namespace) -> None:
     _check(args)
     # Imported here, so that --help and a mistyped option answer at once.
+    import_jax()
     import jax
 
     from rwkv_jax.evaluation import tasks

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 
-from rwkv_jax.cli.command import add_model, command, run, spoken, width
+from rwkv_jax.cli.command import add_model, command, import_jax, run, spoken, width
 from rwkv_jax.console import header, numbers, tracked
 from rwkv_jax.errors import UserError
 
@@ -107,6 +107,7 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax inspect") -> int:
 
 def _inspect(args: argparse.Namespace, wrong: list[str]) -> None:
     # Here, so that --help does not wait for JAX.
+    import_jax()
     from rwkv_jax.checkpoint.keymaps import config_of, problems
     from rwkv_jax.checkpoint.weights import naming, read
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from rwkv_jax.cli.command import command, run, spoken, width
+from rwkv_jax.cli.command import command, import_jax, run, spoken, width
 from rwkv_jax.config import Config, ConfigError, DataConfig
 from rwkv_jax.console import header
 from rwkv_jax.hardware import Topology, TopologyError, open_topology
@@ -53,6 +53,7 @@ def _plan(args: argparse.Namespace) -> None:
     if args.topology != "here":
         # Compiling needs no device, and those that are present would only be in the way.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import_jax()
     from rwkv_jax.planning.plan import make_plan
 
     cfg = load_config(args.config, args.overrides)

@@ -7,10 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rwkv_jax.cli.command import add_model, add_tokenizer, command, load_model, run, spoken
+from rwkv_jax.cli.command import (
+    add_model,
+    add_tokenizer,
+    command,
+    import_jax,
+    load_model,
+    run,
+    spoken,
+)
 from rwkv_jax.cli.status import Status
 from rwkv_jax.errors import UserError
-from rwkv_jax.interrupts import deferred_interrupts
 
 ABOUT = """
 Continue a prompt with a model: official weights, a Hugging Face folder, or a run of train.py.
@@ -47,10 +54,9 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax sample") -> int:
 def _sample(args: argparse.Namespace) -> None:
     status = Status()
     status.show(f"loading {args.model}")
-    # Imported here, so that --help and a mistyped option answer at once. An import of JAX that is
-    # interrupted may abort the process.
-    with deferred_interrupts():
-        from rwkv_jax.sampling.settings import FLAGS
+    # Imported here, so that --help and a mistyped option answer at once.
+    import_jax()
+    from rwkv_jax.sampling.settings import FLAGS
 
     given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     try:

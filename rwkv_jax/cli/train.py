@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from rwkv_jax.cli.command import command, run, spoken
+from rwkv_jax.cli.command import command, import_jax, run, spoken
 
 HELP = """
 Train an RWKV model on your text, and print a sample of what it has learnt.
@@ -43,6 +43,7 @@ def _train(prog: str, config: Path, overrides: list[str], profile: bool) -> None
     from rwkv_jax.toml import load_stated
 
     cfg, stated = load_stated(config, overrides)
+    import_jax()
     from rwkv_jax.compiled import keep_compiled_programs
     from rwkv_jax.training import hosts
     from rwkv_jax.training.loop import train

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import pytest
 from pseudo_terminal import Typist, on_a_terminal
 
-import sample
 from rwkv_jax import states
 from rwkv_jax.checkpoint.store import Store, load_run
 from rwkv_jax.checkpoint.weights import save
-from rwkv_jax.cli import terminal
+from rwkv_jax.cli import sample, terminal
 from rwkv_jax.config import Config
 from rwkv_jax.data.conversations import FLOWER
 from rwkv_jax.data.tokenizers import ByteTokenizer
@@ -29,7 +28,7 @@ from rwkv_jax.toml import to_toml
 from rwkv_jax.training.state import TrainState, to_trees
 from tests.sampling.conftest import config, weights
 
-ROOT = Path(sample.__file__).parent
+ROOT = Path(__file__).parents[2]
 FLAGS = ["--tokens", "20", "--seed", "3"]
 
 
@@ -120,7 +119,7 @@ def test_prompts_of_token_ids(run, capsys):
     ids = ByteTokenizer().encode("def")
     assert sample_py(run, "--prompt-ids", "101, 102 103", *FLAGS) == 0
     assert capsys.readouterr().out == f"def{written('def', 3)}\n" and ids == [101, 102, 103]
-    for wrong, message in (("a", "give numbers"), ("257", "has the ids 0 to 256"), ("-1", "ids 0")):
+    for wrong, message in (("a", "give ids"), ("257", "has the ids 0 to 256"), ("-1", "give ids")):
         assert sample_py(run, f"--prompt-ids={wrong}", *FLAGS) == 2
         assert message in capsys.readouterr().err
 
@@ -183,6 +182,7 @@ def test_the_compute_type(run, capsys):
         (["RUN", "--suffix-file", "TMP/none"], "--suffix-file .*none: No such file"),
         (["RUN", "--top-logprobs", "2"], "--top-logprobs belongs to --logprobs"),
         (["RUN", "--logprobs", "TMP/no/x"], "--logprobs .*no/x: cannot be a file"),
+        (["none", "--logprobs", "/proc/x"], "/proc/x: .*; name another file for --logprobs"),
         (["RUN", "--logprobs", "TMP/x", "--top-logprobs", "999"], "logprobs 999: between 0 and"),
         (["RUN", "--logprobs", "TMP/x", "-i"], "--logprobs: not with --interactive"),
         (["RUN", "--seed", "4294967296"], "seed 4294967296: between"),
@@ -230,7 +230,8 @@ def test_bad_input_is_one_line_and_exit_code_2(run, arguments, message, tmp_path
 
 
 def test_help_imports_no_jax():
-    code = "import sys, sample\ntry: sample.main(['--help'], 'python sample.py')\n"
+    code = "import sys\nfrom rwkv_jax.cli import sample\n"
+    code += "try: sample.main(['--help'], 'python sample.py')\n"
     code += "except SystemExit: pass\n"
     done = subprocess.run(
         [sys.executable, "-c", code + "assert 'jax' not in sys.modules"],
@@ -535,7 +536,8 @@ def test_the_dialogue_continues_after_a_mistake(printable, monkeypatch, capsys, 
 DIALOGUES = """
 from rwkv_jax import malloc
 malloc.set_up()
-import sys, sample
+import sys
+from rwkv_jax.cli import sample
 for flags in (["--interactive", "--tokens", "1000000"], ["--chat", "--tokens", "1000000"]):
     assert sample.main([sys.argv[1], *flags, "--seed", "3"], "python sample.py") == 0
 """

@@ -4,6 +4,7 @@ import io
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -67,6 +68,22 @@ def test_the_first_item_is_made_while_the_line_is_shown(monkeypatch):
 def test_the_first_line_is_about_the_model(capsys):
     assert sample.main(["nowhere.pth", "a prompt"]) == 2
     assert capsys.readouterr().err.startswith("loading nowhere.pth\n")
+
+
+@pytest.mark.parametrize(
+    "after", [0.1, *(pytest.param(x, marks=pytest.mark.slow) for x in np.arange(0.02, 2, 0.06))]
+)
+def test_ctrl_c_while_a_command_starts(after):
+    """Whatever is imported then: no traceback, once there is a line of ours that runs."""
+    command = [sys.executable, "-X", "importtime", "-m", "rwkv_jax", "eval", "nowhere.pth"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "rwkv_jax.malloc" in line:
+            break
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode in (130, 2) and "Traceback" not in err, err
 
 
 def noise(shape):

@@ -17,7 +17,7 @@ LIMITED = (
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 import matplotlib.font_manager  # which would write its cache
-import train
+from rwkv_jax.cli import train
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 sys.exit(train.main(sys.argv[1:], "python train.py"))
 """,
