@@ -99,7 +99,9 @@ def _parts(path: Path) -> list[tuple[Path, list[str] | None]]:
     for other in expected:
         if other not in present:
             name = f"{stem}-{other:0{len(number)}}-of-{count}{end}"
-            raise WeightsError(f"{path}: is one of {count} shards, and {name} is missing; fetch it")
+            raise WeightsError(
+                f"{path}: is one of {int(count)} shards, and {name} is missing; fetch it"
+            )
     return [(present[other], None) for other in expected]
 
 

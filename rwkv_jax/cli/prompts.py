@@ -42,19 +42,17 @@ def read(option: str, name: str) -> tuple[str, str]:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).expanduser().read_bytes()
     except OSError as error:
         raise UserError(f"{option} {name}: {error.strerror}; give a text file") from None
-    whole = _whole_characters(data)
     try:
-        text = whole.decode("utf-8-sig")
-    except UnicodeDecodeError:
+        text, cut = data.decode(), ""
+    except UnicodeDecodeError as error:
         try:
-            data.decode()
-        except UnicodeDecodeError as error:  # as the user counts
+            text = _whole_characters(data).decode()
+        except UnicodeDecodeError:
             raise UserError(
                 f"{option} {name}: byte {error.start} is not UTF-8; convert it first"
             ) from None
-        raise
-    cut = "" if whole == data else f"{option} {name} is cut inside a character, which is left out"
-    return text.replace("\r\n", "\n"), cut
+        cut = f"{option} {name} is cut inside a character, which is left out"
+    return text.removeprefix("\ufeff").replace("\r\n", "\n"), cut
 
 
 def _whole_characters(data: bytes) -> bytes:
@@ -138,12 +136,13 @@ def prompts_of(args: argparse.Namespace) -> Prompts:
 
 
 def _ids(argument: str) -> list[int]:
-    try:
-        return [int(number) for number in argument.replace(",", " ").split()]
-    except ValueError:
-        raise UserError(
-            f"--prompt-ids {argument[:40]}: give numbers, separated by spaces or commas"
-        ) from None
+    numbers = argument.replace(",", " ").split()
+    if not all(number.isdecimal() for number in numbers):
+        raise UserError(f"--prompt-ids {argument[:40]}: give ids, separated by spaces or commas")
+    return [int(number) for number in numbers]
+
+
+ANOTHER = "name another file for --logprobs"
 
 
 class ScoreFile:
@@ -160,6 +159,12 @@ class ScoreFile:
                 )
             if args.interactive or args.save_state:
                 raise UserError("--logprobs: not with --interactive or --save-state")
+            if not self.path.exists():  # found out now, not after the model is loaded
+                with disk.writing(self.path, ANOTHER):
+                    self.path.touch()
+                    self.path.unlink()
+            elif not os.access(self.path, os.W_OK):
+                raise UserError(f"{self.path}: cannot be written; {ANOTHER}")
         elif args.top_logprobs is not None:
             raise UserError("--top-logprobs belongs to --logprobs: name its file")
 
@@ -172,7 +177,7 @@ class ScoreFile:
         with ExitStack() as stack:
             file = None
             if self.path:
-                stack.enter_context(disk.writing(self.path, "name another file for --logprobs"))
+                stack.enter_context(disk.writing(self.path, ANOTHER))
                 file = stack.enter_context(self.path.open("w", encoding="utf-8"))
             for chunk in chunks:
                 for one in chunk.logprobs if file else ():

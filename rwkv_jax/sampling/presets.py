@@ -32,6 +32,18 @@ def preset(name: str) -> Sampling:
     return PRESETS[name]
 
 
+def sampling_of(given: Sampling | str | None) -> Sampling:
+    """The settings given, by the name of a preset or as they are; without any, those of `text`.
+
+    Raises `UserError`.
+    """
+    if isinstance(given, Sampling):
+        return given
+    if given is None or isinstance(given, str):
+        return preset("text" if given is None else given)
+    raise UserError(f"sampling {given!r:.60}: a Sampling, or one of {', '.join(PRESETS)}")
+
+
 FLOWER_DATA, FLOWER_DATE = (1, "h"), "2026-07"
 """The data and the month from which on the flower template is trained."""
 

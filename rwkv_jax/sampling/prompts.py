@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from rwkv_jax.data.conversations import FLOWER
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.errors import UserError
 
-Prompt = str | Sequence[int] | np.ndarray
+Prompt = str | Sequence[int] | np.ndarray | jax.Array
 """A text, in which the names of special tokens are those tokens, or token ids."""
 
 
@@ -29,18 +30,25 @@ def as_ids(tokenizer: Tokenizer, prompts: Any, continue_text: bool = False) -> l
 
     Raises `UserError` if there are none, and for what is neither text nor ids of the tokenizer.
     """
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
+    prompts = _on_host(prompts)
+    one = isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence)
+    if one or (len(prompts) and isinstance(prompts[0], int | np.integer)):
         prompts = [prompts]
     if not len(prompts):
         raise UserError('no prompts: give at least one; "" starts a new document')
-    return [_ids(tokenizer, prompt, continue_text) for prompt in prompts]
+    return [_ids(tokenizer, _on_host(prompt), continue_text) for prompt in prompts]
+
+
+def _on_host(prompt: Any) -> Any:
+    """Arrays as lists, of Python's numbers."""
+    return np.asarray(prompt).tolist() if isinstance(prompt, jax.Array | np.ndarray) else prompt
 
 
 def _ids(tokenizer: Tokenizer, prompt: object, continue_text: bool) -> list[int]:
     if isinstance(prompt, str):
         special = tokenizer.with_special_tokens()
         return continuation(special, prompt) if continue_text else special.encode(prompt)
-    if isinstance(prompt, bytes) or not isinstance(prompt, Sequence | np.ndarray):
+    if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
         raise UserError(f"prompt {prompt!r:.40}: a text, or a list of token ids")
     ids = []
     for token in prompt:

@@ -6,6 +6,7 @@ from rwkv_jax.data.tokenizers import StreamDecoder
 from rwkv_jax.errors import UserError
 from rwkv_jax.models import State, stack
 from rwkv_jax.sampling.decode import DecodeState, Prefix, reseed
+from rwkv_jax.sampling.presets import sampling_of
 from rwkv_jax.sampling.prompts import Prompt, as_ids
 from rwkv_jax.sampling.settings import Sampling, check_max_tokens, check_seed
 from rwkv_jax.sampling.stream import NO_LOGITS, Generator, Stream, TextChunk
@@ -68,7 +69,11 @@ class Session:
         self._decoding, self.started = self.generator.extend(decoding, tokens), True
 
     def stream(
-        self, *, max_tokens: int = 200, sampling: Sampling | None = None, stop: Sequence[str] = ()
+        self,
+        *,
+        max_tokens: int = 200,
+        sampling: Sampling | str | None = None,
+        stop: Sequence[str] = (),
     ) -> Iterator[TextChunk]:
         """What the model writes next, chunk by chunk; arguments as for `generate`.
 
@@ -76,7 +81,7 @@ class Session:
         after the last chunk.
         """
         check_max_tokens(max_tokens)
-        return self._stream(max_tokens, sampling or Sampling(), stop)
+        return self._stream(max_tokens, sampling_of(sampling), stop)
 
     def _stream(
         self, max_tokens: int, sampling: Sampling, stop: Sequence[str]

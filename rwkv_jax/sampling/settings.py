@@ -1,6 +1,7 @@
 """How text is drawn, in the user's terms: checked on the host, then sent to the device."""
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,9 @@ from rwkv_jax.sampling.transforms import Settings
 from rwkv_jax.typing import Array
 
 MAX_SEED = 2**32 - 1
+
+LARGEST_PENALTY = 1e6
+"""Far beyond any logit; of a larger one, times a count, float32 might make infinity."""
 
 FLAGS = {
     "temperature": "temperature",
@@ -41,6 +45,8 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self):
+        for name in FLAGS.values():
+            check_number(name, getattr(self, name), whole=name == "top_k")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UserError(
                 f"temperature {self.temperature}: 0 (always the likeliest token) or more"
@@ -51,8 +57,11 @@ class Sampling:
         if not 0 <= self.top_k <= 2**31 - 1:
             raise UserError(f"top_k {self.top_k}: 0 (no limit) or more")
         for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise UserError(f"{name} {getattr(self, name)}: a finite number")
+            if not abs(getattr(self, name)) <= LARGEST_PENALTY:
+                raise UserError(
+                    f"{name} {getattr(self, name)}: a finite number, of size {LARGEST_PENALTY:,.0f}"
+                    " or less"
+                )
 
     def flags(self) -> dict[str, float | int]:
         """The values under their names in `FLAGS`."""
@@ -72,13 +81,22 @@ class Sampling:
         return Settings(**{name: column(name) for name in FLAGS.values()})
 
 
+def check_number(name: str, value: object, *, whole: bool) -> None:
+    """Raises `UserError` unless `value` is a number, with `whole` an integer."""
+    kind = numbers.Integral if whole else numbers.Real
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise UserError(f"{name} {value!r}: {'an integer' if whole else 'a number'} is needed")
+
+
 def check_seed(seed: int) -> None:
     """Raises `UserError` unless `seed` is an unsigned 32-bit number."""
+    check_number("seed", seed, whole=True)
     if not 0 <= seed <= MAX_SEED:
         raise UserError(f"seed {seed}: between 0 and {MAX_SEED}")
 
 
 def check_max_tokens(max_tokens: int) -> None:
     """Raises `UserError` for a negative number of tokens."""
+    check_number("tokens", max_tokens, whole=True)
     if max_tokens < 0:
         raise UserError(f"tokens {max_tokens}: 0 or more")

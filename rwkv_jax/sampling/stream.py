@@ -21,6 +21,7 @@ from rwkv_jax.errors import PREDICTS_NAN, UserError
 from rwkv_jax.models import Model
 from rwkv_jax.sampling import decode as device
 from rwkv_jax.sampling.decode import BLOCK, NO_TOKEN, NOT_FINITE, DecodeState, Prefix
+from rwkv_jax.sampling.presets import sampling_of
 from rwkv_jax.sampling.prompts import Prompt, as_ids
 from rwkv_jax.sampling.scores import TokenScore, check_alternatives, score
 from rwkv_jax.sampling.settings import MAX_SEED, Sampling, check_max_tokens, check_seed
@@ -287,7 +288,7 @@ def generate(
     prompts: Prompt | Sequence[Prompt],
     *,
     max_tokens: int = 200,
-    sampling: Sampling | None = None,
+    sampling: Sampling | str | None = None,
     seed: int = 0,
     stop: Sequence[str] = (),
     logprobs: int | None = None,
@@ -299,9 +300,10 @@ def generate(
 
     Prompt i is drawn with seed `seed + i` (modulo 2**32): alone with that seed it gives the same
     text. An empty prompt starts a document. A text ends with its document, at a stop string (never
-    part of the text), or after `max_tokens`. With `logprobs`, a number of alternatives, chunks have
-    the log p of their tokens, at the price of a call to the device for each. To use a model many
-    times, make a `Generator` once and call `generate_with`.
+    part of the text), or after `max_tokens`. `sampling` is a `Sampling`, or the name of a preset.
+    With `logprobs`, a number of alternatives, chunks have the log p of their tokens, at the price
+    of a call to the device for each. To use a model many times, make a `Generator` once and call
+    `generate_with`.
 
     Raises `UserError` for a setting out of range, at the call; and during iteration, if the model
     predicts NaN.
@@ -326,7 +328,7 @@ def generate_with(
     prompts: Prompt | Sequence[Prompt],
     *,
     max_tokens: int = 200,
-    sampling: Sampling | None = None,
+    sampling: Sampling | str | None = None,
     seed: int = 0,
     stop: Sequence[str] = (),
     prefix: Prefix | None = None,
@@ -336,9 +338,9 @@ def generate_with(
     check_max_tokens(max_tokens)
     check_seed(seed)
     check_alternatives(logprobs)
+    sampling = sampling_of(sampling)
     tokens = as_ids(generator.tokenizer, prompts, continue_text=prefix is not None)
     seeds = [(seed + index) % (MAX_SEED + 1) for index in range(len(tokens))]
     decoding = generator.prefill(tokens, seeds, prefix)
     decoders = [StreamDecoder(generator.tokenizer, ids) for ids in tokens]
-    sampling = sampling or Sampling()
     return iter(Stream(generator, decoding, sampling, max_tokens, stop, decoders, logprobs))

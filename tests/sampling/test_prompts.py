@@ -1,6 +1,7 @@
 """Prompts as texts and as ids, and the log-probabilities of what follows."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tolerances import assert_close
@@ -25,9 +26,14 @@ def texts(chunks):
 def test_texts_and_ids_are_the_same_prompts(generator7):
     ids = generator7.tokenizer.encode("def")
     first = texts(generate_with(generator7, ["def", "x"], max_tokens=8, seed=3))
-    for prompts in ([ids, "x"], [np.array(ids, np.uint16), "x"], [tuple(ids), "x"]):
+    for prompts in (
+        [ids, "x"],
+        [np.array(ids, np.uint16), "x"],
+        [tuple(ids), "x"],
+        [jnp.array(ids), "x"],
+    ):
         assert texts(generate_with(generator7, prompts, max_tokens=8, seed=3)) == first
-    for one in ("def", ids, np.array(ids)):
+    for one in ("def", ids, np.array(ids), jnp.array(ids), jnp.array([ids])):
         assert texts(generate_with(generator7, one, max_tokens=8, seed=3)) == {0: first[0]}
     session = Session(generator7, seed=3)
     session.feed(ids)
@@ -44,6 +50,11 @@ def test_texts_and_ids_are_the_same_prompts(generator7):
         ([[True]], "prompt with True"),
         ([[2, "a"]], "prompt with 'a'"),
         (b"abc", "prompt b'abc': a text, or a list"),
+        (None, "prompt None: a text, or a list"),
+        ({"def"}, "prompt {'def'}: a text, or a list"),
+        (["def", None], "prompt None: a text"),
+        (np.ones(3), "prompt 1.0: a text"),
+        (jnp.array(5), "prompt 5: a text"),
     ],
 )
 def test_what_is_no_prompt(generator7, prompts, message):
