@@ -51,7 +51,9 @@ def test_bad_input_is_one_line_and_exit_code_2(extra, expected, tmp_path, capsys
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
-    process = start(tmp_path, "train.steps=1000000")
+    process = start(
+        tmp_path, "train.steps=1000000", "train.log_every=1", "train.checkpoint_every=1000000"
+    )
     log = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: log.exists() and log.read_text(), process)
     process.send_signal(signal.SIGINT)
