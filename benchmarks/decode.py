@@ -125,24 +125,54 @@ def step_times(writers: dict, products: Worker, tokens: int, index: int) -> dict
 
 
 def summarise(args, writers: dict, memory: dict, steps: list, reads: list, rates: list) -> int:
+    """Prints the tables, writes the results; the exit code."""
+    batches = batch_table(args, steps)
+    taken = max(rates[0], key=lambda name: spread(r[name]["gb_per_s"] for r in rates)["median"])
+    one_row = one_row_table(writers, memory, steps, [r[taken]["gb_per_s"] for r in rates], taken)
+    reading = reading_table(reads)
+    missed = [
+        f"{rows} rows: a step takes {x:.2f} times its products, at most {MOST}"
+        for rows in ROWS
+        if (x := batches[rows]["over_products"]["median"]) > MOST
+    ]
+    if BEFORE in writers and (x := one_row[BEFORE]["ours_times_as_fast"]["median"]) < LEAST:
+        missed.append(f"one row: {x:.2f} of the speed before, at least {LEAST}")
+    for line in missed:
+        console.print(f"[red]missed: {line}[/]")
+    peers = {}
+    for worker in writers.values():
+        peers |= worker.about.get("versions", {})
+    found = {"ours": versions("jax", "jaxlib", "numpy")} | ({"peers": peers} if peers else {})
+    result = {"rows": batches, "one_row": one_row, "reading": reading, "matvec_taken": taken}
+    about = {"shape": SHAPE, "threads": args.threads, "missed": missed, "versions": found}
+    size = {"weight_bytes_per_token": writers[OURS].about["weight_bytes"]}
+    harness.report("decode", about | size | result)
+    return int(args.check and bool(missed))
+
+
+def batch_table(args, steps: list) -> dict:
     over = {rows: [r[rows][OURS] / r[rows][PRODUCTS] for r in steps] for rows in ROWS}
     speeds = {rows: [rows / r[rows][OURS] for r in steps] for rows in ROWS}
+    of_one = {rows: [rows * r[1][OURS] / r[rows][OURS] for r in steps] for rows in ROWS}
     harness.table(
         f"Decoding batches, version 7 of 0.1B, float32, {args.threads} threads: median [min..max]"
         f" of {args.rounds} rounds of {args.tokens} steps, sampled with top-p 0.85",
         ["rows", "tokens/s", "a step over its products", "rows of one in the same time"],
         [
-            [
-                str(rows),
-                shown(speeds[rows], 1),
-                shown(over[rows], 2),
-                shown([rows * r[1][OURS] / r[rows][OURS] for r in steps], 1),
-            ]
+            [str(rows), shown(speeds[rows], 1), shown(over[rows], 2), shown(of_one[rows], 1)]
             for rows in ROWS
         ],
     )
-    taken = max(rates[0], key=lambda name: spread(r[name]["gb_per_s"] for r in rates)["median"])
-    size, one_row, rows = writers[OURS].about["weight_bytes"], {}, []
+    return {
+        rows: {"tokens_per_s": spread(speeds[rows]), "over_products": spread(over[rows])}
+        for rows in ROWS
+    }
+
+
+def one_row_table(writers: dict, memory: dict, steps: list, gb_per_s: list, by: str) -> dict:
+    """All contestants; `gb_per_s` is the bandwidth of each round, measured `by` a library."""
+    size = writers[OURS].about["weight_bytes"]
+    found, rows = {}, []
     for name in steps[0][1]:
         if name == PRODUCTS:
             continue
@@ -150,99 +180,60 @@ def summarise(args, writers: dict, memory: dict, steps: list, reads: list, rates
         suffix = name.removeprefix(who)
         speed = [1 / r[1][name] for r in steps]
         ratio = [r[1][name] / r[1][OURS + suffix] for r in steps]
-        percent = [
-            100e-9 * size * s / r[taken]["gb_per_s"] for s, r in zip(speed, rates, strict=True)
-        ]
-        pairs = zip(
-            writers[who].about.get("logits", ()), writers[OURS].about["logits"], strict=False
-        )
-        apart = max((abs(x - y) for x, y in pairs), default=None)
         float32 = "bf16" not in name
-        one_row[name] = {
+        percent = [100e-9 * size * s / rate for s, rate in zip(speed, gb_per_s, strict=True)]
+        logits = (writers[x].about.get("logits", ()) for x in (who, OURS))
+        apart = max((abs(x - y) for x, y in zip(*logits, strict=False)), default=None)
+        found[name] = {
             "tokens_per_s": spread(speed),
             "ours_times_as_fast": spread(ratio),
             "percent_of_bandwidth": spread(percent) if float32 else None,
             "peak_rss_bytes": memory[who],
             "largest_logit_difference": apart,
         }
-        rows.append(
-            [
-                name,
-                shown(speed, 1),
-                shown(ratio, 2),
-                shown(percent) if float32 else "",
-                f"{memory[who] / GIB:.2f}",
-                "" if apart is None else f"{apart:.0e}",
-            ]
-        )
+        share, error = shown(percent) if float32 else "", "" if apart is None else f"{apart:.0e}"
+        gib = f"{memory[who] / GIB:.2f}"
+        rows.append([name, shown(speed, 1), shown(ratio, 2), share, gib, error])
     harness.table(
-        f"One row; bandwidth is one product over {size / 1e6:,.0f} MB by {taken}",
+        f"One row; bandwidth is one product over {size / 1e6:,.0f} MB by {by}",
         ["", "tokens/s", "our speed-up", "% of bandwidth", "peak GiB", "logit difference"],
         rows,
     )
-    reading = {
+    return found
+
+
+def reading_table(reads: list) -> dict:
+    def times(length: int, name: str) -> list[float]:
+        return [r[length][name]["seconds"] for r in reads]
+
+    found = {
         length: {
             name: {
-                "tokens_per_s": spread([length / r[length][name]["seconds"] for r in reads]),
-                "ours_times_as_fast": spread(
-                    [r[length][name]["seconds"] / r[length][OURS]["seconds"] for r in reads]
-                ),
+                "tokens_per_s": [length / t for t in times(length, name)],
+                "ours_times_as_fast": [
+                    t / own for t, own in zip(times(length, name), times(length, OURS), strict=True)
+                ],
             }
             for name in reads[0][length]
         }
         for length in READS
     }
+
+    def cell(length: int, name: str) -> str:
+        one = found[length][name]
+        return f"{shown(one['tokens_per_s'])}  {shown(one['ours_times_as_fast'], 2)}"
+
     harness.table(
         "Reading a prompt",
         ["", *(f"{length:,} tokens: tokens/s, our speed-up" for length in READS)],
-        [
-            [
-                name,
-                *(
-                    shown([n / r[n][name]["seconds"] for r in reads])
-                    + "  "
-                    + shown([r[n][name]["seconds"] / r[n][OURS]["seconds"] for r in reads], 2)
-                    for n in READS
-                ),
-            ]
-            for name in reads[0][READS[0]]
-        ],
+        [[name, *(cell(length, name) for length in READS)] for name in reads[0][READS[0]]],
     )
-    typical = {rows: spread(over[rows])["median"] for rows in ROWS}
-    missed = [
-        f"{rows} rows: a step takes {x:.2f} times its products, at most {MOST}"
-        for rows, x in typical.items()
-        if x > MOST
-    ]
-    if BEFORE in writers:
-        speed = spread(r[1][BEFORE] / r[1][OURS] for r in steps)["median"]
-        if speed < LEAST:
-            missed.append(f"one row: {speed:.2f} of the speed before, at least {LEAST}")
-    for line in missed:
-        console.print(f"[red]missed: {line}[/]")
-    found = {"ours": versions("jax", "jaxlib", "numpy")}
-    theirs = {}
-    for worker in writers.values():
-        theirs |= worker.about.get("versions", {})
-    found |= {"peers": theirs} if theirs else {}
-    harness.report(
-        "decode",
-        {
-            "shape": SHAPE,
-            "threads": args.threads,
-            "weight_bytes_per_token": size,
-            "rows": {
-                rows: {"tokens_per_s": spread(speeds[rows]), "over_products": spread(over[rows])}
-                for rows in ROWS
-            },
-            "one_row": one_row,
-            "reading": reading,
-            "matvec_taken": taken,
-            "missed": missed,
-            "versions": found,
-        },
-    )
-    return int(args.check and bool(missed))
+    return {
+        length: {
+            name: {key: spread(values) for key, values in one.items()} for name, one in row.items()
+        }
+        for length, row in found.items()
+    }
 
 
 if __name__ == "__main__":

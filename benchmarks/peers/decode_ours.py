@@ -55,6 +55,8 @@ def start(options: dict):
     logits = numpy.asarray(batches[1].logits)[0, ::4096].tolist()
     for rows in batches:
         write(rows, 2, False)
+    for length in options["reads"]:
+        handle({"read": length})
     table = params.emb.nbytes
     large = [x for x in jax.tree.leaves((params.blocks, params.head)) if x.size >= MATRIX]
     return handle, {
