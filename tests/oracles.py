@@ -101,7 +101,8 @@ def _wkv6_states(log_w, k, v, state, reset, initial):
     for t in range(k.shape[1]):
         state = _restart(state, reset[:, t], initial)
         before.append(state)
-        state = state * np.exp(log_w[:, t])[..., None, :] + _outer(v[:, t], k[:, t])
+        state = state * np.exp(log_w[:, t])[..., None, :]
+        state += _outer(v[:, t], k[:, t])
     return before, state
 
 
@@ -133,7 +134,8 @@ def wkv6_grad(r, log_w, k, v, u, state, reset, dy, dstate, initial=None):
         grads["v"][:, t] = _read(g, k[:, t]) + bonus * dy[:, t]
         grads["u"] += (k[:, t] * r[:, t] * along).sum(0)
         grads["log_w"][:, t] = w * np.einsum("bhvk,bhvk->bhk", g, s)
-        g = g * w[..., None, :] + _outer(dy[:, t], r[:, t])
+        g = g * w[..., None, :]
+        g += _outer(dy[:, t], r[:, t])
         grads["initial"] += g[reset[:, t]].sum(0)
         g = _restart(g, reset[:, t])
     if shared:
@@ -152,7 +154,8 @@ def _wkv7_states(log_w, k, v, a, b, state, reset):
         before = _restart(state, reset[:, t])
         removed = _read(before, a[:, t])
         state = before * np.exp(log_w[:, t])[..., None, :]
-        state = state + _outer(removed, b[:, t]) + _outer(v[:, t], k[:, t])
+        state += _outer(removed, b[:, t])
+        state += _outer(v[:, t], k[:, t])
         pairs.append((before, state))
     return pairs, state
 
@@ -209,7 +212,8 @@ def wkv7_grad(r, log_w, k, v, a, b, state, reset, dy, dstate):
         grads["b"][:, t] = _spread(g, _read(before, a[:, t]))
         dremoved = _read(g, b[:, t])
         grads["a"][:, t] = _spread(before, dremoved)
-        g = g * w[..., None, :] + _outer(dremoved, a[:, t])
+        g *= w[..., None, :]
+        g += _outer(dremoved, a[:, t])
         g = _restart(g, reset[:, t])
     return grads | {"state": g}
 

@@ -59,8 +59,8 @@ class Sampling:
         for name in ("presence_penalty", "frequency_penalty"):
             if not abs(getattr(self, name)) <= LARGEST_PENALTY:
                 raise UserError(
-                    f"{name} {getattr(self, name)}: a finite number, of size {LARGEST_PENALTY:,.0f}"
-                    " or less"
+                    f"{name} {getattr(self, name)}: a finite number between -{LARGEST_PENALTY:,.0f}"
+                    f" and {LARGEST_PENALTY:,.0f}"
                 )
 
     def flags(self) -> dict[str, float | int]:

@@ -145,7 +145,7 @@ def _stated(environment: Mapping[str, str]) -> dict[str, Any]:
         raise HostsError(f"{VARIABLES[1]} = 0: at least 1")
     if not number < count:
         raise HostsError(
-            f"JAX_PROCESS_ID = {number}: JAX_NUM_PROCESSES = {count} are numbered from 0"
+            f"JAX_PROCESS_ID = {number}: JAX_NUM_PROCESSES = {count}, so the last is {count - 1}"
         )
     return {"coordinator_address": address, "num_processes": count, "process_id": number}
 

@@ -64,7 +64,7 @@ def test_processes_stop_together_and_one_resumes(tmp_path, monkeypatch):
     """One of two is asked to stop; a single process resumes, on another mesh. The loss is that of
     one device from the start."""
     monkeypatch.setattr(Report, "curve", lambda _: None)
-    many = {"train.steps": 100_000}
+    many = {"train.steps": 100_000, "train.checkpoint_every": 100_000}
     processes = launch(tiny(tmp_path, **many), 2, devices=2)
     wait_for_step(tmp_path / "run", 3, processes)
     processes[1].send_signal(signal.SIGTERM)
@@ -76,9 +76,8 @@ def test_processes_stop_together_and_one_resumes(tmp_path, monkeypatch):
     assert not other_err and "rwkv_jax" not in other_out  # only the first one prints
 
     end = stopped + 10
-    other = {"train.steps": end, "mesh.fsdp": 2, "mesh.data": 2}
-    alone = {"train.steps": end, "mesh.fsdp": 1, "train.output": tmp_path / "alone"}
-    alone |= {"train.checkpoint_every": end}
+    other = {"train.steps": end, "train.checkpoint_every": end, "mesh.fsdp": 2, "mesh.data": 2}
+    alone = other | {"mesh.fsdp": 1, "mesh.data": 1, "train.output": tmp_path / "alone"}
     with (tmp_path / "stdout").open("w") as file:
         train(load_config(None, tiny(tmp_path, **other)), console=Console(file=file))
         train(load_config(None, tiny(tmp_path, **alone)), console=Console(quiet=True))
@@ -214,7 +213,10 @@ STATED = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCE
         ({"JAX_COORDINATOR_ADDRESS": "a"}, "= a: host:port of the first process is needed"),
         ({"JAX_COORDINATOR_ADDRESS": "a:99999"}, "= a:99999: a port is a number from 1 to 65535"),
         ({"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES = 0: at least 1"),
-        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID = 2: JAX_NUM_PROCESSES = 2 are numbered from 0"),
+        (
+            {"JAX_PROCESS_ID": "2"},
+            "JAX_PROCESS_ID = 2: JAX_NUM_PROCESSES = 2, so the last is 1",
+        ),
     ],
 )
 def test_a_wrong_environment(changes, expected):

@@ -60,8 +60,10 @@ def form(operator: str, platform: str, *, named: bool) -> Form:
 
 
 def select(operator: str, x: Any, state: Any) -> Form | None:
-    """The `form` by the kernel for the program's device and these inputs. None if there is none;
-    if there is one for other inputs, the log says why in one line."""
+    """The `form` of the kernel for the program's device, or None.
+
+    If there is a kernel but it does not take these inputs, the log says why in one line.
+    """
     platform = accelerator()
     if platform is None or (operator, platform) not in KERNELS:
         return None
