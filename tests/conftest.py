@@ -33,7 +33,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 # Tracing makes millions of small objects, few of them garbage that only the collector finds.
-gc.set_threshold(50_000, 10, 10)
+gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_collection_finish():
