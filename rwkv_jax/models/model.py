@@ -269,7 +269,7 @@ def _over_layers(layer: Callable, stream: PyTree, inputs: PyTree) -> tuple[PyTre
         stream = jax.tree.map(sharding.reshard_like, stream, returned)
     if not unstacked:
         return lax.scan(layer, stream, inputs)
-    after = []
+    layer, after = jax.jit(layer), []  # traced and lowered once, not once for each layer
     for one in zip(*inputs, strict=True):
         stream, block_state = layer(stream, one)
         after.append(block_state)
