@@ -12,18 +12,20 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from rwkv_jax.errors import UserError
+
 
 def leave(*_: Any) -> None:
-    """A signal handler: ends the process with 130, and says nothing."""
+    """A signal handler: ends the process at once with 130."""
     os.write(2, b"\n")
     os._exit(130)
 
 
 def leave_at_once() -> None:
-    """From now on Ctrl-C calls `leave`, but for the contexts below: while modules are imported and
-    as the process ends, an exception may come out as any other, or abort it.
+    """Makes Ctrl-C end the process at once with 130, except inside the contexts below.
 
-    A handler that somebody else has set stays.
+    During imports and at exit a KeyboardInterrupt can surface as another error, or abort the
+    process. A handler that somebody else has set stays.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)
@@ -52,6 +54,8 @@ def interruptible() -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         if _caused_by_interrupt(error):
             raise KeyboardInterrupt from error

@@ -56,7 +56,7 @@ def _train(prog: str, config: Path, overrides: list[str], profile: bool) -> None
         except KeyboardInterrupt as interrupt:
             if str(interrupt):
                 raise
-            raise KeyboardInterrupt("Interrupted before the first step.") from None
+            raise KeyboardInterrupt("Interrupted; checkpoints are as they were.") from None
 
 
 def _parse(arguments: list[str], prog: str) -> tuple[Path, list[str], bool]:

@@ -20,6 +20,7 @@ from rwkv_jax.checkpoint.keymaps import from_official
 from rwkv_jax.checkpoint.store import load_run
 from rwkv_jax.data.loader import Loader
 from rwkv_jax.errors import UserError
+from rwkv_jax.sampling import TextChunk
 from rwkv_jax.toml import load_stated
 from rwkv_jax.training import loop, report, setup
 from rwkv_jax.training.hosts import Interrupted
@@ -124,6 +125,21 @@ def test_a_finished_run_is_evaluated_again_and_may_be_made_longer(tmp_path, cons
     shorter = config(tmp_path, **{"train.steps": 5})
     with pytest.raises(UserError, match=r"train.steps = 5: .* is at step 15 already"):
         train(shorter, console=console)
+
+
+def test_ctrl_c_in_the_sample_waits_for_a_chunk(finished, tmp_path, monkeypatch, console):
+    """JAX may crash where an interrupt reaches it."""
+    copy(finished[0], tmp_path)
+
+    def generate(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+        yield TextChunk(0, "a chunk", 1)
+        raise AssertionError("not interrupted")
+
+    monkeypatch.setattr(report.sampling, "generate", generate)
+    with pytest.raises(Interrupted, match="Stopped after the last step, which is saved"):
+        train(config(tmp_path, **ALIKE, **{"train.keep": 2, "sample.tokens": 9}), console=console)
+    assert "a chunk" in (tmp_path / "stdout").read_text()
 
 
 def test_final_table_curve_and_checkpoints(finished):
