@@ -50,7 +50,7 @@ def objective(
     """Cross entropy of the next token, with the regularisers `train.l2wrap` and `train.z_loss`.
 
     Returns the loss to minimise, a mean over tokens, and then what is not differentiated: the cross
-    entropy to report, in nats per token, and the recurrent state after the rows. `carried` is the
+    entropy to report, in nats per token, and the recurrent `State` after the rows. `carried` is the
     state to start from where `train.carry_state` is set, else None.
     """
     hidden, after = hidden_states(params, batch, carried, model=model, train=train)

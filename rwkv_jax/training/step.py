@@ -2,7 +2,7 @@
 then the update."""
 
 from functools import partial
-from typing import Generic, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def _gradients(
     """
 
     def with_report(params, part, carried):
-        loss, (cross_entropy, after) = loss_fn(params, part, carried)
+        loss, cross_entropy, after = _results(loss_fn(params, part, carried))
         reported = _Reported(cross_entropy, lax.stop_gradient(models.state_rms(after)))
         return loss, (reported, None if carried is None else after)
 
@@ -116,6 +116,17 @@ def _gradients(
     split_rows = jax.tree.map(split, rows), jax.tree.map(split_states, carried)
     sums, after = lax.scan(add_part, zeros, split_rows)
     return *jax.tree.map(lambda x: x / parts, sums), jax.tree.map(join, after)
+
+
+def _results(returned: Any) -> tuple[Array, Array, models.State]:
+    """The three results of an objective. Raises `ValueError` for another's."""
+    match returned:
+        case (loss, (cross_entropy, models.State() as after)):
+            return loss, cross_entropy, after
+    raise ValueError(
+        f"the objective returned {jax.tree.structure(returned)}: (loss, (cross_entropy, state)) is"
+        " needed, as of rwkv_jax.training.objective.objective"
+    )
 
 
 def _weights(mask: Bool[Array, "b t"]) -> Float[Array, "b t"]:

@@ -129,6 +129,16 @@ def test_the_objective_can_be_replaced():
     np.testing.assert_allclose(other, own * [3, 2, 1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("returned", [lambda x: x, lambda x: (x, x), lambda x: (x, (x, None))])
+def test_an_objective_with_other_results_is_refused(returned):
+    def alone(params, batch, carried, *, model, train):
+        return returned(jnp.sum(params.head))
+
+    step = make_train_step(config(), objective=alone)
+    with pytest.raises(ValueError, match=r"the objective returned .*: \(loss, \(cross_entropy, st"):
+        step.lower(abstract_train_state(config()), batch())
+
+
 @pytest.mark.parametrize("version", [pytest.param("4", marks=pytest.mark.slow), "7"])
 def test_learns_a_batch_by_heart(version):
     state = initial(version)
