@@ -22,7 +22,7 @@ def remark(text: str) -> None:
 
 @contextlib.contextmanager
 def printed_remarks(prog: str) -> Iterator[None]:
-    """Prints each `Remark` on stderr as a command's line; other warnings are shown as ever."""
+    """Prints each `Remark` on stderr as a command's line; other warnings are shown as usual."""
     # Without `catch_warnings`: filters that are set meanwhile stay.
     warnings.simplefilter("always", Remark)
     shown = warnings.showwarning

@@ -36,9 +36,9 @@ from rwkv_jax.nn import precise_dtype
 from rwkv_jax.typing import Array, Callable, Float, Int
 
 CHUNK_LOGITS = 1 << 21
-"""Logits that exist at once: 8 MiB of float32, which fits caches (the fastest on CPU) ..."""
+"""Logits that exist at once: 8 MiB of float32, which fits caches, the fastest on CPU."""
 CHUNK_TOKENS = 512
-"""... with at least so many tokens, or a large `head` and its gradient are read too often."""
+"""Tokens that a chunk has at least, or a large `head` and its gradient are read too often."""
 
 
 def cross_entropy(

@@ -93,8 +93,8 @@ def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
 
 
 def is_explicit(axis: str | None = None) -> bool:
-    """Whether this axis of the mesh in context is explicit, so that types say what it shards; with
-    None, whether any axis is."""
+    """Whether this axis of the mesh in context (None: any axis) is explicit, so that types say what
+    it shards."""
     axes = jax.sharding.get_abstract_mesh().explicit_axes
     return axis in axes if axis else bool(axes)
 
@@ -203,7 +203,7 @@ def axes_of(letters: PyTree, arrays: PyTree) -> dict[str, Axis]:
 def mapped(
     run: Callable, in_axes: PyTree, out_axes: PyTree, axes: Mapping[str, Axis]
 ) -> Callable[..., Any]:
-    """`run`, on every device of its own shards.
+    """`run` on each device, with that device's shards as arguments.
 
     `in_axes` and `out_axes` are prefixes of the arguments and results, trees of strings with one
     letter an axis ("" for a scalar). `axes` says which mesh axes shard a letter; a letter it lacks

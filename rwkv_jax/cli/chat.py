@@ -113,7 +113,9 @@ def opened(
         talk.configure(think=changes.get("think", drawn.think))
         talk.configure(sampling=PRESETS[preset_for(talk.template, talk.settings.think)])
     elif template is not None or system is not None:
-        raise UserError(f"{resume} has a template and a system prompt: give no others")
+        raise UserError(
+            f"{resume} has a template and a system prompt: leave out --template and --system"
+        )
     else:
         talk = load(resume, generator, prefix)
     talk.configure(**changes)
@@ -271,7 +273,7 @@ class ChatDialogue:
 
 
 def _named(table: Mapping[str, Any], value: Any) -> str:
-    return next((name for name, known in table.items() if known == value), "of your own")
+    return next((name for name, known in table.items() if known == value), "custom")
 
 
 def _file(name: str) -> Path:

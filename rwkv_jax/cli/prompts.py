@@ -130,7 +130,7 @@ def prompts_of(args: argparse.Namespace) -> Prompts:
         from rwkv_jax.data.conversations import FLOWER
 
         if args.prompt_ids:
-            raise UserError("--prompt-ids and --suffix: a text is written between two texts")
+            raise UserError("--suffix needs prompts that are text: leave out --prompt-ids")
         stop.append(FLOWER)
     return Prompts(texts, stop, after, [remark for remark in remarks if remark])
 

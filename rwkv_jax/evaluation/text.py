@@ -33,7 +33,10 @@ from rwkv_jax.evaluation.bits import (
     token_costs,
 )
 from rwkv_jax.models import Model
+from rwkv_jax.renamed import renamed
 from rwkv_jax.typing import Array
+
+__getattr__ = renamed(__name__, {"Stretch": "Bucket", "FIRST_STRETCH": "FIRST_BUCKET"})
 
 FIRST_BUCKET = 16
 """Positions; each bucket after the second is twice as long as the one before it."""

@@ -40,7 +40,7 @@ class Setup:
     """What stays the same during a run."""
 
     cfg: Config
-    """Resolved."""
+    """With the vocabulary size and the number of steps filled in."""
     data: Data
     loader: Loader
     mesh: Mesh | None

@@ -59,8 +59,7 @@ class StepTimer:
 
     @property
     def tokens_per_s(self) -> float:
-        """Since `restart`, or since the beginning if no two steps followed each other; 0 before any
-        did."""
+        """Of the steps since `restart`, or of all if fewer than two followed it; 0 without any."""
         return _speed(self.recent) or self.all_tokens_per_s
 
     @property

@@ -95,4 +95,4 @@ _XLA: dict[str, tuple[Form, Form]] = {
     "wkv6": (v6.scan, wkv6),
     "wkv7": (v7.scan, wkv7),
 }
-"""For one token, and for more."""
+"""The form for a single token, and the one for longer inputs."""

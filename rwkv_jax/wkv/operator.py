@@ -42,10 +42,10 @@ class Operator(NamedTuple):
     axes: dict[str, str]
     """The axes of inputs, state and masks, one letter each (`rwkv_jax.typing`)."""
     forms: Mapping[str, Form]
-    on_part: Callable[..., tuple[Array, Any]]
+    on_time_shard: Callable[..., tuple[Array, Any]]
     """(form, mesh axis, x, state, reset): one device's tokens, where time is sharded."""
     widen: Callable[[Form], Form] = lambda form: form
-    """A form -> one for any values of the inputs."""
+    """Wraps a form so that it is exact for any values of the inputs."""
 
 
 _MASKS = {"reset": "bt", "lengths": "b"}
@@ -141,9 +141,9 @@ def wkv7(
     """The WKV of version 7: `y` and the state after the last token.
 
     `log_w <= 0` is the log of the decay, in (-0.6066, 0) in the model. Forms in chunks hold decays
-    down to -4 a token; where one is below, `scan` runs instead, decided as the program runs. With
-    a `log_w_min` of -4 or more, a promise that no decay is below it, nothing is left to decide. The
-    model passes `a = -kk` and `b = kk * (learning rate)` with |kk| = 1. The other arguments, and
+    down to -4 a token; where one is below, `scan` runs instead, decided as the program runs. A
+    `log_w_min` of -4 or more promises that no decay is below it, and removes that check. The model
+    passes `a = -kk` and `b = kk * (learning rate)` with |kk| = 1. The other arguments, and
     types, are common to all versions (`rwkv_jax.wkv`).
 
     Raises `ValueError` for an unknown implementation, shapes that do not match, and a mesh axis
@@ -163,7 +163,7 @@ def _apply(
     mesh_axis: str | None,
     implementation: str | None,
 ) -> tuple[Array, Any]:
-    """The operator on arrays of the whole mesh: `_on_shard` on every device of its shards.
+    """The operator on arrays of the whole mesh: runs `_on_shard` on each device's shard.
 
     Shardings are read off the arrays' types, where mesh axes are explicit. All arrays follow `v`,
     and where it is replicated, the first array that is sharded.
@@ -225,7 +225,7 @@ def _on_shard(
 
     form, is_kernel = _choose(operator, implementation, x, state)
     form = operator.widen(form)
-    run = form if mesh_axis is None else partial(operator.on_part, form, mesh_axis)
+    run = form if mesh_axis is None else partial(operator.on_time_shard, form, mesh_axis)
     # Kernels take any dtype, and round y themselves.
     return (run if is_kernel else in_compute_dtype(run))(x, state, reset)
 

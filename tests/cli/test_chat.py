@@ -129,7 +129,7 @@ def test_presets(talk):
     assert "[preset no: one of text, chat, think, answer, tool]" in err
     settings = {"think": "on", "seed": 0, "flags": {"top_k": 9}}
     _, err = talk([":set"], template=flower, settings=settings, why="as asked")
-    assert "Template flower (as asked), sampling of your own.]" in err
+    assert "Template flower (as asked), sampling custom.]" in err
     assert "[temperature 0.96, top_p 0.76, top_k 9," in err
 
 

@@ -18,7 +18,7 @@ minutes to compile."""
 
 
 def unsupported(x: Any) -> str | None:
-    """Why there is no kernel for inputs `x` on any platform, if there is none."""
+    """The reason why no platform has a kernel for inputs `x`; None if there may be one."""
     n, v = x.r.shape[-1], x.v.shape[-1]
     if v % n:
         return f"values of {v} channels a head for keys of {n}"
