@@ -15,6 +15,7 @@ LIMITED = (
     "-c",
     f"""
 import resource, sys
+sys.dont_write_bytecode = True  # Python would leave the part that fits
 sys.path.insert(0, {str(ROOT)!r})
 import matplotlib.font_manager  # which would write its cache
 from rwkv_jax.cli import train

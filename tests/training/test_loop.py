@@ -137,9 +137,16 @@ def test_ctrl_c_in_the_sample_waits_for_a_chunk(finished, tmp_path, monkeypatch,
         raise AssertionError("not interrupted")
 
     monkeypatch.setattr(report.sampling, "generate", generate)
-    with pytest.raises(Interrupted, match="Stopped after the last step, which is saved"):
-        train(config(tmp_path, **ALIKE, **{"train.keep": 2, "sample.tokens": 9}), console=console)
-    assert "a chunk" in (tmp_path / "stdout").read_text()
+    # The suite may run in the background, where shells have SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(Interrupted, match="Stopped after the last step, which is saved"):
+            train(
+                config(tmp_path, **ALIKE, **{"train.keep": 2, "sample.tokens": 9}), console=console
+            )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert b"a chunk" in (tmp_path / "stdout").read_bytes()
 
 
 def test_final_table_curve_and_checkpoints(finished):
