@@ -130,7 +130,7 @@ def prompts_of(args: argparse.Namespace) -> Prompts:
         from rwkv_jax.data.conversations import FLOWER
 
         if args.prompt_ids:
-            raise UserError("--suffix needs prompts that are text: leave out --prompt-ids")
+            raise UserError("--prompt-ids and --suffix: the prompt has to be text; leave out one")
         stop.append(FLOWER)
     return Prompts(texts, stop, after, [remark for remark in remarks if remark])
 
