@@ -61,16 +61,16 @@ def set_up(devices: int) -> None:
     flags = os.environ.get("XLA_FLAGS", "").split()
     flags += [f"--xla_force_host_platform_device_count={devices}", *QUICK_FLAGS.split()]
     os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys(flags))  # a worker has inherited them
+    options = {"jax_traceback_in_locations_limit": 0}  # else each instruction has 100 frames
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = _lasting_folder() or _temporary_folder()
-        keep = {
-            "jax_compilation_cache_dir": str(folder),
+        options |= {
+            "jax_compilation_cache_dir": str(_lasting_folder() or _temporary_folder()),
             "jax_persistent_cache_min_compile_time_secs": 0,
             "jax_persistent_cache_min_entry_size_bytes": 0,
         }
-        for name, value in keep.items():
-            jax.config.update(name, value)
-            os.environ[name.upper()] = str(value)
+    for name, value in options.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 def _lasting_folder() -> Path | None:
