@@ -9,10 +9,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 from rwkv_jax.errors import UserError
+
+T = TypeVar("T")
 
 
 def leave(*_: Any) -> None:
@@ -33,16 +35,12 @@ def leave_at_once() -> None:
 
 def leaving() -> contextlib.AbstractContextManager[None]:
     """`leave_at_once` while the context lasts."""
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    return _handling(leave, signal.SIGINT) if ours else contextlib.nullcontext()
+    return _instead_of(signal.default_int_handler, leave)
 
 
 def raising() -> contextlib.AbstractContextManager[None]:
     """Ctrl-C raises KeyboardInterrupt again after `leave_at_once`."""
-    ours = signal.getsignal(signal.SIGINT) is leave
-    return (
-        _handling(signal.default_int_handler, signal.SIGINT) if ours else contextlib.nullcontext()
-    )
+    return _instead_of(leave, signal.default_int_handler)
 
 
 @contextlib.contextmanager
@@ -111,10 +109,18 @@ def deferred_interrupts() -> Iterator[Callable[[], None]]:
         if pressed:
             raise KeyboardInterrupt
 
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    with _handling(press, signal.SIGINT) if ours else contextlib.nullcontext():
+    with _instead_of(signal.default_int_handler, press):
         yield check
     check()
+
+
+def for_each(items: Iterable[T], act: Callable[[T], object]) -> None:
+    """Calls `act` on each item. Ctrl-C raises KeyboardInterrupt between two of them: JAX, which may
+    make them, can crash where an interrupt reaches it."""
+    with interruptible(), deferred_interrupts() as check:
+        for item in items:
+            act(item)
+            check()
 
 
 class StopRequest:
@@ -150,6 +156,12 @@ def blocked_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _instead_of(present: Any, handler: Any) -> contextlib.AbstractContextManager[None]:
+    """Sets the handler of SIGINT while the context lasts, if it is `present` now."""
+    ours = signal.getsignal(signal.SIGINT) is present
+    return _handling(handler, signal.SIGINT) if ours else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -22,10 +22,12 @@ def set_up() -> None:
     point only, before anything else. A Ctrl-C while Python restarts takes effect when it calls this
     again.
     """
+    if not _has_glibc():
+        return
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     # Python may not know its own path: with another user's rights, or embedded in a program.
-    if _has_glibc() and sys.executable and "glibc.malloc." not in tunables:
+    if sys.executable and "glibc.malloc." not in tunables:
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, SETTINGS)))
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         # Not orig_argv[0]: Python finds its virtual environment by the path it is started from.

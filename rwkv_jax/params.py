@@ -121,26 +121,26 @@ def init(specs: PyTree, key: PRNGKeyArray) -> PyTree:
 
 @partial(jax.jit, static_argnums=1)
 def _init_leaves(key: PRNGKeyArray, table: tuple[tuple[str, ParamSpec], ...]) -> list[Array]:
-    keys = [jax.random.fold_in(key, zlib.crc32(name.encode())) for name, _ in table]
+    keys = {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name, _ in table}
 
-    def layer(index: Array, depth: int) -> list[Array]:
+    def layer(index: Array, depth: int) -> dict[str, Array]:
         """Layer `index` of all leaves that are stacked over `depth` layers."""
-        return [
-            spec.init(jax.random.fold_in(key, index), spec.shape, Depth(index, depth))
-            for key, (_, spec) in zip(keys, table, strict=True)
+        return {
+            name: spec.init(jax.random.fold_in(keys[name], index), spec.shape, Depth(index, depth))
+            for name, spec in table
             if spec.layers == depth
-        ]
+        }
 
+    found = {
+        name: spec.init(keys[name], spec.shape, Depth(0, 1))
+        for name, spec in table
+        if not spec.layers
+    }
     # One loop for all leaves: a loop for each takes longer to compile. Not vmap: jaxlib 0.10 on CPU
     # deadlocks when a program has several batched QR factorisations.
-    stacked = {
-        depth: iter(lax.map(partial(layer, depth=depth), jnp.arange(depth, dtype=jnp.int32)))
-        for depth in sorted({spec.layers for _, spec in table if spec.layers})
-    }
-    return [
-        next(stacked[spec.layers]) if spec.layers else spec.init(key, spec.shape, Depth(0, 1))
-        for key, (_, spec) in zip(keys, table, strict=True)
-    ]
+    for depth in sorted({spec.layers for _, spec in table} - {0}):
+        found |= lax.map(partial(layer, depth=depth), jnp.arange(depth, dtype=jnp.int32))
+    return [found[name] for name, _ in table]
 
 
 def path_name(path: tuple) -> str:

@@ -45,11 +45,14 @@ def run(prog: str, action: Callable[[], object]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # it may not have all characters
     try:
-        with contextlib.ExitStack() as stack:
-            for context in raising(), interruptible(), undropped_interrupts():
-                stack.enter_context(context)
-            with printed_remarks(prog), _with_a_device():
-                action()
+        with (
+            raising(),
+            interruptible(),
+            undropped_interrupts(),
+            printed_remarks(prog),
+            _with_a_device(),
+        ):
+            action()
         sys.stdout.flush()
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)

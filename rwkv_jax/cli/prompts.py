@@ -161,8 +161,9 @@ class ScoreFile:
                 raise UserError("--logprobs: not with --interactive or --save-state")
             if not self.path.exists():  # found out now, not after the model is loaded
                 with disk.writing(self.path, ANOTHER):
-                    self.path.touch()
-                    self.path.unlink()
+                    made = self.path.resolve()  # where a link points to
+                    made.touch(exist_ok=False)
+                    made.unlink()
             elif not os.access(self.path, os.W_OK):
                 raise UserError(f"{self.path}: cannot be written; {ANOTHER}")
         elif args.top_logprobs is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from rwkv_jax.errors import UserError
-from rwkv_jax.interrupts import deferred_interrupts, interruptible
+from rwkv_jax.interrupts import for_each, interruptible
 from rwkv_jax.sampling import Sampling, Session, TextChunk
 from rwkv_jax.sampling.settings import FLAGS, check_max_tokens
 from rwkv_jax.sampling.stream import Finish
@@ -59,13 +59,14 @@ class Meter:
 
     def play(self, chunks: Iterable[Chunk], show: Callable[[Chunk], None]) -> None:
         """Shows chunks as they come. Ctrl-C raises KeyboardInterrupt between two of them."""
-        with interruptible(), deferred_interrupts() as check:
-            for chunk in chunks:
-                self._times.append(time.perf_counter())
-                self._tokens.append(chunk.tokens)
-                self.finish = chunk.finish
-                show(chunk)
-                check()
+
+        def act(chunk: Chunk) -> None:
+            self._times.append(time.perf_counter())
+            self._tokens.append(chunk.tokens)
+            self.finish = chunk.finish
+            show(chunk)
+
+        for_each(chunks, act)
 
     def summary(self) -> str:
         """`200 tokens, 35.1 tokens/s`; without a rate if there was only one chunk."""

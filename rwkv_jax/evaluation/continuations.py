@@ -21,8 +21,11 @@ from rwkv_jax import models
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.evaluation.bits import Report, Settings, finite, one_late
 from rwkv_jax.models import Model
+from rwkv_jax.renamed import renamed
 from rwkv_jax.sampling.decode import decoding_layout, fresh_state, join_rows, read
 from rwkv_jax.typing import Array
+
+__getattr__ = renamed(__name__, {"split": "encode"})
 
 WIDTHS = (256, 64, 16)
 """Lengths that are compiled: inputs are padded to a multiple of the last, and cut into these,

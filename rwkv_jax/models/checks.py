@@ -13,7 +13,7 @@ import numpy as np
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.params import path_name
 from rwkv_jax.typing import PyTree
-from rwkv_jax.wkv.form import known
+from rwkv_jax.wkv.form import check_lengths, known
 
 
 def compute_dtype(dtype: Any) -> np.dtype:
@@ -83,16 +83,11 @@ def check_tokens(tokens: Any, reset: Any, lengths: Any, vocabulary: int, *, whol
             f"lengths are {lengths.dtype} {list(lengths.shape)}: integers [b], here [{b}], are"
             " needed, the number of valid tokens of each row"
         )
-    ids, counts = (_value(x) for x in (tokens, lengths))
-    if ids is not None and (odd := ids[(ids < 0) | (ids >= vocabulary)]).size:
+    ids = np.asarray(tokens) if known(tokens) else np.zeros(0, int)
+    if (odd := ids[(ids < 0) | (ids >= vocabulary)]).size:
         raise ValueError(
             f"tokens: there is no id {odd[0]}, ids are 0 to {vocabulary - 1}; where rows are"
             " padded, pad with any of these and give lengths"
         )
-    if whole and counts is not None and (odd := counts[(counts < 0) | (counts > t)]).size:
-        raise ValueError(f"lengths: {odd[0]} of {t} tokens; 0 to {t} can be valid")
-
-
-def _value(x: Any) -> np.ndarray | None:
-    """The numbers of an array where they are known."""
-    return None if x is None or not known(x) else np.asarray(x)
+    if lengths is not None and whole:
+        check_lengths("lengths", lengths, t)

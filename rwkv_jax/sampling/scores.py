@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from rwkv_jax.errors import UserError
+from rwkv_jax.sampling.settings import check_number
 from rwkv_jax.typing import Array, Bool, Float, Int
 
 MOST = 128
@@ -29,7 +30,10 @@ class TokenScore:
 
 def check_alternatives(count: int | None) -> None:
     """Raises `UserError` unless `count` is None or a number of alternatives."""
-    if count is not None and not 0 <= count <= MOST:
+    if count is None:
+        return
+    check_number("logprobs", count, whole=True)
+    if not 0 <= count <= MOST:
         raise UserError(f"logprobs {count}: between 0 and {MOST} alternatives")
 
 

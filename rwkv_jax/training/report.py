@@ -18,7 +18,7 @@ from rwkv_jax import params as tables
 from rwkv_jax.config import MINI_EPOCH, ModelConfig
 from rwkv_jax.evaluation.bits import Evaluation
 from rwkv_jax.hardware import chip_of
-from rwkv_jax.interrupts import deferred_interrupts, interruptible
+from rwkv_jax.interrupts import for_each
 from rwkv_jax.training.flops import model_flops
 from rwkv_jax.training.folder import writing
 from rwkv_jax.training.hosts import is_primary
@@ -197,11 +197,7 @@ def print_sample(setup: Setup, params: PyTree, console: Console) -> None:
         seed=setup.cfg.train.seed,
     )
     console.out(sample.prompt, end="", highlight=False)
-    # JAX may crash where an interrupt reaches it: Ctrl-C is raised between two chunks.
-    with interruptible(), deferred_interrupts() as check:
-        for chunk in chunks:
-            console.out(chunk.text, end="", highlight=False)
-            check()
+    for_each(chunks, lambda chunk: console.out(chunk.text, end="", highlight=False))
     console.out("")
 
 

@@ -4,6 +4,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from rwkv_jax.typing import Array, Bool, Float
@@ -31,6 +32,15 @@ def known(x: Any) -> bool:
     """Whether the numbers of an array are known: not inside of JAX's transformations, nor where
     other processes have some of them."""
     return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
+
+
+def check_lengths(called: str, lengths: Any, time: int) -> None:
+    """Raises `ValueError` for lengths beyond the tokens, where they are known."""
+    if not known(lengths):
+        return
+    counts = np.asarray(lengths)
+    if (odd := counts[(counts < 0) | (counts > time)]).size:
+        raise ValueError(f"{called}: {odd[0]} of {time} tokens; 0 to {time} can be valid")
 
 
 def compute_dtype(*inputs: Any) -> Any:

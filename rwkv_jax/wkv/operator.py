@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import export, lax
 
 from rwkv_jax.sharding import axes_of, check_axis, is_explicit, is_manual, mapped
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int
 from rwkv_jax.wkv import default, pallas, sequence, v4, v6, v7
-from rwkv_jax.wkv.form import Form, compute_dtype, in_compute_dtype, known
+from rwkv_jax.wkv.form import Form, check_lengths, compute_dtype, in_compute_dtype, known
 from rwkv_jax.wkv.v4.recurrence import Inputs as Inputs4
 from rwkv_jax.wkv.v4.recurrence import Wkv4State
 from rwkv_jax.wkv.v6.recurrence import Inputs as Inputs6
@@ -173,8 +172,8 @@ def _apply(
     _check_types(operator.name, x, reset, lengths)
     _check_values(operator.name, x, lengths, mesh_axis)
     if implementation not in (None, *IMPLEMENTATIONS, *KERNELS):
-        known = ", ".join(IMPLEMENTATIONS + KERNELS)
-        raise ValueError(f"implementation {implementation!r}: one of {known}, or None")
+        names = ", ".join(IMPLEMENTATIONS + KERNELS)
+        raise ValueError(f"implementation {implementation!r}: one of {names}, or None")
     if state is None:
         state = _fresh(operator, x, sizes)
     run = partial(_on_shard, operator, mesh_axis, implementation)
@@ -305,19 +304,15 @@ def _check_types(operator: str, x: Any, reset: Array | None, lengths: Array | No
 def _check_values(operator: str, x: Any, lengths: Array | None, mesh_axis: str | None) -> None:
     """Checks numbers that are known, as they are in calls that nothing transforms."""
     with jax.ensure_compile_time_eval():
-        largest = float(jnp.max(x.log_w)) if known(x.log_w) else 0.0
+        largest = float(jnp.max(x.log_w, initial=0.0)) if known(x.log_w) else 0.0
     if largest > 0:
         raise ValueError(
             f"{operator}: log_w is up to {largest:.3g}, but the log of a decay is 0 or less; if"
             " these are decays, give jnp.log of them"
         )
     whole = not (mesh_axis and is_manual(mesh_axis))  # `lengths` count all devices' tokens
-    if lengths is not None and whole and known(lengths):
-        time, counts = x.v.shape[1], np.asarray(lengths)
-        if (odd := counts[(counts < 0) | (counts > time)]).size:
-            raise ValueError(
-                f"{operator}: lengths: {odd[0]} of {time} tokens; 0 to {time} can be valid"
-            )
+    if lengths is not None and whole:
+        check_lengths(f"{operator}: lengths", lengths, x.v.shape[1])
 
 
 def _fresh(operator: Operator, x: Any, sizes: dict[str, int]) -> Any:

@@ -162,8 +162,7 @@ VERSIONS = {
     ),
 }
 ANY_DECAY = replace(VERSIONS["7"], call=functools.partial(_call7, operator=wkv7), operator=wkv7)
-"""Version 7 without the promise of mild decays, which all regimes keep: twice as much to compile.
-"""
+"""Version 7 without a promise of mild decays, which all regimes keep; it compiles a second form."""
 
 every_implementation = pytest.mark.parametrize(
     "implementation",
