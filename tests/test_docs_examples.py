@@ -46,6 +46,7 @@ def docstrings_with_examples() -> list[tuple[str, str, int, str]]:
     return found
 
 
+SLOW = pytest.mark.slow
 BLOCKS = {page: python_blocks(page.read_text(encoding="utf-8")) for page in PAGES}
 DOCSTRINGS = docstrings_with_examples()
 
@@ -55,7 +56,14 @@ def test_there_are_examples():
     assert DOCSTRINGS, "no docstring of the package holds an example"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if BLOCKS[page]], ids=lambda x: x.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.name, marks=SLOW if page.name == "scaling.md" else ())
+        for page in PAGES
+        if BLOCKS[page]
+    ],
+)
 def test_blocks_run(page, tmp_path, monkeypatch):
     """One after another, as a reader would."""
     monkeypatch.chdir(tmp_path)
