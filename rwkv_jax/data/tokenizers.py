@@ -323,11 +323,16 @@ def _open(content: str, where: object) -> tokenizers.Tokenizer:
     return opened
 
 
+def token_bytes(tokenizer: Tokenizer) -> Sequence[bytes]:
+    """Each token, decoded alone."""
+    table = tokenizer._bytes if isinstance(tokenizer, _Vocabulary) else None
+    return table or [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
+
+
 @functools.lru_cache(maxsize=4)
 def token_sizes(tokenizer: Tokenizer) -> np.ndarray:
     """int64 [vocab]: the length of each token, decoded alone, in bytes."""
-    ids = range(tokenizer.vocab_size)
-    return np.array([len(tokenizer.decode_bytes([i])) for i in ids], np.int64)
+    return np.array(list(map(len, token_bytes(tokenizer))), np.int64)
 
 
 def added(tokenizer: Tokenizer, before: Ids, ids: Ids) -> bytes:

@@ -16,7 +16,7 @@ import numpy as np
 
 from rwkv_jax.checkpoint.fingerprint import fingerprint
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.data.tokenizers import StreamDecoder, Tokenizer
+from rwkv_jax.data.tokenizers import StreamDecoder, Tokenizer, token_bytes
 from rwkv_jax.errors import PREDICTS_NAN, UserError
 from rwkv_jax.models import Model
 from rwkv_jax.sampling import decode as device
@@ -133,10 +133,9 @@ class Generator:
 
 def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary[Array]:
     """The `Vocabulary` of a model with `vocab_size` rows."""
-    increment = np.ones(vocab_size, np.float32)
-    for token in range(tokenizer.vocab_size):
-        text = tokenizer.decode_bytes([token])
-        if 0 < len(text) <= len(UNCOUNTED) and text in UNCOUNTED.encode():
+    increment, uncounted = np.ones(vocab_size, np.float32), UNCOUNTED.encode()
+    for token, text in enumerate(token_bytes(tokenizer)):
+        if 0 < len(text) <= len(uncounted) and text in uncounted:
             increment[token] = 0
     allowed = np.arange(vocab_size) < tokenizer.vocab_size
     allowed[list(tokenizer.unused)] = False
