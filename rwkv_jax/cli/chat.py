@@ -78,8 +78,6 @@ def chat(
     `save` is the file to save it in at the end, `why` the reason for its template; the others are
     as for `opened`. Raises `UserError` for invalid arguments before any input is read.
     """
-    if save is not None:
-        states.check_save_path(save)
     dialogue = ChatDialogue(opened(generator, prefix=prefix, **given), prefix)
     try:
         dialogue.run(why)

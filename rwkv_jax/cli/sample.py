@@ -136,6 +136,7 @@ def _chat(args: argparse.Namespace, given: dict[str, float | int], status: Statu
     from rwkv_jax.cli.chat import chat, likely_template
     from rwkv_jax.cli.prompts import typed
     from rwkv_jax.data.conversations import TEMPLATES
+    from rwkv_jax.sampling.chat import ReplySettings
     from rwkv_jax.sampling.presets import preset
 
     texts = [args.prompt, args.prompt_file, args.prompt_ids, args.suffix_file, args.stop]
@@ -149,9 +150,13 @@ def _chat(args: argparse.Namespace, given: dict[str, float | int], status: Statu
         )
     if args.template and args.template not in TEMPLATES:
         raise UserError(f"--template {args.template}: one of {', '.join(TEMPLATES)}")
-    settings = {"seed": args.seed, "max_tokens": args.tokens, "think": args.think, "flags": given}
+    settings = {"seed": args.seed, "max_tokens": args.tokens, "think": args.think}
     settings |= {"sampling": preset(args.preset) if args.preset else None}
     settings = {name: value for name, value in settings.items() if value is not None}
+    # Both raise for what is wrong, before the model is loaded.
+    ReplySettings(**settings).sampling.with_flags(given)
+    if args.save_state:
+        states.check_save_path(Path(args.save_state))
     generator = _generator(args, status)
     _edit_lines()
     saved = states.load(args.state, generator.cfg) if args.state else None
@@ -163,7 +168,7 @@ def _chat(args: argparse.Namespace, given: dict[str, float | int], status: Statu
         generator,
         template=None if resume and not args.template else TEMPLATES[name],
         system=None if args.system is None else typed(args.system, args.escape),
-        settings=settings,
+        settings=settings | {"flags": given},
         prefix=_prefix(args.state, saved, generator) if saved and not resume else None,
         resume=Path(args.state) if resume else None,
         save=Path(args.save_state) if args.save_state else None,
@@ -174,6 +179,8 @@ def _chat(args: argparse.Namespace, given: dict[str, float | int], status: Statu
 def _generator(args: argparse.Namespace, status: Status) -> Any:
     from rwkv_jax.sampling import Generator
 
+    if args.state and not Path(args.state).expanduser().is_file():
+        raise UserError(f"--state {args.state}: no such file")
     params, cfg, tokenizer = load_model(args, to_decode=True)
     if args.special_tokens is not None:
         tokenizer = tokenizer.with_special_tokens(args.special_tokens)

@@ -205,7 +205,13 @@ def test_the_compute_type(run, capsys):
         (["TMP"], "neither a run nor a folder with weights"),
         (["TMP/fresh"], "has no checkpoint yet"),
         (["TMP/latin"], "latin: is neither a .pth nor a .safetensors file"),
-        (["RUN", "--state", "TMP/none.pth"], "none.pth: cannot be read"),
+        # These are found out before the model is loaded.
+        (["TMP/none", "--state", "TMP/none.pth"], "--state .*none.pth: no such file"),
+        (["TMP/none", "--chat", "--seed", "-1"], "seed -1: between"),
+        (["TMP/none", "--chat", "--tokens", "-1"], "tokens -1: 0 or more"),
+        (["TMP/none", "--chat", "--think", "hard"], "think hard: one of off"),
+        (["TMP/none", "--chat", "--top-p", "2"], "top_p 2.0: between"),
+        (["TMP/none", "--chat", "--save-state", "TMP/s.bin"], "must end in .safetensors"),
         (["RUN", "--state", "TMP/latin"], "latin: is neither a .pth nor"),
         (["RUN", "a", "b", "--save-state", "TMP/s"], "--save-state is for one text: give one"),
         (
