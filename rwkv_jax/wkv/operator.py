@@ -45,6 +45,8 @@ class Operator(NamedTuple):
     """(form, mesh axis, x, state, reset): one device's tokens, where time is sharded."""
     widen: Callable[[Form], Form] = lambda form: form
     """Wraps a form so that it is exact for any values of the inputs."""
+    empty: Callable[..., Any] = jnp.zeros
+    """(shape, dtype): the state that remembers nothing."""
 
 
 _MASKS = {"reset": "bt", "lengths": "b"}
@@ -54,7 +56,7 @@ _AXES7 = (
 )
 _AXES6 = _AXES7 | {"u": "hk", "initial": "hvk"}
 
-WKV4 = Operator("wkv4", _AXES4, v4.FORMS, sequence.wkv4)
+WKV4 = Operator("wkv4", _AXES4, v4.FORMS, sequence.wkv4, empty=Wkv4State.empty)
 WKV5 = Operator("wkv6", _AXES6 | {"log_w": "hk"}, v6.FORMS, sequence.wkv6)
 WKV6 = Operator("wkv6", _AXES6, v6.FORMS, sequence.wkv6)
 WKV7_BOUNDED = Operator("wkv7", _AXES7, v7.FORMS, sequence.wkv7)
@@ -217,7 +219,7 @@ def _on_shard(
         rows = valid.reshape(*valid.shape, *(1,) * (x.k.ndim - 2))
         tokens = {name: z for name, z in x._asdict().items() if "t" in operator.axes.get(name, "")}
         x = x._replace(**{n: jnp.where(rows, z, jnp.zeros_like(z)) for n, z in tokens.items()})
-    if operator is WKV4:  # whose decay no zeros in the padding can stop
+    if "mask" in x._fields:  # version 4, whose decay no zeros in the padding can stop
         x = x._replace(mask=valid)
     dtype = compute_dtype(x, state)
     state = jax.tree.map(lambda z: z.astype(dtype), state)
@@ -318,8 +320,5 @@ def _check_values(operator: str, x: Any, lengths: Array | None, mesh_axis: str |
 def _fresh(operator: Operator, x: Any, sizes: dict[str, int]) -> Any:
     """The state of rows that start a document."""
     shape, dtype = tuple(sizes[letter] for letter in operator.axes["state"]), compute_dtype(x)
-    if operator is WKV4:
-        return Wkv4State.empty(shape, dtype)
-    state = jnp.zeros(shape, dtype)
-    initial = getattr(x, "initial", None)
+    state, initial = operator.empty(shape, dtype), getattr(x, "initial", None)
     return state if initial is None else state + initial[None]
