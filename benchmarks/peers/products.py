@@ -14,7 +14,7 @@ def start(options: dict):
     import jax.numpy as jnp
     import numpy
 
-    from rwkv_jax.sampling.compiler import FEW_ROWS
+    from rwkv_jax.sampling.compiler import NO_YNNPACK
 
     rng = numpy.random.default_rng(0)
     shapes = [tuple(shape) for shape in options["shapes"]]
@@ -26,7 +26,7 @@ def start(options: dict):
             x = x + 1e-9 * jnp.sum(x[:, : matrix.shape[0]] @ matrix, axis=1, keepdims=True)
         return x
 
-    compiled = [jax.jit(products), jax.jit(products, compiler_options=FEW_ROWS)]
+    compiled = [jax.jit(products), jax.jit(products, compiler_options=NO_YNNPACK)]
     inputs = {rows: jnp.ones((rows, max(shape[0] for shape in shapes))) for rows in options["rows"]}
 
     def seconds(program, rows: int, repeats: int) -> float:

@@ -1,30 +1,46 @@
-"""Compiler options of decoding, which depend on the version of jaxlib."""
+"""Compiler options of decoding, which depend on the CPU and the version of jaxlib."""
 
+import math
+from contextlib import suppress
 from functools import cache, wraps
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from rwkv_jax.typing import Callable
 
-FEW_ROWS = {"xla_cpu_experimental_ynn_fusion_type": ""}
-"""CPU: no YNNPACK fusions. jaxlib 0.10 applies them to every reduction, and for a single token they
-cost 13 of 37 ms at the 0.1B shape. For many rows its matrix products are the faster ones."""
+NO_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
+"""CPU: products by Eigen. jaxlib 0.10 uses YNNPACK, which is the faster one for many rows on CPUs
+with AVX-512, and the slower one for few; without AVX-512 it takes 1.4 times as long for 8 rows and
+1.7 times for 32 (`benchmarks.decode`)."""
 
 MANY = 8
-"""Rows from which these options are not used."""
+"""Rows from which YNNPACK's products are used, on CPUs where they are ever the faster ones."""
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+@cache
+def many() -> int | float:
+    """`MANY`, or infinity on an x86 CPU without AVX-512 (known on Linux)."""
+    with suppress(OSError):
+        features = CPU_INFO.read_text(encoding="utf-8").split()
+        if "avx2" in features and "avx512f" not in features:
+            return math.inf
+    return MANY
 
 
 @cache
 def _options() -> dict[str, str]:
-    """`FEW_ROWS` on CPU if jaxlib knows it, else no options."""
+    """`NO_YNNPACK` on CPU if jaxlib knows it, else no options."""
     if jax.default_backend() != "cpu":
         return {}
     try:
-        jax.jit(lambda x: x, compiler_options=FEW_ROWS).lower(0.0).compile()
+        jax.jit(lambda x: x, compiler_options=NO_YNNPACK).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
         return {}
-    return FEW_ROWS
+    return NO_YNNPACK
 
 
 def jit_by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,12 +51,12 @@ def jit_by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @cache
-    def jitted(many: bool):
-        options = {} if many else _options()
+    def jitted(ynnpack: bool):
+        options = {} if ynnpack else _options()
         return jax.jit(function, static_argnames="cfg", compiler_options=options)
 
     @wraps(function)
     def call(params: Any, decoding: Any, *args: Any, **kwargs: Any) -> Any:
-        return jitted(len(decoding.done) >= MANY)(params, decoding, *args, **kwargs)
+        return jitted(len(decoding.done) >= many())(params, decoding, *args, **kwargs)
 
     return call
