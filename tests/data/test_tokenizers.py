@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from rwkv_jax.data.bpe import END_OF_DOCUMENT, train_bpe
 from rwkv_jax.data.tokenizers import (
+    SHORT,
     ByteTokenizer,
     JsonTokenizer,
     StreamDecoder,
@@ -158,7 +159,20 @@ def test_world_gives_the_official_ids(world):
     assert len(golden) == 26
     for case in golden:
         assert world.encode(case["text"]) == case["ids"]
+        assert world.encode_batch([case["text"]]) == [case["ids"]]
         assert world.decode_bytes(case["ids"]) == case["text"].encode()
+
+
+def test_world_encodes_long_texts_as_short_ones(world):
+    texts = [case["text"] for case in json.loads(GOLDEN.read_text(encoding="utf-8"))]
+    long = "".join(texts) * (1 + SHORT // len("".join(texts)))
+    assert world.encode(long) == world._short.encode(long.encode())
+
+
+@given(st.text() | st.text(alphabet=" \n\t\r09aeé中"))
+def test_world_encodes_in_python_as_in_rust(text):
+    world = open_tokenizer("world")
+    assert world.encode(text) == world.encode_batch([text])[0]
 
 
 def test_every_world_token_is_its_own_bytes(world):
