@@ -262,17 +262,17 @@ def _copied(name: str, array: ArrayLike | None, spec: ParamSpec, dtype: Any) -> 
     """One layer's tensor in our shape and in `dtype`; None is zeros.
 
     Copied some rows at a time into aligned memory, which JAX takes over on a CPU: a large tensor is
-    never held twice.
+    never held twice, and what is transposed is in the cache.
     """
     dtype = np.dtype(dtype)
     size = math.prod(spec.shape) * dtype.itemsize
-    memory = np.zeros(size + ALIGNMENT, np.uint8)
+    memory = (np.zeros if array is None else np.empty)(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
     values = memory[start : start + size].view(dtype).reshape(spec.shape)
     if array is not None:
         target = values.T if spec.layout == "linear" else values
         source = np.asarray(array).reshape(target.shape)
-        step = max(1, (1 << 18) * len(target) // target.size)
+        step = max(1, (1 << 16) * len(target) // target.size)
         for row in range(0, len(target), step):
             rows = slice(row, row + step)
             target[rows] = np.asarray(cast(name, source[rows], dtype))
