@@ -31,11 +31,11 @@ from rwkv_jax.data.bpe import PIECES, train_bpe
 from rwkv_jax.data.conversations import loss_mask
 from rwkv_jax.data.corpus import Corpus, CorpusError, Document, hash_share, open_corpus
 from rwkv_jax.data.files import Report
+from rwkv_jax.data.pieces import pieces_of
 from rwkv_jax.data.tokenizers import (
     JsonTokenizer,
     Tokenizer,
     open_tokenizer,
-    pieces_of,
     sizes_of,
 )
 from rwkv_jax.data.tokens import (

@@ -45,9 +45,6 @@ META = "meta.json"
 HF_FILE = "tokenizer.json"
 WORLD_FILE = "rwkv_vocab_v20230424.txt"
 EOD_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
-LONG_DOCUMENT = 1 << 22
-"""Characters of a document after which it is cut before it is encoded."""
-
 SHORT = 1 << 16
 """Bytes of a text up to which World encodes in Python, in at most a twentieth of a second: prompts
 need not wait for the Rust encoder, whose tables take 0.3 s and 218 MB."""
@@ -366,29 +363,6 @@ def text_size(tokenizer: Tokenizer, ids: np.ndarray) -> int:
         return int(token_sizes(tokenizer)[ids].sum())
     ends = np.flatnonzero(ids == tokenizer.eod)
     return sum(len(tokenizer.decode_bytes(document)) for document in np.split(ids, ends))
-
-
-def pieces_for(tokenizer: Tokenizer, text: str) -> list[str]:
-    """`pieces_of`, if the ids of the pieces together are those of the text. Our BPE and World have
-    no token in which a character other than a space follows a line end, and bytes have none of two
-    characters; how another vocabulary encodes at a cut is unknown."""
-    return [text] if tokenizer.kind in ("file", "txt") else pieces_of(text)
-
-
-def pieces_of(text: str) -> list[str]:
-    """The text cut into pieces of a few MB, because a tokenizer needs many times the memory of what
-    it encodes.
-
-    Cuts lie at a line end before a line that is not indented, which no token of our BPE crosses.
-    Text without such a place stays whole."""
-    pieces, start = [], 0
-    while len(text) - start > LONG_DOCUMENT:
-        place = re.compile(r"\n(?=\S)").search(text, start + LONG_DOCUMENT)
-        if not place:
-            break
-        pieces.append(text[start : place.end()])
-        start = place.end()
-    return [*pieces, text[start:]]
 
 
 def open_tokenizer(name: str, setting: str = "data.tokenizer = ") -> Tokenizer:

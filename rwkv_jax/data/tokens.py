@@ -20,11 +20,11 @@ from rwkv_jax.data.binidx import Binidx, dtype_for, map_array, open_binidx
 from rwkv_jax.data.corpus import Document
 from rwkv_jax.data.files import CorpusError
 from rwkv_jax.data.loader import SCAN
+from rwkv_jax.data.pieces import pieces_for
 from rwkv_jax.data.tokenizers import (
     Tokenizer,
     load_tokenizer,
     open_tokenizer,
-    pieces_for,
     text_size,
 )
 

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rwkv_jax.data.tokenizers import Tokenizer, added, pieces_for
+from rwkv_jax.data.pieces import pieces_for
+from rwkv_jax.data.tokenizers import Tokenizer, added
 from rwkv_jax.errors import UserError
 from rwkv_jax.evaluation.bits import (
     Evaluation,

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from rwkv_jax.config import DataConfig
+from rwkv_jax.data import pieces
 from rwkv_jax.data import prepare as module
-from rwkv_jax.data import tokenizers
 from rwkv_jax.data.binidx import BinidxWriter, open_binidx
 from rwkv_jax.data.corpus import CorpusError, open_corpus
 from rwkv_jax.data.prepare import CacheError, prepare
@@ -391,13 +391,13 @@ def test_long_documents_are_cut_where_no_token_crosses(cfg, monkeypatch):
         (ROOT / "rwkv_jax" / "data" / f"{name}.py").read_text(encoding="utf-8")
         for name in ("bpe", "corpus", "tokenize")
     )
-    monkeypatch.setattr(tokenizers, "LONG_DOCUMENT", 100)
-    pieces = tokenizers.pieces_of(text)
-    assert len(pieces) > 20 and "".join(pieces) == text
-    encoded = [i for piece in tokens.tokenizer.encode_batch(pieces) for i in piece]
+    monkeypatch.setattr(pieces, "LONG_DOCUMENT", 100)
+    found = pieces.pieces_of(text)
+    assert len(found) > 20 and "".join(found) == text
+    encoded = [i for piece in tokens.tokenizer.encode_batch(found) for i in piece]
     assert encoded == tokens.tokenizer.encode(text)
-    assert tokenizers.pieces_of("x" * 1000) == ["x" * 1000]
-    assert tokenizers.pieces_of("") == [""]
+    assert pieces.pieces_of("x" * 1000) == ["x" * 1000]
+    assert pieces.pieces_of("") == [""]
 
 
 def test_description(cfg, source):

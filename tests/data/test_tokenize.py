@@ -16,8 +16,9 @@ from rwkv_jax.config import DataConfig
 from rwkv_jax.data import tokenize as module
 from rwkv_jax.data.binidx import BinidxWriter, open_binidx
 from rwkv_jax.data.corpus import CorpusError, open_corpus
+from rwkv_jax.data.pieces import LONG_DOCUMENT
 from rwkv_jax.data.tokenize import Counts, Result
-from rwkv_jax.data.tokenizers import LONG_DOCUMENT, Tokenizer, open_tokenizer
+from rwkv_jax.data.tokenizers import Tokenizer, open_tokenizer
 from rwkv_jax.errors import UserError
 
 pyarrow = pytest.importorskip("pyarrow")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from evaluation.tiny_models import EOD, guesser, model, nats
 
-from rwkv_jax.data import tokenizers
+from rwkv_jax.data import pieces
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.data.tokens import Tokens
 from rwkv_jax.errors import UserError
@@ -134,7 +134,7 @@ def test_a_limit_cuts_and_reads_no_further():
 
 
 def test_a_limit_spares_the_rest_of_a_long_document(monkeypatch):
-    monkeypatch.setattr(tokenizers, "LONG_DOCUMENT", 100)
+    monkeypatch.setattr(pieces, "LONG_DOCUMENT", 100)
     encoded = []
 
     class Counting(ByteTokenizer):
