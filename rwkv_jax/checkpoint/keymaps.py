@@ -262,7 +262,7 @@ def _copied(name: str, array: ArrayLike | None, spec: ParamSpec, dtype: Any) -> 
     """One layer's tensor in our shape and in `dtype`; None is zeros.
 
     Copied some rows at a time into aligned memory, which JAX takes over on a CPU: a large tensor is
-    never held twice, and what is transposed is in the cache.
+    never held twice, and pieces that are transposed fit the L2 cache.
     """
     dtype = np.dtype(dtype)
     size = math.prod(spec.shape) * dtype.itemsize

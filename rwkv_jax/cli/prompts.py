@@ -161,7 +161,7 @@ class ScoreFile:
                 raise UserError("--logprobs: not with --interactive or --save-state")
             if not self.path.exists():  # found out now, not after the model is loaded
                 with disk.writing(self.path, ANOTHER):
-                    made = self.path.resolve()  # where a link points to
+                    made = Path(os.path.realpath(self.path))  # where a link points to
                     made.touch(exist_ok=False)
                     made.unlink()
             elif not os.access(self.path, os.W_OK):

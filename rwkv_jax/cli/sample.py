@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import secrets
 from functools import partial
 from pathlib import Path
@@ -179,7 +180,7 @@ def _chat(args: argparse.Namespace, given: dict[str, float | int], status: Statu
 def _generator(args: argparse.Namespace, status: Status) -> Any:
     from rwkv_jax.sampling import Generator
 
-    if args.state and not Path(args.state).expanduser().is_file():
+    if args.state and not os.path.exists(os.path.expanduser(args.state)):
         raise UserError(f"--state {args.state}: no such file")
     params, cfg, tokenizer = load_model(args, to_decode=True)
     if args.special_tokens is not None:

@@ -15,8 +15,8 @@ the last tokens, so what they give, joined, is what decoding all ids gives. Only
 no UTF-8 may differ: the characters around them are kept, where `tokenizers` drops a whole run.
 
 Of three PyPI packages with the World vocabulary, which give the official ids on the golden texts,
-`pyrwkv-tokenizer` (Rust) is used, for encoding much text alone, at 54 MB/s of Python source: its
-decoder panics on half a character and on unused ids.
+`pyrwkv-tokenizer` (Rust) is used, to encode all but the first prompts, at 54 MB/s of Python source.
+Its decoder is not used: it panics on half a character and on unused ids.
 """
 
 import codecs
@@ -45,9 +45,9 @@ META = "meta.json"
 HF_FILE = "tokenizer.json"
 WORLD_FILE = "rwkv_vocab_v20230424.txt"
 EOD_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
-SHORT = 1 << 16
-"""Bytes of a text up to which World encodes in Python, in at most a twentieth of a second: prompts
-need not wait for the Rust encoder, whose tables take 0.3 s and 218 MB."""
+SHORT = 1 << 14
+"""World encodes so many bytes in Python, and only then loads the Rust encoder: its tables take
+0.3 s and 218 MB, for which a single prompt need not wait."""
 
 NEIGHBOURS = 4
 """The number of tokens before one that can matter to its text."""
@@ -177,7 +177,7 @@ class WorldTokenizer(_Vocabulary):
         try:
             tokens = parse_vocabulary(text)
             self._bytes = _table(tokens, self.vocab_size)
-            self._short = LongestMatch(tokens)
+            self._short, self._encoded = LongestMatch(tokens), 0
         except (ValueError, IndexError) as error:
             raise TokenizerError(
                 f"RWKV World vocabulary: damaged ({error}); reinstall pyrwkv-tokenizer"
@@ -191,9 +191,13 @@ class WorldTokenizer(_Vocabulary):
 
         return pyrwkv_tokenizer.RWKVTokenizer()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in vars(self).items() if name != "_encoder"}  # not picklable
+
     def encode(self, text: str) -> list[int]:
         data = utf8(text)
-        return self._short.encode(data) if len(data) <= SHORT else self._encoder.encode(text)
+        self._encoded += len(data)
+        return self._short.encode(data) if self._encoded <= SHORT else self._encoder.encode(text)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         for text in texts:

@@ -83,8 +83,8 @@ def check_tokens(tokens: Any, reset: Any, lengths: Any, vocabulary: int, *, whol
             f"lengths are {lengths.dtype} {list(lengths.shape)}: integers [b], here [{b}], are"
             " needed, the number of valid tokens of each row"
         )
-    ids = np.asarray(tokens) if known(tokens) else np.zeros(0, int)
-    if (odd := ids[(ids < 0) | (ids >= vocabulary)]).size:
+    ids = np.asarray(tokens) if known(tokens) else None
+    if ids is not None and (odd := ids[(ids < 0) | (ids >= vocabulary)]).size:
         raise ValueError(
             f"tokens: there is no id {odd[0]}, ids are 0 to {vocabulary - 1}; where rows are"
             " padded, pad with any of these and give lengths"

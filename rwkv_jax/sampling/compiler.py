@@ -16,17 +16,17 @@ with AVX-512, and the slower one for few; without AVX-512 it takes 1.4 times as 
 1.7 times for 32 (`benchmarks.decode`)."""
 
 MANY = 8
-"""Rows from which YNNPACK's products are used, on CPUs where they are ever the faster ones."""
+"""Rows from which YNNPACK's products are used, except on CPUs where Eigen's are always faster."""
 
 CPU_INFO = Path("/proc/cpuinfo")
 
 
 @cache
-def many() -> int | float:
-    """`MANY`, or infinity on an x86 CPU without AVX-512 (known on Linux)."""
+def ynnpack_rows() -> int | float:
+    """`MANY`, or infinity on a CPU with AVX2 and without AVX-512 (known on Linux)."""
     with suppress(OSError):
-        features = CPU_INFO.read_text(encoding="utf-8").split()
-        if "avx2" in features and "avx512f" not in features:
+        features = CPU_INFO.read_bytes().split()
+        if b"avx2" in features and b"avx512f" not in features:
             return math.inf
     return MANY
 
@@ -57,6 +57,6 @@ def jit_by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def call(params: Any, decoding: Any, *args: Any, **kwargs: Any) -> Any:
-        return jitted(len(decoding.done) >= many())(params, decoding, *args, **kwargs)
+        return jitted(len(decoding.done) >= ynnpack_rows())(params, decoding, *args, **kwargs)
 
     return call
