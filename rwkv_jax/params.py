@@ -122,7 +122,6 @@ def init(specs: PyTree, key: PRNGKeyArray) -> PyTree:
 @partial(jax.jit, static_argnums=1)
 def _init_leaves(key: PRNGKeyArray, table: tuple[tuple[str, ParamSpec], ...]) -> list[Array]:
     keys = {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name, _ in table}
-
     assert len(keys) == len(table), "two parameters of one name"
 
     def layer(index: Array, depth: int) -> dict[str, Array]:

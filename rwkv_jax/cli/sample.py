@@ -178,10 +178,12 @@ def _chat(args: argparse.Namespace, given: dict[str, float | int], status: Statu
 
 
 def _generator(args: argparse.Namespace, status: Status) -> Any:
+    from rwkv_jax.checkpoint.files import reading
     from rwkv_jax.sampling import Generator
 
-    if args.state and not os.path.exists(os.path.expanduser(args.state)):
-        raise UserError(f"--state {args.state}: no such file")
+    if args.state:  # raises now, not after the model is loaded
+        with reading(Path(os.path.expanduser(args.state))):
+            pass
     params, cfg, tokenizer = load_model(args, to_decode=True)
     if args.special_tokens is not None:
         tokenizer = tokenizer.with_special_tokens(args.special_tokens)

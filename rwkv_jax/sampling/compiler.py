@@ -11,9 +11,8 @@ import jax
 from rwkv_jax.typing import Callable
 
 NO_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
-"""CPU: products by Eigen. jaxlib 0.10 uses YNNPACK, which is the faster one for many rows on CPUs
-with AVX-512, and the slower one for few; without AVX-512 it takes 1.4 times as long for 8 rows and
-1.7 times for 32 (`benchmarks.decode`)."""
+"""CPU: products by Eigen. jaxlib 0.10 uses YNNPACK, which on x86 CPUs with AVX-512 is the faster
+one for many rows and the slower one for few, and on those without never the faster one."""
 
 MANY = 8
 """Rows from which YNNPACK's products are used, except on CPUs where Eigen's are always faster."""

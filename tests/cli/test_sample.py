@@ -205,8 +205,11 @@ def test_the_compute_type(run, capsys):
         (["TMP"], "neither a run nor a folder with weights"),
         (["TMP/fresh"], "has no checkpoint yet"),
         (["TMP/latin"], "latin: is neither a .pth nor a .safetensors file"),
+        (["RUN", "--state", "TMP/none.pth"], "none.pth: cannot be read"),
         # These are found out before the model is loaded.
-        (["TMP/none", "--state", "TMP/none.pth"], "--state .*none.pth: no such file"),
+        (["TMP/none", "--state", "TMP/none.pth"], "none.pth: cannot be read"),
+        (["TMP/none", "--state", "TMP"], "is a folder; name a file"),
+        (["TMP/none", "--state", "~nobody-has-this-name/x"], "/x: cannot be read"),
         (["TMP/none", "--chat", "--seed", "-1"], "seed -1: between"),
         (["TMP/none", "--chat", "--tokens", "-1"], "tokens -1: 0 or more"),
         (["TMP/none", "--chat", "--think", "hard"], "think hard: one of off"),

@@ -1,3 +1,5 @@
+"""Compiler options by CPU and jaxlib."""
+
 import math
 
 import pytest
