@@ -3,7 +3,6 @@
 Only the main thread can set signal handlers; in any other these contexts leave them alone.
 """
 
-import _thread
 import contextlib
 import os
 import signal
@@ -76,7 +75,7 @@ def undropped_interrupts() -> Iterator[None]:
 
     def hook(dropped: Any) -> None:
         if isinstance(dropped.exc_value, KeyboardInterrupt):
-            threading.Timer(0.01, _thread.interrupt_main).start()
+            threading.Timer(0.01, _press).start()
         else:
             before(dropped)
 
@@ -86,6 +85,11 @@ def undropped_interrupts() -> Iterator[None]:
     finally:
         if sys.unraisablehook is hook:  # else a library has put its own before it
             sys.unraisablehook = before
+
+
+def _press() -> None:
+    # A signal, unlike `_thread.interrupt_main`, also ends the main thread's system call.
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
 @contextlib.contextmanager

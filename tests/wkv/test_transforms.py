@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tolerances import relative_rms
-from wkv.operators import ANY_DECAY, every_version, quickly
+from wkv.operators import ANY_DECAY, quickly
 
 from rwkv_jax import testing
 from rwkv_jax.wkv import IMPLEMENTATIONS, Wkv4State
@@ -73,7 +73,7 @@ def test_forward_mode_is_the_gradient(version, implementation):
 
 
 @default_and_slowly_others
-@every_version
+@quickly("7")
 def test_mixed_partials(version, implementation):
     """The gradient of some inputs along a direction of others, in three orders of modes."""
     with jax.enable_x64(True):
