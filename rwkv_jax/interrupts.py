@@ -88,8 +88,10 @@ def undropped_interrupts() -> Iterator[None]:
 
 
 def _press() -> None:
+    main = threading.main_thread().ident
+    assert main is not None
     # A signal, unlike `_thread.interrupt_main`, also ends the main thread's system call.
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    signal.pthread_kill(main, signal.SIGINT)
 
 
 @contextlib.contextmanager
