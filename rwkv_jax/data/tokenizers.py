@@ -232,8 +232,8 @@ def _table(tokens: dict[int, bytes], size: int) -> list[bytes]:
 
 
 class TextTokenizer(_Vocabulary):
-    """A vocabulary in the format of the World one; id 0 ends a document. Encoded in Python, at a
-    few MB/s."""
+    """A vocabulary in the format of the World one; id 0 ends a document. Encoded in Python, at
+    one or two MB/s."""
 
     kind = "txt"
     eod = 0

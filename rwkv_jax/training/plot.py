@@ -24,7 +24,8 @@ def plot(lines: list[dict[str, Any]], path: Path, title: str) -> None:
             smoothed = smooth(bpb)
             axes.plot(tokens, bpb, color="tab:blue", alpha=0.25, linewidth=0.8)
             label = f"training {smoothed[-1]:.3f}"
-            axes.plot(tokens, smoothed, color="tab:blue", label=label)
+            marker = "o" if len(train) == 1 else ""  # a line through one point is invisible
+            axes.plot(tokens, smoothed, marker=marker, color="tab:blue", label=label)
         if heldout:
             _draw_heldout(axes, heldout)
             marks = heldout[-1].get("compressors", {})

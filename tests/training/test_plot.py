@@ -1,6 +1,9 @@
 """The loss curve: a line joins only what was measured alike."""
 
+import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from rwkv_jax.training.plot import _draw_heldout, plot
 
@@ -28,3 +31,14 @@ def test_evaluations_alike_are_one_curve():
 def test_a_run_without_lines_is_drawn(tmp_path):
     plot([], tmp_path / "loss.png", "nothing yet")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_single_step_is_seen(tmp_path):
+    """A line through one point would not be: there is a mark in the middle of the picture."""
+    plot([{"tokens": 8, "loss": 1.0, "bpb": 3.0}], tmp_path / "loss.png", "one step")
+    picture = imread(tmp_path / "loss.png")[..., :3]
+    blue = np.abs(picture - to_rgb("tab:blue")).max(-1) < 0.02
+    rows, columns = np.nonzero(blue)
+    height, width = blue.shape
+    middle = (abs(rows - height / 2) < height / 5) & (abs(columns - width / 2) < width / 5)
+    assert middle.sum() > 10
