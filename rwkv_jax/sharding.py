@@ -158,9 +158,15 @@ def replicate(x: Array) -> Array:
     return jax.reshard(x, PartitionSpec()) if is_explicit() else x
 
 
-def shard_rows_like(tokens: Array, x: Array) -> Array:
-    """`x` [layers, b, ...] with its rows sharded as those of `tokens` [b, t]."""
-    return _shard_rows(x, jax.typeof(tokens).sharding.spec[0]) if is_explicit() else x
+def shard_rows_alike(tokens: Array, blocks: PyTree) -> tuple[Array, PyTree]:
+    """Tokens [b, t] and a state's blocks ([layers, b, ...], or a tuple of layers [b, ...]) with
+    their rows sharded alike: as those of the tokens or, if these are replicated, of the state."""
+    if not is_explicit():
+        return tokens, blocks
+    dims = "b" if isinstance(blocks, tuple) else "lb"
+    rows = axes_of(("bt", dims), (tokens, blocks)).get("b")
+    shard = partial(_shard_dim, dim=dims.index("b"), axis=rows)
+    return _shard_dim(tokens, 0, rows), jax.tree.map(shard, blocks)
 
 
 def shard_batch(states: PyTree) -> PyTree:
@@ -168,16 +174,18 @@ def shard_batch(states: PyTree) -> PyTree:
     if not is_explicit():
         return states
     rows = spec(("batch",), jax.sharding.get_abstract_mesh())[0]
-    return jax.tree.map(partial(_shard_rows, rows=rows), states)
-
-
-def _shard_rows(x: Array, rows: Axis) -> Array:
-    return jax.reshard(x, PartitionSpec(None, rows))
+    return jax.tree.map(lambda x: jax.reshard(x, PartitionSpec(None, rows)), states)
 
 
 def shard_time(x: Array, axis: str) -> Array:
     """`x` [b, t] with its time sharded over an explicit mesh axis."""
-    return jax.reshard(x, PartitionSpec(jax.typeof(x).sharding.spec[0], axis))
+    return _shard_dim(x, 1, axis)
+
+
+def _shard_dim(x: Array, dim: int, axis: Axis) -> Array:
+    place = list(jax.typeof(x).sharding.spec)
+    place[dim] = axis
+    return jax.reshard(x, PartitionSpec(*place))
 
 
 # Computations of one device: `shard_map` by the letters of axes.

@@ -7,6 +7,7 @@ copied, so that decoding on a CPU is more than twice as fast.
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 from operator import itemgetter
@@ -26,6 +27,7 @@ from rwkv_jax.models.version import Version, block
 from rwkv_jax.nn import Norm
 from rwkv_jax.params import Layers, ParamSpec, orthogonal, uniform
 from rwkv_jax.remat import Remat, rematerialise
+from rwkv_jax.sharding import is_manual
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int, Leaf, PRNGKeyArray, PyTree
 
 VERSIONS: dict[str, Version] = {
@@ -74,8 +76,9 @@ def specs(cfg: ModelConfig) -> Model[ParamSpec]:
     if vocab < 1:
         raise ValueError("cfg.vocab_size is 0: set it to the tokenizer's vocabulary size")
 
-    with jax.ensure_compile_time_eval():  # the cache outlives the trace that asks first
-        blocks = VERSIONS[cfg.version].specs(cfg)
+    # The cache outlives the trace and the mesh that ask first; a new thread has neither.
+    with ThreadPoolExecutor(1) as thread:
+        blocks = thread.submit(VERSIONS[cfg.version].specs, cfg).result()
 
     once = Layers(0)  # parameters outside of the stack of layers
     head_gain = 0.5 * max(vocab / c, 1.0) ** 0.5
@@ -90,6 +93,7 @@ def specs(cfg: ModelConfig) -> Model[ParamSpec]:
 
 def init_params(cfg: ModelConfig, key: PRNGKeyArray) -> Model[Array]:
     """Fresh float32 parameters, initialised as the official trainer does."""
+    checks.check_config(cfg)
     return tables.init(specs(cfg), key)
 
 
@@ -106,6 +110,7 @@ def _expected(cfg: ModelConfig, unstacked: bool) -> Model[jax.ShapeDtypeStruct]:
 
 def check_params(params: Any, cfg: ModelConfig) -> None:
     """Raises `ValueError` unless these are the parameters of `cfg`'s model, in either layout."""
+    checks.check_config(cfg)
     unstacked = isinstance(getattr(params, "blocks", None), tuple)
     checks.check_params(params, _expected(cfg, unstacked), cfg)
 
@@ -139,7 +144,8 @@ def check_state(state: Any, cfg: ModelConfig, batch: int) -> None:
     shapes = [x.shape for x in jax.tree.leaves(layer)]
     unstacked = isinstance(state.blocks, tuple)
     expected = shapes * cfg.layers if unstacked else [(cfg.layers, *shape) for shape in shapes]
-    found = [x.shape for x in jax.tree.leaves(state.blocks)]
+    leaves = jax.tree.leaves(state.blocks)
+    found = [jnp.shape(x) for x in leaves]
     if found != expected:
         pairs = zip(found, expected, strict=False)
         differ = (f"an array is {x}, not {y}" for x, y in pairs if x != y)
@@ -148,10 +154,13 @@ def check_state(state: Any, cfg: ModelConfig, batch: int) -> None:
             f"the state does not fit {batch} rows of a model of {cfg.layers} layers and width"
             f" {cfg.width}: {why}"
         )
+    checks.check_floating("the state", leaves)
 
 
 def unstack(tree: Tree) -> Tree:
     """The same parameters or state, `blocks` as a tuple of layers."""
+    if isinstance(tree.blocks, tuple):
+        return tree
     layers = jax.tree.leaves(tree.blocks)[0].shape[0]
     blocks = tuple(jax.tree.map(itemgetter(i), tree.blocks) for i in range(layers))
     return replace(tree, blocks=blocks)
@@ -159,6 +168,8 @@ def unstack(tree: Tree) -> Tree:
 
 def stack(tree: Tree) -> Tree:
     """The inverse of `unstack`."""
+    if not isinstance(tree.blocks, tuple):
+        return tree
     return replace(tree, blocks=jax.tree.map(lambda *xs: jnp.stack(xs), *tree.blocks))
 
 
@@ -188,23 +199,18 @@ def backbone(
     remat           what the backward pass saves (`rwkv_jax.remat`)
     implementation  of the WKV (`rwkv_jax.wkv`); None chooses the fastest
 
-    Jitted, so that calls outside of `jax.jit` compile once for each shape too. Token ids are
-    checked where they are known. In a traced program, as in all JAX indexing, a negative id counts
-    from the end of the vocabulary, and one that is too large reads its last row.
+    Jitted, so that calls outside of `jax.jit` compile once for each shape too. Concrete token ids
+    are checked. In a traced program, as in all JAX indexing, a negative id counts from the end of
+    the vocabulary, and one that is too large reads its last row.
 
     Raises `ValueError` for arguments that do not belong together, and a `mesh_axis` that does not
     exist, is not explicit or does not divide the tokens.
     """
-    dtype, local = checks.compute_dtype(dtype), bool(mesh_axis) and sharding.is_manual(mesh_axis)
+    dtype, local = checks.compute_dtype(dtype), mesh_axis is not None and is_manual(mesh_axis)
     check_params(params, cfg)
     checks.check_tokens(tokens, reset, lengths, cfg.vocab_size, whole=not local)
-    if mesh_axis and not local:
-        sharding.check_axis("forward", mesh_axis, tokens.shape[1])
-        if not sharding.is_explicit(mesh_axis):
-            raise ValueError(
-                f"forward: mesh axis {mesh_axis!r} is automatic; models shard time over explicit"
-                " axes: make the mesh with axis_types=(jax.sharding.AxisType.Explicit, ...)"
-            )
+    checks.check_mesh(params, tokens, mesh_axis)
+    if mesh_axis is not None and not local:
         tokens, reset = jax.tree.map(partial(sharding.shard_time, axis=mesh_axis), (tokens, reset))
     if state is not None:
         check_state(state, cfg, tokens.shape[0])
@@ -229,8 +235,11 @@ def _backbone(
     implementation: str | None,
 ) -> tuple[Float[Array, "b t c"], State]:
     tokens = tokens.astype(jnp.int32)  # ids of any integer type
-    given: State = _fresh_state(params, tokens, cfg) if state is None else state
-    memory = jax.tree.map(lambda x: x.astype(nn.precise_dtype(dtype)), given.blocks)
+    if state is None:
+        state = init_state(cfg, tokens.shape[0], params)
+        state = unstack(state) if isinstance(params.blocks, tuple) else state
+    tokens, memory = sharding.shard_rows_alike(tokens, state.blocks)
+    memory = jax.tree.map(lambda x: x.astype(nn.precise_dtype(dtype)), memory)
     version = VERSIONS[cfg.version]
     shift = partial(nn.token_shift, **masks, mesh_axis=mesh_axis)
     wkv = partial(version.wkv, **masks, mesh_axis=mesh_axis, implementation=implementation)
@@ -249,13 +258,6 @@ def _backbone(
     stream = (x, version.init_carry(x))
     (x, _), after = _over_layers(layer, stream, (blocks, memory))
     return nn.layer_norm(x, params.ln_out), State(after, cfg.version)
-
-
-def _fresh_state(params: Model[Array], tokens: Array, cfg: ModelConfig) -> State:
-    """The state before the first token, sharded and laid out as tokens and parameters are."""
-    rows = partial(sharding.shard_rows_like, tokens)
-    fresh: State = jax.tree.map(rows, init_state(cfg, tokens.shape[0], params))
-    return unstack(fresh) if isinstance(params.blocks, tuple) else fresh
 
 
 def _over_layers(layer: Callable, stream: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:

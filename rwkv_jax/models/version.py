@@ -15,7 +15,7 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.containers import container
 from rwkv_jax.models.state import BlockState
 from rwkv_jax.nn import Norm
-from rwkv_jax.params import ParamSpec
+from rwkv_jax.params import ParamSpec, path_name
 from rwkv_jax.typing import Array, Callable, Float, Leaf, PyTree
 
 
@@ -36,7 +36,7 @@ class Version(NamedTuple):
     init_state        (cfg, batch) -> a fresh state of one layer
     time_mix          (params, x, carry, last, state, *, shift, wkv) -> (out, carry, last, state)
     channel_mix       (params, x, carry, last, *, shift) -> (out, last)
-    wkv               the recurrence, one of `rwkv_jax.wkv`
+    wkv               the recurrence, with the keywords and results of those of `rwkv_jax.wkv`
     init_carry        x, the embedded tokens -> the carry before the first layer
     look_up           (blocks, tokens) -> blocks, tables indexed by token replaced by their rows
     gather            (block, dtype) -> one layer's parameters, gathered for use
@@ -85,8 +85,23 @@ def block(
         out, carry, att_x, memory = version.time_mix(
             params.att, h, carry, state.att_x, state.wkv, shift=shift, wkv=wkv
         )
+        _check("the result of time_mix", out, x)
         x = x + out
     with jax.named_scope("channel_mix"):
         h = nn.layer_norm(x, params.ln2)
         out, ffn_x = version.channel_mix(params.ffn, h, carry, state.ffn_x, shift=shift)
-    return x + out, carry, BlockState(att_x=att_x, wkv=memory, ffn_x=ffn_x)
+        _check("the result of channel_mix", out, x)
+    after = BlockState(att_x=att_x, wkv=memory, ffn_x=ffn_x)
+    _check("the state after a layer", after, state)
+    return x + out, carry, after
+
+
+def _check(what: str, found: PyTree, wanted: PyTree) -> None:
+    """Raises `ValueError` where the results of a version's functions would broadcast, or be cast,
+    to what they should be."""
+    found, wanted = (
+        [f"{path_name(path)} {x.dtype}{list(x.shape)}".lstrip() for path, x in leaves]
+        for leaves in map(jax.tree.leaves_with_path, (found, wanted))
+    )
+    if found != wanted:
+        raise ValueError(f"{what} is {', '.join(found)}, but must be {', '.join(wanted)}")

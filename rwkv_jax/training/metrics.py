@@ -1,10 +1,11 @@
 """`metrics.jsonl`: one JSON object a line, appended during the run, and never a step twice.
 
-Training lines hold `step, tokens, loss, bpb, lr, grad_norm, state_rms, tokens_per_s, seconds`, the
-seconds since the line before that were spent on `data`, `steps`, `saving` and `evaluating`, and
-`mfu` where the device's peak is known; `loss` and `grad_norm` are means over the steps since that
-line. Evaluations hold `heldout_bpb, heldout_loss, heldout_tokens`, the last one also `final` and
-the compressors' bits per byte.
+Training lines hold `step, tokens, loss, objective, bpb, lr, grad_norm, state_rms, tokens_per_s,
+seconds`, the seconds since the line before that were spent on `data`, `steps`, `saving` and
+`evaluating`, and `mfu` where the device's peak is known; `loss` (cross entropy), `objective` (what
+is minimised) and `grad_norm` are means over the steps since that line. Evaluations hold
+`heldout_bpb, heldout_loss, heldout_tokens`, the last one also `final` and the compressors' bits per
+byte.
 """
 
 import contextlib

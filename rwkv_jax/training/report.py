@@ -81,9 +81,10 @@ class Report:
         """Shows a finished step, and logs the steps since the last line when one is due."""
         train, timer = self._setup.cfg.train, self.timer
         timer.step(self._setup.tokens_per_step)
-        self._window.append([float(metrics.loss), float(metrics.grad_norm)])
-        losses, norms = zip(*self._window, strict=True)
-        loss = math.fsum(losses) / len(losses)
+        numbers = metrics.loss, metrics.objective, metrics.grad_norm
+        self._window.append([float(x) for x in numbers])
+        columns = zip(*self._window, strict=True)
+        loss, objective, grad_norm = (math.fsum(x) / len(self._window) for x in columns)
         bpb = loss / math.log(2) / self._setup.data.bytes_per_token
         speed, due = timer.tokens_per_s, step % train.log_every == 0
         left = (train.steps - step) * self._setup.tokens_per_step / speed if speed else 0.0
@@ -94,9 +95,10 @@ class Report:
         self._write(
             step,
             loss=loss,
+            objective=objective,
             bpb=bpb,
             lr=float(metrics.lr),
-            grad_norm=math.fsum(norms) / len(norms),
+            grad_norm=grad_norm,
             state_rms=float(metrics.state_rms),
             tokens_per_s=round(speed, 1),
             **self._utilisation(speed),

@@ -1,6 +1,7 @@
 """One optimizer step, compiled once: gradients of a batch (in parts if `train.accumulate` says so),
 then the update."""
 
+import math
 from functools import partial
 from typing import Any, Generic, NamedTuple
 
@@ -25,14 +26,16 @@ class Metrics(Generic[Leaf]):
     """What one step reports; scalars but for `bad_gradients`.
 
     loss           cross entropy in nats per token, without regularisers
+    objective      what was minimised
     grad_norm      global norm, before clipping
     state_rms      root mean square of the recurrent state after the batch
     lr             learning rate
-    finite         whether loss and gradient are finite; if not, the step changed nothing
+    finite         whether these three are finite; if not, the step changed nothing
     bad_gradients  which parameters, in `jax.tree.leaves` order, had a non-finite gradient
     """
 
     loss: Leaf
+    objective: Leaf
     grad_norm: Leaf
     state_rms: Leaf
     lr: Leaf
@@ -58,14 +61,20 @@ def make_train_step(cfg: Config, objective: Objective = objective) -> jax.stages
             params = optax.apply_updates(state.params, updates)
             squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
             grad_norm = jnp.sqrt(jnp.sum(squares))
-            finite = jnp.isfinite(reported.loss) & jnp.isfinite(grad_norm)
-            # A bad update is not applied: the state stays the last good one, for whatever reads it.
+            finite = jnp.isfinite(jnp.stack([*reported[:2], grad_norm])).all()
+            # A bad update is not applied: the state stays the last good one.
             carried = jax.tree.map(sharding.reshard_like, carried, state.carried)
             updated = TrainState(state.step + 1, params, opt_state, carried)
             state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
         lr = optimizer.learning_rate(updated.step - 1)
         return state, Metrics(
-            reported.loss, grad_norm, reported.state_rms, lr, finite, ~jnp.isfinite(squares)
+            loss=reported.loss,
+            objective=reported.objective,
+            grad_norm=grad_norm,
+            state_rms=reported.state_rms,
+            lr=lr,
+            finite=finite,
+            bad_gradients=~jnp.isfinite(squares),
         )
 
     return jax.jit(train_step, donate_argnums=0)
@@ -73,6 +82,7 @@ def make_train_step(cfg: Config, objective: Objective = objective) -> jax.stages
 
 class _Reported(NamedTuple):
     loss: Float[Array, ""]
+    objective: Float[Array, ""]
     state_rms: Float[Array, ""]
 
 
@@ -87,8 +97,8 @@ def _gradients(
 
     def with_report(params, part, carried):
         loss, cross_entropy, after = _results(loss_fn(params, part, carried))
-        reported = _Reported(cross_entropy, lax.stop_gradient(models.state_rms(after)))
-        return loss, (reported, None if carried is None else after)
+        reported = _Reported(cross_entropy, loss, models.state_rms(after))
+        return loss, (lax.stop_gradient(reported), None if carried is None else after)
 
     grad_fn = jax.value_and_grad(with_report, has_aux=True)
     weight = None if batch.mask is None else _weights(jnp.asarray(batch.mask))
@@ -111,7 +121,7 @@ def _gradients(
         return x.reshape(x.shape[0], -1, *x.shape[3:])
 
     zero = jnp.zeros((), jnp.float32)
-    zeros = (_Reported(zero, zero), jax.tree.map(jnp.zeros_like, params))
+    zeros = (_Reported(zero, zero, zero), jax.tree.map(jnp.zeros_like, params))
     split_states = partial(split, axis=1)
     split_rows = jax.tree.map(split, rows), jax.tree.map(split_states, carried)
     sums, after = lax.scan(add_part, zeros, split_rows)
@@ -119,14 +129,24 @@ def _gradients(
 
 
 def _results(returned: Any) -> tuple[Array, Array, models.State]:
-    """The three results of an objective. Raises `ValueError` for another's."""
+    """The three results of an objective, numbers as float32. Raises `ValueError` for others."""
     match returned:
         case (loss, (cross_entropy, models.State() as after)):
-            return loss, cross_entropy, after
+            if all(map(_is_float_scalar, (loss, cross_entropy))):
+                return loss.astype(jnp.float32), cross_entropy.astype(jnp.float32), after
+    found = jax.tree.map(_described, returned, is_leaf=lambda x: isinstance(x, models.State))
     raise ValueError(
-        f"the objective returned {jax.tree.structure(returned)}: (loss, (cross_entropy, state)) is"
-        " needed, as of rwkv_jax.training.objective.objective"
+        "an objective must return (loss, (cross_entropy, state)), two floating-point scalars of JAX"
+        f" and a State, as rwkv_jax.training.objective.objective does; got {found}"
     )
+
+
+def _is_float_scalar(x: Any) -> bool:
+    return isinstance(x, jax.Array) and x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _described(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}" if isinstance(x, jax.Array) else type(x).__name__
 
 
 def _weights(mask: Bool[Array, "b t"]) -> Float[Array, "b t"]:
@@ -137,10 +157,12 @@ def _weights(mask: Bool[Array, "b t"]) -> Float[Array, "b t"]:
 
 
 def describe_nonfinite(metrics: Metrics, params: PyTree) -> str:
-    """Names what was not finite in a step: the loss, or the gradients of some parameters."""
+    """Names what was not finite in a step: the loss, what was minimised, or the gradients of some
+    parameters."""
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     bad = [name for name, is_bad in zip(names, metrics.bad_gradients, strict=True) if is_bad]
-    found = [] if jnp.isfinite(metrics.loss) else [f"the loss is {float(metrics.loss)}"]
+    numbers = {"loss": float(metrics.loss), "objective": float(metrics.objective)}
+    found = [f"the {name} is {x}" for name, x in numbers.items() if not math.isfinite(x)][:1]
     if bad:
         shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         found.append(f"the gradient is not finite in {shown}")

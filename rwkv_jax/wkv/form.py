@@ -28,19 +28,18 @@ class Form(Protocol):
     def __call__(self, x: Any, state: Any, reset: Starts, /) -> tuple[Array, Any]: ...
 
 
-def known(x: Any) -> bool:
-    """Whether the numbers of an array are known: not inside of JAX's transformations, nor where
-    other processes have some of them."""
+def is_concrete(x: Any) -> bool:
+    """Whether this process has all of the array's values: no tracer, no part of it elsewhere."""
     return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 def check_lengths(called: str, lengths: Any, time: int) -> None:
-    """Raises `ValueError` for lengths beyond the tokens, where they are known."""
-    if not known(lengths):
+    """Raises `ValueError` for lengths beyond the tokens, where they are concrete."""
+    if not is_concrete(lengths):
         return
     counts = np.asarray(lengths)
     if (odd := counts[(counts < 0) | (counts > time)]).size:
-        raise ValueError(f"{called}: {odd[0]} of {time} tokens; 0 to {time} can be valid")
+        raise ValueError(f"{called} must be 0 to {time}, the number of tokens, got {odd[0]}")
 
 
 def compute_dtype(*inputs: Any) -> Any:

@@ -17,7 +17,7 @@ from jax import export, lax
 from rwkv_jax.sharding import axes_of, check_axis, is_explicit, is_manual, mapped
 from rwkv_jax.typing import Array, Bool, Callable, Float, Int
 from rwkv_jax.wkv import default, pallas, sequence, v4, v6, v7
-from rwkv_jax.wkv.form import Form, check_lengths, compute_dtype, in_compute_dtype, known
+from rwkv_jax.wkv.form import Form, check_lengths, compute_dtype, in_compute_dtype, is_concrete
 from rwkv_jax.wkv.v4.recurrence import Inputs as Inputs4
 from rwkv_jax.wkv.v4.recurrence import Wkv4State
 from rwkv_jax.wkv.v6.recurrence import Inputs as Inputs6
@@ -141,8 +141,8 @@ def wkv7(
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h v k"]]:
     """The WKV of version 7: `y` and the state after the last token.
 
-    `log_w <= 0` is the log of the decay, in (-0.6066, 0) in the model. Forms in chunks hold decays
-    down to -4 a token; where one is below, `scan` runs instead, decided as the program runs. A
+    `log_w <= 0` is the log of the decay, in (-0.6066, 0) in the model. Forms in chunks are exact
+    for log decays of -4 and above; where one is below, `scan` runs instead, chosen at run time. A
     `log_w_min` of -4 or more promises that no decay is below it, and removes that check. The model
     passes `a = -kk` and `b = kk * (learning rate)` with |kk| = 1. The other arguments, and
     types, are common to all versions (`rwkv_jax.wkv`).
@@ -171,11 +171,13 @@ def _apply(
     """
     _check_arrays(operator, x, state, reset=reset, lengths=lengths)
     sizes = _check_shapes(operator, x, state=state, reset=reset, lengths=lengths)
-    _check_types(operator.name, x, reset, lengths)
+    _check_types(operator.name, (x, state), reset, lengths)
     _check_values(operator.name, x, lengths, mesh_axis)
-    if implementation not in (None, *IMPLEMENTATIONS, *KERNELS):
-        names = ", ".join(IMPLEMENTATIONS + KERNELS)
-        raise ValueError(f"implementation {implementation!r}: one of {names}, or None")
+    if implementation not in (None, *operator.forms, *KERNELS):
+        names = ", ".join((*operator.forms, *KERNELS))
+        raise ValueError(
+            f"{operator.name}: implementation must be {names} or None, got {implementation!r}"
+        )
     if state is None:
         state = _fresh(operator, x, sizes)
     run = partial(_on_shard, operator, mesh_axis, implementation)
@@ -183,7 +185,7 @@ def _apply(
     letters = type(x)._make(map(operator.axes.get, x._fields))
     all_letters = (letters, *map(operator.axes.get, ("state", "reset", "lengths")))
     axes = axes_of((letters.v, all_letters), (x.v, args))
-    if mesh_axis and not is_manual(mesh_axis):
+    if mesh_axis is not None and not is_manual(mesh_axis):
         check_axis(operator.name, mesh_axis, x.v.shape[1])
         axes["t"] = mesh_axis
     elif "t" in axes:
@@ -192,7 +194,8 @@ def _apply(
         )
     if inside := axes.get("k") or axes.get("v"):
         raise ValueError(
-            f"{operator.name}: heads are sharded inside, over {inside!r}; shard whole heads"
+            f"{operator.name}: the channels of a head are sharded, over {inside!r}; shard whole"
+            " heads"
         )
     if axes or (is_explicit() and pallas.needs_shard_map(implementation)):
         run = mapped(run, all_letters, (letters.v, operator.axes["state"]), axes)
@@ -262,9 +265,9 @@ def _check_arrays(operator: Operator, x: Any, state: Any, **masks: Any) -> None:
     for name, tree in (x._asdict() | {"state": state} | masks).items():
         for z in jax.tree.leaves(tree):
             if not (hasattr(z, "shape") and hasattr(z, "dtype")):
-                needed = f"an array [{', '.join(operator.axes[name])}]"
+                dims = ", ".join(operator.axes[name])
                 raise ValueError(
-                    f"{operator.name}: {name} is {type(tree).__name__}: {needed} is needed"
+                    f"{operator.name}: {name} must be an array [{dims}], got {type(tree).__name__}"
                 )
 
 
@@ -291,7 +294,7 @@ def _check_shapes(operator: Operator, x: Any, **others: Any) -> dict[str, int]:
 def _check_types(operator: str, x: Any, reset: Array | None, lengths: Array | None) -> None:
     for z in jax.tree.leaves(x):
         if not jnp.issubdtype(z.dtype, jnp.floating):
-            raise ValueError(f"{operator}: inputs must be floating-point numbers, not {z.dtype}")
+            raise ValueError(f"{operator}: inputs and state must be floating point, not {z.dtype}")
         if jax.typeof(z).manual_axis_type.varying:
             raise ValueError(
                 f"{operator}: inside jax.shard_map, pass it check_vma=False; JAX cannot track"
@@ -304,15 +307,15 @@ def _check_types(operator: str, x: Any, reset: Array | None, lengths: Array | No
 
 
 def _check_values(operator: str, x: Any, lengths: Array | None, mesh_axis: str | None) -> None:
-    """Checks numbers that are known, as they are in calls that nothing transforms."""
+    """Checks values where they are concrete; tracers are skipped."""
     with jax.ensure_compile_time_eval():
-        largest = float(jnp.max(x.log_w, initial=0.0)) if known(x.log_w) else 0.0
+        largest = float(jnp.max(x.log_w, initial=0.0)) if is_concrete(x.log_w) else 0.0
     if largest > 0:
         raise ValueError(
             f"{operator}: log_w is up to {largest:.3g}, but the log of a decay is 0 or less; if"
             " these are decays, give jnp.log of them"
         )
-    whole = not (mesh_axis and is_manual(mesh_axis))  # `lengths` count all devices' tokens
+    whole = mesh_axis is None or not is_manual(mesh_axis)  # `lengths` count all devices' tokens
     if lengths is not None and whole:
         check_lengths(f"{operator}: lengths", lengths, x.v.shape[1])
 

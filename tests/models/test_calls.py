@@ -15,6 +15,7 @@ import rwkv_jax as rwkv
 from rwkv_jax import models, nn
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.loss import cross_entropy
+from rwkv_jax.models import checks
 from rwkv_jax.sampling.decode import decoding_layout
 
 CFG = ModelConfig(version="7", layers=2, width=32, vocab_size=23, head_size=16)
@@ -182,21 +183,28 @@ def test_parameters_of_another_model_are_refused(params):
 
 
 ROW = jnp.zeros((1, 6), bool)
+STATE = models.init_state(CFG, 1)
+WHOLE = jax.tree.map(lambda x: x.astype(jnp.int32), STATE.blocks)
 WRONG = [
-    ({"tokens": [[1, 2, 3]]}, r"tokens: an array is needed, not list"),
-    ({"tokens": jnp.ones((1, 6))}, r"tokens are float32: ids, integers"),
-    ({"tokens": ROW}, r"tokens are bool: ids, integers"),
-    ({"tokens": jnp.arange(6)}, r"tokens have shape \(6,\): \[b, t\] is needed"),
+    ({"tokens": [[1, 2, 3]]}, r"tokens must be an array, got list"),
+    ({"tokens": jnp.ones((1, 6))}, r"tokens must be integers, got float32"),
+    ({"tokens": ROW}, r"tokens must be integers, got bool"),
+    ({"tokens": jnp.arange(6)}, r"tokens must be \[b, t\], .* got shape \(6,\)"),
     ({"tokens": np.array([[0, 300]])}, r"there is no id 300, ids are 0 to 22"),
     ({"tokens": jnp.array([[1, -100]])}, r"there is no id -100, .*give lengths"),
-    ({"reset": ROW[0]}, r"reset is bool \[6\]: bool \[b, t\], here \[1, 6\], is needed"),
-    ({"reset": ROW.astype(jnp.int32)}, r"reset is int32 \[1, 6\]: bool"),
-    ({"reset": [[False] * 6]}, r"reset: an array is needed, not list"),
-    ({"lengths": jnp.array([99])}, r"lengths: 99 of 6 tokens; 0 to 6 can be valid"),
-    ({"lengths": jnp.array([-1])}, r"lengths: -1 of 6"),
-    ({"lengths": jnp.array([[3]])}, r"lengths are int32 \[1, 1\]: integers \[b\], here \[1\]"),
-    ({"lengths": jnp.array([3.0])}, r"lengths are float32 \[1\]: integers"),
+    ({"reset": ROW[0]}, r"reset must be bool \[b, t\], here \[1, 6\], .* got bool \[6\]"),
+    ({"reset": ROW.astype(jnp.int32)}, r"reset must be bool .* got int32 \[1, 6\]"),
+    ({"reset": [[False] * 6]}, r"reset must be an array, got list"),
+    ({"lengths": jnp.array([99])}, r"lengths must be 0 to 6, the number of tokens, got 99"),
+    ({"lengths": jnp.array([-1])}, r"lengths must be 0 to 6, .* got -1"),
+    (
+        {"lengths": jnp.array([[3]])},
+        r"lengths must be integers \[b\], here \[1\], .* got int32 \[1, 1\]",
+    ),
+    ({"lengths": jnp.array([3.0])}, r"lengths must be integers .* got float32 \[1\]"),
     ({"state": [np.zeros(3)]}, r"state is list, not a State: .*rwkv_jax\.states"),
+    ({"tokens": None}, r"tokens must be an array, got NoneType"),
+    ({"state": STATE.replace(blocks=WHOLE)}, r"the state must be floating point, got int32"),
     ({"dtype": jnp.int32}, r"dtype int32: a model computes in float32, bfloat16"),
     ({"dtype": None}, r"dtype None: a model computes in"),
     ({"dtype": "half a float"}, r"dtype 'half a float'"),
@@ -205,11 +213,16 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("given", "message"), WRONG, ids=[message[:30] for _, message in WRONG])
+@pytest.mark.parametrize(("given", "message"), WRONG, ids=[message for _, message in WRONG])
 def test_arguments_that_do_not_belong_together_are_a_sentence(params, given, message):
     with pytest.raises(ValueError, match=message) as raised:
-        inspect.unwrap(models.backbone)(params, **({"tokens": TOKENS} | given), cfg=CFG)
+        inspect.unwrap(models.backbone)(params, **({"tokens": TOKENS, "cfg": CFG} | given))
     assert "\n" not in str(raised.value)
+
+
+def test_a_version_is_no_config():
+    with pytest.raises(ValueError, match="cfg is str, not a ModelConfig"):
+        checks.check_config("7")
 
 
 def test_parameters_of_another_model_are_refused_wherever_they_are_taken(params):
@@ -220,7 +233,7 @@ def test_parameters_of_another_model_are_refused_wherever_they_are_taken(params)
             with pytest.raises(ValueError, match="give the cfg of these params"):
                 run(given, other)
     whole = jax.tree.map(lambda x: x.astype(jnp.int32), params)
-    with pytest.raises(ValueError, match="params are int32: floating point is needed"):
+    with pytest.raises(ValueError, match="params must be floating point, got int32"):
         models.forward(whole, TOKENS, cfg=CFG)
 
 

@@ -159,3 +159,66 @@ def test_documents_do_not_see_each_other(version):
     tokens, reset = batch(version)
     run = jax.jit(functools.partial(models.forward, cfg=cfg))
     leak_test(lambda tokens, reset: run(params, tokens, None, reset=reset)[0], tokens, reset)
+
+
+def mesh_of(*axes):
+    types, devices = (AxisType.Explicit,) * len(axes), jax.devices()[: 2 ** len(axes)]
+    return jax.make_mesh((2,) * len(axes), axes, types, devices=devices)
+
+
+@pytest.mark.parametrize("version", ["4", pytest.param("7", marks=pytest.mark.slow)])
+def test_a_model_is_made_under_one_mesh_and_another(version):
+    """What does not depend on the key is kept, and belongs to no mesh."""
+    cfg = ModelConfig(version=version, layers=2, width=64, vocab_size=71)  # seen by no other test
+    key = jax.random.key(0)
+    with jax.set_mesh(mesh_of("data")):
+        first = jax.device_get(models.init_params(cfg, key))
+    alone = models.init_params(cfg, key)
+    with jax.set_mesh(mesh_of("data", "sequence")):
+        other = models.init_params(cfg, key)
+    jax.tree.map(np.testing.assert_array_equal, alone, first)
+    jax.tree.map(np.testing.assert_array_equal, alone, other)
+
+
+@pytest.mark.parametrize("unstacked", [False, True])
+def test_tokens_and_a_state_are_sharded_alike(unstacked):
+    """Either of them may be, as where a prompt is placed on the mesh and later tokens are not."""
+    params, cfg = weights("7")
+    tokens = batch("7")[0]
+    params = models.unstack(params) if unstacked else params
+    _, state = models.forward(params, tokens[:, :4], cfg=cfg)
+    expected, after = models.forward(params, tokens[:, 4:8], state, cfg=cfg)
+    mesh = mesh_of("data")
+    with jax.set_mesh(mesh):
+        params, tokens, state = jax.device_put(
+            (params, tokens, state), NamedSharding(mesh, PartitionSpec())
+        )
+        rows = NamedSharding(mesh, PartitionSpec("data"))
+        _, held = models.forward(params, jax.device_put(tokens[:, :4], rows), cfg=cfg)
+        later = jax.device_put(tokens[:, 4:8], rows)
+        for given, start in ((later, state), (tokens[:, 4:8], held), (later, held)):
+            logits, end = models.forward(params, given, start, cfg=cfg)
+            assert jax.typeof(logits).sharding.spec[0] == "data"
+            assert relative_rms(logits, expected) < 1e-5
+            assert all(
+                relative_rms(a, b) < 1e-5
+                for a, b in zip(*map(jax.tree.leaves, (end, after)), strict=True)
+            )
+
+
+@pytest.mark.parametrize(
+    ("place", "axis", "message"),
+    [
+        ((None, "data"), None, r"time is sharded over 'data'; pass mesh_axis='data'"),
+        (("data",), "data", r"'data' shards the rows of the tokens; name another"),
+        ((None, None), "", r"no mesh axis ''"),
+    ],
+)
+def test_what_shards_the_tokens_is_said(place, axis, message):
+    params, cfg = weights("7")
+    mesh = mesh_of("data")
+    tokens = jax.device_put(batch("7")[0], NamedSharding(mesh, PartitionSpec(*place)))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
+        models.forward(params, tokens, cfg=cfg, mesh_axis=axis)
+    with pytest.raises(ValueError, match=r"not in context: call jax.set_mesh\(mesh\)"):
+        models.forward(params, tokens, cfg=cfg)

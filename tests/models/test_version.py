@@ -1,8 +1,10 @@
 """A new version of the model is a row of `models.VERSIONS` and one of `config.VERSION_SETTINGS`."""
 
 import dataclasses
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -83,6 +85,28 @@ def test_its_forward_and_state(cfg, params):
     assert np.abs(forward(seven, params, TOKENS)[0] - logits).max() > 1e-3
     with pytest.raises(ValueError, match="the state is of version toy, the model of 7"):
         models.check_state(state, seven, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "results", "message"),
+    [
+        ("time_mix", lambda out, carry, last, state: (out, carry, state, last), "att_x float32"),
+        ("time_mix", lambda out, *rest: (out.astype("bfloat16"), *rest), "of time_mix is bfloat16"),
+        ("channel_mix", lambda out, last: out, "of channel_mix is float32[4, 64]"),
+    ],
+)
+def test_results_that_would_broadcast_are_refused(cfg, params, monkeypatch, name, results, message):
+    """Two rows, of which a mix that returns `out` alone would give each output to one."""
+    version = models.VERSIONS["7"]
+
+    def changed(*args, **given):
+        return results(*getattr(version, name)(*args, **given))
+
+    monkeypatch.setitem(models.VERSIONS, "toy", version._replace(**{name: changed}))
+    cfg = dataclasses.replace(cfg, vocab_size=259)  # no program of another test
+    params = models.init_params(cfg, jax.random.key(0))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        models.forward(params, jnp.tile(TOKENS, (2, 1)), cfg=cfg)
 
 
 def test_its_states(cfg, params, tmp_path):

@@ -124,19 +124,51 @@ def test_the_objective_can_be_replaced():
         make_train_step(config("7"), objective=doubled),
     ):
         _, metrics = step(initial("7"), batch())
-        seen.append(np.array([metrics.loss, metrics.grad_norm, metrics.state_rms]))
+        numbers = metrics.loss, metrics.objective, metrics.grad_norm, metrics.state_rms
+        seen.append(np.array(numbers))
     own, other = seen
-    np.testing.assert_allclose(other, own * [3, 2, 1], rtol=1e-5)
+    np.testing.assert_allclose(other, own * [3, 2, 2, 1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("returned", [lambda x: x, lambda x: (x, x), lambda x: (x, (x, None))])
+STATE = models.init_state(config().model, 1)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda x: x,
+        lambda x: (x, x),
+        lambda x: (x, (x, None)),
+        lambda x: None,
+        lambda x: (0.5, (x, STATE)),
+        lambda x: (x[None], (x, STATE)),
+        lambda x: (x, (x[None], STATE)),
+        lambda x: (x, (x.astype(jnp.int32), STATE)),
+    ],
+)
 def test_an_objective_with_other_results_is_refused(returned):
     def alone(params, batch, carried, *, model, train):
         return returned(jnp.sum(params.head))
 
     step = make_train_step(config(), objective=alone)
-    with pytest.raises(ValueError, match=r"the objective returned .*: \(loss, \(cross_entropy, st"):
+    with pytest.raises(ValueError, match=r"an objective must return \(loss, \(cross_entropy, stat"):
         step.lower(abstract_train_state(config()), batch())
+
+
+def test_an_objective_that_is_not_finite_changes_nothing():
+    """Though the cross entropy and all gradients are."""
+
+    def undefined(params, batch, carried, *, model, train):
+        loss, (cross_entropy, after) = objective(params, batch, carried, model=model, train=train)
+        return loss + jnp.log(-jax.lax.stop_gradient(cross_entropy)), (cross_entropy, after)
+
+    state = initial()
+    after, metrics = make_train_step(config(), objective=undefined)(
+        jax.tree.map(jnp.array, state), batch()
+    )
+    assert not metrics.finite and np.isfinite(metrics.loss) and np.isfinite(metrics.grad_norm)
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+    assert describe_nonfinite(metrics, state.params) == "the objective is nan"
 
 
 @pytest.mark.parametrize("version", [pytest.param("4", marks=pytest.mark.slow), "7"])

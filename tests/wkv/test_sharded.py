@@ -197,7 +197,7 @@ def test_unsupported_shardings_raise():
     with jax.set_mesh(devices):
         with pytest.raises(ValueError, match=r"time is sharded over 'sequence'; .*mesh_axis='seq"):
             wkv7(**given([None, "sequence"]))
-        with pytest.raises(ValueError, match="heads are sharded inside, over 'sequence'"):
+        with pytest.raises(ValueError, match="the channels of a head are sharded, over 'sequence'"):
             wkv7(**given([None, None, None, "sequence"]))
 
 
