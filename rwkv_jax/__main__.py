@@ -62,7 +62,7 @@ def start_script(name: str) -> int:
 
 
 def _prepare() -> None:
-    """Before anything slow is imported."""
+    """Handles Ctrl-C, and sets up malloc, before anything slow is imported."""
     interrupts.leave_at_once()
     malloc.set_up()
 

@@ -60,7 +60,7 @@ class _Table:
             (kind, bound), value = get_args(key.type), getattr(self, key.name)
             setting = f"{section}.{key.name} = {literal(value)}"
             if kind is int and (not isinstance(value, Integral) or isinstance(value, bool)):
-                yield f"{setting}: an integer is needed"
+                yield f"{setting}: must be an integer"
             elif not _BOUNDS[bound](value):
                 yield f"{setting}: {bound}"
             elif kind is int and value >= 2**31 and key.name not in ("seed", "exit_tokens"):

@@ -67,7 +67,7 @@ def embed(
     by_fsdp, others = sharding.FSDP in columns, tuple(x for x in columns if x != sharding.FSDP)
 
     def exchange(table: Array, tokens: Array) -> Array:
-        if by_fsdp:  # look up the columns here for all rows, and trade them for the rows here
+        if by_fsdp:  # this device's columns for all rows, then all columns of this device's rows
             mine = look_up(table, lax.all_gather(tokens, sharding.FSDP, axis=0, tiled=True))
             mine = lax.all_to_all(mine, sharding.FSDP, table.ndim - 2, table.ndim, tiled=True)
         else:

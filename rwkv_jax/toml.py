@@ -144,12 +144,12 @@ def _unsupported(value: Any) -> Any:
 
 
 _NEEDED = {
-    "int_type": "an integer is needed",
-    "float_type": "a number is needed",
-    "finite_number": "a finite number is needed",
-    "bool_type": "true or false is needed",
-    "string_type": "a string is needed",
-    "dict_type": "a table { source = weight, ... } is needed",
+    "int_type": "must be an integer",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": "must be a string",
+    "dict_type": "must be a table { source = weight, ... }",
 }
 """pydantic's type errors in words."""
 
@@ -167,7 +167,7 @@ def _problem(details: Any, tables: Mapping[str, Any]) -> str:
     for step in where:
         value = value[step]
     if kind == "dataclass_type":
-        needed = f"a table [{where[0]}] is needed"
+        needed = f"must be a table [{where[0]}]"
     elif where == ("model", "version"):
         needed = one_of(VERSION_SETTINGS)
     elif kind == "literal_error":

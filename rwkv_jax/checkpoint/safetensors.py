@@ -60,7 +60,7 @@ def _read(memory: mmap.mmap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     header = files.json_object(memory, 8, start)
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
-        raise ValueError("its metadata are not text")
+        raise ValueError("its metadata is not text")
     parts = [(*_part(shown(name), entry), name) for name, entry in header.items()]
     tensors, end = {}, start
     for begin, size, dtype, shape, name in sorted(parts, key=lambda part: part[:2]):
@@ -84,7 +84,7 @@ def _part(name: str, entry: object) -> tuple[int, int, np.dtype, list[int]]:
             dtype = _DTYPES[code]
             if files.is_shape(shape) and math.prod(shape) * dtype.itemsize == end - begin:
                 return begin, end - begin, dtype, shape
-    raise ValueError(f"{name} has an impossible shape or place")
+    raise ValueError(f"{name} has an impossible shape or offset")
 
 
 def write_safetensors(

@@ -258,7 +258,7 @@ def _check_belongs(folder: Path, cfg: Config, tokenizer: Tokenizer, meta: dict[s
         if saved[key] != now.get(key):
             raise StoreError(
                 f"{folder / CONFIG}: model.{key} = {now.get(key)!r}, but the checkpoint was made"
-                f" with {saved[key]!r}; restore it"
+                f" with {saved[key]!r}; set it back"
             )
     if tokenizer.identity() != meta["tokenizer"] or tokenizer.vocab_size > cfg.model.vocab_size:
         raise StoreError(

@@ -238,8 +238,8 @@ def tokenizer_files(weights: Weights, vocab_size: int, target: Path) -> dict[str
     place = target.with_name(found[0].name) if found and own else None
     if existing or (place and place.exists()):
         raise WeightsError(
-            f"{existing[0] if existing else place}: another model's tokenizer; convert into a"
-            " folder of its own"
+            f"{existing[0] if existing else place}: another model's tokenizer; choose an empty"
+            " folder"
         )
     return {place.name: own} if place else {}
 

@@ -325,7 +325,7 @@ def _tasks(
 
 
 def _table(console: Any, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Without rules where it is not a terminal."""
+    """Prints a table, without rules where stdout is not a terminal."""
     if not rows:
         return
     rules = box.SIMPLE_HEAD if console.is_terminal else None

@@ -260,7 +260,7 @@ def to_number(text: str, kind: type[Number]) -> Number:
         return kind(text)
     except ValueError:
         needed = "an integer" if kind is int else "a number"
-        raise UserError(f"{text}: {needed} is needed") from None
+        raise UserError(f"{text}: must be {needed}") from None
 
 
 def show(text: str) -> None:

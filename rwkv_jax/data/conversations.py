@@ -135,7 +135,7 @@ def render(turns: list[Any], template: Template) -> tuple[str, Spans]:
         name = getattr(template, role)
         if not name:
             raise ConversationError(
-                f"turn {number} has the role system, which the template does not have"
+                f"turn {number} has the role system, which the template does not support"
             )
         text = template.turn(name, template.clean(content, role))
         if number == len(turns) and not template.mark:

@@ -34,9 +34,9 @@ def magic_prime(tokens: int, context: int) -> int:
         prime -= 1
     if prime < 2 or not 0.9 < prime / contexts <= 1:
         raise CorpusError(
-            f"{tokens:,} tokens are {contexts:,} contexts of {context}, of which the official order"
-            f" would use {max(prime, 0):,}: too few; lower train.context, add text or repeat it, or"
-            ' set data.sampler = "shuffle"'
+            f"too few tokens for the official order: of {tokens:,}, {contexts:,} contexts of"
+            f" {context}, it would use {max(prime, 0):,} contexts; lower train.context, add text or"
+            ' repeat it, or set data.sampler = "shuffle"'
         )
     return prime
 

@@ -75,8 +75,8 @@ class Tokenizer(Protocol):
         ...
 
     def with_special_tokens(self, recognise: bool = True) -> "Tokenizer":
-        """The same, but names of special tokens in a text are those tokens, or with False never
-        are; the method changes neither again."""
+        """A copy that parses names of special tokens in a text as those tokens, or with False as
+        plain text. Called on a copy, it returns the copy."""
         ...
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:

@@ -163,7 +163,7 @@ def _sampling(settings: dict[str, Any]) -> Sampling:
     top_p, top_k = float(settings.pop("top_p", 1.0)), int(settings.pop("top_k", 0))
     if settings:
         raise UserError(
-            f"generation setting {next(iter(settings))}: unknown; known are until,"
+            f"generation setting {next(iter(settings))}: unknown; known settings: until,"
             f" {', '.join(LENGTHS)}, do_sample, temperature, top_p and top_k"
         )
     return Sampling(0.0 if draws is False else temperature, top_p, top_k, 0.0, 0.0)

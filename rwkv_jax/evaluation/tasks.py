@@ -47,7 +47,7 @@ class TaskError(UserError):
 
 @dataclass(frozen=True)
 class Ending:
-    """A text and its end."""
+    """A text to predict the end of: what is given, and what must follow."""
 
     prompt: str
     target: str
@@ -143,7 +143,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 f"{where}: not JSON ({error.msg}, column {error.colno}); one object a line"
             ) from error
         if not isinstance(record, dict):
-            raise TaskError(f"{where}: a JSON {type(record).__name__}; an object is needed")
+            raise TaskError(f"{where}: must be a JSON object, got {type(record).__name__}")
         yield where, record
 
 
@@ -203,7 +203,7 @@ def _only(record: dict[str, Any], *names: str) -> str:
 def _text(record: dict[str, Any], name: str) -> str:
     value = record[name]
     if not isinstance(value, str):
-        raise TaskError(f"{name!r} holds a JSON {type(value).__name__}; text is needed")
+        raise TaskError(f"{name!r} must be a JSON string, got {type(value).__name__}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

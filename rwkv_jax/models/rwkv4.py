@@ -88,7 +88,7 @@ def time_mix(
 ) -> tuple[Float[Array, "b t c"], None, Float[Array, "b c"], Wkv4State]:
     """The time mix of `x`, the carry (none), and the states of the token shift and the WKV.
 
-    `last` and `state` are those after the tokens before `x`; `init_state` starts a document.
+    `last` and `state` carry over from the tokens before `x`; `init_state` starts a document.
     """
     p = params
     with jax.named_scope("token_shift"):

@@ -120,7 +120,7 @@ def time_mix(
 ) -> tuple[Float[Array, "b t c"], Carry[Array], Float[Array, "b c"], Float[Array, "b h v k"]]:
     """The time mix of `x`, the carry, and the states of the token shift and the WKV.
 
-    `last` and `state` are those after the tokens before `x`; zeros start a document.
+    `last` and `state` carry over from the tokens before `x`; zeros start a document.
     """
     p, n = params, params.r_k.shape[-1]
     with jax.named_scope("token_shift"):

@@ -38,9 +38,9 @@ class Version(NamedTuple):
     channel_mix       (params, x, carry, last, *, shift) -> (out, last)
     wkv               the recurrence, with the keywords and results of those of `rwkv_jax.wkv`
     init_carry        x, the embedded tokens -> the carry before the first layer
-    look_up           (blocks, tokens) -> blocks, tables indexed by token replaced by their rows
+    look_up           (blocks, tokens) -> blocks, with the tokens' rows for tables indexed by token
     gather            (block, dtype) -> one layer's parameters, gathered for use
-    recall            a WKV state -> the values that tokens read from it, to be measured
+    recall            a WKV state -> the part of it whose RMS a run reports
     recurrence_flops  FLOPs of the recurrence per token, channel, and channel of its head
     decay_name        the official time-mix parameter of the decay that does not depend on tokens
     decay             that parameter's values -> factors per token

@@ -204,7 +204,8 @@ class _Reply:
             self.base, self.base_tokens, self.base_length = decoding, tokens, length
 
     def spelling(self, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
-        """The largest number of tokens whose text is a prefix of `text`, and its length."""
+        """The longest run of drawn tokens whose text is a prefix of `text`: how many tokens, and
+        how many characters."""
         before = [*self.question.ids, *self.ids[: self.base_tokens]]
         decoder, length = StreamDecoder(tokenizer, before), self.base_length
         found = self.base_tokens, length
@@ -268,8 +269,8 @@ class Conversation:
     def settings(self, settings: ReplySettings) -> None:
         if settings.think != "off" and not self.template.paragraphs:
             raise UserError(
-                f"think {settings.think}: this template ends a reply at an empty line, and thoughts"
-                " contain some; use the template g1, of the models that think"
+                f"think {settings.think}: this template ends a reply at a blank line, and thoughts"
+                " may contain some; use template g1"
             )
         self._settings = settings
 

@@ -85,7 +85,7 @@ def check_number(name: str, value: object, *, whole: bool) -> None:
     """Raises `UserError` unless `value` is a number, with `whole` an integer."""
     kind = numbers.Integral if whole else numbers.Real
     if isinstance(value, bool) or not isinstance(value, kind):
-        raise UserError(f"{name} {value!r}: {'an integer' if whole else 'a number'} is needed")
+        raise UserError(f"{name} {value!r}: must be {'an integer' if whole else 'a number'}")
 
 
 def check_seed(seed: int) -> None:

@@ -95,7 +95,7 @@ class Generator:
             )
 
     def extend(self, decoding: DecodeState[Array], tokens: Sequence[int]) -> DecodeState[Array]:
-        """`decode.extend`."""
+        """Reads `tokens` into every row, and reports progress (`decode.extend`)."""
         with self._reported(len(tokens)) as report:
             return device.extend(self.params, decoding, tokens, cfg=self.cfg, report=report)
 
@@ -115,7 +115,7 @@ class Generator:
     def restart(
         self, decoding: DecodeState[Array], prefix: Prefix | None = None
     ) -> DecodeState[Array]:
-        """`decode.restart`."""
+        """Rows that start a new document, or from `prefix` (`decode.restart`)."""
         return device.restart(self.params, decoding, cfg=self.cfg, prefix=prefix)
 
     def decode(

@@ -134,10 +134,10 @@ def _stated(environment: Mapping[str, str]) -> dict[str, Any]:
             raise HostsError(f"{name} is not set; set all of {', '.join(VARIABLES)}")
     address, *numbers = (environment[name].strip() for name in VARIABLES)
     if not re.fullmatch(r".+:\d+", address):
-        raise HostsError(f"{VARIABLES[0]} = {address}: host:port of the first process is needed")
+        raise HostsError(f"{VARIABLES[0]} = {address}: must be host:port of the first process")
     for name, text in zip(VARIABLES[1:], numbers, strict=True):
         if not text.isdecimal():
-            raise HostsError(f"{name} = {text}: a whole number is needed")
+            raise HostsError(f"{name} = {text}: must be a whole number")
     count, number = map(int, numbers)
     if not 0 < int(address.rpartition(":")[2]) < 2**16:
         raise HostsError(f"{VARIABLES[0]} = {address}: a port is a number from 1 to 65535")

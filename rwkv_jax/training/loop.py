@@ -62,9 +62,10 @@ def train(
     """Trains as `cfg` says, and resumes the run in `train.output` if there is one; returns that
     folder.
 
-    With weights in `train.init`, the model is theirs, not `cfg.model`; `stated`, from
-    `load_stated`, says which of its settings must agree. With `profile` some steps are traced into
-    `profile` of that folder. `objective` is minimised (`rwkv_jax.training.objective`).
+    With `train.init` its weights determine the model, not `cfg.model`; `stated`, from
+    `load_stated`, holds the settings that the user wrote, which must match. With `profile` some
+    steps are traced into `profile` of that folder. `objective` is minimised
+    (`rwkv_jax.training.objective`).
 
     Raises `UserError` for whatever the user can fix (`NonFiniteError` if training diverged), and
     `Interrupted` after the first SIGINT or SIGTERM, once a checkpoint is saved.
@@ -98,7 +99,7 @@ def train(
 
 @dataclass
 class Run:
-    """A run between two steps."""
+    """A run that can be resumed from here: its setup, stores and the state after a step."""
 
     setup: Setup
     store: Store

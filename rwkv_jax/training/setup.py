@@ -104,8 +104,8 @@ def _check_agrees(
 def resolve(cfg: Config, data: Data) -> tuple[Config, Loader]:
     """The config with vocabulary size and number of steps filled in, and its batches.
 
-    Raises `RunError` if the tokenizer has more ids, or is not that of `train.init`, and
-    `CorpusError` for data that its order cannot read.
+    Raises `RunError` if the tokenizer has more ids than the model, or is not that of `train.init`,
+    and `CorpusError` for data that `data.sampler` cannot read.
     """
     if cfg.train.init:
         check_tokenizer(

@@ -64,7 +64,7 @@ class StepTimer:
 
     @property
     def all_tokens_per_s(self) -> float:
-        """Since the beginning."""
+        """Tokens a second since the run began or resumed; 0 before the first step."""
         return _speed(self.total)
 
     def _count(self, kind: str, amount: float) -> None:

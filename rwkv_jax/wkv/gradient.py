@@ -1,7 +1,7 @@
 """Functions of arrays whose gradient is written by hand, and which differentiate in every mode.
 
-JAX's `custom_vjp` knows reverse mode only. Here the derivative is an operation of its own: run, it
-pushes tangents forward, by JAX's derivative of `forward`; transposed, it is the gradient by hand.
+JAX's `custom_vjp` knows reverse mode only. Here the derivative is a JAX primitive: evaluating it
+applies JAX's JVP of `forward`, transposing it calls the gradient by hand.
 """
 
 from collections.abc import Sequence
@@ -174,8 +174,8 @@ batching.primitive_batchers[_derivative] = _batch
 
 
 _tied = Primitive("tied")
-"""The first `size` operands. Where `vmap` maps any operand, it maps all results: it maps `run` and
-its derivative apart, and inside of `cond` both have to map the same."""
+"""Returns its first `size` operands. Where `vmap` maps any operand, all results are mapped: `cond`
+refuses branches whose results are mapped differently, as those of `run` and its derivative are."""
 _tied.multiple_results = True
 
 

@@ -172,7 +172,7 @@ def test_the_defaults_are_the_official_ones(talk):
     [
         (":nothing", ":nothing: no such command; :help lists them, and a space"),
         (":think hard", "think hard: one of off, fast, on"),
-        (":seed x", "x: an integer is needed"),
+        (":seed x", "x: must be an integer"),
         (":seed -1", "seed -1: between"),
         (":set top_p 2", "top_p 2.0: between"),
         (":set top_p", "no such command"),

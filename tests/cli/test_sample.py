@@ -526,10 +526,10 @@ def test_dialogue_commands(printable, monkeypatch, capsys):
     "line, message",
     [
         (":no such", "no such command"),
-        (":seed x", "x: an integer is needed"),
+        (":seed x", "x: must be an integer"),
         (":seed -1", "seed -1: between"),
         (":set top_p 2", "top_p 2.0: between"),
-        (":set top_k 1.5", "1.5: an integer is needed"),
+        (":set top_k 1.5", "1.5: must be an integer"),
         (":set tokens -1", "tokens -1: 0 or more"),
         (":set colour 1", "colour: no such setting; one of temperature,"),
     ],

@@ -78,7 +78,7 @@ def test_turns_that_are_not_a_conversation(turns, message):
     for role in ("user", "assistant"):
         with pytest.raises(ConversationError, match="✿ ends a turn in this template"):
             render([{"role": role, "content": "a✿b"}], TEMPLATES["flower"])
-    with pytest.raises(ConversationError, match="role system, which the template does not have"):
+    with pytest.raises(ConversationError, match="role system, which the template does not support"):
         render(TURNS, TEMPLATES["raven"])
 
 

@@ -101,7 +101,7 @@ def test_cut_at_random_places(version):
     inner = sorted(rng.choice(np.arange(2, tokens.shape[1]), 2, replace=False).tolist())
     state, pieces = None, []
     for (start, stop), implementation in zip(
-        pairwise([0, *inner, tokens.shape[1]]), IMPLEMENTATIONS, strict=True
+        pairwise([0, *inner, tokens.shape[1]]), IMPLEMENTATIONS[:3], strict=True
     ):
         logits, state = compiled(version, implementation, "stacked")(tokens[:, start:stop], state)
         pieces.append(logits)

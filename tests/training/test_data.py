@@ -143,7 +143,10 @@ def test_data_and_model_that_do_not_fit_are_rejected_before_anything_is_written(
     for settings, message in (
         ({"model.vocab_size": 200}, "model.vocab_size = 200: the tokenizer"),
         ({"train.context": 30_000}, "20000 tokens, one window needs 30001"),
-        ({"data.sampler": "magic_prime", "train.context": 4000}, "too few; lower train.context"),
+        (
+            {"data.sampler": "magic_prime", "train.context": 4000},
+            "too few tokens for the official",
+        ),
     ):
         asked = {"data.source": source, "data.heldout": 0.0} | settings
         with pytest.raises(UserError, match=message):

@@ -207,10 +207,10 @@ STATED = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCE
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"JAX_NUM_PROCESSES": "x"}, "JAX_NUM_PROCESSES = x: a whole number is needed"),
+        ({"JAX_NUM_PROCESSES": "x"}, "JAX_NUM_PROCESSES = x: must be a whole number"),
         ({"JAX_NUM_PROCESSES": None}, "JAX_NUM_PROCESSES is not set; set all of JAX_COORD"),
         ({"JAX_COORDINATOR_ADDRESS": None}, "JAX_COORDINATOR_ADDRESS is not set"),
-        ({"JAX_COORDINATOR_ADDRESS": "a"}, "= a: host:port of the first process is needed"),
+        ({"JAX_COORDINATOR_ADDRESS": "a"}, "= a: must be host:port of the first process"),
         ({"JAX_COORDINATOR_ADDRESS": "a:99999"}, "= a:99999: a port is a number from 1 to 65535"),
         ({"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES = 0: at least 1"),
         (

@@ -58,7 +58,7 @@ def products(dtype: Any, interpret: bool) -> Products:
 
 
 def run(kernel: Kernel, name: str, inputs: Any, outputs: Any, interpret: bool) -> Any:
-    """A pass (`Driver.run`)."""
+    """Launches the forward or backward pass (`Driver.run`)."""
     body = {"forward": _forward, "backward": _backward}[name]
     p = products(inputs.x.v.dtype, interpret)
     letters, out_letters = LETTERS[name]
