@@ -280,12 +280,11 @@ def _copied(name: str, array: ArrayLike | None, spec: ParamSpec, dtype: Any) -> 
 
 
 def _placed(sources: Sequence[ArrayLike], spec: ParamSpec, sharding: Any) -> Array:
-    """The parameter, put on its devices."""
+    """The parameter, put on its devices; without a sharding on the default device, uncommitted, so
+    that it can be used on any mesh."""
     kind = sources[0].dtype
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shape = spec.full_shape
-    one_device = len(sharding.device_set) == 1
+    one_device = sharding is None or len(sharding.device_set) == 1
     if one_device and spec.layers and np.prod(shape) * np.dtype(kind).itemsize >= LARGE:
         value = jnp.zeros(shape, kind, device=sharding)
         for layer, source in enumerate(sources):
@@ -303,6 +302,8 @@ def _placed(sources: Sequence[ArrayLike], spec: ParamSpec, sharding: Any) -> Arr
             copy_into(together[layer], values)
         return together
 
+    if sharding is None:
+        return jax.device_put(part((slice(None),) * len(shape)))
     return jax.make_array_from_callback(shape, sharding, part)
 
 

@@ -171,6 +171,15 @@ def read_pth(path: Path | str) -> dict[str, np.ndarray]:
         return {name: _array(archive, shown(name), tensor) for name, tensor in tensors.items()}
 
 
+def broken_entry(path: Path) -> str | None:
+    """The first entry of a zip whose checksum does not match, which reading leaves unchecked; None
+    for other files."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
+
+
 def _open(memory: mmap.mmap) -> _Archive:
     if memory[:4] != b"PK\3\4":
         raise WeightsError(files.kind(memory))

@@ -45,6 +45,8 @@ def read_model(path: Path) -> dict[str, np.ndarray]:
     """
     tensors: dict[str, np.ndarray] = {}
     for file, names in _parts(path):
+        if names is not None and not file.exists():
+            raise WeightsError(f"{path}: its shard {file.name} is missing; fetch it")
         found = _read_file(file)
         for name in found if names is None else names:
             if name not in found:
@@ -57,6 +59,11 @@ def read_model(path: Path) -> dict[str, np.ndarray]:
                 )
             tensors[name] = found[name]
     return tensors
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that `read_model` reads; none of a folder."""
+    return [file for file, _ in _parts(path)] if path.is_file() else []
 
 
 def models_in(folder: Path) -> list[Path]:

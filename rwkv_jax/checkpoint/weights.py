@@ -83,6 +83,8 @@ def read(path: Path | str) -> Weights:
     they are a complete model is checked by `from_official`.
     """
     name, path = str(path), Path(path).expanduser()
+    if not name:
+        raise WeightsError("the name of the model is empty; give a file or folder")
     with disk.reading(path, "name one that exists and is readable", WeightsError):
         if path.is_dir():
             return _read_folder(path)

@@ -109,6 +109,8 @@ def _inspect(args: argparse.Namespace, wrong: list[str]) -> None:
     # Here, so that --help does not wait for JAX.
     import_jax()
     from rwkv_jax.checkpoint.keymaps import config_of, problems
+    from rwkv_jax.checkpoint.pth import broken_entry
+    from rwkv_jax.checkpoint.shards import files_of
     from rwkv_jax.checkpoint.weights import naming, read
 
     console = Console(width=width())
@@ -132,6 +134,12 @@ def _inspect(args: argparse.Namespace, wrong: list[str]) -> None:
     for name, x in statistics.items():
         if x.nonfinite:
             wrong.append(f"{name} has {x.nonfinite:,} NaN or infinite values")
+    for file in files_of(weights.path):
+        if entry := broken_entry(file):
+            wrong.append(
+                f"{file.name}: the checksum of {entry!r} does not match: it is damaged, or was"
+                " written without checksums; download or save it again"
+            )
     console.print()
     for fault in wrong:
         console.print(f"[bold red]wrong:[/] {escape(fault)}", highlight=False, soft_wrap=True)

@@ -105,7 +105,7 @@ class Prompts:
 def prompts_of(args: argparse.Namespace) -> Prompts:
     """The prompts, stop strings and suffix of `sample`. Raises `UserError`."""
     remarks, escape = [], args.escape
-    if args.suffix_file == args.prompt_file == "-":
+    if [*args.prompt_file, args.suffix_file].count("-") > 1:
         raise UserError("--prompt-file and --suffix-file: stdin can be read once")
     texts: list[Any] = [typed(argument, escape) for argument in args.prompt]
     stop = [typed(argument, escape) for argument in args.stop]
@@ -115,8 +115,8 @@ def prompts_of(args: argparse.Namespace) -> Prompts:
         remarks.append(
             r"\n, \t and \\ in PROMPT are line end, tab and backslash; --no-escape keeps them"
         )
-    if args.prompt_file:
-        text, cut = read("--prompt-file", args.prompt_file)
+    for file in args.prompt_file:
+        text, cut = read("--prompt-file", file)
         texts.append(text)
         remarks.append(cut)
     texts += [_ids(argument) for argument in args.prompt_ids]

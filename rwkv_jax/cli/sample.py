@@ -81,7 +81,7 @@ def _write(args: argparse.Namespace, given: dict[str, float | int], status: Stat
     tokens = 200 if args.tokens is None else args.tokens
     check_seed(seed)
     check_max_tokens(tokens)
-    if args.interactive and "-" in (args.prompt_file, args.suffix_file):
+    if args.interactive and "-" in (*args.prompt_file, args.suffix_file):
         raise UserError("--interactive reads what you type: --prompt-file cannot be stdin as well")
     prompts, scores = prompts_of(args), ScoreFile(args)
     count = len(prompts.texts)
@@ -214,7 +214,8 @@ def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
     parser.add_argument("prompt", metavar="PROMPT", nargs="*", default=[], help=what)
 
     add = parser.add_argument_group("text").add_argument
-    add("--prompt-file", metavar="FILE", help="one more prompt, UTF-8; - is stdin")
+    what = "one more prompt, UTF-8; - is stdin; may be repeated"
+    add("--prompt-file", metavar="FILE", action="append", default=[], help=what)
     what = "one more prompt, as token ids; may be repeated"
     add("--prompt-ids", metavar="IDS", action="append", default=[], help=what)
     add("--suffix", metavar="TEXT", help="write what belongs between PROMPT and this (G1 models)")

@@ -181,7 +181,7 @@ def _index(choices: tuple[str, ...], answer: Any) -> int:
     if isinstance(answer, str) and answer in choices:
         return choices.index(answer)
     if type(answer) is int and 0 <= answer < len(choices):
-        return answer
+        return choices.index(choices[answer])  # of equal texts the first, as in scoring
     raise TaskError(
         f"'answer' is {json.dumps(answer, ensure_ascii=False)[:40]}; give the text of one of the"
         f" {len(choices)} choices, or its index from 0 to {len(choices) - 1}"

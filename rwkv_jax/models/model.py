@@ -280,7 +280,11 @@ def _over_layers(layer: Callable, stream: PyTree, inputs: PyTree) -> tuple[PyTre
 
 @jax.jit
 def head(params: Model[Array], hidden: Float[Array, "*shape c"]) -> Float[Array, "*shape V"]:
-    """Logits of `hidden`: float32, or float64 if it is."""
+    """Logits of `hidden`: float32, or float64 if it is. Raises `ValueError` for another width."""
+    if hidden.shape[-1:] != params.head.shape[:1]:
+        raise ValueError(
+            f"hidden must be [..., {params.head.shape[0]}], the model's width, got {hidden.shape}"
+        )
     with jax.named_scope("head"):
         return nn.precise(nn.linear(hidden, sharding.gather(params.head)))
 

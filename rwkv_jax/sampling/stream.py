@@ -19,6 +19,7 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import StreamDecoder, Tokenizer, token_bytes
 from rwkv_jax.errors import PREDICTS_NAN, UserError
 from rwkv_jax.models import Model
+from rwkv_jax.models.checks import check_config
 from rwkv_jax.sampling import decode as device
 from rwkv_jax.sampling.decode import BLOCK, NO_TOKEN, NOT_FINITE, DecodeState, Prefix
 from rwkv_jax.sampling.presets import sampling_of
@@ -55,6 +56,12 @@ class Generator:
         tokenizer: Tokenizer,
         report: Callable[[int, int], None] = lambda done, total: None,
     ):
+        check_config(cfg)
+        if not hasattr(tokenizer, "vocab_size"):
+            raise ValueError(
+                f"tokenizer is {type(tokenizer).__name__}, not a tokenizer: `load_with_tokenizer`"
+                " returns params, cfg and tokenizer"
+            )
         if tokenizer.vocab_size > cfg.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens and the model {cfg.vocab_size}: "
@@ -338,6 +345,8 @@ def generate_with(
     check_seed(seed)
     check_alternatives(logprobs)
     sampling = sampling_of(sampling)
+    if not isinstance(stop, str) and "" in stop:
+        raise UserError("stop holds an empty string; give texts to stop before")
     tokens = as_ids(generator.tokenizer, prompts, continue_text=prefix is not None)
     seeds = [(seed + index) % (MAX_SEED + 1) for index in range(len(tokens))]
     decoding = generator.prefill(tokens, seeds, prefix)

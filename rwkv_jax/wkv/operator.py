@@ -170,6 +170,7 @@ def _apply(
     and where it is replicated, the first array that is sharded.
     """
     _check_arrays(operator, x, state, reset=reset, lengths=lengths)
+    x, state, reset, lengths = jax.tree.map(jnp.asarray, (x, state, reset, lengths))
     sizes = _check_shapes(operator, x, state=state, reset=reset, lengths=lengths)
     _check_types(operator.name, (x, state), reset, lengths)
     _check_values(operator.name, x, lengths, mesh_axis)
@@ -238,6 +239,8 @@ def _choose(
     operator: Operator, implementation: str | None, x: Any, state: Any
 ) -> tuple[Form, bool]:
     """The form, and whether it is a kernel."""
+    if 0 in x.v.shape:  # there are no numbers, only their shapes
+        return operator.forms["scan"], False
     if not isinstance(x.k.shape[1], int):
         if implementation not in (None, "scan"):
             raise ValueError(
@@ -262,13 +265,14 @@ def _valid(lengths: Array | None, time: int, mesh_axis: str | None) -> Bool[Arra
 
 
 def _check_arrays(operator: Operator, x: Any, state: Any, **masks: Any) -> None:
-    for name, tree in (x._asdict() | {"state": state} | masks).items():
-        for z in jax.tree.leaves(tree):
-            if not (hasattr(z, "shape") and hasattr(z, "dtype")):
-                dims = ", ".join(operator.axes[name])
-                raise ValueError(
-                    f"{operator.name}: {name} must be an array [{dims}], got {type(tree).__name__}"
-                )
+    for name, z in (x._asdict() | {"state": state} | masks).items():
+        if z is not None and not (hasattr(z, "shape") and hasattr(z, "dtype")):
+            if name == "state" and isinstance(z, Wkv4State) and operator is WKV4:
+                continue
+            dims = ", ".join(operator.axes[name])
+            raise ValueError(
+                f"{operator.name}: {name} must be an array [{dims}], got {type(z).__name__}"
+            )
 
 
 def _check_shapes(operator: Operator, x: Any, **others: Any) -> dict[str, int]:

@@ -181,6 +181,18 @@ def test_inspect_lists_all_that_is_wrong(model, capsys):
     )
 
 
+def test_inspect_checks_the_sums_of_a_pth(model, capsys):
+    """One bit is another: the numbers are finite, and the file is read."""
+    path, _ = model
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert rwkv_jax("inspect", path) == 1
+    assert re.search(
+        r"wrong: model\.pth: the checksum of '\w+/data/\d+' does", capsys.readouterr().out
+    )
+
+
 def test_names_are_shown_as_they_are(model, tmp_path, capsys):
     """The author of a file chooses them: text that rich would read as markup is printed as is."""
     path, tensors = model

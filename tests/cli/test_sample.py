@@ -75,12 +75,14 @@ def test_one_prompt(run, capsys):
 def test_several_prompts_and_a_file(run, capsys, tmp_path):
     text = "é\n"  # as it is read: without the mark and the carriage return
     (tmp_path / "prompt").write_bytes(b"\xef\xbb\xbf\xc3\xa9\r\n")
-    arguments = ["a", *FLAGS, "", "--prompt-file", tmp_path / "prompt"]
-    assert sample_py(run, *arguments) == 0
+    (tmp_path / "other").write_text("def")
+    files = ["--prompt-file", tmp_path / "prompt", "--prompt-file", tmp_path / "other"]
+    assert sample_py(run, "a", *FLAGS, "", *files) == 0
     blocks = [
-        f"==> 1/3 <==\na{written('a', 3)}\n",
-        f"==> 2/3 <==\n{written('', 4)}\n",
-        f"==> 3/3 <==\n{text}{written(text, 5)}\n",
+        f"==> 1/4 <==\na{written('a', 3)}\n",
+        f"==> 2/4 <==\n{written('', 4)}\n",
+        f"==> 3/4 <==\n{text}{written(text, 5)}\n",
+        f"==> 4/4 <==\ndef{written('def', 6)}\n",
     ]
     assert capsys.readouterr().out == "\n".join(blocks)
 
@@ -179,6 +181,7 @@ def test_the_compute_type(run, capsys):
         (["RUN", "--suffix", "x", "--suffix-file", "TMP/latin"], "give one of them"),
         (["RUN", "--suffix", "x", "--prompt-ids", "1"], "--prompt-ids and --suffix"),
         (["RUN", "--prompt-file", "-", "--suffix-file", "-"], "stdin can be read once"),
+        (["RUN", "--prompt-file", "-", "--prompt-file", "-"], "stdin can be read once"),
         (["RUN", "--suffix-file", "TMP/none"], "--suffix-file .*none: No such file"),
         (["RUN", "--top-logprobs", "2"], "--top-logprobs belongs to --logprobs"),
         (["RUN", "--logprobs", "TMP/no/x"], "--logprobs .*no/x: cannot be a file"),

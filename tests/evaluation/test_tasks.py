@@ -63,11 +63,13 @@ def test_choices_are_read(tmp_path):
         {"question": "2 + 2 =", "choices": ["3", "4"], "answer": "3"},
         {"context": "", "choices": ["1", "0"], "answer": "0"},
         {"prompt": "same", "choices": ["a", "a", "b"], "answer": "a"},
+        {"prompt": "same", "choices": ["a", "a", "b"], "answer": 1},
     )
     assert read_choices(path) == [
         Choice("2 + 2 =", ("3", "4"), 1),
         Choice("2 + 2 =", ("3", "4"), 0),
         Choice("", ("1", "0"), 1),
+        Choice("same", ("a", "a", "b"), 0),
         Choice("same", ("a", "a", "b"), 0),
     ]
 
@@ -94,7 +96,7 @@ CHOICES = {"prompt": "?", "choices": ["a", "b"], "answer": 0}
         (read_choices, {"prompt": "?"}, "no field 'choices'; rename one of its fields: prompt"),
         (read_choices, CHOICES | {"choices": ["a"]}, "'choices' is not a list of two or more"),
         (read_choices, CHOICES | {"choices": "ab"}, "'choices' is not a list of two or more"),
-        (read_choices, CHOICES | {"choices": ["a", 1]}, "'choices' holds a JSON int"),
+        (read_choices, CHOICES | {"choices": ["a", 1]}, "'choices' must be a JSON string, got int"),
         (read_choices, CHOICES | {"choices": ["a", ""]}, "one of 'choices' is empty"),
         (read_choices, CHOICES | {"answer": 2}, "'answer' is 2; .* its index from 0 to 1"),
         (read_choices, CHOICES | {"answer": -1}, "'answer' is -1; "),

@@ -12,6 +12,7 @@ from markers import versions
 from official_weights import checkpoint
 from tolerances import MODEL_RMS, assert_close, relative_rms
 
+import rwkv_jax as rwkv
 from rwkv_jax import ModelConfig, models
 from rwkv_jax.checkpoint.keymaps import from_official
 from rwkv_jax.loss import cross_entropy
@@ -222,3 +223,16 @@ def test_what_shards_the_tokens_is_said(place, axis, message):
         models.forward(params, tokens, cfg=cfg, mesh_axis=axis)
     with pytest.raises(ValueError, match=r"not in context: call jax.set_mesh\(mesh\)"):
         models.forward(params, tokens, cfg=cfg)
+
+
+def test_a_model_from_a_file_runs_on_any_mesh(tmp_path):
+    """Its arrays are committed to no device."""
+    params, cfg = weights("4")
+    rwkv.save(tmp_path / "m.safetensors", params, cfg)
+    loaded, cfg = rwkv.load(tmp_path / "m.safetensors")
+    tokens = batch("4")[0]
+    expected, _ = models.forward(params, tokens, cfg=cfg)
+    with jax.set_mesh(mesh_of("data", "sequence")) as _:
+        rows = jax.device_put(np.asarray(tokens), jax.P("data"))
+        logits, _ = models.forward(loaded, rows, cfg=cfg, mesh_axis="sequence")
+    assert relative_rms(logits, expected) < 1e-5

@@ -396,7 +396,7 @@ def test_a_thought_cut_off_is_closed(scripted, think, reply, tokens, stands):
 
 
 def test_thinking_needs_paragraphs(scripted):
-    with pytest.raises(UserError, match="think on: this template ends a reply at an empty line"):
+    with pytest.raises(UserError, match="think on: this template ends a reply at a blank line"):
         talking(scripted, template="world", think="on")
     with pytest.raises(UserError, match="think hard: one of off, fast, on, a bit, some, a lot"):
         talking(scripted, think="hard")

@@ -499,3 +499,19 @@ def test_a_list_is_no_array(version):
     for name in inputs:
         with pytest.raises(ValueError, match=rf"{name} must be an array \[.*\], got list"):
             operator(**inputs | {name: inputs[name].tolist()})
+
+
+@every_version
+def test_no_rows_have_no_gradients(version):
+    """The gradients of an empty batch are empty, or zero."""
+    inputs = jax.tree.map(jnp.asarray, version.inputs("typical", SMALL))
+    empty = {name: x[:0] if per_token(x) else x for name, x in inputs.items()}
+    gradients = jax.grad(lambda x: jnp.sum(version.operator(**x)[0]))(empty)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, 0 * y), gradients, empty)
+
+
+def test_float64_of_numpy_is_float32_where_jax_has_none():
+    """Without a warning: every warning is an error here."""
+    inputs = {name: np.float64(x) for name, x in VERSIONS["4"].inputs("typical", SMALL).items()}
+    y, _ = inspect.unwrap(wkv4)(**inputs)
+    assert y.dtype == jnp.float32
