@@ -51,7 +51,7 @@ def test_a_step_over_65536_tokens():
 
     def run(params, mesh_axis):
         def loss(params):
-            inputs, targets = text[:, :-1], text[:, 1:]
+            inputs, targets = jnp.asarray(text[:, :-1]), jnp.asarray(text[:, 1:])
             hidden, _ = models.backbone(params, inputs, cfg=cfg, mesh_axis=mesh_axis, remat="dots")
             return cross_entropy(hidden, params.head, targets)[0]
 
