@@ -6,6 +6,7 @@ curve into `loss.png`. Of several processes the first one reports.
 
 import math
 import time
+from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -50,7 +51,7 @@ class Report:
     def meta(self) -> dict[str, Any]:
         """What a resumed run needs to report as if it had never stopped."""
         return {
-            "window": self._window,  # loss and gradient norm of the steps since the last line
+            "window": self._window,  # the numbers of the steps since the last line
             "mini_epoch": self._mini_epoch,  # sum and number of the losses since it began
             "seconds": self._seconds,
         }
@@ -81,10 +82,12 @@ class Report:
         """Shows a finished step, and logs the steps since the last line when one is due."""
         train, timer = self._setup.cfg.train, self.timer
         timer.step(self._setup.tokens_per_step)
-        numbers = metrics.loss, metrics.objective, metrics.grad_norm
+        numbers = metrics.loss, metrics.grad_norm, metrics.objective
         self._window.append([float(x) for x in numbers])
-        columns = zip(*self._window, strict=True)
-        loss, objective, grad_norm = (math.fsum(x) / len(self._window) for x in columns)
+        # A run of an earlier version may resume with steps whose objective it did not keep.
+        columns = zip_longest(*self._window)
+        known = ([x for x in column if x is not None] for column in columns)
+        loss, grad_norm, objective = (math.fsum(x) / len(x) for x in known)
         bpb = loss / math.log(2) / self._setup.data.bytes_per_token
         speed, due = timer.tokens_per_s, step % train.log_every == 0
         left = (train.steps - step) * self._setup.tokens_per_step / speed if speed else 0.0

@@ -349,7 +349,7 @@ def test_an_id_outside_the_vocabulary():
     "settings, message",
     [
         ({"sampler": "sequential"}, "text: 20 tokens are too few for 4 rows"),
-        ({"sampler": "magic_prime"}, "20 tokens are 1 contexts of 16"),
+        ({"sampler": "magic_prime"}, "official order: of 20, 1 contexts of 16"),
     ],
 )
 def test_too_short_for_an_order(settings, message):

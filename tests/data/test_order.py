@@ -52,5 +52,5 @@ def test_batches_that_the_official_trainers_refuse():
 
 
 def test_too_few_contexts():
-    with pytest.raises(CorpusError, match=r"5,120 tokens are 10 contexts of 512, of which"):
+    with pytest.raises(CorpusError, match=r"of 5,120, 10 contexts of 512, it would use 5"):
         magic_prime(5120, 512)
