@@ -4,7 +4,10 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+_HERE = str(Path(__file__).parent)
 
 
 class UserError(ValueError):
@@ -16,8 +19,11 @@ class Remark(UserWarning):
 
 
 def remark(text: str) -> None:
-    """Warns with a `Remark`."""
-    warnings.warn(text, Remark, stacklevel=3)
+    """Warns with a `Remark`, at the line of the caller's own that called the library."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_code.co_filename.startswith(_HERE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, Remark, stacklevel=level - 1)
 
 
 @contextlib.contextmanager

@@ -183,7 +183,7 @@ def json_object(memory: mmap.mmap, start: int, stop: int) -> dict[str, Any]:
         raise ValueError("its header reaches beyond the end of the file")
     if stop - start > MAX_INDEX:
         raise WeightsError("its list of tensors is too large; split the model")
-    found = json.loads(memory[start:stop].decode(), object_pairs_hook=unique)
+    found = json.loads(memory[start:stop].decode("utf-8-sig"), object_pairs_hook=unique)
     if not isinstance(found, dict):
         raise ValueError("not a JSON object")
     return found

@@ -42,7 +42,7 @@ import numpy as np
 
 from rwkv_jax.checkpoint.errors import WeightsError, shown
 from rwkv_jax.checkpoint.files import ArrayLike, Deferred
-from rwkv_jax.checkpoint.keymaps import optional
+from rwkv_jax.checkpoint.keymaps import TIED, config_of, optional
 from rwkv_jax.checkpoint.names import (
     as_official,
     is_official,
@@ -329,9 +329,10 @@ def to_official(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) ->
         if name is None:
             if optional(official):
                 continue
+            tied = TIED if official == "head.weight" else ""
             raise WeightsError(
                 f"{there[0][0]} is missing: not a complete model of layout {layout.name};"
-                " download the folder again"
+                f" download the folder again{tied}"
             )
         used.add(name)
         try:
@@ -511,11 +512,45 @@ def _places(layout: Layout, layers: int) -> Iterator[tuple[str, int, list[Source
 
 def _check_config(expected: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     for key, value in expected.items():
-        if config.get(key, value) != value:
+        if config.get(key) not in (None, value):
             raise WeightsError(
                 f"config.json: {key} = {shown(repr(config[key]))}, but RWKV has {value!r}: another"
                 " model; only one with the official value can be read"
             )
+
+
+def check_agreement(official: Mapping[str, ArrayLike], config: Mapping[str, Any]) -> None:
+    """Raises WeightsError if a `config.json` is that of another model than the tensors', or says of
+    a tensor what is not so. One without a `model_type` is not Hugging Face's."""
+    try:
+        cfg = config_of(official)
+    except WeightsError:  # incomplete, which another error says better
+        return
+    if (kind := config.get("model_type")) is None:
+        return
+    another = "config.json: {} = {}, but the tensors are of {}: one of them is of another model;"
+    another += " download both again"
+    wanted = re.fullmatch(r".*rwkv[_-]?(\d?).*", str(kind))
+    if not wanted or wanted[1] not in ("", cfg.version[0]):
+        raise WeightsError(another.format("model_type", shown(kind), f"RWKV-{cfg.version}"))
+    sizes = {
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.width,
+        "num_hidden_layers": cfg.layers,
+        "intermediate_size": cfg.ffn_width,
+    }
+    if cfg.version[0] == "7":  # elsewhere these names are used for other numbers, or not at all
+        sizes |= {"head_dim": cfg.head_size, "head_size": cfg.head_size}
+    for key, size in sizes.items():
+        if config.get(key) not in (None, size):
+            raise WeightsError(another.format(key, shown(config[key]), f"a model with {size:,}"))
+    emb, head = official["emb.weight"], official.get("head.weight")
+    tied = config.get("tie_word_embeddings") is True and head is not None and head is not emb
+    if tied and np.asarray(emb).tobytes() != np.asarray(head).tobytes():
+        raise WeightsError(
+            "config.json: tie_word_embeddings = true, but the head's numbers are not those of the"
+            " embedding; set it to false to use the head"
+        )
 
 
 def _check_head_size(official: Mapping[str, ArrayLike]) -> None:

@@ -167,6 +167,7 @@ def problems(tensors: Mapping[str, ArrayLike], cfg: ModelConfig) -> Iterator[tup
         if name not in tensors:
             if not optional(name):
                 remedy = f": not a complete RWKV-{cfg.version} checkpoint; take the whole file"
+                remedy += TIED if name == "head.weight" else ""
                 yield f"{name} is missing", remedy
             continue
         array = tensors[name]
@@ -238,6 +239,10 @@ def in_order(tensors: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
         return parts.index(part) if part in parts else len(parts), layer, recurrent, not mix, name
 
     return {name: tensors[name] for name in sorted(tensors, key=place)}
+
+
+TIED = "; if its head is its embedding, set tie_word_embeddings = true in the folder's config.json"
+"""The remedy for a model without a head that may be whole."""
 
 
 def optional(name: str) -> bool:

@@ -44,10 +44,16 @@ def read_model(path: Path) -> dict[str, np.ndarray]:
     Raises WeightsError, one line, for a file that is missing, cannot be read or is damaged.
     """
     tensors: dict[str, np.ndarray] = {}
-    for file, names in _parts(path):
+    parts = _parts(path)
+    indexed = {name for _, names in parts for name in names or ()}
+    for file, names in parts:
         if names is not None and not file.exists():
             raise WeightsError(f"{path}: its shard {file.name} is missing; fetch it")
         found = _read_file(file)
+        if names is not None and (omitted := sorted(found.keys() - indexed)):
+            raise WeightsError(
+                f"{file}: has {shown(omitted[0])}, which its index does not name; download both"
+            )
         for name in found if names is None else names:
             if name not in found:
                 raise WeightsError(

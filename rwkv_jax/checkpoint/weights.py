@@ -85,6 +85,8 @@ def read(path: Path | str) -> Weights:
     name, path = str(path), Path(path).expanduser()
     if not name:
         raise WeightsError("the name of the model is empty; give a file or folder")
+    if "\0" in name:
+        raise WeightsError(f"{shown(name)}: no file has such a name; give a file or folder")
     with disk.reading(path, "name one that exists and is readable", WeightsError):
         if path.is_dir():
             return _read_folder(path)
@@ -137,6 +139,17 @@ def load_with_tokenizer(
     weights, found = read_with_tokenizer(path, tokenizer)
     with naming(path):
         return *from_official(weights.tensors, dtype=dtype), found
+
+
+def read_sizes(path: Path | str) -> ModelConfig:
+    """Version and sizes of any weights, as `load` gives them, without reading a number. Raises as
+    `load`."""
+    path = Path(path).expanduser()
+    if is_run(path):
+        return store.read_config(path).model
+    weights = read(path)
+    with naming(weights.path):
+        return config_of(weights.tensors)
 
 
 def is_run(path: Path) -> bool:
@@ -374,15 +387,18 @@ def _official(
             config = _config(path.with_name("config.json")) if renamed or prefixed else {}
         if renamed:
             layout = huggingface.layout_of(tensors, config)
-            return Weights(path, layout, huggingface.to_official(tensors, config))
-        pth = path.name.endswith(PTH) or ".bin." in path.name  # or an index of such files
-        layout = huggingface.OFFICIAL if prefixed else "pth" if pth else "safetensors"
-        return Weights(path, layout, huggingface.with_official_names(tensors, config))
+            found = huggingface.to_official(tensors, config)
+        else:
+            pth = path.name.endswith(PTH) or ".bin." in path.name  # or an index of such files
+            layout = huggingface.OFFICIAL if prefixed else "pth" if pth else "safetensors"
+            found = huggingface.with_official_names(tensors, config)
+        huggingface.check_agreement(found, config)
+        return Weights(path, layout, found)
 
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -110,12 +110,12 @@ def opened(
         talk = Conversation(generator, template, system=system or "", settings=drawn, prefix=prefix)
         talk.configure(think=changes.get("think", drawn.think))
         talk.configure(sampling=PRESETS[preset_for(talk.template, talk.settings.think)])
-    elif template is not None or system is not None:
-        raise UserError(
-            f"{resume} has a template and a system prompt: leave out --template and --system"
-        )
     else:
         talk = load(resume, generator, prefix)
+        if template not in (None, talk.template) or system not in (None, talk.system):
+            raise UserError(
+                f"{resume} has a template and a system prompt: leave out --template and --system"
+            )
     talk.configure(**changes)
     talk.configure(sampling=talk.settings.sampling.with_flags(flags))
     return talk

@@ -96,9 +96,10 @@ def _write(args: argparse.Namespace, given: dict[str, float | int], status: Stat
         states.check_save_path(Path(args.save_state))
     for remark in prompts.remarks:
         note(remark)
-    generator = _generator(args, status)
+    generator, saved = _generator(args, status)
+    if prompts.after is not None and (why := _cannot_fill(args.model, generator.cfg.version)):
+        note(f"--suffix: {why}, and only G1 models since G1c have learned it")
     texts, shown = prompts.encoded(generator.tokenizer)
-    saved = states.load(args.state, generator.cfg) if args.state else None
     prefix = _prefix(args.state, saved, generator) if saved else None
     limits = {"max_tokens": tokens, "sampling": sampling, "stop": prompts.stop}
     if not args.interactive and not args.save_state:
@@ -158,9 +159,8 @@ def _chat(args: argparse.Namespace, given: dict[str, float | int], status: Statu
     ReplySettings(**settings).sampling.with_flags(given)
     if args.save_state:
         states.check_save_path(Path(args.save_state))
-    generator = _generator(args, status)
+    generator, saved = _generator(args, status)
     _edit_lines()
-    saved = states.load(args.state, generator.cfg) if args.state else None
     resume = saved is not None and "chat" in saved.notes
     name, why = args.template, "as asked"
     if not name:
@@ -177,19 +177,36 @@ def _chat(args: argparse.Namespace, given: dict[str, float | int], status: Statu
     )
 
 
+def _cannot_fill(model: str, version: str) -> str:
+    """Why a model cannot write what belongs between two texts; empty if it may be able to."""
+    from rwkv_jax.sampling.presets import release_of
+
+    if version[0] != "7":
+        return f"this model is version {version}"
+    release = release_of(Path(model).expanduser().absolute())
+    old = release and release.data and (release.data < "G1c" or release.data == "World")
+    return f"this model is {release}, by its name" if old else ""
+
+
 def _generator(args: argparse.Namespace, status: Status) -> Any:
+    """A generator, and what is saved in the file of --state, which is read first: its mistakes need
+    not wait for a model."""
+    from rwkv_jax import states
     from rwkv_jax.checkpoint.files import reading
+    from rwkv_jax.checkpoint.weights import read_sizes
     from rwkv_jax.sampling import Generator
 
-    if args.state:  # raises now, not after the model is loaded
+    saved = None
+    if args.state:
         with reading(Path(os.path.expanduser(args.state))):
             pass
+        saved = states.load(args.state, read_sizes(args.model))
     params, cfg, tokenizer = load_model(args, to_decode=True)
     if args.special_tokens is not None:
         tokenizer = tokenizer.with_special_tokens(args.special_tokens)
     generator = Generator(params, cfg, tokenizer, status.reading)
     status.show("compiling")
-    return generator
+    return generator, saved
 
 
 def _prefix(path: str, saved, generator):

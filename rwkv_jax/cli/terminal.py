@@ -4,7 +4,6 @@ import contextlib
 import io
 import re
 import sys
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -49,32 +48,32 @@ Chunk = TypeVar("Chunk", bound=TextChunk)
 
 
 class Meter:
-    """Counts tokens, and their rate after the first chunk, which waited for the compiler. `finish`
-    is that of the last chunk."""
+    """Counts tokens, and their rate after the first call to the device, which waited for the
+    compiler. `finish` is that of the last chunk."""
 
     def __init__(self):
-        self._tokens: list[int] = []
-        self._times: list[float] = []
+        self._tokens: dict[float, int] = {}  # by the time of their call
         self.finish: Finish = ""
 
     def play(self, chunks: Iterable[Chunk], show: Callable[[Chunk], None]) -> None:
         """Shows chunks as they come. Ctrl-C raises KeyboardInterrupt between two of them."""
 
         def act(chunk: Chunk) -> None:
-            self._times.append(time.perf_counter())
-            self._tokens.append(chunk.tokens)
+            if chunk.tokens:
+                self._tokens[chunk.drawn] = self._tokens.get(chunk.drawn, 0) + chunk.tokens
             self.finish = chunk.finish
             show(chunk)
 
         for_each(chunks, act)
 
     def summary(self) -> str:
-        """`200 tokens, 35.1 tokens/s`; without a rate if there was only one chunk."""
-        total, later = sum(self._tokens), sum(self._tokens[1:])
+        """`200 tokens, 35.1 tokens/s`; without a rate if one call drew them all."""
+        total, times = sum(self._tokens.values()), [*self._tokens]
         tokens = f"{total} token{'s' * (total != 1)}"
-        if not later:
+        if len(times) < 2:
             return tokens
-        return f"{tokens}, {later / (self._times[-1] - self._times[0]):.1f} tokens/s"
+        rate = (total - self._tokens[times[0]]) / (times[-1] - times[0])
+        return f"{tokens}, {rate:.1f} tokens/s"
 
 
 def print_texts(chunks: Iterable[TextChunk], prompts: Sequence[str], *, echo: bool = True) -> str:
@@ -220,7 +219,7 @@ def take_turns(
     neither it nor Ctrl-C ends the dialogue."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         with contextlib.suppress(io.UnsupportedOperation):  # already read from
-            sys.stdin.reconfigure(errors="replace")  # any bytes may be typed
+            sys.stdin.reconfigure(errors="surrogateescape")  # any bytes may be typed
     note(f"Type :help for the commands. {about}".rstrip())
     line = opening
     while True:
@@ -283,10 +282,13 @@ def _read_lines(prompt: str) -> str | None:
             print(end=asked, file=sys.stderr, flush=True)
             asked = ""
         try:
-            line = input(asked).removeprefix("\ufeff")  # of a file on stdin
+            typed = input(asked).removeprefix("\ufeff")  # of a file on stdin
         except EOFError:
             print(file=sys.stderr)
             return "\n".join(lines) if lines else None
+        line = typed.encode(errors="surrogateescape").decode(errors="replace")
+        if line != typed:
+            note("what is not UTF-8 in this line is read as \ufffd: convert the text first")
         if not line.endswith("\\"):
             return "\n".join([*lines, line])
         lines.append(line[:-1])

@@ -451,7 +451,7 @@ class Conversation:
                 reply.grow(chunk, stream.decoding, generator.tokenizer)
             # Blanks at the end are dropped if the reply ends here: `<think ` may become `<think>`.
             text = self._settle() if chunk.finish else (reply.beginning + reply.text).rstrip()
-            yield reply.next_chunk(text, chunk.tokens, chunk.finish)
+            yield replace(reply.next_chunk(text, chunk.tokens, chunk.finish), drawn=chunk.drawn)
             if self._reply is not reply:
                 return  # the reply was ended while the caller had control
 

@@ -6,7 +6,7 @@ The text depends on parameters, prompt, settings and seed, not on how it is cut 
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -161,6 +161,8 @@ class TextChunk:
     finish: Finish = ""
     logprobs: tuple[TokenScore, ...] = ()
     """One for each of its tokens, if asked for."""
+    drawn: float = field(default=0.0, compare=False)
+    """When its tokens were drawn (`time.perf_counter`): the same for all of one call."""
 
 
 class BlockSizer:
@@ -261,11 +263,11 @@ class Stream:
             self._before = replace(self.decoding, done=jnp.asarray(done))
             self._steps = sizer.next(left) if self._logprobs is None else 1
             block, self.decoding = self._generator.decode(self._before, self._settings, self._steps)
-            left -= self._steps
+            left, drawn = left - self._steps, time.perf_counter()
             scores = self._scores(block)
             for reader, tokens, row in zip(self.readers, block, scores, strict=True):
                 if not reader.finish:
-                    yield replace(reader.read(tokens), logprobs=row)
+                    yield replace(reader.read(tokens), logprobs=row, drawn=drawn)
         for reader in self.readers:
             if not reader.finish:
                 yield reader.cut()

@@ -309,10 +309,39 @@ def test_the_official_layout_out_and_in(tmp_path):
         ({"group_norm_epsilon": 1e-5}, "group_norm_epsilon = 1e-05"),
         ({"num_hidden_layers": 4}, r"blocks\.3 is missing: config\.json has 4 layers"),
         ({"embedding_layer_norm_fused": True}, r"ln0\.weight is there, but .* = true"),
+        ({"model_type": "llama"}, "model_type = llama, but the tensors are of RWKV-7"),
+        ({"model_type": "rwkv6"}, "model_type = rwkv6, but the tensors are of RWKV-7"),
+        ({"hidden_size": 64}, "hidden_size = 64, but the tensors are of a model with 128"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers = 2, .* with 3: one of them is of another"),
+        ({"head_size": 32}, "head_size = 32, .* with 64"),
+        ({"vocab_size": 65536}, "vocab_size = 65536, .* download both again"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings = true, but the head's numbers"),
     ):
         (tmp_path / "hf" / "config.json").write_text(json.dumps(config | change))
         check_refused(tmp_path / "hf", message)
         check_refused(tmp_path / "hf" / "model.safetensors", message)
+
+
+def test_a_config_that_leaves_something_open(tmp_path):
+    """null is the default, a byte-order mark is none of the text, a head may be the embedding."""
+    weights.write(tmp_path / "hf", golden()[0], layout="official-rwkv7")
+    path = tmp_path / "hf" / "config.json"
+    open_ends = {"layer_norm_epsilon": None, "hidden_size": None, "head_size": None}
+    config = json.loads(path.read_text()) | open_ends
+    path.write_text("\ufeff" + json.dumps(config), encoding="utf-8")
+    params, _ = rwkv_jax.load(tmp_path / "hf")
+    tensors = read_safetensors(path.with_name("model.safetensors"))
+    tensors = {name: np.array(x) for name, x in tensors.items()}
+    head = tensors.pop("head.weight")
+    write_safetensors(path.with_name("model.safetensors"), tensors)
+    check_refused(tmp_path / "hf", "head.weight is missing: .*; if its head is its embedding, set")
+    path.write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tied, _ = rwkv_jax.load(tmp_path / "hf")
+    assert np.array_equal(tied.head.T, params.emb) and not np.array_equal(params.head.T, params.emb)
+    tensors["head.weight"] = tensors["rwkv7.emb.weight"]  # some write it nevertheless
+    write_safetensors(path.with_name("model.safetensors"), tensors)
+    assert np.array_equal(rwkv_jax.load(tmp_path / "hf")[0].head.T, params.emb)
+    assert head.shape == params.emb.shape
 
 
 def for_web_rwkv(tensors):

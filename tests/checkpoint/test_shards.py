@@ -104,6 +104,19 @@ def test_shards_that_are_not_as_the_index_says(sharded):
     index(sharded, {"x": "a-1.safetensors", "y": "a-1.safetensors"})
     message = fault(read_model, sharded / INDEX)
     assert message == f"{sharded}/a-1.safetensors: does not have y, unlike its index; download both"
+    write_safetensors(sharded / "a-1.safetensors", {"x": np.ones(1), "z": np.ones(1)})
+    index(sharded, {"x": "a-1.safetensors", "y": "a-2.safetensors"})
+    message = fault(read_model, sharded / INDEX)
+    assert message.endswith("a-1.safetensors: has z, which its index does not name; download both")
+
+
+def test_an_index_may_have_a_byte_order_mark(sharded):
+    two = {"x": "a-1.safetensors", "y": "a-2.safetensors"}
+    (sharded / INDEX).write_text("\ufeff" + json.dumps({"weight_map": two}), encoding="utf-8")
+    assert sorted(read_model(sharded / INDEX)) == ["x", "y"]
+
+
+def test_a_shard_of_an_index_is_missing(sharded):
     (sharded / "a-2.safetensors").unlink()
     index(sharded, {"y": "a-2.safetensors"})
     message = fault(read_model, sharded / INDEX)

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pickle
+import re
 import zipfile
 from dataclasses import replace
 
@@ -233,6 +234,12 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path, case, suffix):
         rwkv_jax.load(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
     assert ";" in str(caught.value)  # and the remedy
+
+
+def test_names_that_no_file_has():
+    for name, message in ("", "the name of the model is empty"), ("a\0b", r"a\x00b: no file has"):
+        with pytest.raises(UserError, match=re.escape(message)):
+            rwkv_jax.load(name)
 
 
 def test_files_that_are_not_weights(tmp_path):

@@ -72,7 +72,9 @@ def test_any_bytes_from_a_pipe(scripted, tmp_path, monkeypatch, capsys):
         sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfcaf\xe9\n\nlast"), "utf-8")
     )
     command.chat(telling(scripted, " One\0", " Two\0"), settings={"seed": 0}, save=path)
-    assert capsys.readouterr().out == "One\nTwo\n"
+    out, err = capsys.readouterr()
+    assert out == "One\nTwo\n"
+    assert err.count("[what is not UTF-8 in this line is read as \ufffd") == 1
     assert transcript(path, scripted) == (
         "User: caf\ufffd\n\nAssistant: One\n\nUser: last\n\nAssistant: Two\n\n"
     )
@@ -236,8 +238,12 @@ def test_resumed(talk, scripted, tmp_path):
         "User: b\n\nAssistant: <think>B</t\n</think>\n\n"
     )
     given = {"seed": 7, "think": "off", "max_tokens": 6, "sampling": PRESETS["chat"]}
-    err = talk([":set"], settings=given, resume=path).err
+    same = {"template": TEMPLATES["g1"], "system": "Be kind."}  # as a script may say each time
+    err = talk([":set"], settings=given, resume=path, **same).err
     assert "top_k 0," in err and "tokens 6, think off, seed 7]" in err
+    for other in {"template": TEMPLATES["world"]}, {"system": ""}:
+        with pytest.raises(UserError, match=r"it\.safetensors has a template and a system prompt"):
+            talk(["a"], ["\0"], resume=path, **other)
 
 
 def test_from_a_prefix_also_after_reset_and_load(talk, scripted, tmp_path):
@@ -261,8 +267,6 @@ def test_from_a_prefix_also_after_reset_and_load(talk, scripted, tmp_path):
         ({"settings": {"max_tokens": -1}}, "tokens -1"),
         ({"settings": {"think": "hard"}}, "think hard"),
         ({"settings": {"think": "on"}, "template": TEMPLATES["world"]}, "think on"),
-        ({"resume": Path("it.safetensors"), "system": "x"}, "it.safetensors has a template and"),
-        ({"resume": Path("it.safetensors"), "template": TEMPLATES["g1"]}, "has a template and"),
         ({"resume": Path("none.safetensors")}, "none.safetensors"),
     ],
 )

@@ -134,8 +134,25 @@ def test_a_text_between_two_is_written(run, capsys, tmp_path):
     for flags in (["--suffix", r")\n"], ["--suffix-file", tmp_path / "after"]):
         assert sample_py(run, "def(", *flags, *FLAGS) == 0
         assert capsys.readouterr().out == f"def({middle})\n\n"
-    assert sample_py(run, "def(", "--suffix", r")\n", "--no-echo", *FLAGS) == 0
-    assert capsys.readouterr().out == middle + "\n"
+    named = tmp_path / "RWKV-x070-World-0.1B"  # which has not learned it
+    named.symlink_to(run)
+    for model, remark in (run, ""), (named, "this model is World 0.1B, by its name, and only G1"):
+        assert sample_py(model, "def(", "--suffix", r")\n", "--no-echo", *FLAGS) == 0
+        out, err = capsys.readouterr()
+        assert out == middle + "\n"
+        assert remark in err and (remark or "--suffix" not in err)
+
+
+def test_the_rate_is_of_what_followed_the_first_call():
+    """Chunks of one call come together; a chunk of no tokens may come any time later."""
+    meter = terminal.Meter()
+    calls = [(0, 1, 5.0), (1, 1, 5.0), (0, 4, 7.0), (1, 4, 7.0), (0, 4, 8.0), (0, 0, 99.0)]
+    chunks = (TextChunk(index, "", tokens, drawn=drawn) for index, tokens, drawn in calls)
+    meter.play(chunks, lambda chunk: None)
+    assert meter.summary() == "14 tokens, 4.0 tokens/s"
+    meter = terminal.Meter()
+    meter.play([TextChunk(i, "", 1, drawn=1.0) for i in range(3)], lambda chunk: None)
+    assert meter.summary() == "3 tokens"
 
 
 def test_logprobs_in_a_file(run, capsys, tmp_path):
@@ -213,6 +230,7 @@ def test_the_compute_type(run, capsys):
         (["TMP/none", "--state", "TMP/none.pth"], "none.pth: cannot be read"),
         (["TMP/none", "--state", "TMP"], "is a folder; name a file"),
         (["TMP/none", "--state", "~nobody-has-this-name/x"], "/x: cannot be read"),
+        (["TMP/huge", "--state", "TMP/fresh/s.safetensors"], "state of version 6, but the"),
         (["TMP/none", "--chat", "--seed", "-1"], "seed -1: between"),
         (["TMP/none", "--chat", "--tokens", "-1"], "tokens -1: 0 or more"),
         (["TMP/none", "--chat", "--think", "hard"], "think hard: one of off"),
@@ -231,6 +249,8 @@ def test_bad_input_is_one_line_and_exit_code_2(run, arguments, message, tmp_path
     (tmp_path / "fresh").mkdir()
     (tmp_path / "fresh" / "config.toml").write_text((run / "config.toml").read_text())
     ByteTokenizer().save(tmp_path / "fresh" / "tokenizer")
+    (tmp_path / "huge").symlink_to(tmp_path / "fresh")  # it has no checkpoint that could be read
+    states.save(tmp_path / "fresh" / "s.safetensors", init_state(config("6"), 1))
     filled = [a.replace("TMP", str(tmp_path)).replace("RUN", str(run)) for a in arguments]
     try:
         code = sample_py(*filled)

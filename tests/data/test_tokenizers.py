@@ -434,6 +434,9 @@ def test_not_a_tokenizer_file(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text('{"model":\n 5}', encoding="utf-8")
     assert fault(open_tokenizer, str(path)).startswith(f"{path}: not a tokenizer.json (")
+    path.with_suffix(".txt").write_text("hello\n1 'a' 1\n")
+    message = fault(open_tokenizer, str(path.with_suffix(".txt")))
+    assert "not an RWKV vocabulary (line 1 is not `ID REPR LENGTH`" in message
     path.write_bytes(b"\xff")
     assert "not UTF-8" in fault(open_tokenizer, str(path))
 
