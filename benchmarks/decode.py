@@ -8,8 +8,8 @@ their logits after a prompt are compared; `jaxrwkv` makes weights of its own, an
 
 A decode step of B rows is compared with the model's matrix products alone for B rows, each waiting
 for the one before it: a lower bound for any decoder that multiplies by these matrices. One row is
-also compared with one matrix-vector product over as many bytes. `--before` has one row decoded by
-another checkout of the project too. All run with the malloc settings of sample.py.
+also compared with one matrix-vector product over as many bytes. `--before` has another checkout of
+the project read and decode one row too. All run with the malloc settings of sample.py.
 
 `--check` exits with 1 if a step of any batch takes more than 1.25 times its products, or one row
 decodes at less than 0.95 of the speed of `--before`.
@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=16, help="steps per contestant and turn")
     parser.add_argument("--threads", type=int, default=harness.device()["cores"])
-    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="one row, by older code")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="older code, one row")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bound is missed")
     return parser.parse_args()
 
@@ -78,14 +78,7 @@ def main() -> int:
         console.print(f"[dim]round {index + 1} of {args.rounds}[/]")
         steps.append(step_times(writers, products, args.tokens, index))
         reads.append(
-            {
-                length: harness.in_turn(
-                    {name: w for name, w in writers.items() if name != BEFORE},
-                    {"read": length},
-                    index,
-                )
-                for length in READS
-            }
+            {length: harness.in_turn(writers, {"read": length}, index) for length in READS}
         )
         rates.append(harness.in_turn(readers, {"repeats": args.tokens}, index))
     for worker in (products, *readers.values()):
