@@ -200,12 +200,18 @@ class DataConfig(_Table):
     """The text, and how it is cut into tokens."""
 
     source: str = "stdlib"
-    """`stdlib` (this interpreter's own library), a file, a folder, a glob, `.jsonl[.gz|.zst]`,
-    `.parquet`, a folder of Hugging Face's `datasets`, or a binidx pair (`.bin` and `.idx`)."""
+    """`stdlib` (this interpreter's own library), a file, a folder or a glob (text and JSON, also as
+    `.gz` or `.zst`; Parquet), a folder of Hugging Face's `datasets`, or a binidx pair (`.bin` and
+    `.idx`)."""
     mixture: dict[str, float] = dataclasses.field(default_factory=dict)
     """Several sources instead: source -> weight, its share of the samples."""
     field: str = "text"
-    """The field of a JSON line that holds the text, or the turns of a conversation."""
+    """The field of JSON records or table rows that holds the text or the turns of a conversation;
+    `text`, where they have none: `messages`, `instruction` and the like (docs/data.md). Empty: JSON
+    is text like any other."""
+    strict: bool = False
+    """Whether a record without text (null, half a surrogate pair) is an error; otherwise up to 1 %
+    of them are left out."""
     document: Literal["file", "line"] = "file"
     """Plain text: one document per file, or one per line."""
     heldout: Annotated[float, "at least 0 and below 1"] = 0.03
@@ -229,6 +235,9 @@ class DataConfig(_Table):
     train_on: Literal["all", "answers", "spans"] = "all"
     """The tokens whose prediction is trained: all; the assistant's in conversations; or those in
     the field `spans` of a JSON line, [[first, last + 1], ...] in characters."""
+    train_stops: bool = True
+    """With "answers": replies are trained with all that a chat stops at, the name of the next role
+    included; false: without that name, as before December 2026."""
     template: Literal["g1", "world", "raven", "flower"] = "g1"
     """How conversations are written as text."""
     exit_tokens: Annotated[int, "0 or more"] = 0
@@ -342,6 +351,11 @@ class TrainConfig(_Table):
             )
         if not self.output:
             yield ("train.output is empty: the run's folder")
+        if re.match(r"[a-z][a-z0-9+.-]+://", self.output):
+            yield (
+                f"train.output = {self.output}: checkpoints are not written to URLs; name a folder"
+                " (a bucket can be mounted as one: gcsfuse, mountpoint-s3)"
+            )
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def test_every_setting_can_be_read():
         "data": dict(source="a", field="b", document="line", heldout=0.5, tokenizer="c")
         | dict(bpe_vocab_size=600, cache="d", mixture={}, sampler="sequential", packing="stream")
         | dict(reset=False, train_on="spans", template="world", exit_tokens=2**40)
-        | dict(special_tokens=True),
+        | dict(special_tokens=True, strict=True, train_stops=False),
         "optimizer": dict(peak_lr=2.0, final_lr=1.0, warmup_steps=3, beta1=0.4, beta2=0.5)
         | dict(eps=6.0, weight_decay=7.0, clip=8.0),
         "train": dict(output="a", init="b", seed=1, steps=2, batch=12, context=4, accumulate=3)

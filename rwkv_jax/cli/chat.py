@@ -22,6 +22,7 @@ from rwkv_jax.cli.terminal import (
 )
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.conversations import TEMPLATES, Template
+from rwkv_jax.data.records import ANSWERS, CONVERSATIONS
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.errors import UserError
 from rwkv_jax.sampling import Generator, Prefix
@@ -57,9 +58,6 @@ commands:
 
 Ctrl-C stops the reply, Ctrl-D exits.
 """
-
-CONVERSATIONS = ("messages", "conversations", "conversation", "turns")
-"""Fields of JSON lines that hold conversations in most data sets."""
 
 REASONS = {"length": "cut off", "end": "end of document"}
 """Ends of a reply that are worth a note."""
@@ -127,7 +125,7 @@ def likely_template(model: Path, cfg: ModelConfig, tokenizer: Tokenizer) -> tupl
     name = model.expanduser().absolute()
     if (name / store.CONFIG).is_file():
         run = store.read_config(name)
-        if run.data.train_on == "answers" or run.data.field in CONVERSATIONS:
+        if run.data.train_on == "answers" or run.data.field in (*CONVERSATIONS, *ANSWERS):
             return run.data.template, "its run was trained with it"
         name = Path(run.train.init) if run.train.init else name
     release, usual = release_of(name), template_for(cfg, tokenizer)

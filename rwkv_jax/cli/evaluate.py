@@ -188,17 +188,23 @@ def _heldout(data: Any) -> Iterable[str]:
 def _documents(data: Any, heldout: bool = False) -> Iterable[str]:
     """All documents of a text, or those that a run held out."""
     from rwkv_jax.data.corpus import open_corpus
+    from rwkv_jax.data.records import LeftOut
 
     named = contextlib.nullcontext if heldout else _naming_arguments
     with named():
         corpus = open_corpus(data)
-    if corpus.skipped:
-        files = f"{corpus.skipped:,} file{'s' * (corpus.skipped != 1)}"
-        print(f"{data.source}: {files} left out, not UTF-8 text", file=sys.stderr)
+    for why, count in corpus.skipped.items():
+        files = f"{count:,} file{'s' * (count != 1)}"
+        print(f"{data.source}: {files} left out, {why}", file=sys.stderr)
 
     def texts() -> Iterator[str]:
+        left_out = LeftOut(data.strict)
         with named():
-            yield from (x.text for x in corpus.documents() if x.heldout or not heldout)
+            documents = corpus.documents(left_out=left_out)
+            yield from (x.text for x in documents if x.heldout or not heldout)
+            left_out.check()
+        if left_out.count:
+            print(left_out, file=sys.stderr)
 
     return texts()
 

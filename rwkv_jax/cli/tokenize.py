@@ -47,6 +47,7 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax tokenize") -> int
     add("--template", choices=("g1", "world", "raven", "flower"), default="g1", help=what)
     what = "names of special tokens in the text are those tokens, not letters"
     add("--special-tokens", action="store_true", help=what)
+    add("--strict", action="store_true", help="a record without text is an error")
     add("--workers", type=_count, metavar="N", help="processes (default: one for each core)")
     add("--overwrite", action="store_true", help="replace OUT if it exists")
     return run(spoken(prog), partial(_tokenize, parser.parse_args(arguments)))
@@ -70,6 +71,7 @@ def _tokenize(args: argparse.Namespace) -> None:
         document=args.document,
         template=args.template,
         special_tokens=args.special_tokens,
+        strict=args.strict,
     )
     with reporting(reading_bar(), "tokenising") as progress:
         result = tokenize(
@@ -85,7 +87,8 @@ def _tokenize(args: argparse.Namespace) -> None:
 
 def _report(result: Any, seconds: float) -> None:
     counts, console = result.counts, Console(width=width())
-    skipped = f"{counts.skipped:,} files that are not readable UTF-8 text"
+    skipped = f"{counts.skipped:,} files: not readable UTF-8 text, or JSON for other purposes"
+    records = f"{counts.left_out:,} of {counts.records:,} records, without text"
     rows = {
         "pair": f"{result.path}.bin, {result.path.name}.idx",
         "documents": f"{counts.documents:,}",
@@ -93,7 +96,7 @@ def _report(result: Any, seconds: float) -> None:
         "tokens": f"{counts.tokens:,}",
         "bytes a token": f"{counts.bytes / counts.tokens:.3f}",
         "speed": f"{result.new_bytes / 1e6 / seconds:,.1f} MB/s" if result.new_bytes else "",
-        "skipped": skipped if counts.skipped else "",
+        "left out": "; ".join([skipped] * bool(counts.skipped) + [records] * bool(counts.left_out)),
     }
     header(console, "", rows)
     console.print("\nfor the official recipe:", highlight=False)

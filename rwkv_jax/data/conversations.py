@@ -17,6 +17,8 @@ Sources: the templates of BlinkDL's models, `RWKV-v7/RWKV7-G1x-templates.txt` of
 `API_DEMO_CHAT.py` of BlinkDL/ChatRWKV.
 """
 
+import contextlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -94,11 +96,17 @@ TEMPLATES = {
 models since G1h."""
 
 ROLES = {
-    "system": "system",
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "bot", "gpt", "model"), "bot"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "bot", "gpt", "model", "ai", "chatgpt", "chatbot"), "bot"),
+    **dict.fromkeys(("tool", "function", "ipython", "observation"), "tool"),
 }
-"""Role names found in data sets, and the template's role that each one means."""
+"""Role names found in data sets, in small letters, and what each one means: a role of the template,
+or the result of a tool, which the official templates put into the user's turn."""
+
+ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
+RESULT = "Function output:\n"
+"""What precedes the result of a tool. Source: RWKV7-G1x-templates.txt."""
 
 Spans = tuple[tuple[int, int], ...]
 """Parts of a text, as (first character, last + 1)."""
@@ -118,11 +126,16 @@ def clean(text: str) -> str:
     return "\n".join(filter(None, (line.rstrip() for line in lines))).strip()
 
 
-def render(turns: list[Any], template: Template) -> tuple[str, Spans]:
+def render(turns: list[Any], template: Template, *, stops: bool = True) -> tuple[str, Spans]:
     """The conversation as text, and the spans of the assistant's replies in it.
 
-    A turn is a mapping with `role` and `content` (or `from` and `value`). The span of a reply
-    starts after the colon and ends at the next turn, so that the model also learns to stop. Raises
+    A turn is a mapping with `role` and `content` (or other names for them: `ROLE_KEYS`,
+    `CONTENT_KEYS`); `content` is a text, or a list of parts with a `text`. Calls of tools
+    (`tool_calls`) are a block of JSON in the reply.
+
+    The span of a reply starts after the colon and contains what a chat stops at, so that the model
+    learns to stop: the end of its turn, and in templates whose replies may have empty lines the
+    name of the next role (not without `stops`: as versions before December 2026 trained). Raises
     ConversationError for anything else.
 
     >>> render([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hi."}],
@@ -137,6 +150,8 @@ def render(turns: list[Any], template: Template) -> tuple[str, Spans]:
             raise ConversationError(
                 f"turn {number} has the role system, which the template does not support"
             )
+        if stops and template.paragraphs and not template.mark and spans and spans[-1][1] == size:
+            spans[-1] = spans[-1][0], size + len(name + template.colon)
         text = template.turn(name, template.clean(content, role))
         if number == len(turns) and not template.mark:
             text = text.removesuffix(template.end)
@@ -148,16 +163,45 @@ def render(turns: list[Any], template: Template) -> tuple[str, Spans]:
 
 
 def _turn(turn: Any, number: int) -> tuple[str, str]:
+    """Role in a template and text of a turn."""
     if not isinstance(turn, Mapping):
         raise ConversationError(f"turn {number} is not an object with role and content")
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if not isinstance(role, str) or role not in ROLES:
+    role = next((turn[key] for key in ROLE_KEYS if key in turn), None)
+    known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    if known is None:
         raise ConversationError(
             f"turn {number} has the role {role!r}, not one of {', '.join(ROLES)}"
         )
-    if not isinstance(content, str):
+    content = next((turn[key] for key in CONTENT_KEYS if turn.get(key) is not None), None)
+    parts = [] if content is None else content if isinstance(content, list) else [content]
+    texts = [_part(part, number) for part in parts]
+    calls = turn.get("tool_calls") or [{"function": turn.get("function_call")}]
+    texts += [f"```json\n{call}\n```" for call in map(_call, calls) if call]
+    if not texts:
         raise ConversationError(f"turn {number} has no text as content")
-    return ROLES[role], content
+    text = "\n".join(texts)
+    return ("user", RESULT + text) if known == "tool" else (known, text)
+
+
+def _part(part: Any, number: int) -> str:
+    """The text of a part of a turn's content."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise ConversationError(f"turn {number} has a part of type {kind!r}; only text can be read")
+
+
+def _call(call: Any) -> str:
+    """The JSON of a call of a tool; empty if it is none."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or "name" not in function:
+        return ""
+    arguments = function.get("arguments", {})
+    with contextlib.suppress(ValueError, TypeError):  # in OpenAI's format they are a JSON string
+        arguments = json.loads(arguments)
+    return json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
 
 
 def loss_mask(text: str, spans: Spans, sizes: np.ndarray) -> np.ndarray | None:

@@ -1,9 +1,9 @@
 """Documents: the text of a `data.source`, cut into training and held-out documents.
 
-A document is a file (`data.document = "file"`), a line (`"line"`, and always for `.jsonl`), or a
-row of a table (`.parquet`, `.arrow`). A document is held out if the BLAKE2b hash of its name (for
-lines and rows: of its text, so that equal ones stay together) falls below `data.heldout`: adding a
-document moves no other, and no random state is involved. Of a single plain file that is one
+A document is a file (`data.document = "file"`), a line (`"line"`), or a record of JSON or of a
+table (`records.py`). A document is held out if the BLAKE2b hash of its name (for lines and records:
+of its text, so that equal ones stay together) falls below `data.heldout`: adding a document moves
+no other, and no random state is involved. Of a single plain file that is one
 document, the last `data.heldout` share is held out, from the start of a line.
 
 Only UTF-8 is read. A file in another encoding (PEP 263 allows that in Python sources: 4 of Python
@@ -13,30 +13,42 @@ path, it is an error."""
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rwkv_jax.config import DataConfig
-from rwkv_jax.data.conversations import TEMPLATES, ConversationError, Spans, render
+from rwkv_jax.data.conversations import ConversationError, Spans
 from rwkv_jax.data.files import (
+    JSON_LINES,
     CorpusError,
     Report,
     SourceFile,
     check_length,
     find_files,
+    json_problem,
     lines_before,
     longest_document,
     read_lines,
+    read_values,
     read_whole,
     text_problem,
     unreported,
 )
-from rwkv_jax.data.tables import read_rows
+from rwkv_jax.data.records import (
+    ANSWERS,
+    MORE_FIELDS,
+    TEXT,
+    LeftOut,
+    NoTextError,
+    field_of,
+    text_of,
+)
+from rwkv_jax.data.tables import columns_of, read_rows
 
-Line = tuple[int, str, Spans | None]
-"""A line or row: its number, its text, and the parts of it that are trained on."""
+Record = tuple[int, Any]
+"""The number of a line or row, and what it holds."""
 
 
 @dataclass(frozen=True)
@@ -57,45 +69,48 @@ class Corpus:
 
     cfg: DataConfig
     files: tuple[SourceFile, ...]
-    skipped: int = 0
-    """Files left out because they are not UTF-8 text or cannot be read."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Why files were left out -> how many."""
     bytes_on_disk: int = 0
     fingerprint: str = ""
     """Hash of every file's name and content, and of the settings that decide the documents."""
     longest: int = sys.maxsize
     """The most bytes that a document may have."""
 
-    def documents(self, report: Report = unreported) -> Iterator[Document]:
+    def documents(
+        self, report: Report = unreported, left_out: LeftOut | None = None
+    ) -> Iterator[Document]:
         """Non-empty documents in the order of the files.
 
+        Records without a text are counted in `left_out`; without it the first one is an error.
         Raises CorpusError naming file and line of what cannot be read.
         """
+        left_out = left_out or LeftOut(strict=True)
         for file in self.files:
-            if file.table or file.json_lines:
-                read = self._rows if file.table else self._lines
-                yield from self._each(file, read(file, report))
+            if file.kind != "text":
+                yield from self._records(file, report, left_out)
             elif self.cfg.train_on != "all":
                 raise CorpusError(
                     f"{file.path}: data.train_on = {self.cfg.train_on!r} needs JSON lines or a"
                     ' table, which say what is trained on; give one, or set it to "all"'
                 )
             elif self.cfg.document == "line":
-                yield from self._each(file, self._lines(file, report))
+                for number, line in enumerate(read_lines(file, report, self.longest), 1):
+                    yield from self._one(file, number, _decoded(line, file, number))
             else:
                 yield from self._whole(file, report)
 
-    def _each(self, file: SourceFile, lines: Iterator[Line]) -> Iterator[Document]:
-        for number, text, spans in lines:
-            if text:
-                heldout = hash_share(text) < self.cfg.heldout
-                yield Document(f"{file.name}:{number}", text, heldout, spans)
+    def _one(
+        self, file: SourceFile, number: int, text: str, spans: Spans | None = None
+    ) -> Iterator[Document]:
+        """The document of a line or row, unless it is empty."""
+        if text:
+            yield Document(
+                f"{file.name}:{number}", text, hash_share(text) < self.cfg.heldout, spans
+            )
 
     def _whole(self, file: SourceFile, report: Report) -> Iterator[Document]:
-        data = read_whole(file, report, self.longest)
-        try:
-            text = _decode(data)
-        except _Problem as problem:
-            raise CorpusError(f"{file.path}: {problem}") from problem
+        text = _decoded(read_whole(file, report, self.longest), file)
         if text and self.single_document:
             place = int(len(text) * (1 - self.cfg.heldout))
             cut = text.find("\n", place) + 1
@@ -107,30 +122,19 @@ class Corpus:
         elif text:
             yield Document(file.name, text, hash_share(file.name) < self.cfg.heldout)
 
-    def _lines(self, file: SourceFile, report: Report) -> Iterator[Line]:
-        for number, line in enumerate(read_lines(file, report, self.longest), 1):
-            if file.json_lines and not line.strip():
+    def _records(self, file: SourceFile, report: Report, left_out: LeftOut) -> Iterator[Document]:
+        for number, record in _read_records(file, self.cfg, report, self.longest):
+            left_out.records += 1
+            try:
+                text, spans = text_of(record, self.cfg)
+            except NoTextError as error:
+                left_out.add(_place(file, number), error)
                 continue
-            try:
-                text, spans = _decode(line), None
-                if file.json_lines:
-                    text, spans = _json_text(text, self.cfg)
-            except _Problem as problem:
-                # The lines before a part of a file are counted only for an error.
-                place = f"{file.path}:{lines_before(file) + number}"
-                raise CorpusError(f"{place}: {problem}") from problem
-            yield number, text, spans
-
-    def _rows(self, file: SourceFile, report: Report) -> Iterator[Line]:
-        more = ["spans"] if self.cfg.train_on == "spans" else []
-        for number, record in read_rows(file, self.cfg.field, *more, report=report):
-            where = f"{file.path}:{number}"
-            try:
-                text, spans = _record_text(record, self.cfg)
             except ConversationError as error:
-                raise CorpusError(f"{where}: column {self.cfg.field!r}: {error}") from error
-            check_length(text, where, self.longest)
-            yield number, text, spans
+                raise CorpusError(f"{_place(file, number)}: {error}") from error
+            if file.kind != "lines":  # whose lines are short enough
+                check_length(text, _place(file, number), self.longest)
+            yield from self._one(file, number, text, spans)
 
     @property
     def single_document(self) -> bool:
@@ -138,8 +142,7 @@ class Corpus:
         return (
             self.cfg.document == "file"
             and len(self.files) == 1
-            and not self.files[0].json_lines
-            and not self.files[0].table
+            and self.files[0].kind == "text"
             and names_file(self.cfg.source)
         )
 
@@ -156,30 +159,61 @@ def names_file(source: str) -> bool:
 
 def open_corpus(cfg: DataConfig, longest: int | None = None) -> Corpus:
     """The corpus of a config, each file read once to check and hash it. A document may have
-    `longest` bytes; None: as many as the available memory allows.
+    `longest` bytes; None: as many as the available memory allows. The `field` of its config is the
+    one that is read (`field_of`).
 
     Raises CorpusError if there are no files, or a file named by its own path is not UTF-8 text.
     """
-    files, skipped, size = [], 0, 0
+    found = find_files(cfg.source, plain=not cfg.field)
+    cfg = with_field(cfg, found)
+    files, skipped, size = [], {}, 0
     content = hashlib.blake2b(digest_size=16)
-    for file in find_files(cfg.source):
+    for file in found:
         digest = hashlib.blake2b(digest_size=16)
-        if skip_reason(file, cfg, digest):
-            skipped += 1
+        if reason := skip_reason(file, cfg, digest):
+            skipped[reason] = skipped.get(reason, 0) + 1
             continue
         files.append(file)
         size += file.path.stat().st_size
-        content.update(json.dumps([file.name, file.json_lines, digest.hexdigest()]).encode())
+        kind = "json" if file.kind == "json" else file.kind == "lines"
+        content.update(json.dumps([file.name, kind, digest.hexdigest()]).encode())
     if not files:
-        raise CorpusError(
-            f"data.source = {cfg.source}: none of its {skipped} files is UTF-8 text; give text"
-        )
+        why = "; ".join(f"{count} are {reason}" for reason, count in skipped.items())
+        raise CorpusError(f"data.source = {cfg.source}: none of its files can be read: {why}")
     named = names_file(cfg.source)
     settings = [cfg.field, cfg.document, cfg.heldout, named, cfg.train_on, cfg.template]
     settings += ["special tokens"] if cfg.special_tokens else []  # older caches stay valid
+    settings += ["stops"] if cfg.train_on == "answers" and cfg.train_stops else []
     content.update(json.dumps(settings).encode())
     longest = longest_document() if longest is None else longest
     return Corpus(cfg, tuple(files), skipped, size, content.hexdigest(), longest)
+
+
+def with_field(cfg: DataConfig, files: Iterable[SourceFile]) -> DataConfig:
+    """The config with the field that the records of the files have (`field_of`).
+
+    Raises CorpusError if a field is named and none of the files has records.
+    """
+    for file in files:
+        if file.kind != "text":
+            return replace(cfg, field=field_of(_first_record(file, cfg), cfg.field))
+    if cfg.field not in ("", TEXT):
+        raise CorpusError(
+            f"data.field = {cfg.field}: {cfg.source} has no fields: it is plain text; leave"
+            " data.field out, or give JSON or a table"
+        )
+    return cfg
+
+
+def _first_record(file: SourceFile, cfg: DataConfig) -> Any:
+    """The first record of a file that is not null, or something with its fields; None if there is
+    none, or it cannot be read."""
+    try:
+        if file.kind == "table":
+            return dict.fromkeys(columns_of(file))
+        return next((x for _, x in _read_records(file, cfg) if x is not None), None)
+    except CorpusError:  # reading all of it will say why
+        return None
 
 
 def skip_reason(file: SourceFile, cfg: DataConfig, digest: Any = None) -> str | None:
@@ -193,81 +227,60 @@ def skip_reason(file: SourceFile, cfg: DataConfig, digest: Any = None) -> str | 
     except CorpusError:
         # Broken compressed data is damage, not a file of another kind: only what is unreadable is
         # skipped.
-        if named or file.compressed:
+        if named or file.compression:
             raise
         problem = "cannot be read"
     if problem and named:
         raise CorpusError(f"{file.path}: {problem}; convert it to UTF-8 text first")
-    return problem
+    if problem:
+        return UNREADABLE
+    # Among texts there are often some JSON files for other purposes.
+    if not named and file.kind in ("lines", "json") and not file.plain_name.endswith(JSON_LINES):
+        record = _first_record(file, cfg)
+        if not isinstance(record, Mapping) or cfg.field not in record:
+            return f"JSON without a field {cfg.field!r}"
+    return None
 
 
-class _Problem(ValueError):
-    """A fault in a document; the caller adds the place."""
+UNREADABLE = "not readable UTF-8 text"
+"""Why most files that are skipped are."""
 
 
-def _decode(data: bytes) -> str:
+def _read_records(
+    file: SourceFile,
+    cfg: DataConfig,
+    report: Report = unreported,
+    longest: int = sys.maxsize,
+) -> Iterator[Record]:
+    """The records of JSON or a table. Raises CorpusError with file and line of what is neither."""
+    if file.kind == "table":
+        more = [x for x in (*MORE_FIELDS, *ANSWERS.get(cfg.field, ())) if x != cfg.field]
+        yield from read_rows(file, cfg.field, *more, report=report)
+    elif file.kind == "json":
+        yield from read_values(file, report, longest)
+    else:
+        for number, line in enumerate(read_lines(file, report, longest), 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(_decoded(line, file, number))
+                except (ValueError, RecursionError) as error:
+                    if isinstance(error, CorpusError):
+                        raise
+                    place = _place(file, number)
+                    raise CorpusError(f"{place}: {json_problem(error)}") from error
+
+
+def _place(file: SourceFile, number: int) -> str:
+    """Where a record is; the lines before a part of a file are counted only for this."""
+    before = lines_before(file) if file.kind != "table" and file.begin else 0
+    return f"{file.path}:{before + number}"
+
+
+def _decoded(data: bytes, file: SourceFile, number: int = 0) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise _Problem(f"not UTF-8 ({error.reason}); convert it to UTF-8 text first") from error
-
-
-def _json_text(line: str, cfg: DataConfig) -> tuple[str, Spans | None]:
-    """The text of a JSON line, and the parts of it that are trained on."""
-    field = cfg.field
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise _Problem(
-            f"not JSON ({error.msg}, column {error.colno}); one object a line"
+        place = _place(file, number) if number else file.path
+        raise CorpusError(
+            f"{place}: not UTF-8 ({error.reason}); convert it to UTF-8 text first"
         ) from error
-    except (ValueError, RecursionError) as error:  # numbers and depths beyond Python's limits
-        raise _Problem(f"JSON that cannot be read ({error}); correct the line") from error
-    if not isinstance(record, dict):
-        raise _Problem(f"a JSON {type(record).__name__}, not an object with a field {field!r}")
-    if field not in record:
-        found = ", ".join(sorted(record)) or "none"
-        raise _Problem(f"no field {field!r}; set data.field to one of its fields: {found}")
-    try:
-        text, spans = _record_text(record, cfg)
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _Problem(
-            f"field {field!r} holds half a surrogate pair, which is not text; correct the line, or"
-            " leave it out"
-        ) from error
-    except ConversationError as error:
-        raise _Problem(f"field {field!r}: {error}") from error
-    return text, spans
-
-
-def _record_text(record: dict, cfg: DataConfig) -> tuple[str, Spans | None]:
-    """The text of a record, and the parts of it that are trained on. Raises ConversationError."""
-    value = record[cfg.field]
-    if isinstance(value, list):
-        text, answers = render(value, TEMPLATES[cfg.template])
-        if cfg.train_on == "spans":
-            raise ConversationError('turns have no spans; set data.train_on = "answers"')
-        return text, answers if cfg.train_on == "answers" else None
-    if value is None:
-        raise ConversationError("null, which is no text; leave the line out")
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise ConversationError(f"a {kind}, not text or a list of turns; set data.field")
-    if cfg.train_on == "answers":
-        raise ConversationError('text, not a list of turns, which data.train_on = "answers" needs')
-    return value, _spans(record, value) if cfg.train_on == "spans" else None
-
-
-def _spans(record: dict, text: str) -> Spans:
-    spans = record.get("spans")
-    found = []
-    for pair in spans if isinstance(spans, list) else [spans]:
-        numbers = pair if isinstance(pair, list) and [type(x) for x in pair] == [int, int] else None
-        if numbers is None or not 0 <= numbers[0] <= numbers[1] <= len(text):
-            raise ConversationError(
-                f"the field 'spans' holds {pair!r}, not [first, last + 1] of the text's"
-                f" {len(text):,} characters"
-            )
-        found.append((numbers[0], numbers[1]))
-    return tuple(found)

@@ -7,15 +7,17 @@ ends: a truncated one is an error, never a shorter corpus."""
 import codecs
 import contextlib
 import glob
+import itertools
 import json
 import os
+import re
 import sys
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import zstandard
 
@@ -27,6 +29,11 @@ BOM = codecs.BOM_UTF8
 """The mark that some editors put at the start of a file; it is no part of the text."""
 COMPRESSED = (".gz", ".zst")
 TABLES = (".parquet", ".arrow")
+JSON, JSON_LINES = ".json", (".jsonl", ".ndjson", ".jsonlines")
+HEAD = 1 << 16
+"""Bytes at the start of a file that say what is in it."""
+CUT = 16
+"""Characters at the end of a JSON text in which an error may come from its being cut."""
 MEMORY_PER_BYTE = 50
 """Bytes of memory needed to tokenise a byte of a document. Measured with one text of 10 MB and with
 many small ones: 50 for a BPE of `tokenizers`, 10 to 16 for World, 10 for bytes."""
@@ -55,33 +62,47 @@ class SourceFile:
     this index on."""
     end: int | None = None
     """Only the lines or row groups before this one."""
+    kind: Literal["text", "lines", "json", "table"] = "text"
+    """Plain text; JSON `lines`, an object each; `json`, an array of objects, or objects of several
+    lines; a `table` (Parquet, Arrow), whose rows are read by `tables`."""
 
     @property
-    def compressed(self) -> bool:
-        return self.path.suffix in COMPRESSED
+    def compression(self) -> str:
+        """`.gz`, `.zst` or empty."""
+        suffix = self.path.suffix.lower()
+        return suffix if suffix in COMPRESSED else ""
 
     @property
-    def json_lines(self) -> bool:
-        stem = self.path.stem if self.compressed else self.path.name
-        return stem.endswith(".jsonl")
-
-    @property
-    def table(self) -> bool:
-        """Whether it is Parquet or Arrow, whose rows are read by `tables`."""
-        return self.path.suffix in TABLES
+    def plain_name(self) -> str:
+        """Its own name in small letters, without the ending of a compression."""
+        return self.path.name.lower().removesuffix(self.compression)
 
 
-def find_files(source: str, setting: str = "data.source = ") -> list[SourceFile]:
+def find_files(
+    source: str, setting: str = "data.source = ", *, plain: bool = False
+) -> list[SourceFile]:
     """The files of a `data.source`, sorted by name, without hidden ones in folders and globs. Of a
-    folder that Hugging Face's `datasets` saved, the files that hold rows.
+    folder that Hugging Face's `datasets` saved, the files that hold rows. With `plain`, JSON is
+    text like any other.
 
     Raises CorpusError, which begins with `setting` and the source, if there are none.
     """
     if source == "stdlib":
         return _stdlib()
+    found = _find(source, setting)
+    return [file if plain and not _is_table(file) else with_kind(file) for file in found]
+
+
+def _find(source: str, setting: str) -> list[SourceFile]:
+    """`find_files`, of no kind yet."""
     path = Path(source).expanduser()
     if path.is_file():
         return [SourceFile(path, path.name)]
+    if re.match(r"[a-z][a-z0-9+.-]+://", source):
+        raise CorpusError(
+            f"{setting}{source}: URLs are not read; copy the data to this machine (hf download,"
+            " gcloud storage cp, curl) and name the copy"
+        )
     if path.is_dir():
         found = _saved_dataset(path) or _walk(path)
     elif glob.has_magic(source):
@@ -98,6 +119,49 @@ def find_files(source: str, setting: str = "data.source = ") -> list[SourceFile]
     if not found:
         raise CorpusError(f"{setting}{source}: no files in it; hidden files are not read")
     return sorted(found, key=lambda file: file.name)
+
+
+def with_kind(file: SourceFile) -> SourceFile:
+    """The file with its `kind`: by its ending, and by how it begins, as JSON has many endings."""
+    if _is_table(file):
+        return replace(file, kind="table")
+    head = _head(file)
+    lines, array = file.plain_name.endswith(JSON_LINES), head.startswith("[")
+    if not lines and not file.plain_name.endswith(JSON) and not _is_json(head):
+        return file
+    whole_line = lines or _first_object(head.partition("\n")[0]) is True
+    return replace(file, kind="lines" if whole_line and not array else "json")
+
+
+def _is_table(file: SourceFile) -> bool:
+    return file.plain_name.endswith(TABLES)
+
+
+def _head(file: SourceFile) -> str:
+    """How a file begins, without blanks; empty if it cannot be read."""
+    try:
+        start = b""
+        for chunk in read_chunks(file, size=HEAD):
+            start = (start + chunk)[:HEAD]
+            if len(start) == HEAD:
+                break
+    except CorpusError:
+        return ""
+    return start.removeprefix(BOM).decode(errors="replace").lstrip()
+
+
+def _is_json(head: str) -> bool:
+    """Whether a text begins as objects do, one alone or in an array."""
+    begins = re.match(r'\[?\s*(?=\{\s*")', head)
+    return bool(begins) and _first_object(head[begins.end() :]) is not False
+
+
+def _first_object(text: str) -> bool | None:
+    """Whether a text begins with a JSON object; None if it ends inside one."""
+    try:
+        return isinstance(_JSON.raw_decode(text)[0], dict)
+    except (ValueError, RecursionError) as error:
+        return None if _is_cut(error, text) else False
 
 
 def _walk(root: Path, suffix: str = "", without: tuple[str, ...] = ()) -> list[SourceFile]:
@@ -161,17 +225,20 @@ def _stdlib() -> list[SourceFile]:
     return sorted(found, key=lambda file: file.name)
 
 
-def read_chunks(file: SourceFile, report: Report = unreported) -> Iterator[bytes]:
-    """The file's decompressed bytes, in chunks.
+def read_chunks(
+    file: SourceFile, report: Report = unreported, size: int | None = None
+) -> Iterator[bytes]:
+    """The file's decompressed bytes, in chunks, `size` bytes of the file (`CHUNK`) at a time.
 
     Raises CorpusError if the file cannot be read, or its compressed data is broken or truncated.
     """
     # A line that starts at `begin` is recognised by the line end before it.
-    raw = _raw_chunks(file.path, report, 0 if file.table else max(0, file.begin - 1))
+    start = 0 if file.kind == "table" else max(0, file.begin - 1)
+    raw = _raw_chunks(file.path, report, start, size)
     try:
-        if file.path.suffix == ".gz":
+        if file.compression == ".gz":
             yield from _decompress(raw, lambda: zlib.decompressobj(wbits=31), b"\0")
-        elif file.path.suffix == ".zst":
+        elif file.compression == ".zst":
             yield from _decompress(
                 raw, zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
             )
@@ -179,7 +246,7 @@ def read_chunks(file: SourceFile, report: Report = unreported) -> Iterator[bytes
             yield from raw
     except (zlib.error, zstandard.ZstdError) as error:
         raise CorpusError(
-            f"{file.path}: not valid {file.path.suffix} data ({error}); compress it again"
+            f"{file.path}: not valid {file.compression} data ({error}); compress it again"
         ) from error
     except EOFError as error:
         raise CorpusError(
@@ -187,13 +254,15 @@ def read_chunks(file: SourceFile, report: Report = unreported) -> Iterator[bytes
         ) from error
 
 
-def _raw_chunks(path: Path, report: Report = unreported, start: int = 0) -> Iterator[bytes]:
+def _raw_chunks(
+    path: Path, report: Report = unreported, start: int = 0, size: int | None = None
+) -> Iterator[bytes]:
     with (
         disk.reading(path, "make it readable, or leave it out", CorpusError),
         path.open("rb") as stream,
     ):
         stream.seek(start)
-        while chunk := stream.read(CHUNK):
+        while chunk := stream.read(size or CHUNK):
             report(len(chunk))
             yield chunk
 
@@ -252,6 +321,70 @@ def read_lines(
 
 def _plain(line: bytes, place: int) -> bytes:
     return (line if place else line.removeprefix(BOM)).removesuffix(b"\r")
+
+
+def read_values(
+    file: SourceFile, report: Report = unreported, longest: int = sys.maxsize
+) -> Iterator[tuple[int, Any]]:
+    """The elements of a JSON array, or the JSON values that follow one another, each with the line
+    that it starts in.
+
+    Raises CorpusError for what is not JSON or not UTF-8, a file that is cut, and a value of more
+    than `longest` characters.
+    """
+    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+    text, line, read = "", 1, 0
+    started = array = closed = False
+    for chunk in itertools.chain(read_chunks(file, report), [b""]):
+        try:
+            text += decode(chunk, not chunk)
+        except UnicodeDecodeError as error:
+            raise CorpusError(f"{file.path}: not UTF-8 at byte {read + error.start}") from None
+        read, at, counted = read + len(chunk), 0, 0
+        while (at := _after_blanks(text, at)) < len(text):
+            line, counted = line + text.count("\n", counted, at), at
+            if text[at] == "[" and not started:
+                started = array = True
+                at += 1
+            elif array and text[at] in ",]":
+                closed = text[at] == "]"
+                at += 1
+            else:
+                try:
+                    value, end = _JSON.raw_decode(text, at)
+                except (ValueError, RecursionError) as error:
+                    if chunk and _is_cut(error, text):
+                        break  # its rest is in a later chunk
+                    raise CorpusError(f"{file.path}:{line}: {json_problem(error)}") from None
+                started = True
+                yield line, value
+                at = end
+        if len(text) - at > longest:
+            raise _too_long(f"{file.path}:{line}: a value", longest)
+        line, text = line + text.count("\n", counted, at), text[at:]
+    if array and not closed:
+        raise CorpusError(f"{file.path}: ends inside its array: it is cut; copy it again")
+
+
+def json_problem(error: Exception) -> str:
+    """What is wrong with a text that is not JSON, or beyond Python's limits."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error.msg}, column {error.colno}); correct the line"
+    return f"JSON that cannot be read ({error}); correct the line"
+
+
+def _is_cut(error: Exception, text: str) -> bool:
+    """Whether an error in a JSON text may come from its being cut."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.msg.startswith("Unterminated string") or error.pos > len(text) - CUT
+
+
+def _after_blanks(text: str, at: int) -> int:
+    return _BLANKS.match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]
+
+
+_JSON, _BLANKS = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
 
 
 def lines_before(file: SourceFile) -> int:
@@ -334,9 +467,9 @@ def _left_in_groups(base: Path, path: str, controllers: str) -> Iterator[int]:
 def text_problem(file: SourceFile, digest: Any = None) -> str | None:
     """Why the file is not UTF-8 text without NULs, or None; its bytes are fed to `digest`.
 
-    JSON lines and tables are hashed as they are on disk and not checked: reading them reports an
-    error with its line or row."""
-    if file.json_lines or file.table:
+    JSON and tables are hashed as they are on disk and not checked: reading them reports an error
+    with its line or row."""
+    if file.kind != "text":
         for chunk in _raw_chunks(file.path) if digest else ():
             digest.update(chunk)
         return None

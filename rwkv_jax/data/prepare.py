@@ -32,6 +32,7 @@ from rwkv_jax.data.conversations import loss_mask
 from rwkv_jax.data.corpus import Corpus, CorpusError, Document, hash_share, open_corpus
 from rwkv_jax.data.files import Report
 from rwkv_jax.data.pieces import pieces_of
+from rwkv_jax.data.records import LeftOut
 from rwkv_jax.data.tokenizers import (
     JsonTokenizer,
     Tokenizer,
@@ -120,10 +121,12 @@ def _build(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, show: bool
         task = bar.add_task(action, total=corpus.bytes_on_disk)
         return lambda count: bar.advance(task, count)
 
+    left_out = LeftOut(corpus.cfg.strict)
     # Older releases of rich print an empty line when a disabled bar stops: it is not started.
     with contextlib.nullcontext() if bar.disable else bar:
         tokenizer = tokenizer or _train_tokenizer(corpus, reporting("training the BPE"))
-        counts = _write(corpus, tokenizer, folder, reporting("tokenising"))
+        counts = _write(corpus, tokenizer, folder, reporting("tokenising"), left_out)
+    files_left_out = [f"{count:,} files: {why}" for why, count in corpus.skipped.items()]
     tokenizer.save(folder / TOKENIZER)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
@@ -132,7 +135,9 @@ def _build(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, show: bool
         "dtype": dtype_for(tokenizer.vocab_size).str,
         "digest": _digest(folder),
         "sizes": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
-        "counts": counts | {"skipped_files": corpus.skipped},
+        "counts": counts | {"skipped_files": sum(corpus.skipped.values())},
+        "left_out": [*files_left_out, *filter(None, [str(left_out)])],
+        "field": corpus.cfg.field,
     }
     disk.write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
@@ -154,7 +159,7 @@ def _train_tokenizer(corpus: Corpus, report: Report) -> Tokenizer:
     share = BPE_TRAINING_BYTES / max(1, corpus.bytes_on_disk)
     chosen = (
         piece
-        for document in corpus.documents(report)
+        for document in corpus.documents(report, LeftOut(corpus.cfg.strict))
         if not document.heldout and (share >= 1 or hash_share(f"bpe {document.name}") < share)
         for piece in pieces_of(document.text)
     )
@@ -162,8 +167,11 @@ def _train_tokenizer(corpus: Corpus, report: Report) -> Tokenizer:
     return JsonTokenizer(bpe.to_str(), "bpe", "the BPE just trained")
 
 
-def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, report: Report) -> dict[str, int]:
-    """Writes the pairs, the mask and the held-out text; returns the manifest's counts."""
+def _write(
+    corpus: Corpus, tokenizer: Tokenizer, folder: Path, report: Report, left_out: LeftOut
+) -> dict[str, int]:
+    """Writes the pairs, the mask and the held-out text; returns the manifest's counts. Raises
+    CorpusError if too many records are left out."""
     cfg, dtype = corpus.cfg, dtype_for(tokenizer.vocab_size)
     masked, encoder = cfg.train_on != "all", encoder_of(cfg, tokenizer)
     counts, trained = {f"{side}_bytes": 0 for side in SIDES}, 0
@@ -171,7 +179,8 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, report: Report) -
         pairs = {side: stack.enter_context(BinidxWriter(folder / side, dtype)) for side in SIDES}
         text = stack.enter_context(disk.replacing(folder / HELDOUT_TEXT))
         mask = stack.enter_context(disk.replacing(folder / MASK)) if masked else None
-        for document, ids in encoded(corpus.documents(report), encoder, BATCH_CHARACTERS):
+        documents = corpus.documents(report, left_out)
+        for document, ids in encoded(documents, encoder, BATCH_CHARACTERS):
             side, data = SIDES[document.heldout], document.text.encode()
             pairs[side].add(ids)
             counts[f"{side}_bytes"] += len(data)
@@ -181,6 +190,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, report: Report) -
                 chosen = _loss_mask(document, sizes_of(tokenizer, ids[:-1]))
                 mask.write(chosen.tobytes())
                 trained += int(chosen.sum())
+    left_out.check()
     counts |= {f"{side}_documents": pair.documents for side, pair in pairs.items()}
     _require_documents(cfg, counts["train_documents"], counts["heldout_documents"])
     if masked and not trained:

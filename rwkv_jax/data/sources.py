@@ -75,6 +75,12 @@ class Data:
                 yield text.decode(errors="replace")
 
     @property
+    def field(self) -> str:
+        """The field of the records of a single source; empty if that is not known."""
+        fields = [tokens.field for tokens in self.sources.values()]
+        return fields[0] if len(fields) == 1 else ""
+
+    @property
     def digest(self) -> str:
         """A hash of all sources: equal for equal data."""
         digests = [tokens.digest for tokens in self.sources.values()]

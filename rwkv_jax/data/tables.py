@@ -15,7 +15,8 @@ def read_rows(
     file: SourceFile, field: str, *more: str, report: Report = unreported
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The values of a column, and of those of `more` that exist, row by row; rows count from 1 at
-    the start of the file. The column holds text, or the turns of a conversation as a list.
+    the start of the file. The column holds text, or the turns of a conversation as a list; None is
+    null.
 
     Raises CorpusError naming file and row of anything else, UserError without pyarrow.
     """
@@ -32,6 +33,12 @@ def read_rows(
             report(place - reported)
             reported = place
         report(table.size - reported)
+
+
+def columns_of(file: SourceFile) -> list[str]:
+    """The names of the columns of a table. Raises as `read_rows`."""
+    with _reading(file) as arrow, _open(arrow, file) as table:
+        return table.schema.names
 
 
 def group_sizes(file: SourceFile) -> list[int]:
@@ -76,7 +83,7 @@ def _reading(file: SourceFile) -> Iterator[Any]:
 def _open(arrow: Any, file: SourceFile) -> Iterator[_Table]:
     with contextlib.ExitStack() as stack:
         mapped = stack.enter_context(arrow.memory_map(str(file.path)))
-        if file.path.suffix == ".parquet":
+        if file.plain_name.endswith(".parquet"):
             yield _parquet(stack.enter_context(arrow.parquet.ParquetFile(mapped)), file)
             return
         # `datasets` writes Arrow streams; Arrow files start with this name.
@@ -130,11 +137,8 @@ def _check_column(arrow: Any, schema: Any, file: SourceFile, field: str) -> None
 
 def _value(value: Any, where: str, field: str) -> Any:
     try:
-        found = value.as_py()
+        return value.as_py()
     except UnicodeDecodeError as error:
         raise CorpusError(
             f"{where}: column {field!r} is not UTF-8 ({error.reason}); convert it first"
         ) from error
-    if found is None:
-        raise CorpusError(f"{where}: column {field!r} is null; remove such rows")
-    return found

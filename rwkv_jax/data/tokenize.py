@@ -32,8 +32,9 @@ from typing import Any, NamedTuple
 from rwkv_jax import disk
 from rwkv_jax.config import DataConfig
 from rwkv_jax.data.binidx import BinidxWriter, dtype_for, files_of, merge, open_binidx
-from rwkv_jax.data.corpus import Corpus, names_file, skip_reason
+from rwkv_jax.data.corpus import Corpus, names_file, skip_reason, with_field
 from rwkv_jax.data.files import CorpusError, Report, SourceFile, find_files, longest_document
+from rwkv_jax.data.records import LeftOut
 from rwkv_jax.data.tables import group_sizes
 from rwkv_jax.data.tokenizers import Tokenizer, open_tokenizer
 from rwkv_jax.data.tokens import encoded, encoder_of, grouped
@@ -48,6 +49,7 @@ STEP = 1 << 20
 PATIENCE_S = 0.2
 """Seconds to wait for workers before checking for Ctrl-C."""
 ALL_TEXT: dict[str, Any] = {"mixture": {}, "heldout": 0.0, "train_on": "all"}
+FIRST = "first_left_out"
 RESUME = "run the same command again to resume"
 
 Progress = Callable[[int, int], None]
@@ -56,13 +58,15 @@ Progress = Callable[[int, int], None]
 
 class Counts(NamedTuple):
     """The contents of a part, or of all of them: documents, their UTF-8 bytes, and their tokens
-    with one end-of-document id each; and the files of folders that were skipped because they are
-    not readable UTF-8 text."""
+    with one end-of-document id each; the files of folders that were skipped (not readable UTF-8
+    text, JSON for other purposes); the records read, and those without a text."""
 
     documents: int = 0
     bytes: int = 0
     tokens: int = 0
     skipped: int = 0
+    records: int = 0
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,10 @@ def tokenize(
     parts = Path(f"{prefix}.parts")
     units, skipped = [], 0
     for source in sources:
-        files = [x for x in find_files(source, "SOURCE = ") if not _is_output(x.path, prefix)]
-        more, faulty = _plan(replace(cfg, source=source, **ALL_TEXT), files)
+        files = find_files(source, "SOURCE = ", plain=not cfg.field)
+        files = [x for x in files if not _is_output(x.path, prefix)]
+        own = with_field(replace(cfg, source=source, **ALL_TEXT), files)
+        more, faulty = _plan(own, files)
         units, skipped = units + more, skipped + faulty
     units = [replace(unit, part=parts / f"{i:05}") for i, unit in enumerate(units)]
     with (
@@ -130,6 +136,10 @@ def tokenize(
         workers = min(workers or _cores(), max(1, len(units)))
         _work(todo, workers, cfg.tokenizer, _counter(units, todo, progress))
         counts = _sum([*(_required(unit.part) for unit in units), Counts(skipped=skipped)])
+        left_out = LeftOut(False, counts.records, counts.left_out, _first_left_out(units))
+        left_out.check()
+        if left_out.count:
+            print(str(left_out), file=sys.stderr)
         if not counts.documents:
             raise CorpusError(f"{' '.join(sources)}: no text in it; give some that has")
         merge([unit.part for unit in units], prefix)
@@ -179,8 +189,8 @@ def _plan(cfg: DataConfig, files: Iterable[SourceFile]) -> tuple[list[Unit], int
     pieces, skipped = [], 0
     for file in files:
         on_disk = file.path.stat().st_size
-        lines = file.json_lines or (cfg.document == "line" and not file.table)
-        cut = lines and not file.compressed and on_disk > UNIT
+        lines = file.kind == "lines" or (cfg.document == "line" and file.kind == "text")
+        cut = lines and not file.compression and on_disk > UNIT
         if cut and skip_reason(file, cfg):  # a small file is checked by its worker
             skipped += 1
             continue
@@ -194,7 +204,7 @@ def _cut(file: SourceFile, size: int, lines: bool) -> Iterator[tuple[SourceFile,
         for begin in range(0, size, UNIT):
             end = min(begin + UNIT, size)
             yield replace(file, begin=begin, end=end), end - begin
-    elif file.path.suffix == ".parquet" and size > UNIT:
+    elif file.plain_name.endswith(".parquet") and size > UNIT:
         for rows, length in grouped(enumerate(group_sizes(file)), UNIT):
             yield replace(file, begin=rows[0], end=rows[-1] + 1), length
     else:
@@ -358,6 +368,7 @@ def _die_with(parent: int) -> None:
 def _make_part(unit: Unit, tokenizer: Tokenizer, longest: int, report: Report) -> None:
     """Tokenises a unit into its part."""
     cfg, size, skipped = unit.cfg, 0, 0
+    left_out = LeftOut(cfg.strict)
     with (
         BinidxWriter(unit.part, dtype_for(tokenizer.vocab_size)) as writer,
         _in_steps(report) as read,
@@ -366,12 +377,14 @@ def _make_part(unit: Unit, tokenizer: Tokenizer, longest: int, report: Report) -
             if not file.begin and file.end is None and skip_reason(file, cfg):
                 skipped += 1
                 continue
-            documents = Corpus(cfg, (file,), longest=longest).documents(read)
+            documents = Corpus(cfg, (file,), longest=longest).documents(read, left_out)
             for document, ids in encoded(documents, encoder_of(cfg, tokenizer), BATCH_CHARACTERS):
                 size += len(document.text.encode())
                 writer.add(ids)
-    counts = Counts(writer.documents, size, writer.tokens, skipped)
-    _write_json(Path(f"{unit.part}.json"), counts._asdict())
+    counts = Counts(
+        writer.documents, size, writer.tokens, skipped, left_out.records, left_out.count
+    )
+    _write_json(Path(f"{unit.part}.json"), counts._asdict() | {FIRST: left_out.first})
 
 
 @contextlib.contextmanager
@@ -393,12 +406,20 @@ def _in_steps(report: Report) -> Iterator[Report]:
 def _counts(part: Path) -> Counts | None:
     """The contents of a finished part; None if there is none, or it is damaged."""
     try:
-        counts = Counts(**_read_json(Path(f"{part}.json")))
+        described = _read_json(Path(f"{part}.json"))
+        described.pop(FIRST, None)
+        counts = Counts(**described)
         pair = open_binidx(part)
     except (TypeError, CorpusError):
         return None
     whole = (counts.documents, counts.tokens) == (len(pair.sizes), len(pair.tokens))
     return counts if whole else None
+
+
+def _first_left_out(units: Iterable[Unit]) -> str:
+    """Place and reason of the first record that was left out; empty if there is none."""
+    found = (_read_json(Path(f"{unit.part}.json")).get(FIRST) for unit in units)
+    return next(filter(None, found), "")
 
 
 def _required(part: Path) -> Counts:

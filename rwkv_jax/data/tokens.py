@@ -8,7 +8,7 @@ id, appended to a binidx pair (`binidx.py`). `prepare.py` does so for the cache 
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +17,7 @@ import numpy as np
 
 from rwkv_jax.config import DataConfig
 from rwkv_jax.data.binidx import Binidx, dtype_for, map_array, open_binidx
-from rwkv_jax.data.corpus import Document
+from rwkv_jax.data.corpus import UNREADABLE, Document
 from rwkv_jax.data.files import CorpusError
 from rwkv_jax.data.loader import SCAN
 from rwkv_jax.data.pieces import pieces_for
@@ -60,6 +60,10 @@ class Tokens:
     """bool: which tokens of `train` are trained on; None: all."""
     documents: np.ndarray | None = None
     """Where the documents of `train` start and, last, end; None: after each end-of-document id."""
+    left_out: Sequence[str] = ()
+    """What of the source is not in it, and why."""
+    field: str = ""
+    """The field of its records; empty if that is not known."""
 
     def heldout_text(self) -> bytes:
         """The held-out documents, concatenated in the order of `heldout`."""
@@ -70,7 +74,7 @@ class Tokens:
     def describe(self) -> dict[str, str]:
         """A summary for printing."""
         described = {
-            name: f"{documents:,} documents, {size / 1e6:,.2f} MB, {len(ids):,} tokens"
+            name: f"{documents:,} documents, {_amount(size)}, {len(ids):,} tokens"
             for name, documents, size, ids in (
                 ("training", self.train_documents, self.train_bytes, self.train),
                 ("held out", self.heldout_documents, self.heldout_bytes, self.heldout),
@@ -82,9 +86,14 @@ class Tokens:
         rate = f"{size / len(ids):.2f} bytes a token on {name} text"
         kind, ids = self.tokenizer.kind, self.tokenizer.vocab_size
         described["tokenizer"] = f"{kind}, {ids:,} ids, {rate}"
-        if self.skipped_files:
-            described["skipped"] = f"{self.skipped_files:,} files that are not readable UTF-8 text"
+        if self.left_out:
+            described["left out"] = "; ".join(self.left_out)
         return described
+
+
+def _amount(size: int) -> str:
+    """A number of bytes as text."""
+    return f"{size / 1e6:,.2f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
 
 
 def encoder_of(cfg: DataConfig, tokenizer: Tokenizer) -> Tokenizer:
@@ -134,6 +143,9 @@ def open_cache(folder: Path) -> Tokens:
         if found != size:
             raise ValueError(f"{name} has {found:,} of {size:,} bytes")
 
+    counts = manifest["counts"]
+    older = [f"{count:,} files: {UNREADABLE}"] if (count := counts["skipped_files"]) else []
+
     def array(name: str, dtype: str) -> np.ndarray:
         return map_array(folder / name, dtype, manifest["sizes"][name] // np.dtype(dtype).itemsize)
 
@@ -142,8 +154,10 @@ def open_cache(folder: Path) -> Tokens:
         load_tokenizer(folder / TOKENIZER),
         *(array(f"{side}.bin", manifest["dtype"]) for side in SIDES),
         digest=manifest["digest"],
-        **manifest["counts"],
+        **counts,
         mask=array(MASK, "?") if MASK in manifest["sizes"] else None,
+        left_out=manifest.get("left_out", older),
+        field=manifest.get("field", ""),
     )
 
 

@@ -25,6 +25,8 @@ FREE = {
     "train.remat",
     "train.wkv",
     "data.cache",
+    "data.strict",
+    "data.train_stops",  # other tokens are trained then, which the fingerprint of the data shows
 }
 """What a run may change when it resumes, besides `sample.*` and `mesh.*`: its length (the schedule
 is then that of the new length), what it reports and keeps, and how, not what, a step computes."""

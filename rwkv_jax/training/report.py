@@ -26,6 +26,7 @@ from rwkv_jax.training.hosts import is_primary
 from rwkv_jax.training.mesh import gather_to_host
 from rwkv_jax.training.metrics import MetricsLog, read_metrics
 from rwkv_jax.training.plot import plot
+from rwkv_jax.training.preview import show_row
 from rwkv_jax.training.setup import Setup
 from rwkv_jax.training.step import Metrics
 from rwkv_jax.training.timer import StepTimer, seconds
@@ -71,12 +72,14 @@ class Report:
             "model": f"{_title(cfg.model)}, {count:,} parameters",
             "weights": weights if train.init else "",
             **data.describe(),
-            "training": f"{train.steps:,} steps of {train.batch} x {train.context} tokens:"
+            "steps": f"{train.steps:,} of {train.batch} x {train.context} tokens:"
             f" {seen:,} tokens, {seen / data.train_tokens:.2f} epochs",
             "device": f"{_devices(self._setup.mesh)}, {train.dtype}",
             "output": f"{self._setup.folder}" + (f", resuming from step {step:,}" if step else ""),
         }
         show.header(self._console, "rwkv_jax", rows)
+        if not step:
+            show_row(self._setup, self._console)
 
     def step(self, step: int, metrics: Metrics) -> None:
         """Shows a finished step, and logs the steps since the last line when one is due."""

@@ -117,7 +117,11 @@ def resolve(cfg: Config, data: Data) -> tuple[Config, Loader]:
             f"model.vocab_size = {given}: the tokenizer (data.tokenizer = {cfg.data.tokenizer})"
             f" has {needed} ids; give at least that, or 0"
         )
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=given or needed))
+    cfg = dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, vocab_size=given or needed),
+        data=dataclasses.replace(cfg.data, field=data.field or cfg.data.field),
+    )
     train = cfg.train
     batching = Batching(
         seed=train.seed,
@@ -190,7 +194,7 @@ def start_or_resume(
     if meta["data"] != fingerprint(setup.data):
         raise _SharedRunError(
             f"{setup.folder}: was trained on other text than data.source = {cfg.data.source} gives"
-            " now; restore that text, or choose another train.output"
+            f" now; restore that text, or choose another train.output{_older_mask(cfg)}"
         )
     if step > cfg.train.steps:
         raise _SharedRunError(
@@ -198,6 +202,13 @@ def start_or_resume(
             " give more steps, or choose another train.output"
         )
     return step, state, meta
+
+
+def _older_mask(cfg: Config) -> str:
+    """How a run resumes whose replies were trained without what ends them."""
+    if cfg.data.train_on != "answers" or not cfg.data.train_stops:
+        return ""
+    return " (a run of before December 2026 resumes with data.train_stops=false)"
 
 
 def _restore(

@@ -117,7 +117,7 @@ def test_a_text(run_eval):
 
 def test_several_texts_in_their_order_and_by_position(run_eval):
     done = run_eval("model.safetensors", "lines.jsonl", "corpus", "long.txt", "--by-position")
-    assert done.err == ["corpus: 1 file left out, not UTF-8 text"]
+    assert done.err == ["corpus: 1 file left out, not readable UTF-8 text"]
     rows = [cells(line)[:2] for line in done.out[3:6]]
     assert rows == [["lines.jsonl", "4"], ["corpus", "80"], ["long.txt", "40"]]
     header, first, _, last = map(cells, done.out[-4:])
@@ -130,7 +130,7 @@ def test_several_texts_in_their_order_and_by_position(run_eval):
 def test_heldout_text_of_a_run(run_eval):
     done = run_eval("run", "--json", "run.json")
     source = str(Path("corpus").absolute())
-    assert (done.code, done.err) == (0, [f"{source}: 1 file left out, not UTF-8 text"])
+    assert (done.code, done.err) == (0, [f"{source}: 1 file left out, not readable UTF-8 text"])
     [found] = json.loads(Path("run.json").read_text())["texts"]
     cfg = DataConfig(source=source, heldout=0.4, tokenizer="bytes", cache="cache")
     tokens = prepare(cfg, progress=False)

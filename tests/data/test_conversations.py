@@ -1,6 +1,7 @@
 """Conversations as text, and which of their tokens are trained on."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ TURNS = [
             "g1",
             TURNS,
             "System: Be\nkind.\n\nUser: Hi\nthere\n\nAssistant:{ <think>\nWell\n</think>\n\nHello"
-            " é.\n\n}User: Bye\n\nAssistant:{ Bye!}",
+            " é.\n\nUser:} Bye\n\nAssistant:{ Bye!}",
         ),
         (
             "world",
@@ -65,10 +66,16 @@ def test_render(template, turns, text):
     [
         (["hi"], "turn 1 is not an object with role and content"),
         (
-            [TURNS[1], {"role": "tool", "content": ""}],
-            "turn 2 has the role 'tool', not one of system",
+            [TURNS[1], {"role": "cook", "content": ""}],
+            "turn 2 has the role 'cook', not one of system",
         ),
         ([{"role": "user"}], "turn 1 has no text as content"),
+        (
+            [{"role": "user", "content": [{"type": "image_url"}]}],
+            "turn 1 has a part of type 'image_",
+        ),
+        ([{"role": "user", "content": 5}], "turn 1 has a part of type 'int'"),
+        ([{"role": "assistant", "tool_calls": [{"id": "x"}]}], "turn 1 has no text as content"),
         ([{"role": ["user"], "content": ""}], r"turn 1 has the role \['user'\], not one of system"),
     ],
 )
@@ -80,6 +87,40 @@ def test_turns_that_are_not_a_conversation(turns, message):
             render([{"role": role, "content": "a✿b"}], TEMPLATES["flower"])
     with pytest.raises(ConversationError, match="role system, which the template does not support"):
         render(TURNS, TEMPLATES["raven"])
+
+
+def test_turns_as_people_write_them():
+    """Roles in any case and of any library, contents in parts, tools; the text is the same."""
+    official = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "hi\nthere"},
+        {"role": "assistant", "content": '```json\n{"name": "f", "arguments": {"x": "é"}}\n```'},
+        {"role": "user", "content": "Function output:\n5"},
+        {"role": "assistant", "content": "Five."},
+    ]
+    call = {"name": "f", "arguments": '{"x": "é"}'}
+    others = [
+        {"role": "Developer", "content": "Be kind."},
+        {"role": " HUMAN", "content": [{"type": "text", "text": "hi"}, "there"]},
+        {"role": "ai", "content": None, "tool_calls": [{"type": "function", "function": call}]},
+        {"speaker": "tool", "text": "5", "tool_call_id": "7"},
+        {"from": "ChatGPT", "value": "Five."},
+    ]
+    assert render(others, TEMPLATES["g1"]) == render(official, TEMPLATES["g1"])
+    others[2] = {"role": "assistant", "function_call": call | {"arguments": {"x": "é"}}}
+    assert render(others, TEMPLATES["flower"]) == render(official, TEMPLATES["flower"])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_reply_is_trained_with_what_a_chat_stops_at(name):
+    template = TEMPLATES[name]
+    turns = [x for x in TURNS if x.get("role") != "system"]
+    text, spans = render([*turns, *turns], template)
+    assert len(spans) == 4
+    for first, last in spans[:-1]:
+        assert any(stop in text[first:last] for stop in template.stops)
+        assert text[first:last].endswith((*template.stops, f"{template.mark}\n"))
+    assert spans[-1][1] == len(text)  # there the end of the document stops it, or the mark
 
 
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=6), st.integers(0, 63))
@@ -127,9 +168,13 @@ def test_only_answers_are_trained(tmp_path):
         for part in np.split(np.arange(len(tokens.train)), np.flatnonzero(np.diff(tokens.mask)) + 1)
         if tokens.mask[part[0]]
     ]
-    assert replies == [" <think>\nWell\n</think>\n\nHello é.\n\n", " Bye!", " Bye!"]
+    assert replies == [" <think>\nWell\n</think>\n\nHello é.\n\nUser:", " Bye!", " Bye!"]
     ends = np.flatnonzero(tokens.train == 0)
     assert tokens.mask[ends].tolist() == [True, True, False]
+    older = prepare(replace(cfg, train_stops=False), progress=False)
+    assert older.mask is not None and older.digest != tokens.digest
+    stops = tokens.train[tokens.mask & ~older.mask]
+    assert open_tokenizer("world").decode_bytes(stops) == b"User:"
     everything = prepare(config(tmp_path, path, field="messages"), progress=False)
     assert everything.mask is None and (everything.train == tokens.train).all()
 

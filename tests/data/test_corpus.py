@@ -99,7 +99,7 @@ def test_files_that_are_not_utf8_are_skipped_in_a_folder_and_counted(tree):
     write(tree / "late.txt", b"x" * (CHUNK - 1) + "é".encode() + b"\xff")
     write(tree / "image.bin", b"abc\0def")
     corpus = open_corpus(DataConfig(source=str(tree)))
-    assert (clean.skipped, corpus.skipped) == (0, 3)
+    assert (clean.skipped, corpus.skipped) == ({}, {"not readable UTF-8 text": 3})
     assert list(corpus.documents()) == list(clean.documents())
 
 
@@ -184,9 +184,10 @@ def test_the_end_of_a_lone_file_is_held_out_from_a_line_start_on(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"field": "body"}, {"document": "line"}, {"heldout": 0.04}],
+    [{"field": "body"}, {"document": "line"}, {"heldout": 0.04}, {"template": "world"}],
 )
 def test_fingerprint_changes_with_settings_that_change_documents(tree, change):
+    write(tree / "c.jsonl", '{"text": "a", "body": "b"}\n')
     cfg = {"source": str(tree)}
     assert (
         open_corpus(DataConfig(**cfg)).fingerprint
@@ -211,7 +212,7 @@ def test_nothing_in_the_source(tmp_path):
     assert "no files in it" in fault(tmp_path)
     assert "no files in it" in fault(f"{tmp_path}/*.txt")
     write(tmp_path / "x.bin", b"\0")
-    assert "none of its 1 files is UTF-8 text" in fault(tmp_path)
+    assert "none of its files can be read: 1 are not readable UTF-8 text" in fault(tmp_path)
 
 
 def test_lone_file_in_another_encoding(tmp_path):
@@ -233,8 +234,8 @@ def test_lone_file_in_another_encoding(tmp_path):
             "no field 'text'; set data.field to one of its fields: body, id",
         ),
         ('{"text": 5}', "field 'text': a int, not text or a list of turns; set data.field"),
-        ('{"text": "\\ud800"}', "field 'text' holds half a surrogate pair, which is not text"),
-        ('{"text": null}', "field 'text': null, which is no text; leave the line out"),
+        ('{"text": "\\ud800"}', "field 'text' holds half a surrogate pair; correct it"),
+        ('{"text": null}', "field 'text' is null; correct it, or set data.strict"),
     ],
 )
 def test_bad_json_lines_are_named_by_file_and_line(tmp_path, line, message):

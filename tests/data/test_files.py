@@ -35,7 +35,7 @@ def test_faults_in_a_part_are_named_by_the_file_s_lines(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n' * 5 + "{\n")
     corpus = open_corpus(DataConfig(source=str(path)))
-    part = type(corpus)(corpus.cfg, (SourceFile(path, "a", 20, 200),), 0, 0, "")
+    part = type(corpus)(corpus.cfg, (SourceFile(path, "a", 20, 200, "lines"),))
     with pytest.raises(CorpusError, match=r"a\.jsonl:6: not JSON"):
         list(part.documents())
 

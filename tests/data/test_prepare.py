@@ -405,12 +405,12 @@ def test_description(cfg, source):
     tokens = prepare(cfg(tokenizer="bytes"), progress=False)
     described = tokens.describe()
     assert described["held out"] == (
-        f"{tokens.heldout_documents} documents, {tokens.heldout_bytes / 1e6:.2f} MB,"
+        f"{tokens.heldout_documents} documents, {tokens.heldout_bytes / 1e3:.1f} kB,"
         f" {len(tokens.heldout):,} tokens"
     )
     rate = tokens.heldout_bytes / len(tokens.heldout)
     assert described["tokenizer"] == f"bytes, 257 ids, {rate:.2f} bytes a token on held-out text"
-    assert described["skipped"] == "1 files that are not readable UTF-8 text"
+    assert described["left out"] == "1 files: not readable UTF-8 text"
 
 
 def test_some_of_the_standard_library(cfg):

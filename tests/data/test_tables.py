@@ -130,7 +130,7 @@ def test_of_several_splits_train_is_read(tmp_path):
         ('{"_data_files": 5}', "has no list '_data_files'"),
         ('{"_data_files": [5]}', "names no files"),
         ('{"_data_files": [], "_indices_files": [1]}', "a selection of rows"),
-        ('{"_data_files": [{"filename": "gone.arrow"}]}', "is UTF-8 text"),
+        ('{"_data_files": [{"filename": "gone.arrow"}]}', "are not readable UTF-8 text"),
     ],
 )
 def test_damaged_folder_of_datasets(tmp_path, state, message):
@@ -142,7 +142,9 @@ def test_damaged_folder_of_datasets(tmp_path, state, message):
 @pytest.mark.parametrize("ending", [".parquet", ".arrow"])
 def test_bad_columns_are_named_by_file_and_row(tmp_path, ending):
     path = save(tmp_path / f"a{ending}", ["fine"] * 300 + [None])
-    assert fault(path) == f"{path}:301: column 'text' is null; remove such rows"
+    assert fault(path) == (
+        f"{path}:301: field 'text' is null; correct it, or set data.strict = false"
+    )
     assert fault(path, field="id") == (
         f"{path}:1: column 'id' holds int64, not text or a list of turns; set data.field to another"
     )
@@ -169,11 +171,9 @@ def test_conversations_are_those_of_json_lines(tmp_path, ending):
     assert all(d.spans for d in found)
     assert [d.text for d in documents(path, field="messages")] == [d.text for d in due]
     path = save(tmp_path / f"b{ending}", ["fine"], messages=[[{"role": "cook", "content": "x"}]])
-    message = (
-        f"{path}:1: column 'messages': turn 1 has the role 'cook', not one of system, user, human"
-    )
+    message = f"{path}:1: field 'messages': turn 1 has the role 'cook', not one of system"
     assert fault(path, field="messages").startswith(message)
-    assert fault(path, train_on="answers").startswith(f"{path}:1: column 'text': text, not a list")
+    assert fault(path, train_on="answers").startswith(f"{path}:1: field 'text': text, not a list")
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".arrow"])
@@ -182,7 +182,7 @@ def test_spans_are_a_column(tmp_path, ending):
     found = documents(path, train_on="spans")
     assert [d.spans for d in found] == [((0, 1),), ((0, 1), (1, 2))]
     assert fault(save(tmp_path / f"b{ending}", ["abc"]), train_on="spans").startswith(
-        f"{tmp_path}/b{ending}:1: column 'text': the field 'spans' holds None"
+        f"{tmp_path}/b{ending}:1: field 'text': the field 'spans' holds None"
     )
 
 

@@ -100,7 +100,8 @@ def test_any_units_give_what_one_writer_does(sources, tmp_path, here, document):
     corpora = [open_corpus(DataConfig(s, document=document, heldout=0.0)) for s in sources]
     found = [one.text for corpus in corpora for one in corpus.documents()]
     size = sum(len(text.encode()) for text in found)
-    assert result.counts == Counts(len(found), size, len(pair.tokens), 1)
+    records = 60 + 60 + 99 + 60  # the last 60 once more, named by their own path
+    assert result.counts == Counts(len(found), size, len(pair.tokens), 1, records)
     assert result.new_bytes == size
     described = json.loads((tmp_path / "out.json").read_text())
     assert described == {
@@ -110,6 +111,8 @@ def test_any_units_give_what_one_writer_does(sources, tmp_path, here, document):
         "bytes": size,
         "tokens": len(pair.tokens),
         "skipped": 1,
+        "records": records,
+        "left_out": 0,
         "field": "text",
         "document": document,
         "template": "g1",
