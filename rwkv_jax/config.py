@@ -278,7 +278,7 @@ class DataConfig(_Table):
 
 @dataclass(frozen=True)
 class OptimizerConfig(_Table):
-    """AdamW and its schedule; the defaults are the official version-7 recipe.
+    """The optimizer and its schedule; the defaults are the official version-7 recipe.
 
     Source: RWKV-LM, `RWKV-v7/train_temp`.
     """
@@ -292,6 +292,14 @@ class OptimizerConfig(_Table):
     weight_decay: Annotated[float, "0 or more"] = 0.001
     clip: Annotated[float, "0 or more"] = 1.0
     """Global gradient norm; 0 does not clip."""
+    name: Literal["adamw", "lion", "muon"] = "adamw"
+    """Lion wants a third to a tenth of AdamW's rate, and several times its weight decay. Muon
+    trains the layers' square and long matrices, at AdamW's rate; AdamW the rest."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """From the peak after the warm-up: half a cosine to final_lr; a line to it; no change; or no
+    change until the last part of the run, `decay_share`, and then a line to final_lr."""
+    decay_share: Annotated[float, "between 0 and 1"] = 0.2
+    """Of "wsd": the share of the steps in which the rate falls."""
 
     def _conflicts(self) -> Iterator[str]:
         if self.final_lr > self.peak_lr:
@@ -306,12 +314,19 @@ class TrainConfig(_Table):
     output: str = "runs/demo"
     init: str = ""
     """Weights to start from, in any format that `load` reads; empty: freshly initialised. The model
-    is theirs: its version must be given to match, or left out, and sizes in a config file are
-    ignored."""
+    and its tokenizer are theirs: what is stated of them must match, or be left out; sizes and
+    "bpe" in a config file are ignored."""
+    init_moments: bool = False
+    """Start from the optimizer's moments of the checkpoint in train.init too, as a branch does."""
+    freeze: list[str] = dataclasses.field(default_factory=list)
+    """Official names of parameters that are not trained, with `*` and `?`: "emb.weight",
+    "blocks.*.ln?.*", "blocks.[0-5].*"."""
     seed: Annotated[int, "between 0 and 4294967295"] = 0
     steps: Annotated[int, "0 or more"] = 1000
     """Optimizer steps; the schedule ends at the last one, or at `data.exit_tokens`. 0: until
     `data.exit_tokens`."""
+    epochs: Annotated[float, "0 or more"] = 0.0
+    """The length in passes over the data; 0: train.steps says it."""
     batch: Annotated[int, "at least 1"] = 8
     """Sequences per optimizer step, all accumulation parts together."""
     context: Annotated[int, "at least 1"] = 512
@@ -335,10 +350,18 @@ class TrainConfig(_Table):
     eval_tokens: Annotated[int, "at least 1"] = 65536
     """Held-out tokens per such evaluation; the last one reads all of them."""
     checkpoint_every: Annotated[int, "at least 1"] = 200
+    logger: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where the metrics go besides metrics.jsonl: TensorBoard's files in `events` of the run's
+    folder, or Weights & Biases."""
     tensorboard: bool = False
-    """Write the metrics for TensorBoard too, into `events` of the run's folder."""
+    """The same as logger = "tensorboard"."""
     keep: Annotated[int, "at least 1"] = 2
     """How many checkpoints are kept: the newest ones."""
+    keep_best: bool = False
+    """Also keep the one that did best on held-out text (a checkpoint is then saved where an
+    evaluation is the best so far)."""
+    patience: Annotated[int, "0 or more"] = 0
+    """Stop after so many evaluations in a row without a new best; 0: never."""
     carry_state: bool = False
     """Each row starts from the state that its previous step ended in, without gradient (needs
     data.sampler = "sequential")."""
@@ -349,6 +372,10 @@ class TrainConfig(_Table):
                 f"train.batch = {self.batch} does not divide into train.accumulate ="
                 f" {self.accumulate} equal parts"
             )
+        if self.init_moments and not self.init:
+            yield "train.init_moments = true: whose? name a checkpoint of a run in train.init"
+        if self.patience and not self.eval_every:
+            yield f"train.patience = {self.patience} counts evaluations: set train.eval_every"
         if not self.output:
             yield ("train.output is empty: the run's folder")
         if re.match(r"[a-z][a-z0-9+.-]+://", self.output):
@@ -356,6 +383,26 @@ class TrainConfig(_Table):
                 f"train.output = {self.output}: checkpoints are not written to URLs; name a folder"
                 " (a bucket can be mounted as one: gcsfuse, mountpoint-s3)"
             )
+
+
+@dataclass(frozen=True)
+class EvalConfig(_Table):
+    """What is measured at every evaluation besides the held-out text: name -> source or file."""
+
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Bits per byte of other texts, each as data.source."""
+    choices: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Accuracy on files of multiple choice, as `eval --choices` reads them."""
+    lambada: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Accuracy on files of texts whose last word is to be found, as `eval --lambada`."""
+
+    def _conflicts(self) -> Iterator[str]:
+        names = [*self.texts, *self.choices, *self.lambada]
+        for name in {x for x in names if names.count(x) > 1}:
+            yield f"eval: two sets are called {literal(name)}; give each a name of its own"
+        for name in names:
+            if not re.fullmatch(r"[\w.-]+", name):
+                yield f"eval: {literal(name)}: a name has letters, digits, dots and dashes only"
 
 
 @dataclass(frozen=True)
@@ -398,6 +445,7 @@ class Config(_Table):
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
@@ -430,6 +478,8 @@ def literal(value: Any) -> str:
     if isinstance(value, Mapping):
         pairs = ", ".join(f"{key_literal(key)} = {literal(x)}" for key, x in value.items())
         return f"{{ {pairs} }}" if pairs else "{}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(literal, value))}]"
     if isinstance(value, str):  # TOML's escapes are JSON's, and it wants DEL escaped too
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value)

@@ -4,6 +4,7 @@ Importing this module needs the standard library alone: pydantic is imported by 
 """
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -23,6 +24,46 @@ from rwkv_jax.config import (
 
 TYPED = "command line"
 """Origin of a setting that an override gave."""
+
+ELSEWHERE = {
+    "optimizer.peak_lr": "lr learning_rate lr_init max_lr",
+    "optimizer.final_lr": "lr_final min_lr",
+    "optimizer.warmup_steps": "warmup num_warmup_steps warmup_ratio",
+    "optimizer.weight_decay": "wd",
+    "optimizer.beta1": "adam_beta1",
+    "optimizer.beta2": "adam_beta2",
+    "optimizer.eps": "adam_eps adam_epsilon",
+    "optimizer.clip": "max_grad_norm grad_clip gradient_clip_val",
+    "optimizer.schedule": "lr_scheduler lr_scheduler_type lr_schedule scheduler",
+    "optimizer.name": "optim optimizer",
+    "train.epochs": "num_epochs num_train_epochs epoch_count max_epochs",
+    "train.steps": "max_steps total_steps num_steps",
+    "train.batch": "batch_size bsz micro_bsz train_batch_size per_device_train_batch_size",
+    "train.context": "ctx_len context_length seq_len max_length max_seq_length block_size",
+    "train.accumulate": "gradient_accumulation_steps accumulate_grad_batches grad_accum",
+    "train.remat": "grad_cp gradient_checkpointing",
+    "train.dtype": "precision bf16 fp16 mixed_precision",
+    "train.output": "output_dir proj_dir out_dir run_dir",
+    "train.init": "load_model model_name model_name_or_path base_model pretrained checkpoint",
+    "train.eval_every": "eval_steps eval_interval eval_strategy",
+    "train.checkpoint_every": "save_steps save_interval epoch_save",
+    "train.log_every": "logging_steps log_interval",
+    "train.keep": "save_total_limit",
+    "train.keep_best": "load_best_model_at_end",
+    "train.patience": "early_stopping early_stopping_patience",
+    "train.logger": "wandb report_to use_wandb",
+    "train.freeze": "frozen lora lora_r lora_config peft",
+    "data.source": "dataset data_file data_path train_file train_data path",
+    "data.exit_tokens": "my_exit_tokens",
+    "data.train_on": "train_on_inputs mask_prompt assistant_only_loss completion_only_loss",
+    "data.template": "chat_template prompt_template",
+    "data.packing": "packed sample_packing",
+    "model.layers": "n_layer n_layers num_hidden_layers num_layers",
+    "model.width": "n_embd hidden_size d_model dim",
+    "model.head_size": "head_dim",
+}
+"""Our settings, and what other trainers call them."""
+_OURS = {theirs: ours for ours, names in ELSEWHERE.items() for theirs in names.split()}
 
 _SCHEMA = {
     section.name: {key.name: key.type for key in fields(getattr(Config(), section.name))}
@@ -108,7 +149,18 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8; TOML is UTF-8 text") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+        raise ConfigError(f"{path}: not valid TOML: {error}{_line(path, str(error))}") from None
+
+
+def _line(path: Path, message: str) -> str:
+    """The line that an error of tomllib is about, such as a key that is given twice."""
+    place = re.search(r"at line (\d+)", message)
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    number = int(place[1]) if place else 0
+    # A key that is given twice is noticed at its end, which may be the start of the next line.
+    found = next((x.strip() for x in reversed(lines[:number]) if x.strip()), "")
+    twice = "; a key or a section is given twice" if "overwrite" in message else ""
+    return f": {found[:60]}{twice}" if found else ""
 
 
 def _configs(folder: Path) -> list[str]:
@@ -122,11 +174,15 @@ def _apply(tables: dict[str, Any], override: str) -> str:
     if not (equals and dot):
         bare = equals and section and section not in _SCHEMA
         why = _unknown(section) if bare else "not written as section.key=value"
+        if not equals and name.endswith(".toml"):
+            why = "a second config file; give one, and settings as section.key=value"
         raise ConfigError(f"override {literal(override)}: {why}")
     value = _parse_value(text)
     kind = _SCHEMA.get(section, {}).get(key)
     if (kind is str or get_origin(kind) is Literal) and not isinstance(value, str):
         value = text  # sample.prompt=42 is the text "42"
+    if kind == list[str] and not isinstance(value, list):
+        value = [part.strip() for part in text.split(",")]
     tables[section] = {**tables.get(section, {}), key: value}
     return f"{section}.{key}"
 
@@ -149,7 +205,8 @@ _NEEDED = {
     "finite_number": "must be a finite number",
     "bool_type": "must be true or false",
     "string_type": "must be a string",
-    "dict_type": "must be a table { source = weight, ... }",
+    "dict_type": "must be a table { name = value, ... }",
+    "list_type": 'must be a list of strings ["...", ...]',
 }
 """pydantic's type errors in words."""
 
@@ -174,7 +231,7 @@ def _problem(details: Any, tables: Mapping[str, Any]) -> str:
         needed = one_of(get_args(_SCHEMA[where[0]][where[1]]))
     else:
         needed = _NEEDED.get(kind, details["msg"])
-    return f"{'.'.join(where)} = {literal(value)}: {needed}"
+    return f"{'.'.join(map(str, where))} = {literal(value)}: {needed}"
 
 
 def _unknown(section: str, key: str | None = None) -> str:
@@ -182,6 +239,7 @@ def _unknown(section: str, key: str | None = None) -> str:
     name = section if key is None else key
     allowed = list(_SCHEMA) if key is None else list(_SCHEMA[section])
     elsewhere = [f"{other}.{name}" for other, keys in _SCHEMA.items() if name in keys]
+    elsewhere += [_OURS[name]] if name in _OURS else []
     likely = elsewhere[:1] or get_close_matches(name, allowed, n=1)
     remedy = f"did you mean {likely[0]}? (allowed: {{}})" if likely else "allowed: {}"
     written = ".".join(key_literal(part) for part in (section, key) if part is not None)

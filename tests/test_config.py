@@ -14,6 +14,7 @@ from rwkv_jax.config import (
     Config,
     ConfigError,
     DataConfig,
+    EvalConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -21,7 +22,7 @@ from rwkv_jax.config import (
     TrainConfig,
 )
 from rwkv_jax.errors import UserError
-from rwkv_jax.toml import load_config, parse_config, to_toml
+from rwkv_jax.toml import ELSEWHERE, load_config, parse_config, to_toml
 
 REMATS = 'one of "none", "dots", "wkv", "block", "offload"'
 VERSIONS = 'one of "4", "5.0", "5.1", "5.2", "6", "7", "7a"'
@@ -33,6 +34,7 @@ TABLES = {
     "data": DataConfig,
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
+    "eval": EvalConfig,
     "mesh": MeshConfig,
     "sample": SampleConfig,
 }
@@ -85,7 +87,8 @@ def test_every_setting_can_be_read():
         | dict(reset=False, train_on="spans", template="world", exit_tokens=2**40)
         | dict(special_tokens=True, strict=True, train_stops=False),
         "optimizer": dict(peak_lr=2.0, final_lr=1.0, warmup_steps=3, beta1=0.4, beta2=0.5)
-        | dict(eps=6.0, weight_decay=7.0, clip=8.0),
+        | dict(eps=6.0, weight_decay=7.0, clip=8.0)
+        | dict(name="lion", schedule="wsd", decay_share=0.5),
         "train": dict(output="a", init="b", seed=1, steps=2, batch=12, context=4, accumulate=3)
         | dict(dtype="bfloat16", remat="block", wkv="scan", l2wrap=0.5, z_loss=0.25, log_every=6)
         | dict(
@@ -95,7 +98,10 @@ def test_every_setting_can_be_read():
             checkpoint_every=9,
             keep=10,
             carry_state=True,
-        ),
+        )
+        | dict(init_moments=True, freeze=["a", "b*"], epochs=1.5, logger="wandb", keep_best=True)
+        | dict(patience=3),
+        "eval": dict(texts={"x": "a"}, choices={"y": "b"}, lambada={"z": "c"}),
         "mesh": dict(data=-1, fsdp=2, tensor=3, sequence=4),
         "sample": dict(prompt="p", tokens=1, temperature=0.5, top_p=0.25),
     }
@@ -151,6 +157,9 @@ def test_reading_leaves_its_input_as_it_was():
         ("train.steps = 1_000", "train", "steps", 1000),
         ("optimizer.peak_lr=3e-4", "optimizer", "peak_lr", 3e-4),
         ("optimizer.clip=0", "optimizer", "clip", 0.0),
+        ("train.freeze=emb.*, blocks.0.*", "train", "freeze", ["emb.*", "blocks.0.*"]),
+        ('train.freeze=["a,b"]', "train", "freeze", ["a,b"]),
+        ("train.epochs=3", "train", "epochs", 3.0),
         ("train.remat=block", "train", "remat", "block"),
         ("model.version=4", "model", "version", "4"),
         ('model.version="4"', "model", "version", "4"),
@@ -185,14 +194,38 @@ def test_overrides_win_over_the_file_and_the_last_one_wins(file):
         ("=3", 'override "=3": not written as section.key=value'),
         ("train=3", 'override "train=3": not written as section.key=value'),
         (
+            "b.toml",
+            'override "b.toml": a second config file; give one, and settings as section.key=value',
+        ),
+        (
+            "train.patience=2",
+            "overrides: train.patience = 2 counts evaluations: set train.eval_every",
+        ),
+        (
+            "train.init_moments=true",
+            "overrides: train.init_moments = true: whose? name a checkpoint of a run in train.init",
+        ),
+        ("train.freeze=[1]", "overrides: train.freeze.0 = 1: must be a string"),
+        ("eval.texts=3", "overrides: eval.texts = 3: must be a table { name = value, ... }"),
+        (
+            'eval.texts={"a b"="c"}',
+            'overrides: eval: "a b": a name has letters, digits, dots and dashes only',
+        ),
+        (
+            "train.output=gs://bucket/run",
+            "overrides: train.output = gs://bucket/run: checkpoints are"
+            " not written to URLs; name a folder (a bucket can be mounted as one: gcsfuse,"
+            " mountpoint-s3)",
+        ),
+        (
             "steps=3",
             'override "steps=3": steps is not a section; did you mean train.steps? '
-            "(allowed: model, data, optimizer, train, mesh, sample)",
+            "(allowed: model, data, optimizer, train, eval, mesh, sample)",
         ),
         (
             "trian.steps=3",
             "overrides: trian is not a section; did you mean train? "
-            "(allowed: model, data, optimizer, train, mesh, sample)",
+            "(allowed: model, data, optimizer, train, eval, mesh, sample)",
         ),
         (
             "sample.top_q=0.5",
@@ -221,7 +254,7 @@ def test_overrides_win_over_the_file_and_the_last_one_wins(file):
         ("train.batch=0", "overrides: train.batch = 0: at least 1"),
         (
             "data.mixture=3",
-            "overrides: data.mixture = 3: must be a table { source = weight, ... }",
+            "overrides: data.mixture = 3: must be a table { name = value, ... }",
         ),
         ("data.mixture={a='b'}", 'overrides: data.mixture.a = "b": must be a number'),
         (
@@ -257,7 +290,7 @@ def test_an_error_says_whether_file_or_overrides_are_wrong(file):
         (
             "[optimizer]\npeek_lr = 1",
             "optimizer.peek_lr is not a setting; did you mean peak_lr? (allowed: peak_lr, "
-            "final_lr, warmup_steps, beta1, beta2, eps, weight_decay, clip)",
+            "final_lr, warmup_steps, beta1, beta2, eps, weight_decay, clip, name, schedule, decay_share)",
         ),
         (
             "[sample]\ncontext = 1",
@@ -275,7 +308,7 @@ def test_an_error_says_whether_file_or_overrides_are_wrong(file):
         (
             "steps = 3",
             "steps is not a section; did you mean train.steps? "
-            "(allowed: model, data, optimizer, train, mesh, sample)",
+            "(allowed: model, data, optimizer, train, eval, mesh, sample)",
         ),
         ("train = 3", "train = 3: must be a table [train]"),
         ('[train]\nsteps = "many"', 'train.steps = "many": must be an integer'),
@@ -306,7 +339,10 @@ def test_an_error_says_whether_file_or_overrides_are_wrong(file):
             "train.batch = 3 does not divide into train.accumulate = 2 equal parts; "
             "sample.tokens = 1.5: must be an integer",
         ),
-        ("[train]\nsteps = many\n", "not valid TOML: Invalid value (at line 2, column 9)"),
+        (
+            "[train]\nsteps = many\n",
+            "not valid TOML: Invalid value (at line 2, column 9): steps = many",
+        ),
         (b"# caf\xe9", "byte 5 is not UTF-8; TOML is UTF-8 text"),
     ],
 )
@@ -380,6 +416,32 @@ def test_a_file_that_cannot_be_read(file):
     assert message("folder").startswith("folder: cannot be read (")
 
 
+@pytest.mark.parametrize(
+    "text, near, key",
+    [
+        ("[train]\nsteps = 1\nsteps = 2\n", "Cannot overwrite a value", "steps = "),
+        ("[train]\nsteps = 1\n[train]\nbatch = 2\n", "Cannot declare", "[train]"),
+        ("[train]\nsteps 5\n", "Expected '='", "steps 5"),
+    ],
+)
+def test_invalid_toml_is_shown(file, text, near, key):
+    found = message(file(text))
+    assert found.startswith(f"x.toml: not valid TOML: {near}") and key in found
+    assert ("given twice" in found) == ("overwrite" in near)
+
+
+@pytest.mark.parametrize(
+    "theirs, ours",
+    [("lr", "optimizer.peak_lr"), ("num_train_epochs", "train.epochs"), ("wandb", "train.logger")]
+    + [(theirs, ours) for ours, names in ELSEWHERE.items() for theirs in names.split()],
+)
+def test_settings_of_other_trainers_are_named(theirs, ours):
+    section, key = ours.split(".")
+    assert key in {f.name for f in dataclasses.fields(TABLES[section])}
+    for place in ("train.", "optimizer.", "" if theirs not in TABLES else "data."):
+        assert f"did you mean {ours}?" in message(None, [f"{place}{theirs}=1"])
+
+
 # Writing
 
 
@@ -401,6 +463,7 @@ def drawn(table: type, **strategies):
                 int: st.integers(1, 10**9),
                 float: number(0, 1, exclude_min=True, exclude_max=True),
                 str: st.text(min_size=1),
+                list[str]: st.lists(st.text(), max_size=3),
             }[kind]
     return st.builds(table, **chosen | strategies)
 
@@ -442,11 +505,14 @@ CONFIG = st.builds(
     data=DATA,
     optimizer=drawn(OptimizerConfig, peak_lr=number(1, 1e300)),
     train=drawn(TrainConfig, accumulate=st.just(1), carry_state=st.just(False)),
+    eval=st.builds(EvalConfig, texts=st.dictionaries(st.from_regex(r"\A[a-z.]+\Z"), st.text())),
     mesh=drawn(MeshConfig, data=st.sampled_from([-1, 3])),
     sample=drawn(SampleConfig, prompt=st.text()),
 )
 
 
+# The type checks of lists draw an element.
+@pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
 @given(CONFIG)
 def test_written_and_read_again_is_the_same(tmp_path_factory, config):
     path = tmp_path_factory.mktemp("config") / "config.toml"

@@ -21,7 +21,7 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -104,6 +104,10 @@ class Store:
         if before is None:
             return self._manager.latest_step()
         return max((step for step in self._manager.all_steps() if step < before), default=None)
+
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints."""
+        return sorted(self._manager.all_steps())
 
     def path(self, step: int) -> Path:
         """The folder of a checkpoint."""
@@ -223,20 +227,44 @@ def read_config(folder: Path) -> Config:
         ) from error
 
 
-def load_run(folder: Path | str) -> tuple[models.Model[Array], ModelConfig, Tokenizer]:
-    """The parameters of a run's newest checkpoint, its model and its tokenizer.
+class Run(NamedTuple):
+    """A run as a model: its folder, and the step of a checkpoint; None: the newest one."""
+
+    folder: Path
+    step: int | None = None
+
+
+def find_run(path: Path | str) -> Run | None:
+    """What `RUN` or `RUN/checkpoints/STEP` names; None if it is neither."""
+    path = Path(path).expanduser()
+    if (path / CONFIG).is_file():
+        return Run(path)
+    folder = path.absolute()
+    place, folder = folder.parent.name, folder.parent.parent
+    if path.name.isdecimal() and place == CHECKPOINTS and (folder / CONFIG).is_file():
+        return Run(folder, int(path.name))
+    return None
+
+
+def load_run(path: Path | str) -> tuple[models.Model[Array], ModelConfig, Tokenizer]:
+    """The parameters of a run's newest checkpoint, or of the one that is named (`find_run`), its
+    model and its tokenizer.
 
     Raises `UserError` if one of them is missing, damaged, or does not belong to the others.
     """
-    folder = Path(folder)
+    folder, wanted = find_run(path) or Run(Path(path))
     cfg = read_config(folder)
     tokenizer = load_tokenizer(folder / TOKENIZER)
     if not (folder / CHECKPOINTS).is_dir():
         raise _no_checkpoint(folder, cfg)
     with contextlib.closing(Store(folder / CHECKPOINTS)) as store:
-        step = store.latest()
+        step = store.latest() if wanted is None else wanted
         if step is None:
             raise _no_checkpoint(folder, cfg)
+        if not store.path(step).is_dir():
+            raise StoreError(
+                f"{store.path(step)}: no such checkpoint; the run has {store.steps() or 'none'}"
+            )
         _check_belongs(folder, cfg, tokenizer, store.meta(step, "model", "tokenizer"))
         abstract = {"params": models.abstract_params(cfg.model)}
         return store.restore(abstract, step)["params"], cfg.model, tokenizer

@@ -104,7 +104,8 @@ def load(
     path: Path | str, *, dtype: Any = None, sharding: Any = None
 ) -> tuple[Model[Array], ModelConfig]:
     """Parameters and config of any weights: a `.pth`, a `.safetensors`, a Hugging Face folder, or
-    one of our runs (its newest checkpoint). Version and all sizes are read from the file.
+    one of our runs: its newest checkpoint, or the one named (`runs/demo/checkpoints/200`). Version
+    and all sizes are read from the file.
 
     Parameters keep their stored type, mostly bfloat16, or are rounded to the floating type `dtype`;
     functions compute in their own `dtype` either way, and convert parameters of another at every
@@ -145,16 +146,16 @@ def read_sizes(path: Path | str) -> ModelConfig:
     """Version and sizes of any weights, as `load` gives them, without reading a number. Raises as
     `load`."""
     path = Path(path).expanduser()
-    if is_run(path):
-        return store.read_config(path).model
+    if run := store.find_run(path):
+        return store.read_config(run.folder).model
     weights = read(path)
     with naming(weights.path):
         return config_of(weights.tensors)
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is that of one of our runs."""
-    return (path / store.CONFIG).is_file()
+    """Whether a path is that of one of our runs, or of one of its checkpoints."""
+    return store.find_run(path) is not None
 
 
 def read_with_tokenizer(path: Path | str, tokenizer: str = "") -> tuple[Weights, Tokenizer]:
@@ -163,6 +164,19 @@ def read_with_tokenizer(path: Path | str, tokenizer: str = "") -> tuple[Weights,
     with naming(weights.path):
         sizes = config_of(weights.tensors)
         return weights, find_tokenizer(weights, sizes.vocab_size, tokenizer)
+
+
+def tokenizer_name(weights: Weights, vocab_size: int) -> str:
+    """The name by which `open_tokenizer` opens the tokenizer that `find_tokenizer` finds for the
+    weights; empty if there is none."""
+    found = _beside(weights, vocab_size)
+    if found and found[1].kind in ("world", "bytes"):
+        return found[1].kind
+    return (
+        str(found[0].parent if found[1].kind == "bpe" else found[0])
+        if found
+        else (KNOWN.get(vocab_size, ""))
+    )
 
 
 def find_tokenizer(weights: Weights, vocab_size: int, name: str = "") -> Tokenizer:
@@ -209,8 +223,8 @@ def _fits(tokenizer: Tokenizer, vocab_size: int, padding: int = PADDING) -> bool
 def _beside(weights: Weights, vocab_size: int) -> tuple[Path, Tokenizer] | None:
     """The tokenizer beside the weights, and its file; None if there is none of the model's size.
     One of another size belongs to another model: a folder often holds several."""
-    if weights.format == "run":
-        folder = weights.path / store.TOKENIZER
+    if run := store.find_run(weights.path):
+        folder = run.folder / store.TOKENIZER
         found = load_tokenizer(folder)
         return folder / (WORLD_FILE if found.kind == "txt" else HF_FILE), found
     own = weights.path.is_dir()  # everything in a folder belongs to its model

@@ -123,8 +123,8 @@ def likely_template(model: Path, cfg: ModelConfig, tokenizer: Tokenizer) -> tupl
     """The name of the chat template of a model, and the reason: what its run was trained with, or
     its release by the name of the file, or else its version."""
     name = model.expanduser().absolute()
-    if (name / store.CONFIG).is_file():
-        run = store.read_config(name)
+    if found := store.find_run(name):
+        run = store.read_config(found.folder)
         if run.data.train_on == "answers" or run.data.field in (*CONVERSATIONS, *ANSWERS):
             return run.data.template, "its run was trained with it"
         name = Path(run.train.init) if run.train.init else name

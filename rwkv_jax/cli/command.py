@@ -139,7 +139,7 @@ def _abandon_stdout() -> None:
 
 def add_model(parser: argparse.ArgumentParser, name: str = "model") -> None:
     """Adds the argument MODEL, or one of another name that takes the same."""
-    files = ".pth, .safetensors, Hugging Face folder, or folder of a run"
+    files = ".pth, .safetensors, Hugging Face folder, folder of a run, or RUN/checkpoints/STEP"
     parser.add_argument(name, metavar=name.upper(), help=files)
 
 

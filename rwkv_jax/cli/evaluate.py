@@ -152,7 +152,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _sources(args: argparse.Namespace) -> list[tuple[str, Iterable[str]]]:
     """The texts to read, each with its documents."""
-    from rwkv_jax.checkpoint.store import CONFIG, read_config
+    from rwkv_jax.checkpoint.store import find_run, read_config
 
     if args.text:
         field = "text" if args.field is None else args.field
@@ -160,8 +160,7 @@ def _sources(args: argparse.Namespace) -> list[tuple[str, Iterable[str]]]:
         return [(x.source, _stdin() if x.source == "-" else _documents(x)) for x in texts]
     if (args.lambada or args.choices) and not (args.by_position or args.plot):
         return []
-    folder = Path(args.model).expanduser()
-    if not (folder / CONFIG).is_file():
+    if not (run := find_run(args.model)):
         if args.by_position or args.plot:
             raise UserError(
                 f"{'--by-position' if args.by_position else '--plot'} needs a text: name a TEXT"
@@ -171,7 +170,7 @@ def _sources(args: argparse.Namespace) -> list[tuple[str, Iterable[str]]]:
             "nothing to measure the model on: name a TEXT, --lambada FILE or --choices FILE (only a"
             " run has held-out text of its own)"
         )
-    return [("held-out text", _heldout(read_config(folder).data))]
+    return [("held-out text", _heldout(read_config(run.folder).data))]
 
 
 def _heldout(data: Any) -> Iterable[str]:

@@ -49,6 +49,9 @@ SHORT = 1 << 14
 """World encodes so many bytes in Python, and only then loads the Rust encoder: its tables take
 0.3 s and 218 MB, for which a single prompt need not wait."""
 
+NAMES = ("bytes", "bpe", "world")
+"""The tokenizers that are named, not opened from a file."""
+
 NEIGHBOURS = 4
 """The number of tokens before one that can matter to its text."""
 

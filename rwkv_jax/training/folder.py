@@ -26,6 +26,7 @@ FREE = {
     "train.wkv",
     "data.cache",
     "data.strict",
+    "data.tokenizer",  # by another name; another one is found out by the fingerprint of the data
     "data.train_stops",  # other tokens are trained then, which the fingerprint of the data shows
 }
 """What a run may change when it resumes, besides `sample.*` and `mesh.*`: its length (the schedule

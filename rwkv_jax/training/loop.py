@@ -43,6 +43,7 @@ from rwkv_jax.training.setup import (
 from rwkv_jax.training.state import TrainState, to_trees
 from rwkv_jax.training.step import Metrics, describe_nonfinite, make_train_step
 from rwkv_jax.training.tracer import Tracer
+from rwkv_jax.training.trainable import trainable
 
 LESS_MEMORY = "lower train.batch or model.width, raise train.accumulate, or set train.remat=block"
 
@@ -179,11 +180,13 @@ def _record(run: Run, step: int, metrics: Metrics, votes: Any) -> bool:
 
 def _diverged(run: Run, step: int, metrics: Metrics) -> str:
     run.store.wait()
+    cfg = run.setup.cfg
+    trained = trainable(cfg.model, cfg.train.freeze).take(run.state.params)
     saved = "no checkpoint was saved yet"
     if (good := run.store.latest()) is not None:
         saved = f"the last good checkpoint is {run.setup.folder / CHECKPOINTS / str(good)}"
     return (
-        f"step {step}: {describe_nonfinite(metrics, run.state.params)}; {saved}:"
+        f"step {step}: {describe_nonfinite(metrics, trained)}; {saved}:"
         " lower optimizer.peak_lr (another train.output), or raise optimizer.warmup_steps"
     )
 

@@ -1,23 +1,27 @@
-"""AdamW with the parameter table's groups, and the official learning-rate schedule.
+"""Optimizers with the parameter table's groups, and schedules of the learning rate.
 
-    p <- p - lr(step) lr_scale (m / (sqrt(v) + eps) + weight_decay p)
+    p <- p - lr(step) lr_scale (direction + weight_decay p)
 
-with bias-corrected moments m and v of gradients that are clipped by their global norm first. The
+AdamW's direction is m / (sqrt(v) + eps), with bias-corrected moments m and v of gradients that are
+clipped by their global norm first. The
 `ParamSpec` of p gives `lr_scale`, and says whether `weight_decay` applies. As in torch, `eps` is
 added outside the root. The official 1e-18 is a normal float32, so a parameter that never had a
 gradient gets 0 / (0 + eps) = 0. A gradient so small (below 1e-18) that its square underflows moves
 its parameter by at most about lr, like any other; nothing is divided by zero.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from rwkv_jax import models
 from rwkv_jax.config import Config, OptimizerConfig
-from rwkv_jax.params import is_spec
+from rwkv_jax.params import ParamSpec, is_spec
+from rwkv_jax.training.trainable import trainable
 from rwkv_jax.typing import Array, Callable, Float, Int, PyTree
 
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
@@ -32,17 +36,19 @@ class Optimizer(NamedTuple):
 
 
 def optimizer_for(cfg: Config) -> Optimizer:
-    """The optimizer of a run, with its schedule and its parameter groups."""
+    """The optimizer of the trained part of a run's parameters (`trainable`), with its schedule and
+    its parameter groups."""
     steps = float(cfg.train.steps)
     if cfg.data.exit_tokens:  # the official schedule counts tokens: a step may be cut by its end
         steps = cfg.data.exit_tokens / (cfg.train.batch * cfg.train.context)
     learning_rate = schedule(cfg.optimizer, steps, version=cfg.model.version)
-    chain = adamw(cfg.optimizer, models.specs(cfg.model), learning_rate)
+    trained = trainable(cfg.model, cfg.train.freeze)
+    chain = transformation(cfg.optimizer, trained.specs, learning_rate)
     return Optimizer(chain.init, chain.update, learning_rate)
 
 
 def schedule(cfg: OptimizerConfig, steps: int | float, *, version: str) -> Schedule:
-    """The learning rate of a step (the first is 0): warm-up, then a half cosine to `final_lr`.
+    """The learning rate of a step (the first is 0): warm-up, then as `schedule` says.
 
     The official schedule counts tokens, so `steps` need not be whole. It also warms up again after
     every restart. Here the step alone decides: a resumed run equals an uninterrupted one, and its
@@ -50,17 +56,21 @@ def schedule(cfg: OptimizerConfig, steps: int | float, *, version: str) -> Sched
     """
     peak, final, warmup = cfg.peak_lr, cfg.final_lr, cfg.warmup_steps
     start = models.VERSIONS[version].warmup_start
+    begin = max(warmup, steps * (1 - cfg.decay_share)) if cfg.schedule == "wsd" else warmup
 
     def learning_rate(step: Int[Array, ""] | int) -> Float[Array, ""]:
         s = jnp.asarray(step, jnp.float32)
-        progress = jnp.clip((s - warmup) / max(steps - warmup, 1), 0.0, 1.0)
-        cosine = (peak + final) / 2 + (peak - final) / 2 * jnp.cos(jnp.pi * progress)
-        return cosine * jnp.where(s < warmup, start + (1 - start) * s / max(warmup, 1), 1.0)
+        progress = jnp.clip((s - begin) / max(steps - begin, 1), 0.0, 1.0)
+        if cfg.schedule == "cosine":
+            rate = (peak + final) / 2 + (peak - final) / 2 * jnp.cos(jnp.pi * progress)
+        else:
+            rate = peak + (final - peak) * (0 if cfg.schedule == "constant" else progress)
+        return rate * jnp.where(s < warmup, start + (1 - start) * s / max(warmup, 1), 1.0)
 
     return learning_rate
 
 
-def adamw(
+def transformation(
     cfg: OptimizerConfig, specs: PyTree, learning_rate: Schedule
 ) -> optax.GradientTransformation:
     """The update above, for the parameters that `specs` (a tree of `ParamSpec`) describes."""
@@ -71,7 +81,7 @@ def adamw(
     )
     chain = optax.chain(
         optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity(),
-        optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps),
+        _direction(cfg, specs),
         optax.add_decayed_weights(cfg.weight_decay, mask=decayed),
         scale_groups,
         optax.scale_by_learning_rate(learning_rate),  # pyright: ignore[reportArgumentType]
@@ -84,3 +94,33 @@ def adamw(
             return chain.update(grads, state, params)
 
     return optax.GradientTransformation(chain.init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _direction(cfg: OptimizerConfig, specs: PyTree) -> optax.GradientTransformation:
+    """What becomes of clipped gradients before weight decay and rates.
+
+    Lion: Chen et al. 2023 (arXiv 2302.06675). Muon: Jordan et al. 2024, of matrices in layers, with
+    the scale that gives an update the RMS of AdamW's (Liu et al. 2025, arXiv 2502.16982).
+    """
+    adam = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)
+    if cfg.name == "adamw":
+        return adam
+    if cfg.name == "lion":
+        return optax.scale_by_lion(cfg.beta1, cfg.beta2)
+    dimensions = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    matrices = partial(jax.tree.map, lambda _: dimensions)
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(weight_dimension_numbers=matrices),
+        optax.stateless(lambda updates, _: jax.tree.map(_with_rms_of_adam, updates)),
+    )
+    kinds = jax.tree.map(_kind, specs, is_leaf=is_spec)
+    return optax.partition({"muon": muon, "adam": adam}, kinds)
+
+
+def _kind(spec: ParamSpec) -> str:
+    return "muon" if spec.layers and spec.layout == "linear" else "adam"
+
+
+def _with_rms_of_adam(update: Array) -> Array:
+    """An orthogonal update of matrices, with the RMS that AdamW's updates have."""
+    return update * (0.2 * max(update.shape[-2:]) ** 0.5)

@@ -18,11 +18,20 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from rwkv_jax.checkpoint.keymaps import check
-from rwkv_jax.checkpoint.store import CHECKPOINTS, CONFIG, DamagedError, Store, read_config, sweep
-from rwkv_jax.checkpoint.weights import check_tokenizer, load, naming, read
+from rwkv_jax.checkpoint.store import (
+    CHECKPOINTS,
+    CONFIG,
+    TOKENIZER,
+    DamagedError,
+    Store,
+    read_config,
+    sweep,
+)
+from rwkv_jax.checkpoint.weights import check_tokenizer, load, naming, read, tokenizer_name
 from rwkv_jax.config import Config, ModelConfig, literal
 from rwkv_jax.data.loader import Batching, Loader, open_loader
 from rwkv_jax.data.sources import Data
+from rwkv_jax.data.tokenizers import NAMES, open_tokenizer
 from rwkv_jax.toml import TYPED
 from rwkv_jax.training import hosts
 from rwkv_jax.training.folder import RunError, claim, describe, is_trained, settings
@@ -62,11 +71,13 @@ def shared_settings(cfg: Config) -> dict[str, str]:
 
 
 def adopt(cfg: Config, stated: Mapping[str, str]) -> Config:
-    """The config with the model of the weights in `train.init`, if it names any.
+    """The config with the model and the tokenizer of the weights in `train.init`, if it names any.
 
     `stated` says where settings come from (`load_stated`). A version, if stated, and sizes from the
-    command line must be those of the weights; sizes in a config file are overridden. Raises
-    `UserError` for one that differs, and for weights that cannot be read.
+    command line must be those of the weights; sizes in a config file are overridden. So is a
+    `data.tokenizer = "bpe"` in one, which would train a new tokenizer; any other that is stated
+    must be the model's, if that is known. Raises `UserError` for one that differs, and for weights
+    that cannot be read.
     """
     if not cfg.train.init:
         return cfg
@@ -75,12 +86,46 @@ def adopt(cfg: Config, stated: Mapping[str, str]) -> Config:
         run = read_config(folder)  # a run resumes without the weights
         if run.train.init == cfg.train.init:  # else it is another run, which `claim` rejects
             _check_agrees(cfg.model, stated, str(folder), run.model)
-        return dataclasses.replace(cfg, model=run.model)
+        own = run.data.tokenizer
+        if own not in NAMES and not Path(own).expanduser().exists():
+            own = str(folder / TOKENIZER)  # the weights, and a tokenizer beside them, may be gone
+        name = _tokenizer(cfg.data.tokenizer, stated, str(folder), own)
+        return _with(cfg, run.model, name)
     weights = read(cfg.train.init)
     with naming(weights.path):
         model = check(weights.tensors)
     _check_agrees(cfg.model, stated, cfg.train.init, model)
-    return dataclasses.replace(cfg, model=model)
+    own = tokenizer_name(weights, model.vocab_size)
+    return _with(cfg, model, _tokenizer(cfg.data.tokenizer, stated, cfg.train.init, own))
+
+
+def _with(cfg: Config, model: ModelConfig, tokenizer: str) -> Config:
+    data = dataclasses.replace(cfg.data, tokenizer=tokenizer)
+    return dataclasses.replace(cfg, model=model, data=data)
+
+
+def _tokenizer(asked: str, stated: Mapping[str, str], name: str, own: str) -> str:
+    """The tokenizer to train with: `own`, that of the weights `name`, if there is one. Raises
+    `RunError` if another one was stated, or none is known."""
+    where = stated.get("data.tokenizer")
+    if asked == own or (asked == "bpe" and own and where != TYPED):
+        return own
+    if asked == "bpe":
+        raise RunError(
+            f"data.tokenizer = bpe: it would be a new one, whose ids mean nothing to {name};"
+            + (" leave it out" if own else " name the one that the weights were trained with")
+        )
+    if own and where and _identity(own) != _identity(asked):
+        raise RunError(
+            f"data.tokenizer = {asked} ({where}) is {open_tokenizer(asked).identity()}, and the"
+            f" tokenizer of {name} is {open_tokenizer(own).identity()}; leave data.tokenizer out"
+        )
+    return asked if where or not own else own
+
+
+def _identity(name: str) -> str:
+    """Equal for tokenizers that encode alike, whichever way they were opened."""
+    return open_tokenizer(name).identity().split()[-1]
 
 
 def _check_agrees(
@@ -194,7 +239,8 @@ def start_or_resume(
     if meta["data"] != fingerprint(setup.data):
         raise _SharedRunError(
             f"{setup.folder}: was trained on other text than data.source = {cfg.data.source} gives"
-            f" now; restore that text, or choose another train.output{_older_mask(cfg)}"
+            " now, or with another tokenizer; restore that text, or choose another train.output"
+            + _older_mask(cfg)
         )
     if step > cfg.train.steps:
         raise _SharedRunError(

@@ -12,7 +12,8 @@ from rwkv_jax.config import Config
 from rwkv_jax.containers import container
 from rwkv_jax.training.mesh import params_shardings, rows_sharding
 from rwkv_jax.training.optimizer import optimizer_for
-from rwkv_jax.typing import Array, Leaf, PyTree
+from rwkv_jax.training.trainable import trainable
+from rwkv_jax.typing import Array, Callable, Leaf, PyTree
 
 
 @container
@@ -53,7 +54,7 @@ def init_train_state(
     if params is None:
         params = init(jax.random.key(cfg.train.seed))
     with sharding.use_mesh(mesh):
-        opt_state = jax.jit(optimizer_for(cfg).init)(params)
+        opt_state = jax.jit(_init_optimizer(cfg))(params)
         step, carried = jax.jit(lambda: jnp.zeros((), jnp.int32))(), None
         if cfg.train.carry_state:
             fresh = partial(models.init_state, model, cfg.train.batch)
@@ -69,7 +70,7 @@ def abstract_train_state(cfg: Config, mesh: Mesh | None = None) -> TrainState[ja
     step, carried = jax.ShapeDtypeStruct((), jnp.int32), None
     if cfg.train.carry_state:
         carried = jax.eval_shape(lambda p: models.init_state(model, cfg.train.batch, p), params)
-    init = optimizer_for(cfg).init
+    init = _init_optimizer(cfg)
     if mesh is None:
         return TrainState(step, params, jax.eval_shape(init, params), carried)
     params = jax.tree.map(_at, params, params_shardings(models.specs(model), mesh))
@@ -82,6 +83,12 @@ def abstract_train_state(cfg: Config, mesh: Mesh | None = None) -> TrainState[ja
     )
     carried = jax.tree.map(lambda x: _at(x, rows_sharding(mesh)), carried)
     return TrainState(_at(step, replicated), params, opt_state, carried)
+
+
+def _init_optimizer(cfg: Config) -> Callable[[PyTree], PyTree]:
+    """The optimizer's state of the trained part of the parameters, as a function of all."""
+    init, part = optimizer_for(cfg).init, trainable(cfg.model, cfg.train.freeze)
+    return lambda params: init(part.take(params))
 
 
 def _at(x: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:

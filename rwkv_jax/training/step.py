@@ -18,6 +18,7 @@ from rwkv_jax.params import path_name
 from rwkv_jax.training.objective import Examples, Objective, objective
 from rwkv_jax.training.optimizer import optimizer_for
 from rwkv_jax.training.state import TrainState
+from rwkv_jax.training.trainable import trainable
 from rwkv_jax.typing import Array, Bool, Callable, Float, Leaf, PyTree
 
 
@@ -31,7 +32,8 @@ class Metrics(Generic[Leaf]):
     state_rms      root mean square of the recurrent state after the batch
     lr             learning rate
     finite         whether these three are finite; if not, the step changed nothing
-    bad_gradients  which parameters, in `jax.tree.leaves` order, had a non-finite gradient
+    bad_gradients  which parameters, in the order of the leaves that are trained, had a non-finite
+                   gradient
     """
 
     loss: Leaf
@@ -49,16 +51,20 @@ def make_train_step(cfg: Config, objective: Objective = objective) -> jax.stages
     `objective` is minimised (`rwkv_jax.training.objective`). Called with a mesh in context
     (`sharding.use_mesh`), and a state and a batch on it, each device computes its shard of both.
     """
-    optimizer = optimizer_for(cfg)
+    optimizer, part = optimizer_for(cfg), trainable(cfg.model, cfg.train.freeze)
     loss_fn = partial(objective, model=cfg.model, train=cfg.train)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def loss_of_part(trained: PyTree, *rest: Any) -> Any:
+            return loss_fn(part.put(state.params, trained), *rest)
+
+        trained = part.take(state.params)
         reported, grads, carried = _gradients(
-            loss_fn, state.params, batch, state.carried, cfg.train.accumulate
+            loss_of_part, trained, batch, state.carried, cfg.train.accumulate
         )
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+            params = part.put(state.params, optax.apply_updates(trained, updates))
             squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
             grad_norm = jnp.sqrt(jnp.sum(squares))
             finite = jnp.isfinite(jnp.stack([*reported[:2], grad_norm])).all()
@@ -158,7 +164,7 @@ def _weights(mask: Bool[Array, "b t"]) -> Float[Array, "b t"]:
 
 def describe_nonfinite(metrics: Metrics, params: PyTree) -> str:
     """Names what was not finite in a step: the loss, what was minimised, or the gradients of some
-    parameters."""
+    of `params`, the ones that are trained."""
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     bad = [name for name, is_bad in zip(names, metrics.bad_gradients, strict=True) if is_bad]
     numbers = {"loss": float(metrics.loss), "objective": float(metrics.objective)}

@@ -12,7 +12,7 @@ import pytest
 
 from rwkv_jax.config import OptimizerConfig
 from rwkv_jax.params import ParamSpec, zeros
-from rwkv_jax.training.optimizer import adamw, schedule
+from rwkv_jax.training.optimizer import schedule, transformation
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "data_lr.json").read_text())
 MINIPILE_STEPS = 1498226207 / (512 * 16)
@@ -47,7 +47,7 @@ def test_schedule_without_room_for_a_cosine(warmup, steps, end):
 
 
 def run(cfg, specs, params, gradients, rates):
-    optimizer = adamw(cfg, specs, lambda step: jnp.asarray(rates, jnp.float32)[step])
+    optimizer = transformation(cfg, specs, lambda step: jnp.asarray(rates, jnp.float32)[step])
     state = optimizer.init(params)
 
     @jax.jit
