@@ -5,6 +5,7 @@ each line of `metrics.jsonl`.
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -188,9 +189,11 @@ class Ticker:
 
 
 def progress_numbers(loss: float, bpb: float, tokens_per_s: float, seconds_left: float) -> str:
-    """`loss 2.345  bpb 1.234  5,678 tokens/s  ETA 1:23`; the speed is left out while it is 0."""
+    """`loss 2.345  bpb 1.234  5,678 tokens/s  ETA 1:23`; the speed is left out while it is 0, and
+    bits per byte if they are NaN."""
+    bits = "" if math.isnan(bpb) else f"  bpb {bpb:.3f}"
     speed = f"  {tokens_per_s:,.0f} tokens/s  ETA {duration(seconds_left)}" if tokens_per_s else ""
-    return f"loss {loss:.3f}  bpb {bpb:.3f}{speed}"
+    return f"loss {loss:.3f}{bits}{speed}"
 
 
 def duration(seconds: float) -> str:

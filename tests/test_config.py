@@ -290,7 +290,8 @@ def test_an_error_says_whether_file_or_overrides_are_wrong(file):
         (
             "[optimizer]\npeek_lr = 1",
             "optimizer.peek_lr is not a setting; did you mean peak_lr? (allowed: peak_lr, "
-            "final_lr, warmup_steps, beta1, beta2, eps, weight_decay, clip, name, schedule, decay_share)",
+            "final_lr, warmup_steps, beta1, beta2, eps, weight_decay, clip, name, schedule,"
+            " decay_share)",
         ),
         (
             "[sample]\ncontext = 1",

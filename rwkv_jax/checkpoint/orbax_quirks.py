@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence, Set
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,29 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 """In the name of a checkpoint until all of it is on disk."""
 
 
-def open_manager(folder: Path, keep: int, items: tuple[str, ...]) -> ocp.CheckpointManager:
-    """Writes checkpoints and keeps the newest `keep`; 0 opens them for reading only."""
+class _Marked(preservation_policy.PreservationPolicy):
+    """Keeps the steps in a set that may change."""
+
+    def __init__(self, steps: Set[int]):
+        self._steps = steps
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        return [checkpoint.step in self._steps for checkpoint in checkpoints]
+
+
+def open_manager(
+    folder: Path, keep: int, items: tuple[str, ...], marked: Set[int] = frozenset()
+) -> ocp.CheckpointManager:
+    """Writes checkpoints and keeps the newest `keep`, and the steps that are `marked`; 0 opens them
+    for reading only."""
     _silence()
     options = ocp.CheckpointManagerOptions(read_only=True)
     if keep:
+        newest = preservation_policy.LatestN(keep)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.LatestN(keep),
+            preservation_policy=preservation_policy.AnyPreservationPolicy(
+                [newest, _Marked(marked)]
+            ),
             async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier()),
         )
     return ocp.CheckpointManager(folder, options=options, item_names=items)

@@ -48,7 +48,8 @@ class DamagedError(StoreError):
 
 
 class Store:
-    """The newest `keep` checkpoints in a folder; `keep` 0 opens them for reading only.
+    """The newest `keep` checkpoints in a folder, and those that are `marked`; `keep` 0 opens them
+    for reading only.
 
     A checkpoint is a tree of arrays for each name of `TREES`, and a JSON object. Saving is
     asynchronous: its errors are raised by the next `save`, `wait` or `close`.
@@ -56,9 +57,12 @@ class Store:
 
     def __init__(self, folder: Path, keep: int = 0):
         self.folder = folder.absolute()
+        self.marked: set[int] = set()
+        """Steps that are kept however old they are."""
         items = (*TREES, META)
         with _writing(self.folder):
-            self._manager = self._reader = orbax_quirks.open_manager(self.folder, keep, items)
+            self._manager = orbax_quirks.open_manager(self.folder, keep, items, self.marked)
+            self._reader = self._manager
             if jax.process_count() > 1:
                 self._reader = orbax_quirks.open_reader(self.folder, items)
 
@@ -268,6 +272,32 @@ def load_run(path: Path | str) -> tuple[models.Model[Array], ModelConfig, Tokeni
         _check_belongs(folder, cfg, tokenizer, store.meta(step, "model", "tokenizer"))
         abstract = {"params": models.abstract_params(cfg.model)}
         return store.restore(abstract, step)["params"], cfg.model, tokenizer
+
+
+def load_moments(path: Path | str, abstract: PyTree) -> PyTree:
+    """The optimizer's state of the checkpoint that a path names (`find_run`); `abstract` gives the
+    shapes, types and shardings that it must have. Raises `StoreError` if it has others."""
+    run = find_run(path)
+    if run is None:
+        raise StoreError(
+            f"{path}: has no optimizer's moments: they are in the checkpoints of runs only; name"
+            " one, or set train.init_moments = false"
+        )
+    with contextlib.closing(Store(run.folder / CHECKPOINTS)) as store:
+        step = store.latest() if run.step is None else run.step
+        if step is None:
+            raise _no_checkpoint(run.folder, read_config(run.folder))
+        before = read_config(run.folder)
+        try:
+            trees = {"rest": {"step": jax.ShapeDtypeStruct((), "int32"), "opt_state": abstract}}
+            return store.restore(trees, step)["rest"]["opt_state"]
+        except DamagedError as error:
+            raise StoreError(
+                f"{store.path(step)}: its moments are of another optimizer or of other parameters"
+                f" (optimizer.name = {before.optimizer.name}, train.freeze ="
+                f" {before.train.freeze}, train.carry_state = {before.train.carry_state} there):"
+                " make them equal, or set train.init_moments = false"
+            ) from error
 
 
 def _no_checkpoint(folder: Path, cfg: Config) -> StoreError:

@@ -88,7 +88,7 @@ def read(path: Path | str) -> Weights:
     if "\0" in name:
         raise WeightsError(f"{shown(name)}: no file has such a name; give a file or folder")
     with disk.reading(path, "name one that exists and is readable", WeightsError):
-        if path.is_dir():
+        if path.is_dir() or is_run(path):
             return _read_folder(path)
         if not path.exists() and (command := _download(name)):
             raise WeightsError(

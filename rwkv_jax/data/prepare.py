@@ -5,7 +5,7 @@ One folder a corpus below `data.cache`:
     train.bin, train.idx       the training documents as a binidx pair
     heldout.bin, heldout.idx   the held-out documents as another (older entries have no .idx, which
                                is not needed here: every document ends with the same id)
-    train.mask                 with `data.train_on`: for each token a byte, 1 if it is trained on
+    train.mask, heldout.mask   with `data.train_on`: for each token a byte, 1 if it is trained on
     heldout.txt, tokenizer/    the text of the held-out documents; the tokenizer
     manifest.json              counts, and the sizes of all files, which reveal a damaged entry
 
@@ -40,6 +40,7 @@ from rwkv_jax.data.tokenizers import (
     sizes_of,
 )
 from rwkv_jax.data.tokens import (
+    HELDOUT_MASK,
     HELDOUT_TEXT,
     MANIFEST,
     MASK,
@@ -178,7 +179,11 @@ def _write(
     with contextlib.ExitStack() as stack:
         pairs = {side: stack.enter_context(BinidxWriter(folder / side, dtype)) for side in SIDES}
         text = stack.enter_context(disk.replacing(folder / HELDOUT_TEXT))
-        mask = stack.enter_context(disk.replacing(folder / MASK)) if masked else None
+        masks = [
+            stack.enter_context(disk.replacing(folder / name))
+            for name in (MASK, HELDOUT_MASK)
+            if masked
+        ]
         documents = corpus.documents(report, left_out)
         for document, ids in encoded(documents, encoder, BATCH_CHARACTERS):
             side, data = SIDES[document.heldout], document.text.encode()
@@ -186,10 +191,10 @@ def _write(
             counts[f"{side}_bytes"] += len(data)
             if document.heldout:
                 text.write(data)
-            elif mask:
+            if masks:
                 chosen = _loss_mask(document, sizes_of(tokenizer, ids[:-1]))
-                mask.write(chosen.tobytes())
-                trained += int(chosen.sum())
+                masks[document.heldout].write(chosen.tobytes())
+                trained += 0 if document.heldout else int(chosen.sum())
     left_out.check()
     counts |= {f"{side}_documents": pair.documents for side, pair in pairs.items()}
     _require_documents(cfg, counts["train_documents"], counts["heldout_documents"])

@@ -59,6 +59,12 @@ class Data:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     @property
+    def heldout_mask(self) -> np.ndarray | None:
+        """bool: which tokens of `heldout` are such as are trained on; None: all."""
+        masks = [x.heldout_mask for x in self.sources.values() if x.heldout_mask is not None]
+        return np.concatenate(masks) if len(masks) == len(self.sources) else None
+
+    @property
     def heldout_bytes(self) -> int:
         """UTF-8 bytes of `heldout`."""
         return sum(tokens.heldout_bytes for tokens in self.sources.values())

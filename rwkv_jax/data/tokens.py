@@ -32,7 +32,8 @@ Item = TypeVar("Item")
 
 SIDES = ("train", "heldout")
 """The two pairs of a cached corpus."""
-MASK, HELDOUT_TEXT, MANIFEST, TOKENIZER = "train.mask", "heldout.txt", "manifest.json", "tokenizer"
+MASK, HELDOUT_MASK = "train.mask", "heldout.mask"
+HELDOUT_TEXT, MANIFEST, TOKENIZER = "heldout.txt", "manifest.json", "tokenizer"
 
 SAMPLED_TOKENS = 1 << 26
 """A pair is read when it is opened. Of a longer one than this only a sample of so many tokens is
@@ -58,6 +59,8 @@ class Tokens:
     skipped_files: int
     mask: np.ndarray | None = None
     """bool: which tokens of `train` are trained on; None: all."""
+    heldout_mask: np.ndarray | None = None
+    """The same of `heldout`."""
     documents: np.ndarray | None = None
     """Where the documents of `train` start and, last, end; None: after each end-of-document id."""
     left_out: Sequence[str] = ()
@@ -155,7 +158,11 @@ def open_cache(folder: Path) -> Tokens:
         *(array(f"{side}.bin", manifest["dtype"]) for side in SIDES),
         digest=manifest["digest"],
         **counts,
-        mask=array(MASK, "?") if MASK in manifest["sizes"] else None,
+        **{
+            name: array(file, "?")
+            for name, file in (("mask", MASK), ("heldout_mask", HELDOUT_MASK))
+            if file in manifest["sizes"]
+        },
         left_out=manifest.get("left_out", older),
         field=manifest.get("field", ""),
     )

@@ -15,10 +15,11 @@ context is never cut.
 
 import gzip
 import heapq
+import itertools
 import lzma
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -57,6 +58,11 @@ class Heldout(Protocol):
         """Its size in UTF-8."""
         ...
 
+    @property
+    def heldout_mask(self) -> np.ndarray | None:
+        """bool: which of its tokens are such as are trained on; None: all of them."""
+        ...
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -80,6 +86,14 @@ class Evaluation:
     nats: float
     tokens: int
     bytes: int
+    trained_nats: float = field(default=0.0, kw_only=True)
+    """Of the tokens such as are trained on, where that is not all of them."""
+    trained_tokens: int = field(default=0, kw_only=True)
+
+    @property
+    def trained_loss(self) -> float:
+        """Nats per token that is such as are trained on, where that is not all; else NaN."""
+        return self.trained_nats / self.trained_tokens if self.trained_tokens else math.nan
 
     @property
     def bits_per_byte(self) -> float:
@@ -121,15 +135,28 @@ def evaluate(
     counts tokens. `tokens.heldout` must not be empty.
     """
     eod, stream = tokens.tokenizer.eod, np.asarray(tokens.heldout)
-    documents, size = _documents(stream, eod), tokens.heldout_bytes
+    starts, size = _starts(stream, eod), tokens.heldout_bytes
+    parts = list(itertools.pairwise(starts))
     if limit and limit < len(stream):
-        documents = _some(documents, limit)
+        parts = _some(parts, limit)
         # The last of these is cut, so its bytes are counted from its tokens.
-        size = sum(len(tokens.tokenizer.decode_bytes(document)) for document in documents)
-    nats = 0.0
+        size = sum(len(tokens.tokenizer.decode_bytes(stream[slice(*part)])) for part in parts)
+    begins, mask = np.array([begin for begin, _ in parts]), tokens.heldout_mask
+    documents = [stream[slice(*part)] for part in parts]
+    nats, trained_nats, trained_tokens = 0.0, 0.0, 0
     for costs in token_costs(params, documents, settings, eod=eod, report=report):
         nats += float(np.sum(costs.nats, dtype=np.float64))
-    return Evaluation(nats, sum(map(len, documents)), size)
+        if mask is not None:
+            trained = mask[begins[costs.document] + costs.position]
+            trained_nats += float(np.sum(costs.nats[trained], dtype=np.float64))
+            trained_tokens += int(trained.sum())
+    return Evaluation(
+        nats,
+        sum(map(len, documents)),
+        size,
+        trained_nats=trained_nats,
+        trained_tokens=trained_tokens,
+    )
 
 
 def finite(nats: np.ndarray) -> np.ndarray:
@@ -228,19 +255,19 @@ def _score(params, state, inputs, targets, reset, *, settings):
     return sharding.replicate(nats), jax.tree.map(sharding.reshard_like, after, state)
 
 
-def _documents(stream: np.ndarray, eod: int) -> list[np.ndarray]:
-    """The documents of a stream, each with its end-of-document token."""
-    ends = np.flatnonzero(stream == eod) + 1
-    documents = np.split(stream, ends)
-    return documents if len(documents[-1]) else documents[:-1]
+def _starts(stream: np.ndarray, eod: int) -> list[int]:
+    """Where the documents of a stream start, each with its end-of-document token, and the end."""
+    ends = (np.flatnonzero(stream == eod) + 1).tolist()
+    return [0, *ends, *([len(stream)] if not ends or ends[-1] < len(stream) else [])]
 
 
-def _some(documents: list[np.ndarray], limit: int) -> list[np.ndarray]:
+def _some(parts: list[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
     """Documents with `limit` tokens in total, from all over the stream; always the same ones."""
     chosen, left = [], limit
-    for index in np.random.default_rng(0).permutation(len(documents)):
-        chosen.append(documents[index][:left])
-        left -= len(chosen[-1])
+    for index in np.random.default_rng(0).permutation(len(parts)):
+        begin, end = parts[index]
+        chosen.append((begin, min(end, begin + left)))
+        left -= min(end - begin, left)
         if not left:
             break
     return chosen

@@ -15,11 +15,15 @@ from rwkv_jax.toml import to_toml
 FREE = {
     "train.output",
     "train.steps",
+    "train.epochs",
     "train.log_every",
     "train.eval_every",
     "train.eval_tokens",
     "train.checkpoint_every",
     "train.keep",
+    "train.keep_best",
+    "train.patience",
+    "train.logger",
     "train.tensorboard",
     "train.accumulate",
     "train.remat",
@@ -29,8 +33,9 @@ FREE = {
     "data.tokenizer",  # by another name; another one is found out by the fingerprint of the data
     "data.train_stops",  # other tokens are trained then, which the fingerprint of the data shows
 }
-"""What a run may change when it resumes, besides `sample.*` and `mesh.*`: its length (the schedule
-is then that of the new length), what it reports and keeps, and how, not what, a step computes."""
+"""What a run may change when it resumes, besides `eval.*`, `sample.*` and `mesh.*`: its length (the
+schedule is then that of the new length), what it reports and keeps, and how, not what, a step
+computes."""
 
 LOCK = ".lock"
 
@@ -111,7 +116,7 @@ def _check_free(folder: Path, cfg: Config) -> None:
     if (folder / TOKENIZER).is_dir() and not is_trained(folder):
         return  # that run was stopped before it had anything to lose
     for name, value in before.items():
-        fixed = name not in FREE and not name.startswith(("sample.", "mesh."))
+        fixed = name not in FREE and not name.startswith(("eval.", "sample.", "mesh."))
         if fixed and value != now[name]:
             raise RunError(
                 f"{folder}: holds another run ({name} is {value!r} there, {now[name]!r} here);"

@@ -9,6 +9,7 @@ stopped.
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,19 +25,22 @@ from rwkv_jax.config import Config
 from rwkv_jax.data.loader import prefetched
 from rwkv_jax.data.sources import open_data
 from rwkv_jax.errors import within_memory
-from rwkv_jax.evaluation import bits
+from rwkv_jax.evaluation import bits, tasks
 from rwkv_jax.interrupts import StopRequest, stop_requests
 from rwkv_jax.training import hosts
+from rwkv_jax.training.evaluations import open_sets
 from rwkv_jax.training.folder import describe, writing
-from rwkv_jax.training.mesh import LocalRows, make_mesh, with_stop_vote
+from rwkv_jax.training.mesh import LocalRows, gather_to_host, make_mesh, with_stop_vote
 from rwkv_jax.training.objective import Objective, implementation, objective
 from rwkv_jax.training.report import Report, print_sample
 from rwkv_jax.training.setup import (
     Setup,
     adopt,
+    chosen_length,
     fingerprint,
     open_folder,
     resolve,
+    schedule_change,
     shared_settings,
     start_or_resume,
 )
@@ -73,19 +77,25 @@ def train(
     """
     console = console or show.LastingConsole(quiet=not hosts.is_primary())
     hosts.check_equal(shared_settings(cfg), "start all with the same settings")
-    cfg = hosts.run_on_all(adopt, cfg, stated or {})
+    cfg = hosts.run_on_all(adopt, chosen_length(cfg, stated or {}), stated or {})
     mesh = hosts.run_on_all(make_mesh, cfg)
     data = hosts.run_on_all(open_data, cfg.data, progress=hosts.is_primary())
     cfg, loader = hosts.run_on_all(resolve, cfg, data)
-    hosts.check_equal({"text": fingerprint(data)}, "give all of them the same text")
+    sets = hosts.run_on_all(open_sets, cfg, data.tokenizer)
+    texts = {"text": fingerprint(data), "eval.texts": sets.digest}
+    hosts.check_equal(texts, "give all of them the same text")
     with open_folder(cfg, data) as (folder, store), within_memory(LESS_MEMORY):
-        setup = Setup(cfg, data, loader, mesh, folder)
+        setup = Setup(cfg, data, loader, mesh, folder, sets)
         step, state, meta = start_or_resume(setup, store, console)
+        change = hosts.run_on_primary(schedule_change, folder, cfg, step) if step else ""
         hosts.run_on_primary(describe, folder, cfg, data)
         report = hosts.run_on_all(Report, setup, console, step, meta)
-        run = Run(setup, store, report, state, step, meta.get("owed", False))
+        best = Best(*meta.get("best", ()))
+        store.marked |= {best.step} if cfg.train.keep_best and best.count else set()
+        pending = meta.get("owed", not step and bool(cfg.train.init))
+        run = Run(setup, store, report, state, step, pending, best)
         with contextlib.closing(report):
-            report.header(step)
+            report.header(step, change or "")
             with writing(folder), stop_requests() as stop:
                 _train_steps(run, make_train_step(cfg, objective), stop, profile)
             try:
@@ -108,7 +118,34 @@ class Run:
     state: TrainState
     step: int
     eval_pending: bool
-    """An evaluation was due where the run was stopped."""
+    """An evaluation was due where the run was stopped, or before its first step."""
+    best: "Best"
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether evaluations have got no better for so long that the run ends."""
+        patience = self.setup.cfg.train.patience
+        return bool(patience) and self.best.since >= patience
+
+
+@dataclass
+class Best:
+    """The best evaluation so far."""
+
+    count: int = 0
+    """Evaluations so far."""
+    step: int = 0
+    value: float = math.inf
+    since: int = 0
+    """Evaluations after it."""
+
+    def add(self, step: int, value: float) -> bool:
+        """Counts one more; whether it is the best."""
+        better = value < self.value
+        self.count, self.since = self.count + 1, 0 if better else self.since + 1
+        if better:
+            self.step, self.value = step, value
+        return better
 
 
 def _train_steps(run: Run, train_step: Callable, stop: StopRequest, profile: bool) -> None:
@@ -124,8 +161,10 @@ def _train_steps(run: Run, train_step: Callable, stop: StopRequest, profile: boo
     read = run.setup.loader.read if mesh is None else LocalRows(run.setup.loader, mesh).read
     coming = prefetched(read, range(first, train.steps))
     pending: tuple[int, Metrics, Any] | None = None
-    if run.eval_pending and run.setup.data.heldout_bytes:
+    if run.eval_pending and run.setup.data.heldout_bytes and not run.exhausted:
         _evaluate(run, limit=train.eval_tokens)
+    if run.exhausted:
+        return
     with (
         report.ticker.running(first),
         contextlib.closing(coming),
@@ -142,7 +181,7 @@ def _train_steps(run: Run, train_step: Callable, stop: StopRequest, profile: boo
                 stops |= _record(run, *pending)
             pending = run.step, metrics, votes
             last = run.step == train.steps
-            evaluates = not last and _is_due(run.step, eval_every)
+            evaluates = (not last or train.keep_best) and _is_due(run.step, eval_every)
             saves = last or stops or _is_due(run.step, train.checkpoint_every)
             if not (evaluates or saves):
                 continue
@@ -151,10 +190,18 @@ def _train_steps(run: Run, train_step: Callable, stop: StopRequest, profile: boo
             if evaluates and not stops:
                 report.ticker.activity("evaluating")
                 with report.timer.pause("evaluating"):
-                    _evaluate(run, limit=train.eval_tokens)
+                    best = _evaluate(run, limit=train.eval_tokens)
+                saves |= run.exhausted or (best and train.keep_best)
             if saves:
                 with report.timer.pause("saving"):
                     _save(run, eval_pending=evaluates and stops)
+            if run.exhausted and not stops:
+                run.store.wait()
+                report.ticker.line(
+                    f"no evaluation was better than that of step {run.best.step} in the last"
+                    f" {run.best.since}: the run ends (train.patience = {train.patience})"
+                )
+                return
             if stops:
                 run.store.wait()
                 then = "evaluates it" if last else "resumes from there"
@@ -200,6 +247,7 @@ def _save(run: Run, eval_pending: bool) -> None:
         "data": fingerprint(data),
         **run.report.meta(),
         "owed": eval_pending,
+        "best": list(dataclasses.astuple(run.best)),
         "model": dataclasses.asdict(cfg.model),
         "tokenizer": data.tokenizer.identity(),
         "versions": versions(),
@@ -215,8 +263,9 @@ def _evaluate(
     limit: int = 0,
     progress: Callable[[int, int], None] | None = None,
     **extra: Any,
-) -> bits.Evaluation:
-    """Evaluates on about `limit` held-out tokens (0: all), and reports it."""
+) -> bool:
+    """Evaluates on about `limit` held-out tokens (0: all) and the sets of `[eval]`, and reports it;
+    returns whether it is the best evaluation so far."""
     cfg, data = run.setup.cfg, run.setup.data
     settings = bits.Settings(
         cfg.model,
@@ -227,8 +276,32 @@ def _evaluate(
     )
     with sharding.use_mesh(run.setup.mesh):
         result = bits.evaluate(run.state.params, data, settings, limit=limit, report=progress)
-    run.report.evaluation(run.step, result, **extra)
-    return result
+        texts = {
+            name: bits.evaluate(run.state.params, text, settings)
+            for name, text in run.setup.sets.texts.items()
+        }
+    questions = _answers(run, settings)
+    run.report.evaluation(run.step, result, texts, questions, **extra)
+    if "final" in extra:
+        return False
+    value = result.trained_loss if result.trained_tokens else result.bits_per_byte
+    is_best = run.best.add(run.step, value)
+    if is_best and cfg.train.keep_best:
+        run.store.marked.clear()
+        run.store.marked.add(run.step)
+    return is_best
+
+
+def _answers(run: Run, settings: bits.Settings) -> dict[str, tasks.Result]:
+    """The scores on files of questions. A collective; of several processes the first one knows."""
+    sets, params = run.setup.sets.questions, run.state.params
+    if not sets:
+        return {}
+    if run.setup.mesh is not None:
+        params = gather_to_host(params)
+        if not hosts.is_primary():
+            return {}
+    return {name: score(params, settings) for name, score in sets.items()}
 
 
 def _finish(run: Run, console: Console) -> None:
@@ -241,10 +314,15 @@ def _finish(run: Run, console: Console) -> None:
             report.timer.pause("evaluating"),
             show.counting(console, "evaluating", "held-out tokens") as progress,
         ):
-            result = _evaluate(run, progress=progress, final=True, compressors=marks)
+            _evaluate(run, progress=progress, final=True, compressors=marks)
         name = f"RWKV-{setup.cfg.model.version} (this run)"
-        show.comparison(console, {name: result.bits_per_byte, **marks}, best=name)
+        show.comparison(console, {name: report.heldout_bpb, **marks}, best=name)
     report.summary()
+    if setup.cfg.train.keep_best and run.best.count:
+        path = setup.folder / CHECKPOINTS / str(run.best.step)
+        kept = f"that of step {run.best.step:,}, kept as {path}"
+        of_init = "that of the weights it started from"
+        report.ticker.line(f"the best evaluation is {kept if run.best.step else of_init}")
     with writing(setup.folder):
         report.curve()
     if setup.cfg.sample.tokens:

@@ -5,14 +5,18 @@ seconds`, the seconds since the line before that were spent on `data`, `steps`, 
 `evaluating`, and `mfu` where the device's peak is known; `loss` (cross entropy), `objective` (what
 is minimised) and `grad_norm` are means over the steps since that line. Evaluations hold
 `heldout_bpb, heldout_loss, heldout_tokens`, the last one also `final` and the compressors' bits per
-byte.
+byte; where not all tokens are trained also `heldout_trained_loss` and `heldout_trained_tokens`
+(training lines then have no `bpb`); and `eval_NAME_bpb` or `eval_NAME_accuracy` of the sets of
+`[eval]`.
 """
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+from rwkv_jax.config import Config
 from rwkv_jax.disk import write_text
 from rwkv_jax.errors import UserError
 
@@ -21,38 +25,42 @@ class MetricsLog:
     """The file, opened at the step that a run resumes from: lines after that step are dropped.
 
     So are a final evaluation (it will be repeated) and the half line that a killed process left.
-    Without a path nothing is written: of several processes one keeps the log. With `events` every
-    number is also written to TensorBoard's files in that folder. Raises `UserError` if their writer
-    is not installed.
+    Every number also goes to the `train.logger` of the config, TensorBoard's files in `events` of
+    the folder or a run of Weights & Biases that is found again by the folder. Raises `UserError` if
+    that is not installed, or cannot start.
     """
 
-    def __init__(self, path: Path | None, step: int, events: Path | None = None):
-        self._file = self._events = None
-        if path is None:
-            return
-        if events:
-            self._events = _event_writer(events, step)
+    def __init__(self, folder: Path, cfg: Config, step: int):
+        path, train = folder / "metrics.jsonl", cfg.train
+        self._events = self._wandb = None
+        if train.logger == "tensorboard" or train.tensorboard:
+            self._events = _event_writer(folder / "events", step)
+        if train.logger == "wandb":
+            self._wandb = _wandb_run(folder, cfg)
         kept = [line for line in read_metrics(path) if line["step"] <= step and "final" not in line]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, **record: Any) -> None:
         """Appends a line, and hands it to the system, so that a kill does not lose it."""
-        if self._file:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        step = record["step"]
+        numbers = {x: y for x, y in record.items() if isinstance(y, int | float) and x != "step"}
         if self._events:
-            for name, value in record.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._events.add_scalar(name, value, record["step"])
+            for name, value in numbers.items():
+                self._events.add_scalar(name, value, step)
             self._events.flush()
+        if self._wandb:
+            self._wandb.log(numbers, step=step)
 
     def close(self) -> None:
         """Closes the files."""
-        if self._file:
-            self._file.close()
+        self._file.close()
         if self._events:
             self._events.close()
+        if self._wandb:
+            self._wandb.finish()
 
 
 def _event_writer(folder: Path, step: int) -> Any:
@@ -60,11 +68,41 @@ def _event_writer(folder: Path, step: int) -> Any:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise UserError(
-            "train.tensorboard = true needs a package: pip install 'rwkv_jax[tensorboard]', or set"
-            " it to false (metrics.jsonl has the same numbers)"
+            "train.logger = tensorboard needs a package: pip install 'rwkv_jax[tensorboard]', or"
+            " leave it out (metrics.jsonl has the same numbers)"
         ) from None
     # By default a file is named by the second: a run resumed within one would overwrite it.
     return SummaryWriter(str(folder), purge_step=step + 1, filename_suffix=f".from-{step}")
+
+
+def _wandb_run(folder: Path, cfg: Config) -> Any:
+    """The run of Weights & Biases that belongs to a folder; its settings are the config's."""
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError(
+            "train.logger = wandb needs a package: pip install 'rwkv_jax[wandb]', or leave it out"
+            " (metrics.jsonl has the same numbers)"
+        ) from None
+    place = folder / "wandb_id"
+    name = place.read_text().strip() if place.is_file() else wandb.util.generate_id()
+    write_text(place, f"{name}\n")
+    settings = wandb.Settings(console="off", silent=True)
+    try:
+        return wandb.init(
+            id=name,
+            resume="allow",
+            name=folder.name,
+            dir=str(folder),
+            config=dataclasses.asdict(cfg),
+            settings=settings,
+        )
+    except wandb.Error as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"train.logger = wandb: {reason}; log in (wandb login), set WANDB_MODE=offline, or"
+            " leave it out"
+        ) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

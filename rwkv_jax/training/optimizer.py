@@ -70,6 +70,19 @@ def schedule(cfg: OptimizerConfig, steps: int | float, *, version: str) -> Sched
     return learning_rate
 
 
+def from_the_start(opt_state: PyTree) -> PyTree:
+    """An optimizer's state whose schedule is at its first step; the moments stay."""
+
+    def is_count(x: object) -> bool:
+        return isinstance(x, optax.ScaleByScheduleState)
+
+    return jax.tree.map(
+        lambda x: optax.ScaleByScheduleState(jnp.zeros_like(x.count)) if is_count(x) else x,
+        opt_state,
+        is_leaf=is_count,
+    )
+
+
 def transformation(
     cfg: OptimizerConfig, specs: PyTree, learning_rate: Schedule
 ) -> optax.GradientTransformation:

@@ -6,6 +6,7 @@ curve into `loss.png`. Of several processes the first one reports.
 
 import math
 import time
+from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -16,8 +17,9 @@ from rich.console import Console
 from rwkv_jax import console as show
 from rwkv_jax import models, sampling
 from rwkv_jax import params as tables
-from rwkv_jax.config import MINI_EPOCH, ModelConfig
+from rwkv_jax.config import MINI_EPOCH, Config, ModelConfig
 from rwkv_jax.evaluation.bits import Evaluation
+from rwkv_jax.evaluation.tasks import Result
 from rwkv_jax.hardware import chip_of
 from rwkv_jax.interrupts import for_each
 from rwkv_jax.training.flops import model_flops
@@ -25,6 +27,7 @@ from rwkv_jax.training.folder import writing
 from rwkv_jax.training.hosts import is_primary
 from rwkv_jax.training.mesh import gather_to_host
 from rwkv_jax.training.metrics import MetricsLog, read_metrics
+from rwkv_jax.training.optimizer import optimizer_for
 from rwkv_jax.training.plot import plot
 from rwkv_jax.training.preview import show_row
 from rwkv_jax.training.setup import Setup
@@ -44,10 +47,11 @@ class Report:
         self._mini_epoch: list[float] = meta.get("mini_epoch", [0.0, 0.0])
         self._earlier: float = meta.get("seconds", 0.0)
         self._start = time.monotonic()
-        path = setup.folder / "metrics.jsonl" if is_primary() else None
-        events = setup.folder / "events" if setup.cfg.train.tensorboard else None
+        self._masked = any(stream.mask is not None for stream in setup.data.streams)
+        self.heldout_bpb = math.nan
+        """Of the last evaluation."""
         with writing(setup.folder):
-            self._log = MetricsLog(path, step, events)
+            self._log = MetricsLog(setup.folder, setup.cfg, step) if is_primary() else None
 
     def meta(self) -> dict[str, Any]:
         """What a resumed run needs to report as if it had never stopped."""
@@ -62,8 +66,9 @@ class Report:
         """How long the run has taken, over all its starts."""
         return self._earlier + time.monotonic() - self._start
 
-    def header(self, step: int) -> None:
-        """Prints what the run is, and the step that it resumes from, if it does."""
+    def header(self, step: int, change: str = "") -> None:
+        """Prints what the run is, and the step that it resumes from, if it does; `change` is what
+        has changed in its schedule."""
         cfg, data, train = self._setup.cfg, self._setup.data, self._setup.cfg.train
         count = tables.count(models.specs(cfg.model))
         seen = train.steps * self._setup.tokens_per_step
@@ -74,6 +79,7 @@ class Report:
             **data.describe(),
             "steps": f"{train.steps:,} of {train.batch} x {train.context} tokens:"
             f" {seen:,} tokens, {seen / data.train_tokens:.2f} epochs",
+            "schedule": change or _warmup_problem(cfg),
             "device": f"{_devices(self._setup.mesh)}, {train.dtype}",
             "output": f"{self._setup.folder}" + (f", resuming from step {step:,}" if step else ""),
         }
@@ -91,7 +97,8 @@ class Report:
         columns = zip_longest(*self._window)
         known = ([x for x in column if x is not None] for column in columns)
         loss, grad_norm, objective = (math.fsum(x) / len(x) for x in known)
-        bpb = loss / math.log(2) / self._setup.data.bytes_per_token
+        # Of masked text, the bytes of what is trained are not counted.
+        bpb = math.nan if self._masked else loss / math.log(2) / self._setup.data.bytes_per_token
         speed, due = timer.tokens_per_s, step % train.log_every == 0
         left = (train.steps - step) * self._setup.tokens_per_step / speed if speed else 0.0
         self.ticker.step(step, show.progress_numbers(loss, bpb, speed, left), due=due)
@@ -102,7 +109,7 @@ class Report:
             step,
             loss=loss,
             objective=objective,
-            bpb=bpb,
+            **({} if self._masked else {"bpb": bpb}),
             lr=float(metrics.lr),
             grad_norm=grad_norm,
             state_rms=float(metrics.state_rms),
@@ -115,7 +122,8 @@ class Report:
 
     def _write(self, step: int, **record: Any) -> None:
         tokens, seconds = step * self._setup.tokens_per_step, round(self._seconds, 2)
-        self._log.write(step=step, tokens=tokens, **record, seconds=seconds)
+        if self._log:
+            self._log.write(step=step, tokens=tokens, **record, seconds=seconds)
 
     def _count_mini_epoch(self, step: int, metrics: Metrics) -> None:
         """Logs what the official trainers write to `train_log.txt` after each 40,320 samples."""
@@ -128,24 +136,40 @@ class Report:
             return
         self._mini_epoch = [0.0, 0.0]
         loss, number, lr = total / count, step // steps - 1, float(metrics.lr)
-        self._log.write(step=step, mini_epoch=number, mini_epoch_loss=loss, lr=lr)
+        if self._log:
+            self._log.write(step=step, mini_epoch=number, mini_epoch_loss=loss, lr=lr)
         self.ticker.line(
             f"mini-epoch {number}  loss {loss:.6f}  perplexity {math.exp(loss):.4f}  lr {lr:.8f}"
         )
 
-    def evaluation(self, step: int, result: Evaluation, **extra: Any) -> None:
-        """Logs and shows an evaluation on held-out text."""
-        self._write(
-            step,
-            heldout_bpb=result.bits_per_byte,
-            heldout_loss=result.loss,
-            heldout_tokens=result.tokens,
-            **extra,
-        )
-        self.ticker.line(
-            f"step {step}  held-out bits per byte {result.bits_per_byte:.3f}"
-            f" ({result.tokens:,} tokens)"
-        )
+    def evaluation(
+        self,
+        step: int,
+        result: Evaluation,
+        texts: Mapping[str, Evaluation],
+        questions: Mapping[str, Result],
+        **extra: Any,
+    ) -> None:
+        """Logs and shows an evaluation on held-out text and on other sets by name."""
+        record = {
+            "heldout_bpb": result.bits_per_byte,
+            "heldout_loss": result.loss,
+            "heldout_tokens": result.tokens,
+        }
+        parts = [f"held-out bits per byte {result.bits_per_byte:.3f} ({result.tokens:,} tokens)"]
+        if result.trained_tokens:
+            record |= {"heldout_trained_loss": result.trained_loss}
+            record |= {"heldout_trained_tokens": result.trained_tokens}
+            parts.append(f"loss of what is trained {result.trained_loss:.3f}")
+        for name, one in texts.items():
+            record[f"eval_{name}_bpb"] = one.bits_per_byte
+            parts.append(f"{name} {one.bits_per_byte:.3f}")
+        for name, score in questions.items():
+            record[f"eval_{name}_accuracy"] = score.accuracy
+            parts.append(f"{name} {score.accuracy:.1%} right")
+        self.heldout_bpb = result.bits_per_byte
+        self._write(step, **record, **extra)
+        self.ticker.line(f"step {step}  {', '.join(parts)}")
 
     def summary(self) -> None:
         """Prints how fast the run was since its start, and what its time was spent on."""
@@ -180,7 +204,8 @@ class Report:
 
     def close(self) -> None:
         """Closes the metrics' files."""
-        self._log.close()
+        if self._log:
+            self._log.close()
 
 
 def print_sample(setup: Setup, params: PyTree, console: Console) -> None:
@@ -207,6 +232,18 @@ def print_sample(setup: Setup, params: PyTree, console: Console) -> None:
     console.out(sample.prompt, end="", highlight=False)
     for_each(chunks, lambda chunk: console.out(chunk.text, end="", highlight=False))
     console.out("")
+
+
+def _warmup_problem(cfg: Config) -> str:
+    """A remark about a warm-up that ends after the run does."""
+    steps, warmup = cfg.train.steps, cfg.optimizer.warmup_steps
+    if warmup < steps:
+        return ""
+    last = float(optimizer_for(cfg).learning_rate(steps - 1))
+    return (
+        f"warm-up (optimizer.warmup_steps = {warmup}) lasts longer than the run: its rate rises to"
+        f" {last:.3g} of {cfg.optimizer.peak_lr:.3g} at the last step"
+    )
 
 
 def _title(model: ModelConfig) -> str:

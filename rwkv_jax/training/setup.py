@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rwkv_jax.checkpoint.store import (
     TOKENIZER,
     DamagedError,
     Store,
+    load_moments,
     read_config,
     sweep,
 )
@@ -34,7 +35,9 @@ from rwkv_jax.data.sources import Data
 from rwkv_jax.data.tokenizers import NAMES, open_tokenizer
 from rwkv_jax.toml import TYPED
 from rwkv_jax.training import hosts
+from rwkv_jax.training.evaluations import NamedSets
 from rwkv_jax.training.folder import RunError, claim, describe, is_trained, settings
+from rwkv_jax.training.optimizer import from_the_start, optimizer_for
 from rwkv_jax.training.state import (
     TrainState,
     abstract_train_state,
@@ -54,6 +57,7 @@ class Setup:
     loader: Loader
     mesh: Mesh | None
     folder: Path
+    sets: NamedSets = field(default_factory=NamedSets)
 
     @property
     def tokens_per_step(self) -> int:
@@ -146,6 +150,17 @@ def _check_agrees(
         )
 
 
+def chosen_length(cfg: Config, stated: Mapping[str, str]) -> Config:
+    """The config with one length: `train.epochs`, unless only `train.steps` was typed. Raises
+    `RunError` if both were."""
+    typed = [name for name in ("train.steps", "train.epochs") if stated.get(name) == TYPED]
+    if len(typed) == 2:
+        raise RunError("train.steps and train.epochs are both the run's length: leave one out")
+    if typed == ["train.steps"]:
+        cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, epochs=0.0))
+    return cfg
+
+
 def resolve(cfg: Config, data: Data) -> tuple[Config, Loader]:
     """The config with vocabulary size and number of steps filled in, and its batches.
 
@@ -178,7 +193,15 @@ def resolve(cfg: Config, data: Data) -> tuple[Config, Loader]:
         reset=cfg.data.reset,
     )
     loader = open_loader(data.streams, batching)
-    if not train.steps:
+    if (train.keep_best or train.patience) and not len(data.heldout):
+        raise RunError(
+            "train.keep_best and train.patience compare evaluations on held-out text, and there is"
+            f" none (data.heldout = {cfg.data.heldout}); hold some out, or leave them out"
+        )
+    if train.epochs:
+        steps = max(1, round(train.epochs * sum(loader.epoch) / train.batch))
+        cfg = dataclasses.replace(cfg, train=dataclasses.replace(train, steps=steps))
+    elif not train.steps:
         steps = -(-cfg.data.exit_tokens // (train.batch * train.context))
         if cfg.data.sampler == "magic_prime":
             steps = min(steps, loader.epoch[0] // train.batch)  # where the official trainer stops
@@ -227,6 +250,20 @@ def _claim(cfg: Config, data: Data, stack: contextlib.ExitStack) -> Path:
     return folder
 
 
+def schedule_change(folder: Path, cfg: Config, step: int) -> str:
+    """What happens to the learning rate if a run resumes after `step` with another schedule than it
+    had; empty if nothing does."""
+    before = read_config(folder)
+    if before.train.steps == cfg.train.steps:
+        return ""
+    was, now = (f"{float(optimizer_for(x).learning_rate(step)):.3g}" for x in (before, cfg))
+    changed = f"{now}, not {was}" if was != now else f"{now} as before"
+    return (
+        f"ends at step {cfg.train.steps:,} now, not at {before.train.steps:,}: the rate of step"
+        f" {step + 1:,} is {changed}"
+    )
+
+
 def start_or_resume(
     setup: Setup, store: Store, console: Console
 ) -> tuple[int, TrainState, dict[str, Any]]:
@@ -234,7 +271,12 @@ def start_or_resume(
     cfg, step = setup.cfg, store.latest()
     if step is None:
         given = load(cfg.train.init, dtype=jnp.float32)[0] if cfg.train.init else None
-        return 0, init_train_state(cfg, given, setup.mesh), {}
+        state = init_train_state(cfg, given, setup.mesh)
+        if cfg.train.init_moments:
+            wanted = abstract_train_state(cfg, setup.mesh).opt_state
+            moments = hosts.run_on_all(load_moments, cfg.train.init, wanted)
+            state = dataclasses.replace(state, opt_state=from_the_start(moments))
+        return 0, state, {}
     step, state, meta = _restore(store, abstract_train_state(cfg, setup.mesh), step, console)
     if meta["data"] != fingerprint(setup.data):
         raise _SharedRunError(

@@ -400,8 +400,9 @@ def test_given_weights_that_do_not_belong_are_refused(tmp_path, console):
         (
             "data.tokenizer",
             "world",
-            "data.tokenizer = world has 65,536 tokens, but the model has 257",
+            r"data.tokenizer = world \(command line\) is world .*given.pth is bytes; leave",
         ),
+        ("data.tokenizer", "bpe", "bpe: it would be a new one, whose ids mean nothing to .*leave"),
         ("train.init", tmp_path / "part.pth", r"part.pth: head\.weight is missing"),
         ("train.init", tmp_path / "none.pth", "none.pth: cannot be read"),
     ):
