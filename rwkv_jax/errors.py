@@ -1,13 +1,14 @@
 """Errors that a user can cause and fix, and remarks, each reported in one line."""
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_HERE = str(Path(__file__).parent)
+_HERE = str(Path(__file__).parent) + os.sep
 
 
 class UserError(ValueError):
@@ -23,7 +24,7 @@ def remark(text: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_code.co_filename.startswith(_HERE):
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, Remark, stacklevel=level - 1)
+    warnings.warn(text, Remark, stacklevel=level)
 
 
 @contextlib.contextmanager

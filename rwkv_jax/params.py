@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import sequential_vmap
 
 from rwkv_jax.nn import Norm
 from rwkv_jax.typing import Array, Callable, Float, PRNGKeyArray, PyTree
@@ -137,8 +138,7 @@ def _init_leaves(key: PRNGKeyArray, table: tuple[tuple[str, ParamSpec], ...]) ->
         for name, spec in table
         if not spec.layers
     }
-    # One loop for all leaves: a loop for each takes longer to compile. Not vmap: jaxlib 0.10 on CPU
-    # deadlocks when a program has several batched QR factorisations.
+    # One loop for all leaves: a loop for each takes longer to compile.
     for depth in sorted({spec.layers for _, spec in table} - {0}):
         found |= lax.map(partial(layer, depth=depth), jnp.arange(depth, dtype=jnp.int32))
     return [found[name] for name, _ in table]
@@ -190,4 +190,11 @@ def uniform(bound: float) -> Init:
 def orthogonal(gain: float = 1.0) -> Init:
     """`gain` times a matrix with orthonormal rows or columns, whichever are fewer (torch
     `orthogonal_`)."""
-    return lambda key, shape, depth: jax.nn.initializers.orthogonal(gain)(key, shape, jnp.float32)
+    matrix = jax.nn.initializers.orthogonal(gain)
+
+    def made(key: PRNGKeyArray, shape: tuple[int, ...], depth: Depth) -> Float[Array, "..."]:
+        # One after the other under vmap: jaxlib 0.10 on CPU deadlocks when a program has several
+        # batched QR factorisations.
+        return sequential_vmap(lambda key: matrix(key, shape, jnp.float32))(key)
+
+    return made

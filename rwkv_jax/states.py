@@ -164,8 +164,8 @@ def _of_one_model(states: Sequence[State], same_batch: bool = False) -> list[Sta
 class Saved:
     """Contents of a state file."""
 
-    state: State
-    logits: Float[Array, "b V"] | None = None
+    state: State = field(repr=False)
+    logits: Float[Array, "b V"] | None = field(default=None, repr=False)
     """Logits of the next token; None if the file has none, as in that of a tuned state."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """The caller's metadata."""

@@ -394,3 +394,13 @@ def test_initialising_ends_on_a_small_machine(version):
     subprocess.run(
         [sys.executable, "-c", program, version], env=environment, timeout=60, check=True
     )
+
+
+@each_recurrence
+def test_an_ensemble_is_its_members(version):
+    """Under vmap too, where several batched QR factorisations never end on a CPU."""
+    cfg, keys = CONFIGS[version], jax.random.split(jax.random.key(0), 2)
+    many = jax.vmap(lambda key: models.init_params(cfg, key))(keys)
+    one = models.init_params(cfg, keys[1])
+    for x, y in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
+        np.testing.assert_array_equal(x[1], y)

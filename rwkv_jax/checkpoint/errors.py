@@ -19,5 +19,9 @@ def shown(text: object) -> str:
 
     A file's author chooses its names, line ends and control sequences included.
     """
-    cut = str(text)[:80].rstrip(". ")
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
+    return escaped(str(text)[:80].rstrip(". "))
+
+
+def escaped(text: str) -> str:
+    """A text in one line: what is not printable is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -519,38 +519,62 @@ def _check_config(expected: Mapping[str, Any], config: Mapping[str, Any]) -> Non
             )
 
 
+def describes(config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> bool:
+    """Whether a `config.json` may be that of tensors in official names, by its kind and width."""
+    width = next((x.shape[-1] for name, x in tensors.items() if plain_name(name) in _EMBEDDINGS), 0)
+    ours = "rwkv" in str(config.get("model_type")).lower()
+    return ours and config.get("hidden_size") in (None, width)
+
+
+_EMBEDDINGS = ("emb.weight", "embeddings.weight")
+
+
 def check_agreement(official: Mapping[str, ArrayLike], config: Mapping[str, Any]) -> None:
     """Raises WeightsError if a `config.json` is that of another model than the tensors', or says of
     a tensor what is not so. One without a `model_type` is not Hugging Face's."""
+    kind = config.get("model_type")
     try:
         cfg = config_of(official)
     except WeightsError:  # incomplete, which another error says better
         return
-    if (kind := config.get("model_type")) is None:
+    if not kind:
         return
     another = "config.json: {} = {}, but the tensors are of {}: one of them is of another model;"
     another += " download both again"
-    wanted = re.fullmatch(r".*rwkv[_-]?(\d?).*", str(kind))
-    if not wanted or wanted[1] not in ("", cfg.version[0]):
-        raise WeightsError(another.format("model_type", shown(kind), f"RWKV-{cfg.version}"))
+    named = re.search(r"rwkv[_-]?([4-7])", str(kind).lower())
+    if "rwkv" not in str(kind).lower() or (named and named[1] != cfg.version[0]):
+        raise WeightsError(another.format("model_type", shown(repr(kind)), f"RWKV-{cfg.version}"))
     sizes = {
-        "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.width,
         "num_hidden_layers": cfg.layers,
         "intermediate_size": cfg.ffn_width,
     }
     if cfg.version[0] == "7":  # elsewhere these names are used for other numbers, or not at all
         sizes |= {"head_dim": cfg.head_size, "head_size": cfg.head_size}
+    sizes = {key: size for key, size in sizes.items() if config.get(key) not in (None, size)}
+    rows = config.get("vocab_size")
+    if rows is not None and not (isinstance(rows, int) and rows <= cfg.vocab_size):  # or padded
+        sizes["vocab_size"] = cfg.vocab_size
     for key, size in sizes.items():
-        if config.get(key) not in (None, size):
-            raise WeightsError(another.format(key, shown(config[key]), f"a model with {size:,}"))
+        found = shown(repr(config[key]))
+        raise WeightsError(another.format(key, found, f"a model with {size:,}"))
     emb, head = official["emb.weight"], official.get("head.weight")
-    tied = config.get("tie_word_embeddings") is True and head is not None and head is not emb
-    if tied and np.asarray(emb).tobytes() != np.asarray(head).tobytes():
+    if config.get("tie_word_embeddings") is True and not (head is None or _equal(emb, head)):
         raise WeightsError(
             "config.json: tie_word_embeddings = true, but the head's numbers are not those of the"
             " embedding; set it to false to use the head"
         )
+
+
+def _equal(one: ArrayLike, other: ArrayLike) -> bool:
+    """Whether two tensors have the same numbers, of whatever types."""
+    if one is other:
+        return True
+    x, y, rows = np.asarray(one), np.asarray(other), 4096
+    return x.shape == y.shape and all(
+        np.array_equal(x[i : i + rows].astype(np.float64), y[i : i + rows].astype(np.float64))
+        for i in range(0, len(x), rows)
+    )
 
 
 def _check_head_size(official: Mapping[str, ArrayLike]) -> None:

@@ -100,7 +100,14 @@ def from_official(
     specs_by_path, tree = table(cfg), jax.tree.structure(specs(cfg), is_leaf=is_spec)
     sources = [_sources(tensors, name, spec, dtype) for name, spec in specs_by_path.items()]
     one = sharding is None or isinstance(sharding, jax.sharding.Sharding)
+    if not one and not isinstance(sharding, Model):
+        raise ValueError(
+            "sharding must be a jax.sharding.Sharding or a Model of them, got"
+            f" {type(sharding).__name__}: jax.sharding.NamedSharding(mesh, spec) makes one"
+        )
     shardings = [sharding] * len(specs_by_path) if one else tree.flatten_up_to(sharding)
+    for (name, spec), place in zip(specs_by_path.items(), shardings, strict=True):
+        _check_divides(name, spec, place)
     return jax.tree.unflatten(tree, map(_placed, sources, specs_by_path.values(), shardings)), cfg
 
 
@@ -282,6 +289,18 @@ def _copied(name: str, array: ArrayLike | None, spec: ParamSpec, dtype: Any) -> 
             rows = slice(row, row + step)
             target[rows] = np.asarray(cast(name, source[rows], dtype))
     return values
+
+
+def _check_divides(name: str, spec: ParamSpec, sharding: Any) -> None:
+    """Raises WeightsError for a sharding that a parameter does not divide over."""
+    try:
+        if sharding is not None:
+            sharding.shard_shape(spec.full_shape)
+    except ValueError:
+        raise WeightsError(
+            f"{name} of shape {list(spec.full_shape)} does not divide over the sharding {sharding};"
+            " give a Model of shardings (rwkv_jax.sharding), or replicate it"
+        ) from None
 
 
 def _placed(sources: Sequence[ArrayLike], spec: ParamSpec, sharding: Any) -> Array:

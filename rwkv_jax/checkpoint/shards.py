@@ -17,7 +17,7 @@ import numpy as np
 from rwkv_jax.checkpoint import files
 from rwkv_jax.checkpoint.errors import WeightsError, shown
 from rwkv_jax.checkpoint.pth import read_pth
-from rwkv_jax.checkpoint.safetensors import read_safetensors
+from rwkv_jax.checkpoint.safetensors import read_metadata, read_safetensors
 
 PTH, SAFETENSORS = (".pth", ".pt", ".bin", ".ckpt"), (".safetensors", ".st")
 
@@ -82,12 +82,22 @@ def models_in(folder: Path) -> list[Path]:
     found = [name for name in names if _INDEX.fullmatch(name)]
     taken = {file.name for index in found for file, _ in _indexed(folder / index)}
     for name in names:
+        if is_state(folder / name):
+            continue
         if name in taken or _OTHERS.fullmatch(name) or not name.endswith((*PTH, *SAFETENSORS)):
             continue
         taken.update(x.name for x in _alike(folder / name))
         found.append(name)
     found.sort(key=lambda name: not re.search(r"\.(safetensors|st)\b", name))
     return [folder / name for name in found]
+
+
+def is_state(path: Path) -> bool:
+    """Whether a file is a state that `rwkv_jax.states` has saved."""
+    try:
+        return path.suffix == SAFETENSORS[0] and "state" in read_metadata(path).get("format", "")
+    except WeightsError:
+        return False
 
 
 def _read_file(path: Path) -> dict[str, np.ndarray]:

@@ -23,7 +23,7 @@ import numpy as np
 
 from rwkv_jax import disk
 from rwkv_jax.checkpoint import huggingface, store
-from rwkv_jax.checkpoint.errors import ZERO, WeightsError, shown
+from rwkv_jax.checkpoint.errors import ZERO, WeightsError, escaped, shown
 from rwkv_jax.checkpoint.files import (
     ArrayLike,
     cast,
@@ -82,11 +82,15 @@ def read(path: Path | str) -> Weights:
     Raises WeightsError, one line that names the file, if it holds no weights or is damaged. Whether
     they are a complete model is checked by `from_official`.
     """
-    name, path = str(path), Path(path).expanduser()
-    if not name:
-        raise WeightsError("the name of the model is empty; give a file or folder")
-    if "\0" in name:
-        raise WeightsError(f"{shown(name)}: no file has such a name; give a file or folder")
+    if not str(path) or "\0" in str(path):
+        raise WeightsError(f"no file can be called {str(path)!r}; give a file or folder")
+    try:
+        return _read(str(path), Path(path).expanduser())
+    except WeightsError as error:
+        raise type(error)(escaped(str(error))) from error
+
+
+def _read(name: str, path: Path) -> Weights:
     with disk.reading(path, "name one that exists and is readable", WeightsError):
         if path.is_dir() or is_run(path):
             return _read_folder(path)
@@ -140,17 +144,6 @@ def load_with_tokenizer(
     weights, found = read_with_tokenizer(path, tokenizer)
     with naming(path):
         return *from_official(weights.tensors, dtype=dtype), found
-
-
-def read_sizes(path: Path | str) -> ModelConfig:
-    """Version and sizes of any weights, as `load` gives them, without reading a number. Raises as
-    `load`."""
-    path = Path(path).expanduser()
-    if run := store.find_run(path):
-        return store.read_config(run.folder).model
-    weights = read(path)
-    with naming(weights.path):
-        return config_of(weights.tensors)
 
 
 def is_run(path: Path) -> bool:
@@ -365,15 +358,26 @@ def _read_folder(path: Path) -> Weights:
         raise WeightsError(f"{path}: holds several models ({names}); name one of these files")
     found = _official(first, read_model(first), config)
     for other in others:
-        with contextlib.suppress(WeightsError):
-            if fingerprint_of(_official(other, read_model(other), config).tensors) != (
-                fingerprint_of(found.tensors)
-            ):
-                remark(
-                    f"{path}: {first.name} and {other.name} hold different models;"
-                    f" {first.name} is read (name the other file to read that)"
-                )
+        with contextlib.suppress(WeightsError):  # a damaged file is none
+            tensors = read_model(other)
+            if _is_same(found, other, tensors, config):
+                continue
+            remark(
+                f"{path}: {first.name} and {other.name} hold different models;"
+                f" {first.name} is read (name the other file to read that)"
+            )
     return replace(found, path=path)
+
+
+def _is_same(
+    found: Weights, other: Path, tensors: Mapping[str, np.ndarray], config: dict[str, Any]
+) -> bool:
+    """Whether another file of a folder holds the same model."""
+    try:
+        official = _official(other, tensors, config).tensors
+    except WeightsError:  # not of the model that config.json describes
+        return False
+    return fingerprint_of(official) == fingerprint_of(found.tensors)
 
 
 def _what_instead(path: Path) -> str:
@@ -392,13 +396,17 @@ def _what_instead(path: Path) -> str:
 def _official(
     path: Path, tensors: Mapping[str, np.ndarray], config: dict[str, Any] | None = None
 ) -> Weights:
-    """Tensors in official names; `config` is by default the `config.json` beside the file, which
-    counts for Hugging Face's names only."""
+    """Tensors in official names. `config` is by default the `config.json` beside the file; it does
+    not count for files in official names if it describes another model, as is often so where
+    several lie in one folder."""
     with naming(path):
+        if any(name.startswith("state.") for name in tensors):
+            raise WeightsError("a saved state, not a model: name its model, and --state this file")
         renamed = huggingface.is_huggingface(tensors)
         prefixed = any(name.startswith("rwkv7.") for name in tensors)
-        if config is None:
-            config = _config(path.with_name("config.json")) if renamed or prefixed else {}
+        config = _config(path.with_name("config.json")) if config is None else config
+        if not renamed and not prefixed and not huggingface.describes(config, tensors):
+            config = {}
         if renamed:
             layout = huggingface.layout_of(tensors, config)
             found = huggingface.to_official(tensors, config)

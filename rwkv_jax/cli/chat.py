@@ -110,9 +110,12 @@ def opened(
         talk.configure(sampling=PRESETS[preset_for(talk.template, talk.settings.think)])
     else:
         talk = load(resume, generator, prefix)
-        if template not in (None, talk.template) or system not in (None, talk.system):
+        same = system is None or talk.template.clean(system) == talk.system
+        if template not in (None, talk.template) or not same:
+            prompt = f"the system prompt {talk.system!r}" if talk.system else "no system prompt"
             raise UserError(
-                f"{resume} has a template and a system prompt: leave out --template and --system"
+                f"{resume} has the template {_named(TEMPLATES, talk.template)} and {prompt}: leave"
+                " out --template and --system, or give the same"
             )
     talk.configure(**changes)
     talk.configure(sampling=talk.settings.sampling.with_flags(flags))

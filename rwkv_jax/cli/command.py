@@ -42,6 +42,8 @@ def run(prog: str, action: Callable[[], object]) -> int:
     if sys.stdout is None:
         print(f"{prog}: stdout is closed; redirect it somewhere", file=sys.stderr)
         return 2
+    if sys.stdin is None:  # it is closed: nothing will be typed
+        sys.stdin = open(os.devnull)  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # it may not have all characters
     try:
@@ -149,16 +151,16 @@ def add_tokenizer(add: Callable[..., object]) -> None:
     add("--tokenizer", default="", metavar="NAME", help=what)
 
 
-def load_model(args: argparse.Namespace, *, to_decode: bool = False) -> tuple[Any, Any, Any]:
-    """Parameters, config and tokenizer as MODEL and --tokenizer say; with `to_decode` in the layout
-    of decoding and in --dtype. What JAX compiles from now on is cached."""
+def load_model(args: argparse.Namespace, **to_decode: Any) -> tuple[Any, Any, Any]:
+    """Parameters, config and tokenizer as MODEL and --tokenizer say; with options of
+    `load_to_decode` in the layout of decoding. What JAX compiles from now on is cached."""
     from rwkv_jax.checkpoint.weights import load_with_tokenizer
     from rwkv_jax.compiled import keep_compiled_programs
     from rwkv_jax.sampling.load import load_to_decode
 
     keep_compiled_programs(DataConfig().cache_root)
     if to_decode:
-        return load_to_decode(args.model, args.tokenizer, dtype=args.dtype)
+        return load_to_decode(args.model, args.tokenizer, **to_decode)
     return load_with_tokenizer(args.model, args.tokenizer)
 
 

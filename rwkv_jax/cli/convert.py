@@ -86,7 +86,7 @@ def _tokenizer(weights: "Weights", vocab_size: int, target: Path) -> tuple[dict[
         place = "beside it" if is_file(target) else "into it"
         return {}, f"none is known for {vocab_size:,} tokens; put its tokenizer.json {place}"
     if kind == "bytes" and not is_file(target):
-        return beside, "its is bytes, which Hugging Face's libraries do not have"
+        return beside, "the model's is bytes, which Hugging Face's libraries do not have"
     return beside, ""
 
 

@@ -107,7 +107,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     sources = _sources(args)
     with within_memory("lower --batch, or --dtype bfloat16"):
         # Tasks read prompts in the layout of sampling; for texts alone, the other compiles faster.
-        params, cfg, tokenizer = load_model(args, to_decode=bool(endings or choices))
+        decoding = {"dtype": args.dtype} if endings or choices else {}
+        params, cfg, tokenizer = load_model(args, **decoding)
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         dtype = args.dtype or decoding_dtype().__name__
         subject = _Subject(params, tokenizer, Settings(cfg, rows=args.batch, dtype=dtype))

@@ -189,19 +189,22 @@ def _cannot_fill(model: str, version: str) -> str:
 
 
 def _generator(args: argparse.Namespace, status: Status) -> Any:
-    """A generator, and what is saved in the file of --state, which is read first: its mistakes need
-    not wait for a model."""
+    """A generator, and what is saved in the file of --state, which is read before the model's
+    numbers are: its mistakes need not wait for them."""
     from rwkv_jax import states
     from rwkv_jax.checkpoint.files import reading
-    from rwkv_jax.checkpoint.weights import read_sizes
     from rwkv_jax.sampling import Generator
 
     saved = None
     if args.state:
         with reading(Path(os.path.expanduser(args.state))):
             pass
-        saved = states.load(args.state, read_sizes(args.model))
-    params, cfg, tokenizer = load_model(args, to_decode=True)
+
+    def check(cfg: Any) -> None:
+        nonlocal saved
+        saved = states.load(args.state, cfg) if args.state else None
+
+    params, cfg, tokenizer = load_model(args, dtype=args.dtype, check=check)
     if args.special_tokens is not None:
         tokenizer = tokenizer.with_special_tokens(args.special_tokens)
     generator = Generator(params, cfg, tokenizer, status.reading)

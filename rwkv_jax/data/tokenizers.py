@@ -394,7 +394,7 @@ def open_tokenizer(name: str, setting: str = "data.tokenizer = ") -> Tokenizer:
             f"{setting}{name}: no such file; give a tokenizer.json, or one of bytes, bpe, world"
         )
     content = _read_text(path)
-    listed = path.suffix == ".txt" or re.match(r"\s*\d+ b?['\"]", content)
+    listed = path.suffix.lower() == ".txt" or re.match(r"\s*\d+ b?['\"]", content)
     if content.lstrip().startswith("{") or not listed:
         return JsonTokenizer(content, "file", path)
     try:

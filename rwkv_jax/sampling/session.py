@@ -18,17 +18,22 @@ class Session:
 
     However a stream ends, at a stop string, by `break` or by Ctrl-C, the state is then the one
     after the last token that was yielded (a stop string is part of the state, though not of the
-    text). After the end of a document a new one starts, at `prefix` if given. `started` is whether
-    the model has read or written anything since the last document ended.
+    text). Whatever is fed or streamed before it has ended ends it. After the end of a document a
+    new one starts, at `prefix` if given. `started` is whether the model has read or written
+    anything since the last document ended.
     """
 
     def __init__(self, generator: Generator, seed: int = 0, prefix: Prefix | None = None):
+        if prefix is not None and not isinstance(prefix, Prefix):
+            kind = type(prefix).__name__
+            raise ValueError(f"prefix must be a Prefix, got {kind}: Prefix(state, cfg) makes one")
         self.generator = generator
-        self._prefix = prefix
+        self._prefix, self._turn = prefix, 0
         self.reset(seed)
 
     def reset(self, seed: int | None = None) -> None:
         """Drops the text and restarts the random numbers, from another seed if given."""
+        self._turn += 1
         seed = self.seed if seed is None else seed
         prefix, decoding = self._prefix, self.generator.prefill([[]], [seed])
         if prefix is not None:
@@ -47,6 +52,7 @@ class Session:
     def feed(self, text: Prompt) -> None:
         """Appends text, or token ids, to what the model has read."""
         [tokens] = as_ids(self.generator.tokenizer, [text], continue_text=self.started)
+        self._turn += 1
         if tokens:
             self._read(tokens)
             self._decoder = StreamDecoder(self.generator.tokenizer, tokens)
@@ -86,6 +92,7 @@ class Session:
     def _stream(
         self, max_tokens: int, sampling: Sampling, stop: Sequence[str]
     ) -> Iterator[TextChunk]:
+        self._turn = turn = self._turn + 1
         if max_tokens and not self.started:
             if self._prefix is None:
                 self._read([self.generator.tokenizer.eod])
@@ -99,3 +106,5 @@ class Session:
             if chunk.tokens:
                 self._decoding, self.started = stream.state_after(chunk), chunk.finish != "end"
             yield chunk
+            if self._turn != turn:
+                return

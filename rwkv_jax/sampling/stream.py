@@ -130,7 +130,9 @@ class Generator:
     ) -> tuple[np.ndarray, DecodeState[Array]]:
         """`decode.decode`, the tokens as int32 [b, steps] on the host."""
         # JAX would compile again if some of the arrays were committed to a device, others not.
-        decoding = jax.device_put(decoding, decoding.logits.sharding)
+        place = decoding.logits.sharding
+        if len(place.device_set) == 1:
+            decoding = jax.device_put(decoding, place)
         eod = self.tokenizer.eod
         tokens, decoding = device.decode(
             self.params, decoding, settings, self.vocabulary, steps, cfg=self.cfg, end=eod

@@ -309,8 +309,9 @@ def test_the_official_layout_out_and_in(tmp_path):
         ({"group_norm_epsilon": 1e-5}, "group_norm_epsilon = 1e-05"),
         ({"num_hidden_layers": 4}, r"blocks\.3 is missing: config\.json has 4 layers"),
         ({"embedding_layer_norm_fused": True}, r"ln0\.weight is there, but .* = true"),
-        ({"model_type": "llama"}, "model_type = llama, but the tensors are of RWKV-7"),
-        ({"model_type": "rwkv6"}, "model_type = rwkv6, but the tensors are of RWKV-7"),
+        ({"model_type": "llama"}, "model_type = 'llama', but the tensors are of RWKV-7"),
+        ({"model_type": "RWKV6"}, "model_type = 'RWKV6', but the tensors are of RWKV-7"),
+        ({"vocab_size": "x"}, "vocab_size = 'x', but the tensors are of a model with"),
         ({"hidden_size": 64}, "hidden_size = 64, but the tensors are of a model with 128"),
         ({"num_hidden_layers": 2}, "num_hidden_layers = 2, .* with 3: one of them is of another"),
         ({"head_size": 32}, "head_size = 32, .* with 64"),
@@ -328,6 +329,10 @@ def test_a_config_that_leaves_something_open(tmp_path):
     path = tmp_path / "hf" / "config.json"
     open_ends = {"layer_norm_epsilon": None, "hidden_size": None, "head_size": None}
     config = json.loads(path.read_text()) | open_ends
+    for kind in "RWKV7", "RWKV-7", "rwkv_7", "rwkv", "Rwkv7a", "", None:
+        padded = {"vocab_size": config["vocab_size"] - 1}  # of a padded vocabulary
+        path.write_text(json.dumps(config | padded | {"model_type": kind}))
+        rwkv_jax.load(tmp_path / "hf")
     path.write_text("\ufeff" + json.dumps(config), encoding="utf-8")
     params, _ = rwkv_jax.load(tmp_path / "hf")
     tensors = read_safetensors(path.with_name("model.safetensors"))
@@ -338,10 +343,44 @@ def test_a_config_that_leaves_something_open(tmp_path):
     path.write_text(json.dumps(config | {"tie_word_embeddings": True}))
     tied, _ = rwkv_jax.load(tmp_path / "hf")
     assert np.array_equal(tied.head.T, params.emb) and not np.array_equal(params.head.T, params.emb)
-    tensors["head.weight"] = tensors["rwkv7.emb.weight"]  # some write it nevertheless
+    # Some write it nevertheless, in whatever type.
+    for kind in tensors["rwkv7.emb.weight"].dtype, np.float64:
+        tensors["head.weight"] = tensors["rwkv7.emb.weight"].astype(kind)
+        write_safetensors(path.with_name("model.safetensors"), tensors)
+        assert np.array_equal(rwkv_jax.load(tmp_path / "hf")[0].head.T, params.emb)
+    tensors["head.weight"] = head
     write_safetensors(path.with_name("model.safetensors"), tensors)
-    assert np.array_equal(rwkv_jax.load(tmp_path / "hf")[0].head.T, params.emb)
-    assert head.shape == params.emb.shape
+    check_refused(tmp_path / "hf", "tie_word_embeddings = true, but the head's numbers are not")
+
+
+def test_a_config_beside_official_names_counts_if_it_describes_them(tmp_path):
+    """The same for the file and its folder."""
+    tensors = golden()[0]
+    headless = {name: x for name, x in tensors.items() if name != "head.weight"}
+    tied = {"model_type": "rwkv7", "hidden_size": 128, "tie_word_embeddings": True}
+    for name, config, given in (
+        ("foreign", {"model_type": "llama", "hidden_size": 64}, tensors),
+        ("other", {"model_type": "rwkv7", "hidden_size": 1024, "num_hidden_layers": 24}, tensors),
+        ("tied", tied, headless),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        for file in "m.safetensors", "m.pth":
+            weights.write(tmp_path / name / file, given)
+            found = rwkv_jax.load(tmp_path / name / file)[0]
+            folder = rwkv_jax.load(tmp_path / name)[0]
+            assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(folder)))
+            assert np.array_equal(found.head.T, found.emb) == (name == "tied")
+            (tmp_path / name / file).unlink()
+
+
+def test_a_state_beside_a_model_is_no_model(tmp_path):
+    weights.write(tmp_path / "m.safetensors", golden()[0])
+    params, cfg = rwkv_jax.load(tmp_path)
+    rwkv_jax.states.save(tmp_path / "a.safetensors", models.init_state(cfg, 1))
+    rwkv_jax.states.save(tmp_path / "z.safetensors", models.init_state(cfg, 1))
+    assert np.array_equal(rwkv_jax.load(tmp_path)[0].emb, params.emb)
+    check_refused(tmp_path / "a.safetensors", "a saved state, not a model: name its model, and --s")
 
 
 def for_web_rwkv(tensors):
@@ -383,6 +422,15 @@ def test_of_two_formats_in_a_folder_the_one_of_the_libraries_is_read(tmp_path):
     write_pth(tmp_path / "pytorch_model.bin", tensors)
     check_logits(tmp_path)
     write_pth(tmp_path / "pytorch_model.bin", {name: x * 2 for name, x in tensors.items()})
+    with pytest.warns(Remark, match=r"model\.safetensors and pytorch_model\.bin .* is read"):
+        check_logits(tmp_path)
+    # Also one that config.json does not describe.
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "rwkv7", "hidden_size": 128}))
+    (tmp_path / "model.safetensors").unlink()
+    named = {name if name == "head.weight" else f"rwkv7.{name}": x for name, x in tensors.items()}
+    write_safetensors(tmp_path / "model.safetensors", named)
+    six = golden("6")[0]
+    write_pth(tmp_path / "pytorch_model.bin", six)
     with pytest.warns(Remark, match=r"model\.safetensors and pytorch_model\.bin .* is read"):
         check_logits(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"half a file")

@@ -237,9 +237,27 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path, case, suffix):
 
 
 def test_names_that_no_file_has():
-    for name, message in ("", "the name of the model is empty"), ("a\0b", r"a\x00b: no file has"):
-        with pytest.raises(UserError, match=re.escape(message)):
+    for name, message in (
+        ("", "no file can be called ''"),
+        ("a\0b", r"no file can be called 'a\x00b'"),
+        ("a\nb.pth", r"a\nb.pth: cannot be read"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)) as caught:
             rwkv_jax.load(name)
+        assert str(caught.value).isprintable()
+
+
+def test_shardings_that_do_not_fit(tmp_path):
+    write_pth(tmp_path / "m.pth", tensors("7"))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("x")
+    for wrong in spec, jax.devices()[0], {}, lambda x: x:
+        with pytest.raises(
+            ValueError, match=r"sharding must be a jax\.sharding\.Sharding or a Model"
+        ):
+            rwkv_jax.load(tmp_path / "m.pth", sharding=wrong)
+    with pytest.raises(UserError, match=r"does not divide over the sharding NamedSharding"):
+        rwkv_jax.load(tmp_path / "m.pth", sharding=jax.sharding.NamedSharding(mesh, spec))
 
 
 def test_files_that_are_not_weights(tmp_path):

@@ -238,11 +238,14 @@ def test_resumed(talk, scripted, tmp_path):
         "User: b\n\nAssistant: <think>B</t\n</think>\n\n"
     )
     given = {"seed": 7, "think": "off", "max_tokens": 6, "sampling": PRESETS["chat"]}
-    same = {"template": TEMPLATES["g1"], "system": "Be kind."}  # as a script may say each time
+    # As a script may say each time.
+    same = {"template": TEMPLATES["g1"], "system": " Be kind. "}
     err = talk([":set"], settings=given, resume=path, **same).err
     assert "top_k 0," in err and "tokens 6, think off, seed 7]" in err
     for other in {"template": TEMPLATES["world"]}, {"system": ""}:
-        with pytest.raises(UserError, match=r"it\.safetensors has a template and a system prompt"):
+        with pytest.raises(
+            UserError, match=r"it\.safetensors has the template g1 and the system prompt 'Be k"
+        ):
             talk(["a"], ["\0"], resume=path, **other)
 
 

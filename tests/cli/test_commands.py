@@ -376,7 +376,10 @@ def test_convert_copies_a_vocabulary_in_a_text_file(tmp_path, capsys):
 )
 def test_convert_prints_what_opens_a_folder(version, options, line, tmp_path, capsys):
     """And that no tokenizer is known, or none that the libraries have."""
-    for vocab, problem in ((67, "none is known for 67 tokens; put its"), (257, "its is bytes")):
+    for vocab, problem in (
+        (67, "none is known for 67 tokens; put its"),
+        (257, "the model's is bytes"),
+    ):
         source, target = tmp_path / f"{vocab}.pth", tmp_path / f"{vocab}"
         tensors = checkpoint(version, width=128, head=64, ranks=RANKS, vocab=vocab)
         weights.write(source, tensors)

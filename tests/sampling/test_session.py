@@ -1,5 +1,7 @@
 """Streams of text: chunks, stop strings, seeds, and the state of a session."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,6 +151,46 @@ def test_a_stream_left_early_leaves_the_state_after_the_last_chunk(ascii_generat
             break
     assert len(shown) < 50
     assert shown + text(talk.stream(max_tokens=50 - len(shown), sampling=WILD)) == whole
+
+
+def test_a_stream_ends_when_something_else_is_read_or_written(ascii_generator):
+    """Nothing that was fed is lost."""
+
+    def after(action):
+        session = Session(ascii_generator, seed=3)
+        session.feed("ab")
+        chunks = session.stream(max_tokens=40, sampling=WILD)
+        next(chunks)
+        action(session)
+        logits = np.asarray(session.logits)
+        assert list(chunks) == []
+        np.testing.assert_array_equal(session.logits, logits)
+        return logits
+
+    untouched = after(lambda session: session.feed(""))
+    assert not np.array_equal(after(lambda session: session.feed("Z")), untouched)
+    after(lambda session: text(session.stream(max_tokens=3, sampling=WILD)))
+    after(lambda session: session.reset())
+
+
+def test_a_prefix_must_be_one(ascii_generator):
+    state = ascii_generator.prefill([[1]], [0]).state
+    unchecked = inspect.unwrap(Session.__init__)  # by the type checks of the tests
+    with pytest.raises(ValueError, match="prefix must be a Prefix, got State: Prefix"):
+        unchecked(object.__new__(Session), ascii_generator, 0, state)
+
+
+@pytest.mark.parametrize("spec", [(), (None,)])
+def test_generate_on_an_explicit_mesh(spec):
+    """With replicated parameters, the text is that of one device."""
+    prompts = [*"abcdefgh"]
+    expected = texts(generate(weights("7"), config("7"), Ascii(), prompts, max_tokens=5), 8)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        params = jax.device_put(weights("7"), place) if not spec else weights("7")
+        found = texts(generate(params, config("7"), Ascii(), prompts, max_tokens=5), 8)
+    assert found == expected
 
 
 def test_reset_and_reseed(ascii_generator):
