@@ -1,14 +1,16 @@
 """The command line: `python -m rwkv_jax COMMAND ...`, or `rwkv-jax COMMAND ...`."""
 
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
 
-from rwkv_jax import __version__, interrupts, malloc
+from rwkv_jax import __version__, interrupts, malloc, platforms
 
 COMMANDS = {
     "tokenize": ("tokenize", "turn text into token files for training"),
     "train": ("train", "train a model from a config"),
+    "compare": ("compare", "show several runs in one table and one picture"),
     "plan": ("plan", "estimate memory and step time on hardware that is not here"),
     "sample": ("sample", "generate text with a model, or chat with it"),
     "eval": ("evaluate", "measure a model: bits per byte, LAMBADA, multiple choice"),
@@ -62,9 +64,10 @@ def start_script(name: str) -> int:
 
 
 def _prepare() -> None:
-    """Handles Ctrl-C, and sets up malloc, before anything slow is imported."""
+    """Handles Ctrl-C, and sets up malloc and platforms, before anything slow is imported."""
     interrupts.leave_at_once()
     malloc.set_up()
+    platforms.leave_out_absent(os.environ)
 
 
 def _run(name: str, arguments: list[str], prog: str) -> int:

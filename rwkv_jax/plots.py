@@ -1,4 +1,4 @@
-"""Pictures of bits per byte, in one style."""
+"""Pictures of losses, in one style."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from rwkv_jax.disk import replacing
 
 
 @contextlib.contextmanager
-def bits_per_byte(path: Path, title: str, xlabel: str) -> Iterator[Any]:
+def losses(path: Path, title: str, xlabel: str, ylabel: str = "bits per byte") -> Iterator[Any]:
     """Matplotlib axes to draw on; they become the PNG file `path`, replaced when it is complete."""
     # Slow to import, and the first picture is drawn long after the start.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,7 +17,7 @@ def bits_per_byte(path: Path, title: str, xlabel: str) -> Iterator[Any]:
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel=xlabel, ylabel="bits per byte", title=title)
+    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel, title=title)
     yield axes
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)

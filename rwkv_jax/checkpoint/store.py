@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 
 from rwkv_jax import disk, models
 from rwkv_jax.checkpoint import orbax_quirks
+from rwkv_jax.checkpoint.checksums import changed, checksums
 from rwkv_jax.config import Config, ConfigError, ModelConfig
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.errors import UserError
@@ -269,9 +270,31 @@ def load_run(path: Path | str) -> tuple[models.Model[Array], ModelConfig, Tokeni
             raise StoreError(
                 f"{store.path(step)}: no such checkpoint; the run has {store.steps() or 'none'}"
             )
-        _check_belongs(folder, cfg, tokenizer, store.meta(step, "model", "tokenizer"))
+        meta = store.meta(step, "model", "tokenizer")
+        _check_belongs(folder, cfg, tokenizer, meta)
         abstract = {"params": models.abstract_params(cfg.model)}
-        return store.restore(abstract, step)["params"], cfg.model, tokenizer
+        trees = store.restore(abstract, step)
+        if damage := changed_tree(trees, meta):
+            raise DamagedError(f"{store.path(step)}: {damage}")
+        return trees["params"], cfg.model, tokenizer
+
+
+def checksums_of(trees: Mapping[str, PyTree]) -> dict[str, list[int]]:
+    """The checksums that `meta` keeps of a checkpoint's trees. With a mesh in context on which the
+    arrays are, a collective."""
+    return {name: checksums(tree) for name, tree in trees.items()}
+
+
+def changed_tree(trees: Mapping[str, PyTree], meta: Mapping[str, Any]) -> str:
+    """What of a checkpoint is not what was saved, and the remedy; empty if all is, or if a
+    version without checksums wrote it. A collective, as `checksums_of`."""
+    for name, expected in meta.get("checksums", {}).items():
+        if name in trees and (array := changed(trees[name], expected)):
+            return (
+                f"damaged since it was saved (the checksum of {name}.{array} differs); restore it"
+                " from a copy, or move it away to use the checkpoint before it"
+            )
+    return ""
 
 
 def load_moments(path: Path | str, abstract: PyTree) -> PyTree:

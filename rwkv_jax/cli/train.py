@@ -13,12 +13,13 @@ Train an RWKV model on your text, and print a sample of what it has learnt.
   {prog} configs/demo-rwkv4.toml
       another run
   {prog} data.source=~/notes train.output=runs/notes
-      your own text: a file, a folder, a quoted glob, or .jsonl[.gz|.zst] (data.field: its field)
+      your own text: a file, a folder, a quoted glob; text or JSON (data.field: its field)
   {prog} model.width=512 model.layers=6 optimizer.peak_lr=4e-4 train.output=runs/large
       any setting of rwkv_jax/config.py
-  {prog} train.init=RWKV-x070-World-0.1B-v2.8.pth data.tokenizer=world data.source=~/notes
-      fine-tune given weights: their sizes override the config's; versions other than 7 need
-      model.version (such as 6); data.tokenizer must be the one that they were trained with
+  {prog} configs/finetune.toml train.init=RWKV-x070-World-0.1B-v2.8.pth data.source=~/notes
+      fine-tune given weights, whose version, sizes and tokenizer are taken (docs/training.md)
+  {prog} configs/finetune.toml train.init=MODEL data.source=chat.jsonl data.train_on=answers
+      on conversations: the replies alone, and how they end; then sample.py runs/finetune --chat
   {prog} mesh.fsdp=4 mesh.tensor=2
       eight devices, each with a shard of the parameters; default: fsdp across all devices
   {prog} --profile

@@ -10,7 +10,7 @@ from rwkv_jax.evaluation.text import Measured
 
 def plot(results: Sequence[tuple[str, Measured]], path: Path, title: str) -> None:
     """Draws a curve for each named text into a PNG file, which is replaced when it is complete."""
-    with plots.bits_per_byte(path, title, "tokens of the document before") as axes:
+    with plots.losses(path, title, "tokens of the document before") as axes:
         for name, result in results:
             drawn = {
                 index: bucket.bits_per_byte

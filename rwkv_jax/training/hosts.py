@@ -15,13 +15,13 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from rwkv_jax import platforms
 from rwkv_jax.errors import UserError
 from rwkv_jax.interrupts import fatal_interrupts
 
@@ -32,7 +32,9 @@ HEARTBEAT_S = 30
 SHUTDOWN_S = 30
 """Seconds for which exiting processes wait for each other."""
 PATIENCE_S = 10
-"""Seconds after which a process that waits for the others at the start says so."""
+"""Seconds after which a process that waits for the others at the start says so, again and again."""
+CONNECT_S = 300
+"""Seconds for which it waits."""
 LOST = 75
 """Exit code of a process that lost another one: a temporary failure (EX_TEMPFAIL)."""
 LONGEST = 8000
@@ -68,13 +70,13 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
     stated = _stated(environment)
     # It would swallow SIGTERM, on which a run saves and stops.
     jax.config.update("jax_enable_preemption_service", False)
-    late = threading.Timer(PATIENCE_S, _say_waiting, [stated])
-    late.daemon = True
-    late.start()
+    connected = threading.Event()
+    threading.Thread(target=_say_waiting, args=(stated, connected), daemon=True).start()
     try:
         with fatal_interrupts():  # Python would not see a Ctrl-C while C++ waits for the others
             jax.distributed.initialize(
                 **stated,
+                initialization_timeout=CONNECT_S,
                 heartbeat_timeout_seconds=HEARTBEAT_S,
                 shutdown_timeout_seconds=SHUTDOWN_S,
             )
@@ -85,16 +87,26 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
             " are started and can reach the first one"
         ) from error
     finally:
-        late.cancel()
+        connected.set()
     if jax.default_backend() == "cpu":
         # Each process compiles its own program for CPUs, and only the first one caches it: with a
         # cached program it would wait for the others to compile, longer than Gloo does.
         jax.config.update("jax_enable_compilation_cache", False)
 
 
-def _say_waiting(stated: Mapping[str, Any]) -> None:
-    at = f" at {stated['coordinator_address']}" if stated else ""
-    print(f"waiting for the other processes of this run{at}", file=sys.stderr, flush=True)
+def _say_waiting(stated: Mapping[str, Any], connected: threading.Event) -> None:
+    """Says every `PATIENCE_S` for whom this process waits, until all are `connected`."""
+    others, at = "the other processes of this run", ""
+    if stated:
+        count, number = stated["num_processes"], stated["process_id"]
+        others = f"the other {count - 1} of {count} processes of this run"
+        others = others if number == 0 else f"the first of {count} processes, or for any other,"
+        at = f" at {stated['coordinator_address']}"
+    waited = 0
+    while not connected.wait(PATIENCE_S):
+        waited += PATIENCE_S
+        text = f"waiting for {others}{at}: {waited} s of at most {CONNECT_S}"
+        print(text, file=sys.stderr, flush=True)
 
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -119,9 +131,8 @@ def _is_one_of_several(environment: Mapping[str, str]) -> bool:
 
 def _on_tpu_machine(environment: Mapping[str, str]) -> bool:
     """Whether this machine belongs to a TPU slice; JAX asks how many others do."""
-    wanted = environment.get("JAX_PLATFORMS", "tpu").split(",")
-    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
-    return "tpu" in wanted and bool(chips) and find_spec("libtpu") is not None
+    there = platforms.wants("tpu", environment) and platforms.has_device("tpu")
+    return there and find_spec("libtpu") is not None
 
 
 def _stated(environment: Mapping[str, str]) -> dict[str, Any]:

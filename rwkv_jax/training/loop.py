@@ -20,7 +20,7 @@ from rich.console import Console
 
 from rwkv_jax import console as show
 from rwkv_jax import sharding
-from rwkv_jax.checkpoint.store import CHECKPOINTS, Store, versions
+from rwkv_jax.checkpoint.store import CHECKPOINTS, Store, checksums_of, versions
 from rwkv_jax.config import Config
 from rwkv_jax.data.loader import prefetched
 from rwkv_jax.data.sources import open_data
@@ -253,7 +253,10 @@ def _save(run: Run, eval_pending: bool) -> None:
         "versions": versions(),
     }
     if run.store.latest() != run.step:
-        run.store.save(run.step, to_trees(run.state), meta)
+        trees = to_trees(run.state)
+        with sharding.use_mesh(run.setup.mesh):
+            meta["checksums"] = checksums_of(trees)
+        run.store.save(run.step, trees, meta)
     run.report.curve()
 
 

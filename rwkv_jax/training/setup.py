@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
+from rwkv_jax import sharding
 from rwkv_jax.checkpoint.keymaps import check
 from rwkv_jax.checkpoint.store import (
     CHECKPOINTS,
@@ -24,6 +25,7 @@ from rwkv_jax.checkpoint.store import (
     TOKENIZER,
     DamagedError,
     Store,
+    changed_tree,
     load_moments,
     read_config,
     sweep,
@@ -277,7 +279,7 @@ def start_or_resume(
             moments = hosts.run_on_all(load_moments, cfg.train.init, wanted)
             state = dataclasses.replace(state, opt_state=from_the_start(moments))
         return 0, state, {}
-    step, state, meta = _restore(store, abstract_train_state(cfg, setup.mesh), step, console)
+    step, state, meta = _restore(setup, store, step, console)
     if meta["data"] != fingerprint(setup.data):
         raise _SharedRunError(
             f"{setup.folder}: was trained on other text than data.source = {cfg.data.source} gives"
@@ -300,17 +302,19 @@ def _older_mask(cfg: Config) -> str:
 
 
 def _restore(
-    store: Store, abstract: TrainState, step: int, console: Console
+    setup: Setup, store: Store, step: int, console: Console
 ) -> tuple[int, TrainState, dict[str, Any]]:
     """The newest checkpoint that all processes can read; damaged ones after it are set aside.
 
     Raises `RunError` if there is none.
     """
 
-    def read() -> tuple[TrainState, dict[str, Any]] | DamagedError:
+    abstract = abstract_train_state(setup.cfg, setup.mesh)
+
+    def read() -> tuple[dict[str, Any], dict[str, Any]] | DamagedError:
         try:
             trees = store.restore(to_trees(abstract), step)
-            return from_trees(trees), store.meta(step, "data", "window", "seconds")
+            return trees, store.meta(step, "data", "window", "seconds")
         except DamagedError as error:
             return error
 
@@ -320,7 +324,12 @@ def _restore(
         damage = next(filter(None, reports), "")
         if not damage:
             assert not isinstance(found, DamagedError)
-            return step, *found
+            trees, meta = found
+            with sharding.use_mesh(setup.mesh):
+                damage = changed_tree(trees, meta)
+            if not damage:
+                return step, from_trees(trees), meta
+            damage = f"{store.path(step)}: {damage}"
         before = store.latest(before=step)
         if before is None:
             raise _SharedRunError(damage)

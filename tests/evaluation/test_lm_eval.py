@@ -197,7 +197,7 @@ def test_settings_of_writing(subject):
     assert greedy == written("one", 2)
     assert drawn == subject.generate_until(requests)[1:]
     assert len({*drawn}) == 3, "equal requests draw other texts"
-    with pytest.raises(UserError, match="generation setting num_beams: unknown; known are"):
+    with pytest.raises(UserError, match="generation setting num_beams: unknown; known settings: "):
         subject.generate_until(asked(("one", {"num_beams": 2})))
 
 

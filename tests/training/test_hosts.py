@@ -1,5 +1,6 @@
 """Runs of several processes: one order of data, one set of files, one way to stop."""
 
+import inspect
 import random
 import re
 import signal
@@ -12,6 +13,7 @@ from training.runs import config, settings
 
 from rwkv_jax.data.prepare import prepare
 from rwkv_jax.toml import load_config
+from rwkv_jax.training import hosts
 from rwkv_jax.training.hosts import (
     LOST,
     HostsError,
@@ -187,6 +189,35 @@ def test_who_was_started_with_others(environment, expected):
     assert _is_one_of_several(environment | {"JAX_PLATFORMS": "cpu"}) == (expected is not None)
     if expected is not None:
         assert _stated(environment) == expected
+
+
+@pytest.mark.parametrize(
+    "stated, text",
+    [
+        ({}, "the other processes of this run: 1 s of at most"),
+        (
+            {"coordinator_address": "a:1", "num_processes": 4, "process_id": 0},
+            "the other 3 of 4 processes of this run at a:1: 1 s of at most 300",
+        ),
+        (
+            {"coordinator_address": "a:1", "num_processes": 4, "process_id": 2},
+            "the first of 4 processes, or for any other, at a:1: 1 s of at most 300",
+        ),
+    ],
+)
+def test_waiting_says_for_whom_and_how_long(stated, text, monkeypatch, capsys):
+    class Event:
+        left = 2
+
+        def wait(self, seconds):
+            assert seconds == 1
+            self.left -= 1
+            return self.left < 0
+
+    monkeypatch.setattr(hosts, "PATIENCE_S", 1)
+    inspect.unwrap(hosts._say_waiting)(stated, Event())
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"waiting for {text}") and second == first.replace(": 1 s", ": 2 s")
 
 
 def test_a_lost_process_is_known_by_what_an_error_came_of():

@@ -336,6 +336,39 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
     assert kept[0] == kept[1]
 
 
+@pytest.mark.parametrize("item", ["params", pytest.param("rest", marks=pytest.mark.slow)])
+def test_a_flipped_bit_is_damage(item, finished, tmp_path, console, one_program):
+    """In the parameters also for a model that is loaded."""
+    copy(finished[0], tmp_path)
+    folder = tmp_path / "run"
+    newest = folder / "checkpoints" / "12"
+    path = max((newest / item).rglob("*"), key=lambda x: x.stat().st_size if x.is_file() else 0)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 2
+    path.write_bytes(data)
+    if item == "params":
+        with pytest.raises(UserError, match=r"12: damaged .*; restore it .* the checkpoint before"):
+            load_run(folder)
+    train(config(tmp_path, **ALIKE, **{"train.keep": 2}), console=console)
+    printed = (tmp_path / "stdout").read_text()
+    assert "damaged-12" in printed and "resuming from step 10" in printed
+    assert load_run(folder)
+
+
+def test_a_checkpoint_of_before_checksums_is_read(finished, tmp_path, console, one_program):
+    copy(finished[0], tmp_path)
+    folder = tmp_path / "run"
+    meta = folder / "checkpoints" / "12" / "meta" / "metadata"
+    kept = json.loads(meta.read_text())
+    assert len(kept["checksums"]["params"]) == len(jax.tree.leaves(load_run(folder)[0]))
+    del kept["checksums"], kept["best"]
+    meta.write_text(json.dumps(kept))
+    options = ALIKE | {"train.keep": 2, "train.steps": 13}
+    train(config(tmp_path, **options), console=console)
+    shown = re.sub(r"[\s│]", "", (tmp_path / "stdout").read_text())
+    assert "resumingfromstep12" in shown
+
+
 def test_a_damaged_metrics_file_keeps_its_whole_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": "x"}\n\xff\xfe\n[3]\n{"step": 2}\n{"ste')
