@@ -236,8 +236,8 @@ class DataConfig(_Table):
     """The tokens whose prediction is trained: all; the assistant's in conversations; or those in
     the field `spans` of a JSON line, [[first, last + 1], ...] in characters."""
     train_stops: bool = True
-    """With "answers": replies are trained with all that a chat stops at, the name of the next role
-    included; false: without that name, as before December 2026."""
+    """Replies begin as in a chat (flower), and with "answers" are trained with all that it stops
+    at, the name of the next role included; false: as before December 2026."""
     template: Literal["g1", "world", "raven", "flower"] = "g1"
     """How conversations are written as text."""
     exit_tokens: Annotated[int, "0 or more"] = 0

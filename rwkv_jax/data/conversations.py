@@ -47,6 +47,8 @@ class Template:
     mark: str = ""
     """What follows a role and ends a turn, `Role✿text✿`; empty: `Role: text`, then an empty line. A
     conversation with marks begins with the end-of-document token."""
+    thoughtless: str = ""
+    """How a reply without a thought begins."""
 
     @property
     def colon(self) -> str:
@@ -90,7 +92,7 @@ TEMPLATES = {
         paragraphs=False,
     ),
     "raven": Template("Bob", "Alice", system="", paragraphs=False),
-    "flower": Template(bot="Bot", mark=FLOWER),
+    "flower": Template(bot="Bot", mark=FLOWER, thoughtless="<think></think>"),
 }
 """For G1 models, for World models, for those with the 20B vocabulary (Raven and Pile), and for G1
 models since G1h."""
@@ -135,8 +137,9 @@ def render(turns: list[Any], template: Template, *, stops: bool = True) -> tuple
 
     The span of a reply starts after the colon and contains what a chat stops at, so that the model
     learns to stop: the end of its turn, and in templates whose replies may have empty lines the
-    name of the next role (not without `stops`: as versions before December 2026 trained). Raises
-    ConversationError for anything else.
+    name of the next role. In the flower template it begins as in a chat, with an empty thought.
+    Without `stops` neither is so, as in versions before December 2026. Raises ConversationError for
+    anything else.
 
     >>> render([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hi."}],
     ...        TEMPLATES["g1"])
@@ -152,7 +155,10 @@ def render(turns: list[Any], template: Template, *, stops: bool = True) -> tuple
             )
         if stops and template.paragraphs and not template.mark and spans and spans[-1][1] == size:
             spans[-1] = spans[-1][0], size + len(name + template.colon)
-        text = template.turn(name, template.clean(content, role))
+        content = template.clean(content, role)
+        if stops and role == "bot" and not content.startswith("<think>"):
+            content = template.thoughtless + content
+        text = template.turn(name, content)
         if number == len(turns) and not template.mark:
             text = text.removesuffix(template.end)
         if role == "bot":

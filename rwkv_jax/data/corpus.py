@@ -183,7 +183,8 @@ def open_corpus(cfg: DataConfig, longest: int | None = None) -> Corpus:
     named = names_file(cfg.source)
     settings = [cfg.field, cfg.document, cfg.heldout, named, cfg.train_on, cfg.template]
     settings += ["special tokens"] if cfg.special_tokens else []  # older caches stay valid
-    settings += ["stops"] if cfg.train_on == "answers" and cfg.train_stops else []
+    newer = cfg.train_on == "answers" or (cfg.template == "flower" and cfg.field != TEXT)
+    settings += ["stops"] if newer and cfg.train_stops else []
     settings += ["heldout mask"] if cfg.train_on != "all" else []
     content.update(json.dumps(settings).encode())
     longest = longest_document() if longest is None else longest

@@ -311,15 +311,18 @@ def _finish(run: Run, console: Console) -> None:
     """Evaluates on all held-out text, beside compressors, and prints a summary and a sample."""
     setup, report = run.setup, run.report
     if setup.data.heldout_bytes:
-        with console.status("compressing the held-out text with gzip -9 and xz -9"):
-            marks = bits.compressors(setup.data.heldout_text()) if hosts.is_primary() else {}
+        marks = {}
+        if hosts.is_primary() and setup.data.heldout_mask is None:  # else not all is learnt
+            with console.status("compressing the held-out text with gzip -9 and xz -9"):
+                marks = bits.compressors(setup.data.heldout_text())
         with (
             report.timer.pause("evaluating"),
             show.counting(console, "evaluating", "held-out tokens") as progress,
         ):
             _evaluate(run, progress=progress, final=True, compressors=marks)
         name = f"RWKV-{setup.cfg.model.version} (this run)"
-        show.comparison(console, {name: report.heldout_bpb, **marks}, best=name)
+        if marks:
+            show.comparison(console, {name: report.heldout_bpb, **marks}, best=name)
     report.summary()
     if setup.cfg.train.keep_best and run.best.count:
         path = setup.folder / CHECKPOINTS / str(run.best.step)

@@ -10,15 +10,13 @@ gradient gets 0 / (0 + eps) = 0. A gradient so small (below 1e-18) that its squa
 its parameter by at most about lr, like any other; nothing is divided by zero.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-import optax.contrib
 
-from rwkv_jax import models
+from rwkv_jax import models, sharding
 from rwkv_jax.config import Config, OptimizerConfig
 from rwkv_jax.params import ParamSpec, is_spec
 from rwkv_jax.training.trainable import trainable
@@ -120,11 +118,9 @@ def _direction(cfg: OptimizerConfig, specs: PyTree) -> optax.GradientTransformat
         return adam
     if cfg.name == "lion":
         return optax.scale_by_lion(cfg.beta1, cfg.beta2)
-    dimensions = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    matrices = partial(jax.tree.map, lambda _: dimensions)
     muon = optax.chain(
-        optax.contrib.scale_by_muon(weight_dimension_numbers=matrices),
-        optax.stateless(lambda updates, _: jax.tree.map(_with_rms_of_adam, updates)),
+        optax.trace(decay=0.95, nesterov=True),
+        optax.stateless(lambda updates, _: jax.tree.map(_orthogonal, updates)),
     )
     kinds = jax.tree.map(_kind, specs, is_leaf=is_spec)
     return optax.partition({"muon": muon, "adam": adam}, kinds)
@@ -134,6 +130,20 @@ def _kind(spec: ParamSpec) -> str:
     return "muon" if spec.layers and spec.layout == "linear" else "adam"
 
 
-def _with_rms_of_adam(update: Array) -> Array:
-    """An orthogonal update of matrices, with the RMS that AdamW's updates have."""
-    return update * (0.2 * max(update.shape[-2:]) ** 0.5)
+NEWTON_SCHULZ = 3.4445, -4.775, 2.0315
+"""Coefficients of the quintic iteration; it brings singular values to about 0.7 to 1.2."""
+
+
+def _orthogonal(updates: Float[Array, "l m n"]) -> Float[Array, "l m n"]:
+    """Each matrix with its singular values at about 1, times a factor that gives it the RMS of
+    AdamW's updates. Every device computes whole matrices."""
+    x = sharding.replicate(updates)
+    wide = x.shape[1] <= x.shape[2]
+    x = x if wide else x.swapaxes(1, 2)
+    x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-7)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(5):
+        gram = x @ x.swapaxes(1, 2)
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    x = x if wide else x.swapaxes(1, 2)
+    return sharding.reshard_like(x, updates) * (0.2 * max(x.shape[1:]) ** 0.5)

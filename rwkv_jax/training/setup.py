@@ -296,7 +296,8 @@ def start_or_resume(
 
 def _older_mask(cfg: Config) -> str:
     """How a run resumes whose replies were trained without what ends them."""
-    if cfg.data.train_on != "answers" or not cfg.data.train_stops:
+    data = cfg.data
+    if (data.train_on != "answers" and data.template != "flower") or not data.train_stops:
         return ""
     return " (a run of before December 2026 resumes with data.train_stops=false)"
 

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from rwkv_jax import models
 from rwkv_jax.checkpoint.keymaps import names_of, table
@@ -76,7 +76,7 @@ def trainable(model: ModelConfig, freeze: Sequence[str] = ()) -> Trainable:
 def _chosen(x: jax.Array, layers: tuple[int, ...] | None) -> jax.Array | None:
     if layers is None:
         return x
-    return x[np.array(layers)] if layers else None
+    return _joined([x[layer : layer + 1] for layer in layers]) if layers else None
 
 
 def _with_part(
@@ -84,4 +84,13 @@ def _with_part(
 ) -> jax.Array | None:
     if layers is None:
         return part
-    return x.at[np.array(layers)].set(part) if layers else x
+    if part is None:
+        return x
+    # Slices, as a scatter into a sharded array has no gradient.
+    places = {layer: i for i, layer in enumerate(layers)}
+    picked = [(part, places[i]) if i in places else (x, i) for i in range(len(x))]
+    return _joined([source[i : i + 1] for source, i in picked])
+
+
+def _joined(slices: list[jax.Array]) -> jax.Array:
+    return slices[0] if len(slices) == 1 else jnp.concatenate(slices)

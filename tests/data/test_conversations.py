@@ -46,7 +46,7 @@ TURNS = [
             "flower",
             TURNS,
             "System✿Be\nkind.✿\nUser✿Hi\nthere✿\nBot✿{<think>\nWell\n</think>\n\n"
-            "Hello é.✿\n}User✿Bye✿\nBot✿{Bye!✿\n}",
+            "Hello é.✿\n}User✿Bye✿\nBot✿{<think></think>Bye!✿\n}",
         ),
         ("flower", TURNS[1:2], "User✿Hi\nthere✿\n"),
         ("g1", TURNS[1:2], "User: Hi\nthere"),

@@ -92,6 +92,36 @@ def test_a_step_is_that_of_one_device(version, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(
+    "name, freeze",
+    [("lion", []), ("muon", []), ("adamw", ["emb.weight", "blocks.0.*", "head.weight"])],
+)
+def test_other_optimizers_and_frozen_parameters_on_the_mesh(name, freeze, mesh):
+    """Lion's updates are signs: what rounding decides is left out."""
+    found, expected = (
+        steps(
+            dataclasses.replace(
+                cfg,
+                optimizer=dataclasses.replace(cfg.optimizer, name=name, peak_lr=3e-3, eps=1e-3),
+                train=dataclasses.replace(cfg.train, freeze=freeze),
+            ),
+            make_mesh(cfg),
+            count=1,
+        )
+        for cfg in (config(mesh), config(MeshConfig(fsdp=1)))
+    )
+    assert found[1][0].loss == pytest.approx(expected[1][0].loss, rel=1e-5)
+    for (path, one), other in zip(
+        jax.tree_util.tree_leaves_with_path(found[0].params),
+        jax.tree.leaves(expected[0].params),
+        strict=True,
+    ):
+        apart = np.abs(np.asarray(one) - np.asarray(other))
+        assert np.quantile(apart, 0.95) < 3e-5, path
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MESHES["fsdp8"], MESHES["data2-sequence4"]])
 def test_masks_and_carried_states_are_on_the_mesh(mesh):
     plain = config(mesh, accumulate=2)
