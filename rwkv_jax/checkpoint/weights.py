@@ -339,6 +339,8 @@ def _download(name: str) -> str:
     if not match or (":" not in name and Path(name.split("/")[0]).is_dir()):
         return ""  # a slip of the pen in a path
     repository, file = match["repository"], match["file"]
+    if re.search(r"/checkpoints/\d+/?$", name):
+        return ""  # of a run
     if repository.endswith((*PTH, *SAFETENSORS)):
         return ""
     folder = repository.split("/")[1]

@@ -83,12 +83,13 @@ def _differences(names: list[str]) -> list[str]:
     from rwkv_jax.config import literal
     from rwkv_jax.training.folder import settings
 
-    configs = [settings(read_config(_folder(name))) for name in names]
-    differing = [
-        key
-        for key in configs[0]
-        if key != "train.output" and len({literal(c[key]) for c in configs}) > 1
-    ]
-    lines = [f"{key}: {', '.join(literal(c[key]) for c in configs)}" for key in differing[:SHOWN]]
+    configs = [read_config(_folder(name)) for name in names]
+    found = [settings(cfg) for cfg in configs]
+    same = {"train.output", *(f"model.{x}" for x in vars(configs[0].model))}
+    if any(cfg.model != configs[0].model for cfg in configs):  # 0 may stand for a rule
+        same = {"train.output"}
+    values = {key: [literal(one[key]) for one in found] for key in found[0] if key not in same}
+    differing = {key: some for key, some in values.items() if len(set(some)) > 1}
+    lines = [f"{key}: {', '.join(some)}" for key, some in [*differing.items()][:SHOWN]]
     more = len(differing) - SHOWN
     return [*lines, f"and {more} more settings differ"] if more > 0 else lines
