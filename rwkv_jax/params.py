@@ -122,6 +122,12 @@ def init(specs: PyTree, key: PRNGKeyArray) -> PyTree:
 
 @partial(jax.jit, static_argnums=1)
 def _init_leaves(key: PRNGKeyArray, table: tuple[tuple[str, ParamSpec], ...]) -> list[Array]:
+    # Under vmap one after the other: jaxlib 0.10 on CPU deadlocks when a program has several
+    # batched QR factorisations.
+    return sequential_vmap(partial(_leaves, table=table))(key)
+
+
+def _leaves(key: PRNGKeyArray, table: tuple[tuple[str, ParamSpec], ...]) -> list[Array]:
     keys = {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name, _ in table}
     assert len(keys) == len(table), "two parameters of one name"
 
@@ -190,11 +196,4 @@ def uniform(bound: float) -> Init:
 def orthogonal(gain: float = 1.0) -> Init:
     """`gain` times a matrix with orthonormal rows or columns, whichever are fewer (torch
     `orthogonal_`)."""
-    matrix = jax.nn.initializers.orthogonal(gain)
-
-    def made(key: PRNGKeyArray, shape: tuple[int, ...], depth: Depth) -> Float[Array, "..."]:
-        # One after the other under vmap: jaxlib 0.10 on CPU deadlocks when a program has several
-        # batched QR factorisations.
-        return sequential_vmap(lambda key: matrix(key, shape, jnp.float32))(key)
-
-    return made
+    return lambda key, shape, depth: jax.nn.initializers.orthogonal(gain)(key, shape, jnp.float32)

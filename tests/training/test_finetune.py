@@ -220,4 +220,4 @@ def test_a_longer_schedule_says_what_rate_becomes_what(tmp_path, console):
     options |= {"optimizer.warmup_steps": 10, "train.output": tmp_path / "other"}
     train(config(tmp_path, **options), console=console)
     shown = (tmp_path / "stdout").read_text()
-    assert "warm-up (optimizer.warmup_steps = 10) lasts longer than the run: its rate" in shown
+    assert "the warm-up (10 steps) is longer than the run: the rate never reaches its peak" in shown
