@@ -152,6 +152,7 @@ class Ticker:
         self._console = console
         self._steps = steps
         self._bar: Progress | None = None
+        self._alive = False
 
     @contextlib.contextmanager
     def running(self, step: int) -> Iterator[None]:
@@ -177,10 +178,12 @@ class Ticker:
             self._bar.update(self._task, description=name)
 
     def step(self, step: int, numbers: str, *, due: bool) -> None:
-        """Shows a finished step in the bar; without a bar, as a line if one is `due`."""
+        """Shows a finished step in the bar; without a bar, as a line if one is `due`, and after the
+        first one, which shows that all is well."""
         if self._bar:
             self._bar.update(self._task, completed=step, numbers=numbers, description="training")
-        elif due:
+        elif due or not self._alive:
+            self._alive = True
             self.line(f"step {step}/{self._steps}  {numbers}")
 
     def line(self, text: str) -> None:

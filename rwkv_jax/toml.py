@@ -76,7 +76,8 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Confi
     """The run that a TOML file describes (None: the defaults), with overrides applied.
 
     An override is `section.key=value`, as typed on a command line; the value is TOML, and anything
-    that is not valid TOML is taken as text, so `data.tokenizer=bytes` needs no quotes.
+    that is not valid TOML is taken as text, so `data.tokenizer=bytes` needs no quotes. A typed
+    `optimizer.peak_lr` below the final rate of the file makes that a tenth of it.
     Raises `ConfigError` for a file that cannot be read and for whatever `parse_config` rejects.
     """
     return load_stated(path, overrides)[0]
@@ -94,6 +95,8 @@ def load_stated(
     if not overrides:
         return config, stated
     stated |= {_apply(tables, override): TYPED for override in overrides}
+    if stated.get("optimizer.peak_lr") == TYPED and stated.get("optimizer.final_lr") != TYPED:
+        _lower_final_lr(tables["optimizer"], config)
     origin = "overrides" if path is None else f"{path} with overrides"
     return parse_config(tables, origin=origin), stated
 
@@ -185,6 +188,13 @@ def _apply(tables: dict[str, Any], override: str) -> str:
         value = [part.strip() for part in text.split(",")]
     tables[section] = {**tables.get(section, {}), key: value}
     return f"{section}.{key}"
+
+
+def _lower_final_lr(table: dict[str, Any], config: Config) -> None:
+    """Makes the final rate a tenth of a peak that was typed, if it would be above that."""
+    peak, final = table["peak_lr"], table.get("final_lr", config.optimizer.final_lr)
+    if isinstance(peak, int | float) and 0 < peak < final:
+        table["final_lr"] = peak / 10
 
 
 def _parse_value(text: str) -> Any:

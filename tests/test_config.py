@@ -181,6 +181,20 @@ def test_an_override(override, section, key, value):
     assert found == value and type(found) is type(value)
 
 
+def test_a_typed_rate_below_the_final_one_lowers_it(file):
+    path = file("[optimizer]\npeak_lr = 1e-3\nfinal_lr = 1e-4\n")
+    for typed, rates in (
+        (["optimizer.peak_lr=1e-5"], (1e-5, 1e-6)),
+        (["optimizer.peak_lr=5e-4"], (5e-4, 1e-4)),
+    ):
+        found = load_config(path, typed).optimizer
+        assert (found.peak_lr, found.final_lr) == pytest.approx(rates)
+    assert load_config(None, ["optimizer.peak_lr=1e-5"]).optimizer.final_lr == pytest.approx(1e-6)
+    assert "final_lr = 0.001: at most" in message(
+        path, ["optimizer.peak_lr=1e-5", "optimizer.final_lr=1e-3"]
+    )
+
+
 def test_overrides_win_over_the_file_and_the_last_one_wins(file):
     path = file("[train]\nsteps = 5\nbatch = 6\n")
     config = load_config(path, ["train.steps=7", "train.steps=8", "sample.tokens=9"])

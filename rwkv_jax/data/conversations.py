@@ -100,7 +100,9 @@ models since G1h."""
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "bot", "gpt", "model", "ai", "chatgpt", "chatbot"), "bot"),
+    **dict.fromkeys(
+        ("assistant", "bot", "gpt", "model", "ai", "chatgpt", "chatbot", "bing", "bard"), "bot"
+    ),
     **dict.fromkeys(("tool", "function", "ipython", "observation"), "tool"),
 }
 """Role names found in data sets, in small letters, and what each one means: a role of the template,
@@ -159,6 +161,8 @@ def render(turns: list[Any], template: Template, *, stops: bool = True) -> tuple
         if stops and role == "bot" and not content.startswith("<think>"):
             content = template.thoughtless + content
         text = template.turn(name, content)
+        if stops and not content and not template.mark:
+            text = f"{name}:{template.end}"  # without a blank at the end of a line
         if number == len(turns) and not template.mark:
             text = text.removesuffix(template.end)
         if role == "bot":

@@ -78,6 +78,7 @@ class Report:
             **data.describe(),
             "steps": f"{train.steps:,} of {train.batch} x {train.context} tokens:"
             f" {seen:,} tokens, {seen / data.train_tokens:.2f} epochs",
+            "optimizer": _rates(cfg),
             "schedule": change or _warmup_problem(cfg),
             "device": f"{_devices(self._setup.mesh)}, {train.dtype}",
             "output": f"{self._setup.folder}" + (f", resuming from step {step:,}" if step else ""),
@@ -155,7 +156,9 @@ class Report:
             "heldout_loss": result.loss,
             "heldout_tokens": result.tokens,
         }
-        parts = [f"held-out bits per byte {result.bits_per_byte:.3f} ({result.tokens:,} tokens)"]
+        total = len(self._setup.data.heldout)
+        part = f"{result.tokens:,} of " if result.tokens < total else "all "
+        parts = [f"held-out bits per byte {result.bits_per_byte:.3f} ({part}{total:,} tokens)"]
         if result.trained_tokens:
             record |= {"heldout_trained_loss": result.trained_loss}
             record |= {"heldout_trained_tokens": result.trained_tokens}
@@ -231,6 +234,14 @@ def print_sample(setup: Setup, params: PyTree, console: Console) -> None:
     console.out(sample.prompt, end="", highlight=False)
     for_each(chunks, lambda chunk: console.out(chunk.text, end="", highlight=False))
     console.out("")
+
+
+def _rates(cfg: Config) -> str:
+    """The optimizer, its rates, and what is frozen."""
+    own = cfg.optimizer
+    falls = "" if own.schedule == "constant" else f" to {own.final_lr:.3g}"
+    frozen = f"; frozen: {', '.join(cfg.train.freeze)}" if cfg.train.freeze else ""
+    return f"{own.name}, rate {own.peak_lr:.3g}{falls} ({own.schedule}){frozen}"
 
 
 def _warmup_problem(cfg: Config) -> str:
