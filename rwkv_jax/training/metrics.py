@@ -13,6 +13,7 @@ byte; where not all tokens are trained also `heldout_trained_loss` and `heldout_
 import contextlib
 import dataclasses
 import json
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def _wandb_run(folder: Path, cfg: Config) -> Any:
             " (metrics.jsonl has the same numbers)"
         ) from None
     place = folder / "wandb_id"
-    name = place.read_text().strip() if place.is_file() else wandb.util.generate_id()
+    name = place.read_text().strip() if place.is_file() else secrets.token_hex(4)
     write_text(place, f"{name}\n")
     settings = wandb.Settings(console="off", silent=True)
     try:
@@ -98,7 +99,7 @@ def _wandb_run(folder: Path, cfg: Config) -> Any:
             settings=settings,
         )
     except wandb.Error as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rstrip(". ")
         raise UserError(
             f"train.logger = wandb: {reason}; log in (wandb login), set WANDB_MODE=offline, or"
             " leave it out"

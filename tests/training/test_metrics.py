@@ -3,7 +3,6 @@
 import dataclasses
 import struct
 import sys
-from types import SimpleNamespace
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -75,7 +74,6 @@ class FakeWandb:
 
     def __init__(self, error=None):
         self.calls, self.error = [], error
-        self.util = SimpleNamespace(generate_id=lambda: "abc123")
         self.Settings = dict
 
     def init(self, **options):
@@ -98,7 +96,8 @@ def test_weights_and_biases_sees_one_run_over_all_its_starts(tmp_path, monkeypat
         log = MetricsLog(tmp_path, WANDB, start)
         log.write(step=step, loss=2.5, compressors={"gzip": 1.0})
         log.close()
-    begin = ("init", "abc123", "allow", dataclasses.asdict(WANDB)["model"])
+    name = (tmp_path / "wandb_id").read_text().strip()
+    begin = ("init", name, "allow", dataclasses.asdict(WANDB)["model"])
     assert fake.calls == [
         begin,
         ("log", 3, {"loss": 2.5}),
