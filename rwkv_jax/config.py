@@ -206,9 +206,9 @@ class DataConfig(_Table):
     mixture: dict[str, float] = dataclasses.field(default_factory=dict)
     """Several sources instead: source -> weight, its share of the samples."""
     field: str = "text"
-    """The field of JSON records or table rows that holds the text or the turns of a conversation;
-    `text`, where they have none: `messages`, `instruction` and the like (docs/data.md). Empty: JSON
-    is text like any other."""
+    """The field of JSON records or table rows that holds the text or the turns of a conversation,
+    or with a comma a question and its answer; `text`, where they have none: `messages`,
+    `instruction,output` and the like (docs/data.md). Empty: JSON is text like any other."""
     strict: bool = False
     """Whether a record without text (null, half a surrogate pair) is an error; otherwise up to 1 %
     of them are left out."""
@@ -260,8 +260,6 @@ class DataConfig(_Table):
                 yield f"data.mixture: the weight of {literal(name)} is {weight}: above 0"
         if self.mixture and self.source != "stdlib":
             yield (f"data.source = {self.source} and data.mixture: leave one out")
-        if self.mixture and self.tokenizer == "bpe":
-            yield 'data.tokenizer = "bpe" is trained on one source; name another for data.mixture'
         if len(self.mixture) > 1 and self.sampler != "shuffle":
             yield (
                 f'data.sampler = "{self.sampler}" is an order of one source; data.mixture has'
@@ -347,6 +345,8 @@ class TrainConfig(_Table):
     log_every: Annotated[int, "at least 1"] = 10
     eval_every: Annotated[int, "0 or more"] = 0
     """Steps between evaluations on the held-out documents; 0 evaluates at the end only."""
+    evaluations: Annotated[int, "0 or more"] = 0
+    """How many evaluations there are, in equal distances, instead of train.eval_every."""
     eval_tokens: Annotated[int, "at least 1"] = 65536
     """Held-out tokens per such evaluation; the last one reads all of them."""
     checkpoint_every: Annotated[int, "at least 1"] = 200
@@ -374,8 +374,11 @@ class TrainConfig(_Table):
             )
         if self.init_moments and not self.init:
             yield "train.init_moments = true: whose? name a checkpoint of a run in train.init"
-        if self.patience and not self.eval_every:
-            yield f"train.patience = {self.patience} counts evaluations: set train.eval_every"
+        evaluates = self.eval_every or self.evaluations
+        if self.patience and not evaluates:
+            yield f"train.patience = {self.patience} counts evaluations: set train.evaluations"
+        if self.keep_best and not evaluates:
+            yield "train.keep_best = true compares evaluations: set train.evaluations"
         if not self.output:
             yield ("train.output is empty: the run's folder")
         if re.match(r"[a-z][a-z0-9+.-]+://", self.output):

@@ -185,7 +185,7 @@ def _apply(tables: dict[str, Any], override: str) -> str:
     if (kind is str or get_origin(kind) is Literal) and not isinstance(value, str):
         value = text  # sample.prompt=42 is the text "42"
     if kind == list[str] and not isinstance(value, list):
-        value = [part.strip() for part in text.split(",")]
+        value = [part.strip() for part in text.split(",") if part.strip()]
     tables[section] = {**tables.get(section, {}), key: value}
     return f"{section}.{key}"
 

@@ -310,17 +310,20 @@ def load_moments(path: Path | str, abstract: PyTree) -> PyTree:
         step = store.latest() if run.step is None else run.step
         if step is None:
             raise _no_checkpoint(run.folder, read_config(run.folder))
-        before = read_config(run.folder)
         try:
             trees = {"rest": {"step": jax.ShapeDtypeStruct((), "int32"), "opt_state": abstract}}
-            return store.restore(trees, step)["rest"]["opt_state"]
+            found = store.restore(trees, step)
         except DamagedError as error:
+            before = read_config(run.folder)
             raise StoreError(
-                f"{store.path(step)}: its moments are of another optimizer or of other parameters"
-                f" (optimizer.name = {before.optimizer.name}, train.freeze ="
-                f" {before.train.freeze}, train.carry_state = {before.train.carry_state} there):"
-                " make them equal, or set train.init_moments = false"
+                f"{store.path(step)}: its moments are damaged, or of another optimizer or other"
+                f" parameters than optimizer.name = {before.optimizer.name}, train.freeze ="
+                f" {before.train.freeze}, train.carry_state = {before.train.carry_state}: state"
+                " these, or set train.init_moments = false"
             ) from error
+        if damage := changed_tree(found, store.meta(step)):
+            raise DamagedError(f"{store.path(step)}: {damage}")
+        return found["rest"]["opt_state"]
 
 
 def _no_checkpoint(folder: Path, cfg: Config) -> StoreError:

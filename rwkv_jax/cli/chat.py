@@ -22,7 +22,7 @@ from rwkv_jax.cli.terminal import (
 )
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.conversations import TEMPLATES, Template
-from rwkv_jax.data.records import ANSWERS, CONVERSATIONS
+from rwkv_jax.data.records import CONVERSATIONS
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.errors import UserError
 from rwkv_jax.sampling import Generator, Prefix
@@ -128,8 +128,9 @@ def likely_template(model: Path, cfg: ModelConfig, tokenizer: Tokenizer) -> tupl
     name = model.expanduser().absolute()
     if found := store.find_run(name):
         run = store.read_config(found.folder)
-        if run.data.train_on == "answers" or run.data.field in (*CONVERSATIONS, *ANSWERS):
-            return run.data.template, "its run was trained with it"
+        talks = run.data.field in CONVERSATIONS or "," in run.data.field
+        if run.data.train_on == "answers" or talks or not run.train.init:
+            return run.data.template, "that of its run"
         name = Path(run.train.init) if run.train.init else name
     release, usual = release_of(name), template_for(cfg, tokenizer)
     if release and release.template and usual != TEMPLATES["raven"]:

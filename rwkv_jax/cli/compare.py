@@ -38,7 +38,7 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax compare") -> int:
 def _compare(args: argparse.Namespace) -> None:
     # Here, so that --help answers at once.
     from rwkv_jax.training.metrics import read_metrics
-    from rwkv_jax.training.plot import measure_of, plot_runs
+    from rwkv_jax.training.plot import measure_of, plot_runs, with_trained_loss
 
     if args.plot.is_dir() or not args.plot.parent.is_dir():
         raise UserError(f"--plot {args.plot}: cannot be a file; name one in an existing folder")
@@ -46,7 +46,7 @@ def _compare(args: argparse.Namespace) -> None:
     if empty := [name for name, lines in runs.items() if not lines]:
         raise UserError(f"{empty[0]}: has no metrics yet; wait for its first line, or leave it out")
     measure, console = measure_of(*runs.values()), Console(width=width())
-    rows = [[name, *_cells(lines, measure)] for name, lines in runs.items()]
+    rows = [[name, *_cells(with_trained_loss(lines), measure)] for name, lines in runs.items()]
     titles = ["run", "step", "tokens", "training", "held out", "best", "at step"]
     numbers(console, titles, rows, title=measure.name, title_justify="left")
     for line in _differences(args.runs):

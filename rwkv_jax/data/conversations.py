@@ -120,6 +120,10 @@ class ConversationError(ValueError):
     """A record that is not the text or conversation asked for."""
 
 
+class EmptyTurnError(ConversationError):
+    """A turn without a text, such as an empty reply."""
+
+
 def clean(text: str) -> str:
     """A turn's content without empty lines, which would end the turn, and blanks at ends of lines.
 
@@ -158,14 +162,14 @@ def render(turns: list[Any], template: Template, *, stops: bool = True) -> tuple
         if stops and template.paragraphs and not template.mark and spans and spans[-1][1] == size:
             spans[-1] = spans[-1][0], size + len(name + template.colon)
         content = template.clean(content, role)
+        if stops and role == "bot" and not content:
+            raise EmptyTurnError(f"turn {number} is an empty reply")
         if stops and role == "bot" and not content.startswith("<think>"):
             content = template.thoughtless + content
         text = template.turn(name, content)
-        if stops and not content and not template.mark:
-            text = f"{name}:{template.end}"  # without a blank at the end of a line
         if number == len(turns) and not template.mark:
             text = text.removesuffix(template.end)
-        if role == "bot":
+        if role == "bot" and turn.get("weight", 1) != 0:  # OpenAI's mark for: do not train
             spans.append((size + len(name + template.colon), size + len(text)))
         parts.append(text)
         size += len(text)
@@ -187,8 +191,10 @@ def _turn(turn: Any, number: int) -> tuple[str, str]:
     texts = [_part(part, number) for part in parts]
     calls = turn.get("tool_calls") or [{"function": turn.get("function_call")}]
     texts += [f"```json\n{call}\n```" for call in map(_call, calls) if call]
+    if isinstance(reasoning := turn.get("reasoning_content"), str) and reasoning.strip():
+        texts.insert(0, f"<think>\n{reasoning.strip()}\n</think>\n")
     if not texts:
-        raise ConversationError(f"turn {number} has no text as content")
+        raise EmptyTurnError(f"turn {number} has no text as content")
     text = "\n".join(texts)
     return ("user", RESULT + text) if known == "tool" else (known, text)
 

@@ -37,12 +37,13 @@ from rwkv_jax.data.files import (
     unreported,
 )
 from rwkv_jax.data.records import (
-    ANSWERS,
     MORE_FIELDS,
     TEXT,
     LeftOut,
     NoTextError,
     field_of,
+    fields_of,
+    has_fields,
     text_of,
 )
 from rwkv_jax.data.tables import columns_of, read_rows
@@ -123,17 +124,19 @@ class Corpus:
             yield Document(file.name, text, hash_share(file.name) < self.cfg.heldout)
 
     def _records(self, file: SourceFile, report: Report, left_out: LeftOut) -> Iterator[Document]:
-        for number, record in _read_records(file, self.cfg, report, self.longest):
+        cfg = with_field(self.cfg, [file])
+        reading = _read_records(file, cfg, report, self.longest)
+        for count, (number, record) in enumerate(reading, 1):
             left_out.records += 1
             try:
-                text, spans = text_of(record, self.cfg)
+                text, spans = text_of(record, cfg)
             except NoTextError as error:
-                left_out.add(_place(file, number), error)
+                left_out.add(_place(file, number, count), error)
                 continue
             except ConversationError as error:
-                raise CorpusError(f"{_place(file, number)}: {error}") from error
+                raise CorpusError(f"{_place(file, number, count)}: {error}") from error
             if file.kind != "lines":  # whose lines are short enough
-                check_length(text, _place(file, number), self.longest)
+                check_length(text, _place(file, number, count), self.longest)
             yield from self._one(file, number, text, spans)
 
     @property
@@ -159,13 +162,12 @@ def names_file(source: str) -> bool:
 
 def open_corpus(cfg: DataConfig, longest: int | None = None) -> Corpus:
     """The corpus of a config, each file read once to check and hash it. A document may have
-    `longest` bytes; None: as many as the available memory allows. The `field` of its config is the
-    one that is read (`field_of`).
+    `longest` bytes; None: as many as the available memory allows.
 
     Raises CorpusError if there are no files, or a file named by its own path is not UTF-8 text.
     """
     found = find_files(cfg.source, plain=not cfg.field)
-    cfg = with_field(cfg, found)
+    check_field(cfg, found)
     files, skipped, size = [], {}, 0
     content = hashlib.blake2b(digest_size=16)
     for file in found:
@@ -192,19 +194,21 @@ def open_corpus(cfg: DataConfig, longest: int | None = None) -> Corpus:
 
 
 def with_field(cfg: DataConfig, files: Iterable[SourceFile]) -> DataConfig:
-    """The config with the field that the records of the files have (`field_of`).
+    """The config with the field that the records of the files have (`field_of`), if it is the same
+    for all of them that have one."""
+    records = [_first_record(file, cfg) for file in files if file.kind != "text"]
+    fields = {field_of(record, cfg.field) for record in records}
+    fields = {x for x in fields if any(has_fields(record, x) for record in records)}
+    return replace(cfg, field=fields.pop()) if len(fields) == 1 else cfg
 
-    Raises CorpusError if a field is named and none of the files has records.
-    """
-    for file in files:
-        if file.kind != "text":
-            return replace(cfg, field=field_of(_first_record(file, cfg), cfg.field))
-    if cfg.field not in ("", TEXT):
+
+def check_field(cfg: DataConfig, files: Iterable[SourceFile]) -> None:
+    """Raises CorpusError if a field is named and none of the files has records."""
+    if cfg.field not in ("", TEXT) and all(file.kind == "text" for file in files):
         raise CorpusError(
             f"data.field = {cfg.field}: {cfg.source} has no fields: it is plain text; leave"
             " data.field out, or give JSON or a table"
         )
-    return cfg
 
 
 def _first_record(file: SourceFile, cfg: DataConfig) -> Any:
@@ -239,7 +243,7 @@ def skip_reason(file: SourceFile, cfg: DataConfig, digest: Any = None) -> str | 
     # Among texts there are often some JSON files for other purposes.
     if not named and file.kind in ("lines", "json") and not file.plain_name.endswith(JSON_LINES):
         record = _first_record(file, cfg)
-        if not isinstance(record, Mapping) or cfg.field not in record:
+        if not has_fields(record, field_of(record, cfg.field)):
             return f"JSON without a field {cfg.field!r}"
     return None
 
@@ -256,15 +260,16 @@ def _read_records(
 ) -> Iterator[Record]:
     """The records of JSON or a table. Raises CorpusError with file and line of what is neither."""
     if file.kind == "table":
-        more = [x for x in (*MORE_FIELDS, *ANSWERS.get(cfg.field, ())) if x != cfg.field]
-        yield from read_rows(file, cfg.field, *more, report=report)
+        first, *more = fields_of(cfg.field)
+        more += [x for x in MORE_FIELDS if x != first]
+        yield from read_rows(file, first, *more, report=report)
     elif file.kind == "json":
         yield from read_values(file, report, longest)
     else:
         for number, line in enumerate(read_lines(file, report, longest), 1):
             if line.strip():
                 try:
-                    yield number, json.loads(_decoded(line, file, number))
+                    yield number, json.loads(_decoded(line, file, number).removeprefix("\ufeff"))
                 except (ValueError, RecursionError) as error:
                     if isinstance(error, CorpusError):
                         raise
@@ -272,10 +277,12 @@ def _read_records(
                     raise CorpusError(f"{place}: {json_problem(error)}") from error
 
 
-def _place(file: SourceFile, number: int) -> str:
-    """Where a record is; the lines before a part of a file are counted only for this."""
+def _place(file: SourceFile, number: int, count: int = 0) -> str:
+    """Where a record is; the lines before a part of a file are counted only for this. Of an array,
+    which may be one line, also how many records there are up to it."""
     before = lines_before(file) if file.kind != "table" and file.begin else 0
-    return f"{file.path}:{before + number}"
+    record = f" (record {count:,})" if file.kind == "json" and count else ""
+    return f"{file.path}:{before + number}{record}"
 
 
 def _decoded(data: bytes, file: SourceFile, number: int = 0) -> str:

@@ -151,9 +151,15 @@ def _head(file: SourceFile) -> str:
 
 
 def _is_json(head: str) -> bool:
-    """Whether a text begins as objects do, one alone or in an array."""
-    begins = re.match(r'\[?\s*(?=\{\s*")', head)
-    return bool(begins) and _first_object(head[begins.end() :]) is not False
+    """Whether a text begins as objects do, one alone or in an array, and nothing else follows."""
+    begins = re.match(r'\[?\s*(?=\{\s*["}])', head)
+    if not begins:
+        return False
+    try:
+        first, end = _JSON.raw_decode(head, begins.end())
+    except (ValueError, RecursionError) as error:
+        return _is_cut(error, head)
+    return isinstance(first, dict) and head[_after_blanks(head, end) :][:1] in ("", "{", ",", "]")
 
 
 def _first_object(text: str) -> bool | None:
@@ -343,8 +349,8 @@ def read_values(
         read, at, counted = read + len(chunk), 0, 0
         while (at := _after_blanks(text, at)) < len(text):
             line, counted = line + text.count("\n", counted, at), at
-            if text[at] == "[" and not started:
-                started = array = True
+            if text[at] == "[" and (closed or not started):
+                started, array, closed = True, True, False
                 at += 1
             elif array and text[at] in ",]":
                 closed = text[at] == "]"
@@ -475,6 +481,8 @@ def text_problem(file: SourceFile, digest: Any = None) -> str | None:
         return None
     decoder, length, problem = codecs.getincrementaldecoder("utf-8")(), 0, None
     for chunk in read_chunks(file):
+        if not length and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            problem = "UTF-16, not UTF-8"
         if digest:
             digest.update(chunk)
         if problem is None:

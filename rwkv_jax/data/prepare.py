@@ -29,7 +29,14 @@ from rwkv_jax.console import reading_bar
 from rwkv_jax.data.binidx import BinidxWriter, dtype_for
 from rwkv_jax.data.bpe import PIECES, train_bpe
 from rwkv_jax.data.conversations import loss_mask
-from rwkv_jax.data.corpus import Corpus, CorpusError, Document, hash_share, open_corpus
+from rwkv_jax.data.corpus import (
+    Corpus,
+    CorpusError,
+    Document,
+    hash_share,
+    open_corpus,
+    with_field,
+)
 from rwkv_jax.data.files import Report
 from rwkv_jax.data.pieces import pieces_of
 from rwkv_jax.data.records import LeftOut
@@ -138,7 +145,7 @@ def _build(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, show: bool
         "sizes": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
         "counts": counts | {"skipped_files": sum(corpus.skipped.values())},
         "left_out": [*files_left_out, *filter(None, [str(left_out)])],
-        "field": corpus.cfg.field,
+        "field": with_field(corpus.cfg, corpus.files).field,
     }
     disk.write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 

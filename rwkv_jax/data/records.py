@@ -3,14 +3,13 @@
 A record holds a text, the turns of a conversation, or a question and its answer, which are a
 conversation of two turns:
 
-    text                                               "..."
-    messages, conversations, conversation, turns       [{"role": ..., "content": ...}, ...]
-    instruction (and input), output                    Alpaca; also system, and history as pairs
-    prompt, completion                                 TRL; both may be turns
-    question, answer; query, response
+    text                                           "...", also a string alone
+    messages, conversations, conversation, turns   [{"role": ..., "content": ...}, ...]
+    instruction and its output                     Alpaca; also input, system, history as pairs
+    prompt, question or query and its completion, answer, response or output
 
-`data.field` names one. Where it is left at `text` and the records have none, the first of the
-others that they have is taken.
+`data.field` names one, or with a comma a question and its answer. Where it is left at `text` and
+the records have none, the first of the others that they have is taken.
 """
 
 from collections.abc import Mapping
@@ -18,19 +17,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from rwkv_jax.config import DataConfig
-from rwkv_jax.data.conversations import TEMPLATES, ConversationError, Spans, render
+from rwkv_jax.data.conversations import (
+    TEMPLATES,
+    ConversationError,
+    EmptyTurnError,
+    Spans,
+    render,
+)
 from rwkv_jax.data.files import CorpusError
 
 TEXT = "text"
 CONVERSATIONS = ("messages", "conversations", "conversation", "turns")
 """Fields that hold the turns of a conversation."""
 
-ANSWERS = {
-    "instruction": ("output", "response"),
-    "prompt": ("completion",),
-    "question": ("answer",),
-    "query": ("response",),
-}
+QUESTIONS = ("instruction", "prompt", "question", "query")
+ANSWERS = ("output", "completion", "answer", "response")
 """Fields that hold a question, and those that then hold its answer."""
 
 MORE_FIELDS = ("spans", "input", "system", "history")
@@ -84,11 +85,25 @@ class LeftOut:
 
 def field_of(record: Any, wanted: str) -> str:
     """The field of such records: `wanted`, or if that is `text` and they have none, the first other
-    one that they have."""
+    one that they have; of a question and its answer both, with a comma."""
     if wanted != TEXT or not isinstance(record, Mapping) or TEXT in record:
         return wanted
-    pairs = (x for x, answers in ANSWERS.items() if any(y in record for y in answers))
-    return next((x for x in (*CONVERSATIONS, *pairs) if x in record), wanted)
+    if found := next((x for x in CONVERSATIONS if x in record), ""):
+        return found
+    pair = [next((x for x in names if x in record), "") for names in (QUESTIONS, ANSWERS)]
+    return ",".join(pair) if all(pair) else wanted
+
+
+def fields_of(wanted: str) -> list[str]:
+    """The fields that a `data.field` names: one, or a question and its answer."""
+    return [name.strip() for name in wanted.split(",", 1)]
+
+
+def has_fields(record: Any, wanted: str) -> bool:
+    """Whether a record has what a `data.field` names; a string is its own text."""
+    if isinstance(record, str):
+        return wanted == TEXT
+    return isinstance(record, Mapping) and all(name in record for name in fields_of(wanted))
 
 
 def text_of(record: Any, cfg: DataConfig) -> tuple[str, Spans | None]:
@@ -98,18 +113,21 @@ def text_of(record: Any, cfg: DataConfig) -> tuple[str, Spans | None]:
     """
     if record is None:
         raise NoTextError("null")
+    if isinstance(record, str) and cfg.field == TEXT:
+        record = {TEXT: record}
     if not isinstance(record, Mapping):
-        kind = type(record).__name__
-        raise ConversationError(f"a JSON {kind}, not an object with a field {cfg.field!r}")
-    if cfg.field not in record:
-        found = ", ".join(sorted(map(str, record))) or "none"
-        raise ConversationError(
-            f"no field {cfg.field!r}; set data.field to one of its fields: {found}"
-        )
+        raise ConversationError(f"{_kind(record)}, not an object with a field {cfg.field!r}")
+    names = fields_of(cfg.field)
+    if names[0] not in record:
+        found = ", ".join(sorted(map(str, record)))
+        remedy = f"set data.field to one of its fields: {found}" if found else "it has no field"
+        raise ConversationError(f"no field {names[0]!r}; {remedy}")
     try:
         text, spans = _text(record, cfg)
     except ConversationError as error:
-        raise ConversationError(f"field {cfg.field!r}: {error}") from error
+        empty = isinstance(error, EmptyTurnError)
+        kind = NoTextError if empty else ConversationError
+        raise kind(f"field {cfg.field!r}: {error}") from error
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -118,7 +136,8 @@ def text_of(record: Any, cfg: DataConfig) -> tuple[str, Spans | None]:
 
 
 def _text(record: Mapping[str, Any], cfg: DataConfig) -> tuple[str, Spans | None]:
-    value = _turns(record, cfg.field)
+    names = fields_of(cfg.field)
+    value = record[names[0]] if len(names) == 1 else _turns(record, *names)
     if value is None:
         raise NoTextError(f"field {cfg.field!r} is null")
     if isinstance(value, list):
@@ -127,31 +146,42 @@ def _text(record: Mapping[str, Any], cfg: DataConfig) -> tuple[str, Spans | None
             raise ConversationError('turns have no spans; set data.train_on = "answers"')
         return text, answers if cfg.train_on == "answers" else None
     if not isinstance(value, str):
-        kind = type(value).__name__
-        raise ConversationError(f"a {kind}, not text or a list of turns; set data.field")
+        raise ConversationError(f"{_kind(value)}, not text or a list of turns; set data.field")
     if cfg.train_on == "answers":
-        raise ConversationError('text, not a list of turns, which data.train_on = "answers" needs')
+        other = field_of({x: y for x, y in record.items() if x != TEXT}, TEXT)
+        hint = "" if other == TEXT else f"; set data.field = {other}"
+        raise ConversationError(
+            f'text, not a list of turns, which data.train_on = "answers" needs{hint}'
+        )
     return value, _spans(record, value) if cfg.train_on == "spans" else None
 
 
-def _turns(record: Mapping[str, Any], field: str) -> Any:
-    """The turns of a record with a question and an answer; of any other one what its field has."""
-    value = record[field]
-    reply = next((record[x] for x in ANSWERS.get(field, ()) if record.get(x) is not None), None)
-    if reply is None or value is None:
-        return value
-    if isinstance(value, list) and isinstance(reply, list):
-        return value + reply
-    if not isinstance(value, str) or not isinstance(reply, str):
+def _kind(value: Any) -> str:
+    """What a JSON value is, in its own words."""
+    names = {bool: "true or false", list: "a list", dict: "an object", str: "a text"}
+    return names.get(type(value), "a number")
+
+
+def _turns(record: Mapping[str, Any], asked: str, answered: str) -> list[Any]:
+    """A question and its answer as turns. Raises NoTextError if one of them is missing."""
+    question, reply = record[asked], record.get(answered)
+    for name, value in (asked, question), (answered, reply):
+        if value is None or value == "":
+            raise NoTextError(f"field {name!r} is {'empty' if name in record else 'missing'}")
+    if isinstance(question, list) and isinstance(reply, list):
+        return question + reply
+    if not isinstance(question, str) or not isinstance(reply, str):
         raise ConversationError("question and answer are not both text, or both lists of turns")
-    more = record.get("input")
-    question = f"{value}\n{more}" if field == "instruction" and isinstance(more, str) else value
-    turns = [("user", question), ("assistant", reply)]
+    for name in "input", "system":
+        if not isinstance(record.get(name) or "", str):
+            raise ConversationError(f"field {name!r} is {_kind(record[name])}, not text")
+    more = (record.get("input") or "") if asked == "instruction" else ""
+    turns = [("user", f"{question}\n{more}" if more else question), ("assistant", reply)]
     for pair in reversed(record.get("history") or ()):
         if not isinstance(pair, list) or len(pair) != 2:
             raise ConversationError("the field 'history' is not a list of [question, answer]")
         turns[:0] = zip(("user", "assistant"), pair, strict=True)
-    if isinstance(system := record.get("system"), str) and system.strip():
+    if system := (record.get("system") or "").strip():
         turns.insert(0, ("system", system))
     return [{"role": role, "content": content} for role, content in turns]
 

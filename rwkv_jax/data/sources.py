@@ -10,6 +10,7 @@ import numpy as np
 
 from rwkv_jax.config import DataConfig
 from rwkv_jax.data.binidx import is_binidx
+from rwkv_jax.data.files import CorpusError
 from rwkv_jax.data.loader import Stream
 from rwkv_jax.data.prepare import prepare
 from rwkv_jax.data.tokenizers import Tokenizer
@@ -61,8 +62,11 @@ class Data:
     @property
     def heldout_mask(self) -> np.ndarray | None:
         """bool: which tokens of `heldout` are such as are trained on; None: all."""
-        masks = [x.heldout_mask for x in self.sources.values() if x.heldout_mask is not None]
-        return np.concatenate(masks) if len(masks) == len(self.sources) else None
+        masks = [x.heldout_mask for x in self.sources.values()]
+        if all(mask is None for mask in masks):
+            return None
+        every = zip(masks, self.sources.values(), strict=True)
+        return np.concatenate([np.ones(len(x.heldout), bool) if m is None else m for m, x in every])
 
     @property
     def heldout_bytes(self) -> int:
@@ -111,6 +115,10 @@ def open_data(cfg: DataConfig, *, progress: bool = True) -> Data:
     Raises UserError for a source that cannot be read, tokenised or cached, and for settings that do
     not fit it.
     """
+    if cfg.mixture and cfg.tokenizer == "bpe":
+        raise CorpusError(
+            "data.tokenizer = bpe is trained on one source; name another one for data.mixture"
+        )
     weights = cfg.mixture or {cfg.source: 1.0}
     sources = {}
     for name in weights:

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from rwkv_jax import disk
 from rwkv_jax.config import DataConfig
 from rwkv_jax.data.binidx import BinidxWriter, dtype_for, files_of, merge, open_binidx
-from rwkv_jax.data.corpus import Corpus, names_file, skip_reason, with_field
+from rwkv_jax.data.corpus import Corpus, check_field, names_file, skip_reason
 from rwkv_jax.data.files import CorpusError, Report, SourceFile, find_files, longest_document
 from rwkv_jax.data.records import LeftOut
 from rwkv_jax.data.tables import group_sizes
@@ -121,7 +121,8 @@ def tokenize(
     for source in sources:
         files = find_files(source, "SOURCE = ", plain=not cfg.field)
         files = [x for x in files if not _is_output(x.path, prefix)]
-        own = with_field(replace(cfg, source=source, **ALL_TEXT), files)
+        own = replace(cfg, source=source, **ALL_TEXT)
+        check_field(own, files)
         more, faulty = _plan(own, files)
         units, skipped = units + more, skipped + faulty
     units = [replace(unit, part=parts / f"{i:05}") for i, unit in enumerate(units)]

@@ -18,6 +18,7 @@ FREE = {
     "train.epochs",
     "train.log_every",
     "train.eval_every",
+    "train.evaluations",
     "train.eval_tokens",
     "train.checkpoint_every",
     "train.keep",

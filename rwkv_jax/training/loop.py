@@ -91,7 +91,9 @@ def train(
         hosts.run_on_primary(describe, folder, cfg, data)
         report = hosts.run_on_all(Report, setup, console, step, meta)
         best = Best(*meta.get("best", ()))
-        store.marked |= {best.step} if cfg.train.keep_best and best.count else set()
+        if cfg.train.keep_best and best.step and best.step not in store.steps():
+            best = Best()  # the run did not keep it then
+        store.marked |= {best.step} & {*store.steps()} if cfg.train.keep_best else set()
         pending = meta.get("owed", not step and bool(cfg.train.init))
         run = Run(setup, store, report, state, step, pending, best)
         with contextlib.closing(report):
@@ -127,6 +129,21 @@ class Run:
         patience = self.setup.cfg.train.patience
         return bool(patience) and self.best.since >= patience
 
+    @property
+    def why_it_ends(self) -> str:
+        """Why the run is `exhausted`."""
+        return (
+            f"no evaluation was better than that of step {self.best.step} in the last"
+            f" {self.best.since}: the run ends (train.patience ="
+            f" {self.setup.cfg.train.patience})"
+        )
+
+    @property
+    def measures(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        sets = self.setup.sets
+        return bool(self.setup.data.heldout_bytes or sets.texts or sets.questions)
+
 
 @dataclass
 class Best:
@@ -155,15 +172,16 @@ def _train_steps(run: Run, train_step: Callable, stop: StopRequest, profile: boo
         step = with_stop_vote(train_step, mesh)
     else:
         step = lambda state, batch, _: (*train_step(state, batch), 0)  # noqa: E731
-    eval_every = train.eval_every if run.setup.data.heldout_bytes else 0
+    eval_every = train.eval_every if run.measures else 0
     folder = run.setup.folder / "profile" if profile else None
     tracer = Tracer(folder, train.steps - first, report.ticker)
     read = run.setup.loader.read if mesh is None else LocalRows(run.setup.loader, mesh).read
     coming = prefetched(read, range(first, train.steps))
     pending: tuple[int, Metrics, Any] | None = None
-    if run.eval_pending and run.setup.data.heldout_bytes and not run.exhausted:
+    if run.eval_pending and run.measures and not run.exhausted:
         _evaluate(run, limit=train.eval_tokens)
     if run.exhausted:
+        report.ticker.line(f"{run.why_it_ends}; raise it to go on")
         return
     with (
         report.ticker.running(first),
@@ -176,12 +194,13 @@ def _train_steps(run: Run, train_step: Callable, stop: StopRequest, profile: boo
             run.step += 1
             tracer.step(run.step - first, run.state)
             # Several processes stop at the same step: the one after that which counted the votes.
-            stops = not several and stop.requested
+            stops = bool(not several and stop.requested)
             if pending:
                 stops |= _record(run, *pending)
             pending = run.step, metrics, votes
             last = run.step == train.steps
-            evaluates = (not last or train.keep_best) and _is_due(run.step, eval_every)
+            compares = bool(train.keep_best or train.patience) and run.measures
+            evaluates = compares if last else _is_due(run.step, eval_every)
             saves = last or stops or _is_due(run.step, train.checkpoint_every)
             if not (evaluates or saves):
                 continue
@@ -197,10 +216,7 @@ def _train_steps(run: Run, train_step: Callable, stop: StopRequest, profile: boo
                     _save(run, eval_pending=evaluates and stops)
             if run.exhausted and not stops:
                 run.store.wait()
-                report.ticker.line(
-                    f"no evaluation was better than that of step {run.best.step} in the last"
-                    f" {run.best.since}: the run ends (train.patience = {train.patience})"
-                )
+                report.ticker.line(run.why_it_ends)
                 return
             if stops:
                 run.store.wait()
@@ -222,7 +238,7 @@ def _record(run: Run, step: int, metrics: Metrics, votes: Any) -> bool:
     if not metrics.finite:
         raise NonFiniteError(_diverged(run, step, metrics))
     run.report.step(step, metrics)
-    return votes > 0
+    return bool(votes > 0)
 
 
 def _diverged(run: Run, step: int, metrics: Metrics) -> str:
@@ -277,18 +293,21 @@ def _evaluate(
         dtype=cfg.train.dtype,
         implementation=implementation(cfg.train),
     )
+    result = None
     with sharding.use_mesh(run.setup.mesh):
-        result = bits.evaluate(run.state.params, data, settings, limit=limit, report=progress)
+        if data.heldout_bytes:
+            result = bits.evaluate(run.state.params, data, settings, limit=limit, report=progress)
         texts = {
             name: bits.evaluate(run.state.params, text, settings)
             for name, text in run.setup.sets.texts.items()
         }
     questions = _answers(run, settings)
     run.report.evaluation(run.step, result, texts, questions, **extra)
-    if "final" in extra:
+    if "final" in extra or not (result or texts):
         return False
-    value = result.trained_loss if result.trained_tokens else result.bits_per_byte
-    is_best = run.best.add(run.step, value)
+    compared = [result] if result else [*texts.values()]
+    values = [x.trained_loss if x.trained_tokens else x.bits_per_byte for x in compared]
+    is_best = run.best.add(run.step, sum(values) / len(values))
     if is_best and cfg.train.keep_best:
         run.store.marked.clear()
         run.store.marked.add(run.step)
@@ -310,9 +329,10 @@ def _answers(run: Run, settings: bits.Settings) -> dict[str, tasks.Result]:
 def _finish(run: Run, console: Console) -> None:
     """Evaluates on all held-out text, beside compressors, and prints a summary and a sample."""
     setup, report = run.setup, run.report
-    if setup.data.heldout_bytes:
+    if run.measures:
         marks = {}
-        if hosts.is_primary() and setup.data.heldout_mask is None:  # else not all is learnt
+        whole = setup.data.heldout_bytes and setup.data.heldout_mask is None
+        if hosts.is_primary() and whole:  # else not all is learnt
             with console.status("compressing the held-out text with gzip -9 and xz -9"):
                 marks = bits.compressors(setup.data.heldout_text())
         with (

@@ -29,12 +29,23 @@ class Measure(NamedTuple):
 
 BITS = Measure("bpb", "heldout_bpb", "bits per byte")
 NATS = Measure("loss", "heldout_trained_loss", "nats per trained token")
+"""Where all tokens are trained, an evaluation has this as `heldout_loss`."""
 
 
 def measure_of(*runs: Lines) -> Measure:
     """What is drawn of runs: bits per byte, if all of them have these."""
     train = [line for lines in runs for line in lines if "loss" in line]
     return NATS if any("bpb" not in line for line in train) else BITS
+
+
+def with_trained_loss(lines: Lines) -> list[dict[str, Any]]:
+    """The lines, where evaluations have the loss of what is trained also if that is all."""
+    if any("heldout_trained_loss" in line for line in lines):
+        return [*lines]
+    same = (
+        {"heldout_trained_loss": x["heldout_loss"]} if "heldout_loss" in x else {} for x in lines
+    )
+    return [line | more for line, more in zip(lines, same, strict=True)]
 
 
 def plot(lines: Lines, path: Path, title: str) -> None:
@@ -59,7 +70,7 @@ def plot_runs(runs: Mapping[str, Lines], path: Path) -> None:
     measure, drawn = measure_of(*runs.values()), []
     with _axes(path, "runs", measure) as axes:
         for index, (name, lines) in enumerate(runs.items()):
-            color = f"C{index}"
+            lines, color = with_trained_loss(lines), f"C{index}"
             heldout = [line for line in lines if measure.heldout in line]
             train = [line for line in lines if measure.train in line]
             if train:

@@ -32,6 +32,7 @@ from rwkv_jax.training.preview import show_row
 from rwkv_jax.training.setup import Setup
 from rwkv_jax.training.step import Metrics
 from rwkv_jax.training.timer import StepTimer, seconds
+from rwkv_jax.training.trainable import trainable
 from rwkv_jax.typing import PyTree
 
 
@@ -49,6 +50,7 @@ class Report:
         self._masked = any(stream.mask is not None for stream in setup.data.streams)
         self.heldout_bpb = math.nan
         """Of the last evaluation."""
+        self._shown = ""
         with writing(setup.folder):
             self._log = MetricsLog(setup.folder, setup.cfg, step) if is_primary() else None
 
@@ -77,7 +79,7 @@ class Report:
             "weights": weights if train.init else "",
             **data.describe(),
             "steps": f"{train.steps:,} of {train.batch} x {train.context} tokens:"
-            f" {seen:,} tokens, {seen / data.train_tokens:.2f} epochs",
+            f" {seen:,} tokens, {self._epochs()}",
             "optimizer": _rates(cfg),
             "schedule": change or _warmup_problem(cfg),
             "device": f"{_devices(self._setup.mesh)}, {train.dtype}",
@@ -86,6 +88,16 @@ class Report:
         show.header(self._console, "rwkv_jax", rows)
         if not step:
             show_row(self._setup, self._console)
+
+    def _epochs(self) -> str:
+        """How often the run reads its text, or each of several sources."""
+        data, train, epochs = self._setup.data, self._setup.cfg.train, self._setup.loader.epoch
+        samples, total = train.steps * train.batch, sum(data.weights)
+        every = zip(data.sources, data.weights, epochs, strict=True)
+        read = {name: samples * weight / total / epoch for name, weight, epoch in every}
+        if len(read) == 1:
+            return f"{read.popitem()[1]:.2f} epochs"
+        return f"epochs: {', '.join(f'{name} {x:.2f}' for name, x in read.items())}"
 
     def step(self, step: int, metrics: Metrics) -> None:
         """Shows a finished step, and logs the steps since the last line when one is due."""
@@ -145,33 +157,37 @@ class Report:
     def evaluation(
         self,
         step: int,
-        result: Evaluation,
+        result: Evaluation | None,
         texts: Mapping[str, Evaluation],
         questions: Mapping[str, Result],
         **extra: Any,
     ) -> None:
         """Logs and shows an evaluation on held-out text and on other sets by name."""
-        record = {
-            "heldout_bpb": result.bits_per_byte,
-            "heldout_loss": result.loss,
-            "heldout_tokens": result.tokens,
-        }
-        total = len(self._setup.data.heldout)
-        part = f"{result.tokens:,} of " if result.tokens < total else "all "
-        parts = [f"held-out bits per byte {result.bits_per_byte:.3f} ({part}{total:,} tokens)"]
-        if result.trained_tokens:
+        record, parts = {}, []
+        if result:
+            self.heldout_bpb, total = result.bits_per_byte, len(self._setup.data.heldout)
+            record = {"heldout_bpb": result.bits_per_byte, "heldout_loss": result.loss}
+            record |= {"heldout_tokens": result.tokens}
+            part = f"{result.tokens:,} of " if result.tokens < total else "all "
+            parts = [f"held-out bits per byte {result.bits_per_byte:.3f} ({part}{total:,} tokens)"]
+        if result and result.trained_tokens:
             record |= {"heldout_trained_loss": result.trained_loss}
             record |= {"heldout_trained_tokens": result.trained_tokens}
             parts.append(f"loss of what is trained {result.trained_loss:.3f}")
         for name, one in texts.items():
             record[f"eval_{name}_bpb"] = one.bits_per_byte
             parts.append(f"{name} {one.bits_per_byte:.3f}")
+            if one.trained_tokens:
+                record[f"eval_{name}_trained_loss"] = one.trained_loss
+                parts.append(f"{name}, loss of what is trained {one.trained_loss:.3f}")
         for name, score in questions.items():
             record[f"eval_{name}_accuracy"] = score.accuracy
             parts.append(f"{name} {score.accuracy:.1%} right")
-        self.heldout_bpb = result.bits_per_byte
         self._write(step, **record, **extra)
-        self.ticker.line(f"step {step}  {', '.join(parts)}")
+        line = f"step {step}  {', '.join(parts)}"
+        if line != self._shown:  # the last evaluation may be of the same tokens as the one before
+            self.ticker.line(line)
+        self._shown = line
 
     def summary(self) -> None:
         """Prints how fast the run was since its start, and what its time was spent on."""
@@ -240,7 +256,13 @@ def _rates(cfg: Config) -> str:
     """The optimizer, its rates, and what is frozen."""
     own = cfg.optimizer
     falls = "" if own.schedule == "constant" else f" to {own.final_lr:.3g}"
-    frozen = f"; frozen: {', '.join(cfg.train.freeze)}" if cfg.train.freeze else ""
+    frozen = ""
+    if cfg.train.freeze:
+        left = tables.count(trainable(cfg.model, cfg.train.freeze).specs)
+        total = tables.count(models.specs(cfg.model))
+        frozen = (
+            f"; frozen: {', '.join(cfg.train.freeze)} ({total - left:,} of {total:,} parameters)"
+        )
     return f"{own.name}, rate {own.peak_lr:.3g}{falls} ({own.schedule}){frozen}"
 
 

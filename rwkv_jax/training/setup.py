@@ -195,10 +195,10 @@ def resolve(cfg: Config, data: Data) -> tuple[Config, Loader]:
         reset=cfg.data.reset,
     )
     loader = open_loader(data.streams, batching)
-    if (train.keep_best or train.patience) and not len(data.heldout):
+    if (train.keep_best or train.patience) and not len(data.heldout) and not cfg.eval.texts:
         raise RunError(
             "train.keep_best and train.patience compare evaluations on held-out text, and there is"
-            f" none (data.heldout = {cfg.data.heldout}); hold some out, or leave them out"
+            f" none (data.heldout = {cfg.data.heldout}); hold some out, or give eval.texts"
         )
     if train.epochs:
         steps = max(1, round(train.epochs * sum(loader.epoch) / train.batch))
@@ -213,6 +213,10 @@ def resolve(cfg: Config, data: Data) -> tuple[Config, Loader]:
                 " official order; lower it, or state train.steps"
             )
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(train, steps=steps))
+    if train.evaluations:
+        every = max(1, cfg.train.steps // train.evaluations)
+        resolved = dataclasses.replace(cfg.train, eval_every=every, evaluations=0)
+        cfg = dataclasses.replace(cfg, train=resolved)
     return cfg, loader
 
 
@@ -287,9 +291,10 @@ def start_or_resume(
             + _older_mask(cfg)
         )
     if step > cfg.train.steps:
+        length = f"train.epochs = {cfg.train.epochs}: " if cfg.train.epochs else ""
         raise _SharedRunError(
-            f"train.steps = {cfg.train.steps}: {setup.folder} is at step {step} already;"
-            " give more steps, or choose another train.output"
+            f"{length}train.steps = {cfg.train.steps}: {setup.folder} is at step {step} already;"
+            " give more of them, or choose another train.output"
         )
     return step, state, meta
 

@@ -4,10 +4,12 @@ A frozen parameter has no gradient and no moments. Of a parameter that is frozen
 only, the others' gradients and moments are kept.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +53,7 @@ def trainable(model: ModelConfig, freeze: Sequence[str] = ()) -> Trainable:
     names = {path: names_of(path, spec) for path, spec in specs.items()}
     for pattern in freeze:
         every = [name for some in names.values() for name in some]
-        if not any(fnmatchcase(name, pattern) for name in every):
+        if not any(map(partial(_matches, pattern), every)):
             near = get_close_matches(pattern, every, n=1) or [every[0]]
             raise RunError(
                 f"train.freeze: no parameter matches {pattern!r}; names are like {near[0]}"
@@ -62,7 +64,7 @@ def trainable(model: ModelConfig, freeze: Sequence[str] = ()) -> Trainable:
         left = [
             layer
             for layer, name in enumerate(names[path])
-            if not any(fnmatchcase(name, pattern) for pattern in freeze)
+            if not any(_matches(pattern, name) for pattern in freeze)
         ]
         whole = len(left) == len(names[path])
         chosen.append(None if whole else tuple(left))
@@ -71,6 +73,16 @@ def trainable(model: ModelConfig, freeze: Sequence[str] = ()) -> Trainable:
         raise RunError(f"train.freeze = {list(freeze)} leaves nothing to train; freeze less")
     tree = jax.tree.structure(models.specs(model), is_leaf=lambda x: isinstance(x, ParamSpec))
     return Trainable(tuple(chosen), tree.unflatten(parts))
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """As `fnmatch`, but `[2-11]` is any of these numbers."""
+    found = re.search(r"\[(\d+)-(\d+)\]", pattern)
+    if not found:
+        return fnmatchcase(name, pattern)
+    start, end = found.span()
+    numbers = range(int(found[1]), int(found[2]) + 1)
+    return any(_matches(f"{pattern[:start]}{i}{pattern[end:]}", name) for i in numbers)
 
 
 def _chosen(x: jax.Array, layers: tuple[int, ...] | None) -> jax.Array | None:

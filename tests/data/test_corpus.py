@@ -228,12 +228,12 @@ def test_lone_file_in_another_encoding(tmp_path):
     ("line", "message"),
     [
         ('{"text": "a"', "not JSON"),
-        ('["text"]', "a JSON list, not an object with a field 'text'"),
+        ('["text"]', "a list, not an object with a field 'text'"),
         (
             '{"body": "a", "id": 1}',
             "no field 'text'; set data.field to one of its fields: body, id",
         ),
-        ('{"text": 5}', "field 'text': a int, not text or a list of turns; set data.field"),
+        ('{"text": 5}', "field 'text': a number, not text or a list of turns; set data.field"),
         ('{"text": "\\ud800"}', "field 'text' holds half a surrogate pair; correct it"),
         ('{"text": null}', "field 'text' is null; correct it, or set data.strict"),
     ],

@@ -104,7 +104,7 @@ def test_a_branch_keeps_parameters_and_moments(base, tmp_path, console, monkeypa
     assert adam.count == 5 and rate.count == 0 and fresh[1].count == 0
     assert np.abs(adam.mu.emb).max() > 0 and np.abs(fresh[1].mu.emb).max() == 0
     options |= {"train.output": tmp_path / "lion", "train.init_moments": "true"}
-    with pytest.raises(UserError, match=r"of another optimizer .*\(optimizer.name = adamw, train"):
+    with pytest.raises(UserError, match=r"of another optimizer .*optimizer.name = adamw, train"):
         typed(tmp_path, console, "optimizer.name=lion", without=SIZES, **options)
     options |= {"train.init": tmp_path / "x.pth", "train.output": tmp_path / "pth"}
     from rwkv_jax.checkpoint.weights import save
@@ -165,6 +165,7 @@ def test_the_best_checkpoint_is_kept_and_a_run_ends_early(tmp_path, console, mon
     # The same command evaluates once more and ends; more patience goes on, and counts on.
     monkeypatch.setattr(bits, "evaluate", scripted([9.0]))
     train(config(tmp_path, **options), console=console)
+    assert "raise it to go on" in (tmp_path / "stdout").read_text()
     monkeypatch.setattr(bits, "evaluate", scripted([2.2, 1.0, 1.5, 9.0]))
     options |= {"train.patience": 4, "train.steps": 14}
     train(config(tmp_path, **options), console=console)
@@ -221,3 +222,53 @@ def test_a_longer_schedule_says_what_rate_becomes_what(tmp_path, console):
     train(config(tmp_path, **options), console=console)
     shown = (tmp_path / "stdout").read_text()
     assert "the warm-up (10 steps) is longer than the run: the rate never reaches its peak" in shown
+
+
+def test_named_texts_are_enough_to_compare(tmp_path, console):
+    """Without held-out text: what a user with a file for validation has."""
+    (tmp_path / "wiki.txt").write_text("some text " * 20)
+    options = {"data.heldout": 0, "eval.texts": f'{{wiki = "{tmp_path}/wiki.txt"}}'}
+    options |= {"train.keep_best": "true", "train.eval_every": 0, "train.evaluations": 3}
+    folder = train(config(tmp_path, **options), console=console)
+    lines = [x for x in read_metrics(folder / "metrics.jsonl") if "eval_wiki_bpb" in x]
+    assert [x["step"] for x in lines] == [4, 8, 12, 12] and "heldout_bpb" not in lines[0]
+    shown = (tmp_path / "stdout").read_text()
+    assert len(re.findall(r"step \d+  wiki \d", shown)) == 3  # the last one once
+    assert "the best evaluation is that of step 12" in shown
+
+
+def test_conversations_for_evaluation_have_the_loss_of_replies(tmp_path, console):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hi."}]
+    (tmp_path / "chat.json").write_text(json.dumps([{"messages": turns}] * 8))
+    pairs = [{"question": "hi", "answer": "Hi."}] * 3
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    options = {"data.source": tmp_path / "chat.json", "data.train_on": "answers"}
+    options |= {"data.heldout": 0, "train.steps": 2, "train.eval_every": 0}
+    options |= {"eval.texts": f'{{same = "{tmp_path}/chat.json", p = "{tmp_path}/pairs.json"}}'}
+    folder = train(config(tmp_path, **options), console=console)
+    (line,) = [x for x in read_metrics(folder / "metrics.jsonl") if "final" in x]
+    assert line["eval_same_trained_loss"] == pytest.approx(line["eval_p_trained_loss"], rel=1e-5)
+    assert line["eval_same_bpb"] == pytest.approx(line["eval_p_bpb"], rel=1e-5)
+
+
+def test_a_branch_does_not_start_from_damaged_moments(base, tmp_path, console):
+    copy(base, tmp_path)
+    init = tmp_path / "run" / "checkpoints" / "5"
+    files = (x for x in (init / "rest").rglob("*") if x.is_file())
+    path = max(files, key=lambda x: x.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 2
+    path.write_bytes(data)
+    options = {"train.init": init, "train.steps": 1, "train.init_moments": "true"}
+    options |= {"train.output": tmp_path / "branch"}
+    with pytest.raises(UserError, match=r"5: (damaged since it was saved|its moments are damaged)"):
+        typed(tmp_path, console, without=SIZES, **options)
+
+
+def test_a_mixture_takes_the_tokenizer_of_the_model(base, tmp_path, console):
+    sources = f'{{"{base}/corpus" = 0.75, "{base}/corpus/1.py" = 0.25}}'
+    options = {"train.init": base / "run", "data.mixture": sources, "train.steps": 1}
+    left = (*SIZES, "data.source")
+    folder = typed(tmp_path, console, without=left, **options | {"data.heldout": 0.2})
+    assert load_run(folder)[1].vocab_size == load_run(base / "run")[1].vocab_size
+    assert re.search(r"epochs: \S+corpus \d+\.\d\d, ", (tmp_path / "stdout").read_text())

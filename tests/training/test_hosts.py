@@ -67,6 +67,10 @@ def test_processes_stop_together_and_one_resumes(tmp_path, monkeypatch):
     one device from the start."""
     monkeypatch.setattr(Report, "curve", lambda _: None)
     many = {"train.steps": 100_000, "train.checkpoint_every": 100_000}
+    # They evaluate, on questions too, and save what is best at the same step.
+    (tmp_path / "q.jsonl").write_text('{"text": "one two"}\n')
+    many |= {"eval.lambada": f'{{q = "{tmp_path}/q.jsonl"}}', "train.eval_every": 2}
+    many |= {"eval.texts": f'{{t = "{tmp_path}/corpus/1.py"}}', "train.keep_best": "true"}
     processes = launch(tiny(tmp_path, **many), 2, devices=2)
     wait_for_step(tmp_path / "run", 3, processes)
     processes[1].send_signal(signal.SIGTERM)
@@ -76,6 +80,7 @@ def test_processes_stop_together_and_one_resumes(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "checkpoints" / str(stopped)).is_dir()
     assert "4 x cpu (fsdp 4), 2 processes" in out
     assert not other_err and "rwkv_jax" not in other_out  # only the first one prints
+    assert re.search(r"step 2  held-out .* tokens\), t \d\.\d+, q \d+\.0% right", out)
 
     end = stopped + 10
     other = {"train.steps": end, "train.checkpoint_every": end, "mesh.fsdp": 2, "mesh.data": 2}

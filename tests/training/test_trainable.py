@@ -101,6 +101,12 @@ def test_nothing_frozen_is_nothing_done():
     assert all(x is y for x, y in zip(*map(jax.tree.leaves, (put, params)), strict=True))
 
 
+def test_ranges_of_layers_are_numbers():
+    model = ModelConfig(version="7", layers=13, width=64, vocab_size=32)
+    part = trainable(model, ["blocks.[2-11].ffn.key.weight"])
+    assert (0, 1, 12) in part.layers
+
+
 @pytest.mark.parametrize(
     "freeze, message",
     [
