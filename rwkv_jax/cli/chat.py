@@ -129,7 +129,7 @@ def likely_template(model: Path, cfg: ModelConfig, tokenizer: Tokenizer) -> tupl
     if found := store.find_run(name):
         run = store.read_config(found.folder)
         talks = run.data.field in CONVERSATIONS or "," in run.data.field
-        if run.data.train_on == "answers" or talks or not run.train.init:
+        if run.data.train_on == "answers" or talks or run.data.mixture or not run.train.init:
             return run.data.template, "that of its run"
         name = Path(run.train.init) if run.train.init else name
     release, usual = release_of(name), template_for(cfg, tokenizer)

@@ -140,7 +140,15 @@ def test_presets(talk):
     [
         ({"data": {"train_on": "answers", "template": "flower"}}, "flower"),
         ({"data": {"field": "messages", "template": "world"}}, "world"),
+        ({"data": {"field": "question,answer", "template": "raven"}}, "raven"),
         ({"train": {"init": "rwkv7-g1h-0.1b-20260710-ctx10240.pth"}}, "flower"),
+        (
+            {
+                "train": {"init": "rwkv7-g1h-0.1b-20260710-ctx10240.pth"},
+                "data": {"mixture": {"a": 1.0, "b": 1.0}, "template": "world"},
+            },
+            "world",
+        ),
         ({}, "g1"),
     ],
 )
