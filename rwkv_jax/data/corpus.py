@@ -213,7 +213,8 @@ def check_field(cfg: DataConfig, files: Iterable[SourceFile]) -> None:
 
 def _first_record(file: SourceFile, cfg: DataConfig) -> Any:
     """The first record of a file that is not null, or something with its fields; None if there is
-    none, or it cannot be read."""
+    none, or it cannot be read. The same for every part of the file."""
+    file = replace(file, begin=0, end=None)
     try:
         if file.kind == "table":
             return dict.fromkeys(columns_of(file))

@@ -312,3 +312,14 @@ def test_a_value_that_does_not_fit_in_memory(tmp_path):
 def test_urls_are_refused():
     with pytest.raises(CorpusError, match=r"gs://bucket/x: URLs are not read; copy the data"):
         find_files("gs://bucket/x")
+
+
+def test_a_part_of_a_file_has_the_field_of_the_file(tmp_path):
+    """Whatever record it begins with."""
+    first = '{"text": "one"}\n'
+    path = write(tmp_path / "a.jsonl", first + json.dumps({"messages": TURNS}) + "\n")
+    assert ":2: no field 'text'" in fault(path)
+    corpus = open_corpus(DataConfig(source=str(path)))
+    part = SourceFile(path, "a", len(first), 10**6, "lines")
+    with pytest.raises(CorpusError, match=r"a\.jsonl:2: no field 'text'"):
+        list(type(corpus)(corpus.cfg, (part,)).documents())
