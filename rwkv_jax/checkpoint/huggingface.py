@@ -551,13 +551,14 @@ def check_agreement(official: Mapping[str, ArrayLike], config: Mapping[str, Any]
     }
     if cfg.version[0] == "7":  # elsewhere these names are used for other numbers, or not at all
         sizes |= {"head_dim": cfg.head_size, "head_size": cfg.head_size}
-    sizes = {key: size for key, size in sizes.items() if config.get(key) not in (None, size)}
+    wrong = [key for key, size in sizes.items() if config.get(key) not in (None, size)]
     rows = config.get("vocab_size")
     if rows is not None and not (isinstance(rows, int) and rows <= cfg.vocab_size):  # or padded
-        sizes["vocab_size"] = cfg.vocab_size
-    for key, size in sizes.items():
-        found = shown(repr(config[key]))
-        raise WeightsError(another.format(key, found, f"a model with {size:,}"))
+        wrong.append("vocab_size")
+    if wrong:
+        size = (sizes | {"vocab_size": cfg.vocab_size})[wrong[0]]
+        found = shown(repr(config[wrong[0]]))
+        raise WeightsError(another.format(wrong[0], found, f"a model with {size:,}"))
     emb, head = official["emb.weight"], official.get("head.weight")
     if config.get("tie_word_embeddings") is True and not (head is None or _equal(emb, head)):
         raise WeightsError(

@@ -129,7 +129,7 @@ def with_kind(file: SourceFile) -> SourceFile:
     lines, array = file.plain_name.endswith(JSON_LINES), head.startswith("[")
     if not lines and not file.plain_name.endswith(JSON) and not _is_json(head):
         return file
-    whole_line = lines or _first_object(head.partition("\n")[0]) is True
+    whole_line = lines or _begins_with_object(head.partition("\n")[0])
     return replace(file, kind="lines" if whole_line and not array else "json")
 
 
@@ -162,12 +162,12 @@ def _is_json(head: str) -> bool:
     return isinstance(first, dict) and head[_after_blanks(head, end) :][:1] in ("", "{", ",", "]")
 
 
-def _first_object(text: str) -> bool | None:
-    """Whether a text begins with a JSON object; None if it ends inside one."""
+def _begins_with_object(text: str) -> bool:
+    """Whether a text begins with a whole JSON object."""
     try:
         return isinstance(_JSON.raw_decode(text)[0], dict)
-    except (ValueError, RecursionError) as error:
-        return None if _is_cut(error, text) else False
+    except (ValueError, RecursionError):
+        return False
 
 
 def _walk(root: Path, suffix: str = "", without: tuple[str, ...] = ()) -> list[SourceFile]:

@@ -21,18 +21,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from rwkv_jax import disk
 from rwkv_jax.config import DataConfig
 from rwkv_jax.console import reading_bar
 from rwkv_jax.data.binidx import BinidxWriter, dtype_for
 from rwkv_jax.data.bpe import PIECES, train_bpe
-from rwkv_jax.data.conversations import loss_mask
 from rwkv_jax.data.corpus import (
     Corpus,
     CorpusError,
-    Document,
     hash_share,
     open_corpus,
     with_field,
@@ -44,7 +40,6 @@ from rwkv_jax.data.tokenizers import (
     JsonTokenizer,
     Tokenizer,
     open_tokenizer,
-    sizes_of,
 )
 from rwkv_jax.data.tokens import (
     HELDOUT_MASK,
@@ -56,6 +51,7 @@ from rwkv_jax.data.tokens import (
     Tokens,
     encoded,
     encoder_of,
+    mask_of,
     open_cache,
 )
 from rwkv_jax.errors import UserError
@@ -199,7 +195,7 @@ def _write(
             if document.heldout:
                 text.write(data)
             if masks:
-                chosen = _loss_mask(document, sizes_of(tokenizer, ids[:-1]))
+                chosen = mask_of(document, ids, tokenizer)
                 masks[document.heldout].write(chosen.tobytes())
                 trained += 0 if document.heldout else int(chosen.sum())
     left_out.check()
@@ -211,16 +207,6 @@ def _write(
             " it, or train on all"
         )
     return counts
-
-
-def _loss_mask(document: Document, sizes: np.ndarray) -> np.ndarray:
-    mask = loss_mask(document.text, document.spans or (), sizes)
-    if mask is None:
-        raise CorpusError(
-            f"{document.name}: the tokens do not decode to the text byte for byte, so the parts"
-            " that are trained on cannot be located; choose a byte-level data.tokenizer (world)"
-        )
-    return mask
 
 
 def _require_documents(cfg: DataConfig, train: int, heldout: int) -> None:

@@ -137,7 +137,9 @@ def tokenize(
         workers = min(workers or _cores(), max(1, len(units)))
         _work(todo, workers, cfg.tokenizer, _counter(units, todo, progress))
         counts = _sum([*(_required(unit.part) for unit in units), Counts(skipped=skipped)])
-        left_out = LeftOut(False, counts.records, counts.left_out, _first_left_out(units))
+        left_out = LeftOut()
+        for unit in units:
+            left_out.merge(_left_out(unit.part))
         left_out.check()
         if left_out.count:
             print(str(left_out), file=sys.stderr)
@@ -417,10 +419,11 @@ def _counts(part: Path) -> Counts | None:
     return counts if whole else None
 
 
-def _first_left_out(units: Iterable[Unit]) -> str:
-    """Place and reason of the first record that was left out; empty if there is none."""
-    found = (_read_json(Path(f"{unit.part}.json")).get(FIRST) for unit in units)
-    return next(filter(None, found), "")
+def _left_out(part: Path) -> LeftOut:
+    """The records of a finished part that were left out."""
+    found = _read_json(Path(f"{part}.json"))
+    records, count = found.get("records", 0), found.get("left_out", 0)
+    return LeftOut(records=records, count=count, first=found.get(FIRST, ""))
 
 
 def _required(part: Path) -> Counts:

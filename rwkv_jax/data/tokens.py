@@ -17,6 +17,7 @@ import numpy as np
 
 from rwkv_jax.config import DataConfig
 from rwkv_jax.data.binidx import Binidx, dtype_for, map_array, open_binidx
+from rwkv_jax.data.conversations import loss_mask
 from rwkv_jax.data.corpus import UNREADABLE, Document
 from rwkv_jax.data.files import CorpusError
 from rwkv_jax.data.loader import SCAN
@@ -25,6 +26,7 @@ from rwkv_jax.data.tokenizers import (
     Tokenizer,
     load_tokenizer,
     open_tokenizer,
+    sizes_of,
     text_size,
 )
 
@@ -120,6 +122,18 @@ def encoded(
         for document, some in zip(batch, pieces, strict=True):
             parts = [np.fromiter(x, dtype, len(x)) for x in itertools.islice(ids, len(some))]
             yield document, np.concatenate([*parts, end])
+
+
+def mask_of(document: Document, ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """bool: which of a document's ids, as `encoded` gives them, are trained on. Raises CorpusError
+    if the tokens do not say where they are in the text."""
+    mask = loss_mask(document.text, document.spans or (), sizes_of(tokenizer, ids[:-1]))
+    if mask is None:
+        raise CorpusError(
+            f"{document.name}: the tokens do not decode to the text byte for byte, so the parts"
+            " that are trained on cannot be located; choose a byte-level data.tokenizer (world)"
+        )
+    return mask
 
 
 def grouped(items: Iterable[tuple[Item, int]], most: int) -> Iterator[tuple[list[Item], int]]:

@@ -6,20 +6,17 @@ questions.
 
 import hashlib
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
 
 import numpy as np
 
 from rwkv_jax.config import Config
-from rwkv_jax.data.conversations import loss_mask
 from rwkv_jax.data.corpus import open_corpus, with_field
 from rwkv_jax.data.files import CorpusError, find_files
 from rwkv_jax.data.records import LeftOut
-from rwkv_jax.data.tokenizers import Tokenizer, sizes_of
-from rwkv_jax.data.tokens import encoded, encoder_of
-from rwkv_jax.evaluation import bits, tasks
-from rwkv_jax.typing import Callable, PyTree
+from rwkv_jax.data.tokenizers import Tokenizer
+from rwkv_jax.data.tokens import encoded, encoder_of, mask_of
+from rwkv_jax.evaluation import tasks
+from rwkv_jax.typing import Callable
 
 BATCH_CHARACTERS = 1 << 16
 """Characters that are encoded at a time: a text may be much longer than what is read of it."""
@@ -27,7 +24,7 @@ BATCH_CHARACTERS = 1 << 16
 
 @dataclass(frozen=True, eq=False)
 class NamedText:
-    """A text as `bits.evaluate` reads it."""
+    """A text as `rwkv_jax.evaluation.bits.evaluate` reads it."""
 
     tokenizer: Tokenizer
     heldout: np.ndarray
@@ -37,12 +34,10 @@ class NamedText:
 
 @dataclass(frozen=True)
 class NamedSets:
-    """The sets of `[eval]` by name: texts, and functions that score a model on questions."""
+    """The sets of `[eval]` by name: texts, and questions with the function that scores them."""
 
     texts: dict[str, NamedText] = field(default_factory=dict)
-    questions: dict[str, Callable[[PyTree, bits.Settings], tasks.Result]] = field(
-        default_factory=dict
-    )
+    questions: dict[str, tuple[Callable[..., tasks.Result], list]] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -56,21 +51,13 @@ class NamedSets:
 def open_sets(cfg: Config, tokenizer: Tokenizer) -> NamedSets:
     """Reads the files of `[eval]`. Raises `UserError` for one that cannot be read."""
     texts = {name: _text(name, x, cfg, tokenizer) for name, x in cfg.eval.texts.items()}
-    questions: dict[str, Any] = {
-        name: partial(_scored, tasks.score_choices, tasks.read_choices(path), tokenizer)
-        for name, path in cfg.eval.choices.items()
-    }
-    questions |= {
-        name: partial(_scored, tasks.score_endings, tasks.read_endings(path), tokenizer)
-        for name, path in cfg.eval.lambada.items()
-    }
+    questions = {}
+    for files, read, score in (
+        (cfg.eval.choices, tasks.read_choices, tasks.score_choices),
+        (cfg.eval.lambada, tasks.read_endings, tasks.score_endings),
+    ):
+        questions |= {name: (score, read(path)) for name, path in files.items()}
     return NamedSets(texts, questions)
-
-
-def _scored(
-    score: Callable, questions: list, tokenizer: Tokenizer, params: PyTree, settings: bits.Settings
-) -> tasks.Result:
-    return score(params, questions, settings, tokenizer=tokenizer)
 
 
 def _text(name: str, source: str, cfg: Config, tokenizer: Tokenizer) -> NamedText:
@@ -84,10 +71,8 @@ def _text(name: str, source: str, cfg: Config, tokenizer: Tokenizer) -> NamedTex
     ids, masks, size, left = [], [], 0, cfg.train.eval_tokens
     documents = open_corpus(data).documents(left_out=left_out)
     for document, some in encoded(documents, encoder_of(data, tokenizer), BATCH_CHARACTERS):
-        mask = np.ones(len(some), bool)
-        if document.spans is not None:
-            found = loss_mask(document.text, document.spans, sizes_of(tokenizer, some[:-1]))
-            mask = mask if found is None else found
+        masked = document.spans is not None
+        mask = mask_of(document, some, tokenizer) if masked else np.ones(len(some), bool)
         whole = len(some) <= left
         ids.append(some[:left].astype(np.int32))
         masks.append(mask[:left])

@@ -181,7 +181,7 @@ def _train_steps(run: Run, train_step: Callable, stop: StopRequest, profile: boo
     if run.eval_pending and run.measures and not run.exhausted:
         _evaluate(run, limit=train.eval_tokens)
     if run.exhausted:
-        report.ticker.line(f"{run.why_it_ends}; raise it to go on")
+        report.ticker.line(f"{run.why_it_ends}; raise it to resume")
         return
     with (
         report.ticker.running(first),
@@ -323,7 +323,11 @@ def _answers(run: Run, settings: bits.Settings) -> dict[str, tasks.Result]:
         params = gather_to_host(params)
         if not hosts.is_primary():
             return {}
-    return {name: score(params, settings) for name, score in sets.items()}
+    tokenizer = run.setup.data.tokenizer
+    return {
+        name: score(params, questions, settings, tokenizer=tokenizer)
+        for name, (score, questions) in sets.items()
+    }
 
 
 def _finish(run: Run, console: Console) -> None:

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import secrets
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -64,27 +65,26 @@ class MetricsLog:
             self._wandb.finish()
 
 
-def _event_writer(folder: Path, step: int) -> Any:
+def _imported(logger: str, package: str) -> Any:
+    """The package of a `train.logger`. Raises `UserError` if it is not installed."""
     try:
-        from tensorboardX import SummaryWriter
+        return import_module(package)
     except ImportError:
         raise UserError(
-            "train.logger = tensorboard needs a package: pip install 'rwkv_jax[tensorboard]', or"
-            " leave it out (metrics.jsonl has the same numbers)"
+            f"train.logger = {logger} needs a package: pip install 'rwkv_jax[{logger}]', or leave"
+            " it out (metrics.jsonl has the same numbers)"
         ) from None
+
+
+def _event_writer(folder: Path, step: int) -> Any:
+    writer = _imported("tensorboard", "tensorboardX").SummaryWriter
     # By default a file is named by the second: a run resumed within one would overwrite it.
-    return SummaryWriter(str(folder), purge_step=step + 1, filename_suffix=f".from-{step}")
+    return writer(str(folder), purge_step=step + 1, filename_suffix=f".from-{step}")
 
 
 def _wandb_run(folder: Path, cfg: Config) -> Any:
     """The run of Weights & Biases that belongs to a folder; its settings are the config's."""
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError(
-            "train.logger = wandb needs a package: pip install 'rwkv_jax[wandb]', or leave it out"
-            " (metrics.jsonl has the same numbers)"
-        ) from None
+    wandb = _imported("wandb", "wandb")
     place = folder / "wandb_id"
     name = place.read_text().strip() if place.is_file() else secrets.token_hex(4)
     write_text(place, f"{name}\n")

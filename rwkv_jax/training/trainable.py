@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from rwkv_jax import models
 from rwkv_jax.checkpoint.keymaps import names_of, table
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.params import ParamSpec
+from rwkv_jax.params import is_spec
 from rwkv_jax.training.folder import RunError
 from rwkv_jax.typing import PyTree
 
@@ -71,7 +71,7 @@ def trainable(model: ModelConfig, freeze: Sequence[str] = ()) -> Trainable:
         parts.append(spec if whole else replace(spec, layers=len(left)) if left else None)
     if not any(parts):
         raise RunError(f"train.freeze = {list(freeze)} leaves nothing to train; freeze less")
-    tree = jax.tree.structure(models.specs(model), is_leaf=lambda x: isinstance(x, ParamSpec))
+    tree = jax.tree.structure(models.specs(model), is_leaf=is_spec)
     return Trainable(tuple(chosen), tree.unflatten(parts))
 
 

@@ -162,10 +162,10 @@ def test_the_best_checkpoint_is_kept_and_a_run_ends_early(tmp_path, console, mon
     assert f"the best evaluation is that of step 4, kept as {folder / 'checkpoints' / '4'}" in shown
     left = sorted(int(x.name) for x in (folder / "checkpoints").iterdir() if x.name.isdigit())
     assert left == [4, 10]
-    # The same command evaluates once more and ends; more patience goes on, and counts on.
+    # The same command evaluates once more and ends; more patience resumes, and counts on.
     monkeypatch.setattr(bits, "evaluate", scripted([9.0]))
     train(config(tmp_path, **options), console=console)
-    assert "raise it to go on" in (tmp_path / "stdout").read_text()
+    assert "raise it to resume" in (tmp_path / "stdout").read_text()
     monkeypatch.setattr(bits, "evaluate", scripted([2.2, 1.0, 1.5, 9.0]))
     options |= {"train.patience": 4, "train.steps": 14}
     train(config(tmp_path, **options), console=console)
