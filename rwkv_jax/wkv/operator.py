@@ -142,8 +142,8 @@ def wkv7(
     """The WKV of version 7: `y` and the state after the last token.
 
     `log_w <= 0` is the log of the decay, in (-0.6066, 0) in the model. Forms in chunks are exact
-    for log decays of -4 and above; where one is below, `scan` runs instead, chosen at run time. A
-    `log_w_min` of -4 or more promises that no decay is below it, and removes that check. The model
+    for log decays of -2 and above; where one is below, `scan` runs instead, chosen at run time. A
+    `log_w_min` of -2 or more promises that no decay is below it, and removes that check. The model
     passes `a = -kk` and `b = kk * (learning rate)` with |kk| = 1. The other arguments, and
     types, are common to all versions (`rwkv_jax.wkv`).
 

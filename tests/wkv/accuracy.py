@@ -42,7 +42,7 @@ def shape_of(version: Version, implementation: str | None, length: str) -> testi
     number = "6" if version.name == "5" else version.name
     chunk = _CHUNKS[number]
     if implementation in KERNELS:
-        chunk = 32 if implementation == "pallas_tpu" and number != "4" else 16
+        chunk = 64 if implementation == "pallas_tpu" and number != "4" else 16
     if number == "6" and implementation == "associative":
         chunk = v6_associative.CHUNK
     return testing.Shape(2, LENGTHS[length](chunk), 2, 64 if length == "3 C + 5" else 16)

@@ -12,24 +12,30 @@ import jax.numpy as jnp
 
 from rwkv_jax.wkv.device import accelerator, device_kind, too_old
 from rwkv_jax.wkv.form import Form
-from rwkv_jax.wkv.pallas import mosaic, triton, v4, v6, v7
+from rwkv_jax.wkv.pallas import forms, v4
+from rwkv_jax.wkv.pallas.gpu import driver as triton
+from rwkv_jax.wkv.pallas.gpu import v6 as gpu_v6
+from rwkv_jax.wkv.pallas.gpu import v7 as gpu_v7
 from rwkv_jax.wkv.pallas.kernel import Kernel
 from rwkv_jax.wkv.pallas.partition import auto_axes
+from rwkv_jax.wkv.pallas.tpu import v6 as tpu_v6
+from rwkv_jax.wkv.pallas.tpu import v7 as tpu_v7
+from rwkv_jax.wkv.pallas.tpu.driver import SIZE
 
 log = logging.getLogger("rwkv_jax")
 
 KERNELS = {
-    ("wkv4", "cuda"): Kernel(v4.TILE, v4.GPU, size=v4.SIZE),
-    ("wkv4", "tpu"): Kernel(v4.TILE, v4.TPU, size=v4.SIZE),
+    ("wkv4", "cuda"): Kernel(v4.ALGEBRA, v4.GPU, size=v4.SIZE),
+    ("wkv4", "tpu"): Kernel(v4.ALGEBRA, v4.TPU, size=v4.SIZE),
     # With chunks of 32, registers spill by the kilobyte (`python -m benchmarks.kernels`).
-    ("wkv6", "cuda"): Kernel(v6.TILE, triton.DRIVER, size=16),
-    ("wkv6", "tpu"): Kernel(v6.TILE, mosaic.DRIVER, size=32),
-    ("wkv7", "cuda"): Kernel(v7.TILE, triton.DRIVER, size=16),
-    ("wkv7", "tpu"): Kernel(v7.TILE, mosaic.DRIVER, size=32),
+    ("wkv6", "cuda"): Kernel(gpu_v6.ALGEBRA, triton.DRIVER, size=16),
+    ("wkv6", "tpu"): Kernel(tpu_v6.ALGEBRA, tpu_v6.DRIVER, size=SIZE),
+    ("wkv7", "cuda"): Kernel(gpu_v7.ALGEBRA, triton.DRIVER, size=16),
+    ("wkv7", "tpu"): Kernel(tpu_v7.ALGEBRA, tpu_v7.DRIVER, size=SIZE),
 }
 """By operator, and platform in XLA's words."""
 
-_FORMS = {"wkv4": v4.form, "wkv6": v6.form, "wkv7": v7.form}
+_FORMS = {"wkv4": v4.form, "wkv6": forms.wkv6, "wkv7": forms.wkv7}
 
 
 @lru_cache

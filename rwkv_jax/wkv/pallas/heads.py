@@ -78,7 +78,7 @@ def xla_passes(kernel: Kernel, forward: Callable, backward: Callable) -> Passes:
         x = args[0]
         return (y.astype(x.v.dtype), after), kernel.driver.pack(entering, x)
 
-    def run_backward(args: Any, entering: Array, cotangents: Any) -> Any:
+    def run_backward(args: Any, entering: Any, cotangents: Any) -> Any:
         entering = kernel.driver.unpack(entering, args[0])
         dy, dafter = cotangents
         gradients = backward(widened(args), entering, (dy.astype(jnp.float32), dafter), kernel.size)

@@ -50,7 +50,7 @@ class Gradients(NamedTuple):
 
 
 def pass_letters(
-    *, tokens: str, shared: str, state: str, entering: str, starts: str
+    *, tokens: str, shared: str, state: str, entering: PyTree, starts: str
 ) -> dict[str, tuple[PyTree, PyTree]]:
     """The letters of the inputs and outputs of both passes: b rows, h heads (or channels, where
     they do not mix), c chunks, t tokens, s tokens of a chunk, n, v, k channels of a head, m those
@@ -64,7 +64,13 @@ def pass_letters(
     }
 
 
-class Tile(NamedTuple):
+def letters_of(outputs: Outputs | Gradients, letters: PyTree) -> PyTree:
+    """The letters of the outputs that there are."""
+    kept = isinstance(outputs, Gradients) or outputs.entering is not None
+    return letters if kept else letters._replace(entering=None)
+
+
+class Algebra(NamedTuple):
     """An operator's algebra of one chunk, as its drivers call it."""
 
     operator: str
@@ -108,7 +114,7 @@ class Passes(NamedTuple):
 class Kernel(NamedTuple):
     """An operator's recurrence on one platform."""
 
-    tile: Tile
+    algebra: Algebra
     driver: Driver
     size: int
     """Tokens a chunk."""
@@ -126,20 +132,21 @@ def passes(kernel: Kernel, interpret: bool) -> Passes:
 def _forward(
     kernel: Kernel, interpret: bool, keep: bool, x: Any, shared: Any, state: Any, masks: Any
 ) -> Any:
-    inputs = Forward(x, _by_row(shared, x), state, kernel.tile.starts(masks, kernel.size))
+    inputs = Forward(x, _by_row(shared, x), state, kernel.algebra.starts(masks, kernel.size))
 
     def run(inputs: Forward) -> Outputs:
         after = jax.tree.map(_float32, inputs.state)
         outputs = Outputs(_same(inputs.x.v), after, _entering(kernel, inputs) if keep else None)
         return kernel.driver.run(kernel, "forward", inputs, outputs, interpret)
 
-    out = _partitioned(kernel, "forward", run, inputs, Outputs(x.v, state, state if keep else None))
+    like = Outputs(x.v, state, _entering(kernel, inputs) if keep else None)
+    out = _partitioned(kernel, "forward", run, inputs, like)
     return ((out.y, out.after), out.entering) if keep else (out.y, out.after)
 
 
 def _backward(kernel: Kernel, interpret: bool, args: Any, entering: Any, cotangents: Any) -> Any:
     x, shared, state, masks = args
-    starts = kernel.tile.starts(masks, kernel.size)
+    starts = kernel.algebra.starts(masks, kernel.size)
     dy, dstate = cotangents
     inputs = Backward(x, _by_row(shared, x), entering, dy, dstate, starts)
 
@@ -160,7 +167,7 @@ def _partitioned(kernel: Kernel, name: str, run: Callable, inputs: Any, outputs:
         run,
         inputs,
         letters,
-        jax.tree.broadcast(out_letters, outputs),
+        jax.tree.broadcast(letters_of(outputs, out_letters), outputs),
         lambda h: driver.multiple(h, n),
         platform=driver.platform,
     )

@@ -15,9 +15,10 @@ from rwkv_jax.typing import Array, Callable, Float
 from rwkv_jax.wkv.device import by_platform
 from rwkv_jax.wkv.form import Output, Starts, State
 from rwkv_jax.wkv.gradient import with_gradient
-from rwkv_jax.wkv.pallas import mosaic, triton
+from rwkv_jax.wkv.pallas.gpu import driver as gpu
 from rwkv_jax.wkv.pallas.launch import Axis, launch
 from rwkv_jax.wkv.pallas.partition import partitioned
+from rwkv_jax.wkv.pallas.tpu import driver as tpu
 from rwkv_jax.wkv.v6 import recurrence as v6
 from rwkv_jax.wkv.v7 import recurrence as v7
 
@@ -136,7 +137,7 @@ def _gpu(step: Step, interpret: bool, inputs: Inputs) -> Outputs:
         out.after[...] = after
 
     grid = (Axis({"b": None}), Axis({"h": None}), Axis({"v": ROWS}))
-    return _launch(step, body, grid, inputs, triton.options(1, interpret))
+    return _launch(step, body, grid, inputs, gpu.options(1, interpret))
 
 
 def _tpu(step: Step, interpret: bool, inputs: Inputs) -> Outputs:
@@ -155,7 +156,7 @@ def _tpu(step: Step, interpret: bool, inputs: Inputs) -> Outputs:
             out.after[i] = after
 
     grid = (Axis({"b": None}), Axis({"h": heads}))
-    return _launch(step, body, grid, inputs, mosaic.options(2, [], interpret))
+    return _launch(step, body, grid, inputs, tpu.options(2, [], interpret))
 
 
 def _launch(step: Step, body: Callable, grid: tuple, inputs: Inputs, options: dict) -> Outputs:

@@ -19,8 +19,9 @@ from jax.experimental import pallas as pl
 
 from rwkv_jax.typing import Array, Bool, Float, Int
 from rwkv_jax.wkv.form import Form, Starts, in_compute_dtype
-from rwkv_jax.wkv.pallas import mosaic, triton
+from rwkv_jax.wkv.pallas.gpu import driver as gpu
 from rwkv_jax.wkv.pallas.kernel import (
+    Algebra,
     Backward,
     Driver,
     Forward,
@@ -28,13 +29,13 @@ from rwkv_jax.wkv.pallas.kernel import (
     Kernel,
     Outputs,
     Passes,
-    Tile,
     pass_letters,
     passes,
     recurrence,
 )
 from rwkv_jax.wkv.pallas.launch import Axis, launch, map_letters
-from rwkv_jax.wkv.pallas.mosaic import LANES
+from rwkv_jax.wkv.pallas.tpu import driver as tpu
+from rwkv_jax.wkv.pallas.tpu.lanes import LANES, SUBLANES
 from rwkv_jax.wkv.v4 import chunked, sweeps
 from rwkv_jax.wkv.v4.recurrence import LOG_ZERO, Inputs, Wkv4State
 from rwkv_jax.wkv.v4.sweeps import SweptBack, Tokens
@@ -43,8 +44,6 @@ SIZE = 16
 """Tokens at a time."""
 START, PADDING = 1, 2
 """Flags of tokens."""
-SUBLANES = 8
-"""Rows of a TPU's register."""
 LETTERS = pass_letters(tokens="bth", shared="bh", state="bh", entering="cbh", starts="bt")
 
 
@@ -102,7 +101,7 @@ def backward(
     return out[::-1], after
 
 
-TILE = Tile("wkv4", forward, backward, flags)
+ALGEBRA = Algebra("wkv4", forward, backward, flags)
 
 
 def read(refs: Any, *index: Any) -> Any:
@@ -127,7 +126,7 @@ def _run_gpu(kernel: Kernel, name: str, inputs: Any, outputs: Any, interpret: bo
         (Axis({"b": None}), Axis({"h": width})),
         (inputs, letters),
         (outputs, out_letters),
-        **triton.options(max(1, width // 32), interpret),
+        **gpu.options(max(1, width // 32), interpret),
     )
 
 
@@ -185,7 +184,7 @@ def _fold(dims: str, x: Array) -> Array:
 
 def _run_tpu(kernel: Kernel, name: str, inputs: Any, outputs: Any, interpret: bool) -> Any:
     # Imported here: only programs for TPUs, and tests, need it.
-    from jax.experimental.pallas import tpu
+    from jax.experimental.pallas import tpu as mosaic
 
     letters, out_letters = LETTERS[name]
     fold = partial(map_letters, _fold)
@@ -205,8 +204,8 @@ def _run_tpu(kernel: Kernel, name: str, inputs: Any, outputs: Any, interpret: bo
             jax.eval_shape(partial(fold, out_letters), outputs),
             jax.tree.map(_FOLDED.get, out_letters),
         ),
-        {"bc1s": tpu.SMEM},
-        **mosaic.options(3, [(rows, LANES)] * carried, interpret),
+        {"bc1s": mosaic.SMEM},
+        **tpu.options(3, [(rows, LANES)] * carried, interpret),
     )
     return jax.tree.map(lambda x, like: x.reshape(like.shape), out, outputs)
 

@@ -18,8 +18,8 @@ from rwkv_jax.wkv.v7 import recurrence
 from rwkv_jax.wkv.v7.chunked import CHUNK
 from rwkv_jax.wkv.v7.recurrence import Inputs
 
-STRONGEST = -4.0
-"""The least log decay of a token that chunks of 32 tokens can compute: their factors are up to
+STRONGEST = -2.0
+"""The least log decay of a token that chunks of 64 tokens can compute: their factors are up to
 e^64, and of the products of these only those that are at most 1 count."""
 
 

@@ -1,42 +1,39 @@
-"""RWKV-7's kernels: the algebra of one chunk on tiles (`tiles.py`), and the form around it.
+"""RWKV-7 on GPUs: the algebra of one chunk on tiles (`tiles.py`).
 
 The algebra and its letters are those of `v7/algebra.py`, without concatenations.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from rwkv_jax.typing import Array, Float
-from rwkv_jax.wkv.form import Form, Output, Starts, State, in_compute_dtype
-from rwkv_jax.wkv.pallas import heads, one_token
-from rwkv_jax.wkv.pallas.kernel import Kernel, Tile, passes, recurrence
-from rwkv_jax.wkv.pallas.tiles import Products, Rows, sum_rows
-from rwkv_jax.wkv.v7 import chunked
+from rwkv_jax.wkv.pallas import heads
+from rwkv_jax.wkv.pallas.gpu.tiles import Products, Rows, sum_rows
+from rwkv_jax.wkv.pallas.kernel import Algebra
 from rwkv_jax.wkv.v7.recurrence import Inputs
 
 
 class Scores(NamedTuple):
     """The state-free part of a chunk."""
 
-    scale_a: Array  # [R, W]
-    scale_r: Array  # [R, W]
-    scale_bk: Array  # [R, W]
-    a: Array  # the tokens, scaled [R, W]
+    scale_a: Array  # [C, k]
+    scale_r: Array  # [C, k]
+    scale_bk: Array  # [C, k]
+    a: Array  # the tokens, scaled [C, k]
     r: Array
     b: Array
     k: Array
-    ab: Array  # A, masked [R, R]: scores of rows of a and columns of b
+    ab: Array  # A, masked [C, C]: scores of rows of a and columns of b
     ak: Array
     rb: Array
     rk: Array
-    inverse: Array  # (I - A_ab)^-1 [R, R]
-    enter: Array  # e^m [1, W]
-    leave: Array  # e^{g_C - m} [1, W]
+    inverse: Array  # (I - A_ab)^-1 [C, C]
+    enter: Array  # e^m [1, k]
+    leave: Array  # e^{g_C - m} [1, k]
 
 
-def unit_inverse(lower: Float[Array, "R R"], rows: Rows, p: Products) -> Float[Array, "R R"]:
+def unit_inverse(lower: Float[Array, "C C"], rows: Rows, p: Products) -> Float[Array, "C C"]:
     """(I - lower)^-1 by exact block doubling (`algebra.unit_inverse`)."""
     row, column = rows.token, rows.other
     one = jnp.where(rows.within(row == column), 1.0, 0.0)
@@ -75,7 +72,7 @@ def relate(x: Inputs, rows: Rows, p: Products) -> Scores:
 
 
 def removed(x: Inputs, s: Scores, sm: Array, rows: Rows, p: Products) -> Array:
-    """U [R, v], the removed vectors."""
+    """U [C, v], the removed vectors."""
     reading = p.nt(s.a, sm)
     if rows.starts is not None:
         reading = reading * rows.starts.sees_state
@@ -84,7 +81,7 @@ def removed(x: Inputs, s: Scores, sm: Array, rows: Rows, p: Products) -> Array:
 
 def forward(
     x: Inputs, shared: tuple, state: Float[Array, "v k"], rows: Rows, p: Products
-) -> tuple[Float[Array, "R v"], Float[Array, "v k"]]:
+) -> tuple[Float[Array, "C v"], Float[Array, "v k"]]:
     """The chunk's `y` and the state after it."""
     s = relate(x, rows, p)
     sm = state * s.enter
@@ -105,7 +102,7 @@ def backward(
     x: Inputs,
     shared: tuple,
     state: Float[Array, "v k"],
-    dy: Float[Array, "R v"],
+    dy: Float[Array, "C v"],
     dstate: Float[Array, "v k"],
     rows: Rows,
     p: Products,
@@ -160,33 +157,4 @@ def backward(
     return gradients, (), dsm * s.enter
 
 
-TILE = Tile("wkv7", forward, backward, heads.segment_counts)
-
-
-def form(kernel: Kernel, named: bool) -> Form:
-    """The form by the kernel; in programs for a CPU it is interpreted if it was `named`."""
-    platform = kernel.driver.platform
-    xla = heads.xla_passes(kernel, _xla_forward, _xla_backward)
-    by_chunks = recurrence(kernel, named, partial(passes, kernel), xla, _reference)
-    by_token = one_token.recurrence(one_token.WKV7, platform, named)
-
-    def wkv7(x: Inputs, state: State, reset: Starts) -> tuple[Output, State]:
-        if one_token.applies(x):
-            return one_token.run(by_token, x, (), state, reset)
-        return heads.run(by_chunks, kernel.size, x, (), state, reset)
-
-    return wkv7
-
-
-def _xla_forward(x: Inputs, shared: tuple, state: Array, reset: Array | None, size: int):
-    return chunked.forward(x, state, reset, size)
-
-
-def _xla_backward(args: tuple, entering: Array, cotangents: tuple, size: int):
-    x, _, state, reset = args
-    dx, dstate, _ = chunked.backward((x, state, reset), entering, cotangents, size)
-    return dx, (), dstate
-
-
-def _reference(x: Inputs, shared: tuple, state: Array, reset: Array | None):
-    return in_compute_dtype(chunked.wkv7)(x, state, reset)
+ALGEBRA = Algebra("wkv7", forward, backward, heads.segment_counts)

@@ -3,7 +3,7 @@ keeps its state in registers from the first chunk to the last.
 
 Each token is read once and each result written once. The state that enters a chunk is kept for the
 backward pass, which recomputes the chunk from it; in bfloat16 if the inputs are. What a chunk
-computes is a version's `Tile`.
+computes is a version's `Algebra`.
 """
 
 from functools import partial
@@ -15,19 +15,20 @@ from jax.experimental import pallas as pl
 
 from rwkv_jax.typing import Array
 from rwkv_jax.wkv.device import device_kind
-from rwkv_jax.wkv.pallas import heads, tiles
+from rwkv_jax.wkv.pallas import heads
+from rwkv_jax.wkv.pallas.gpu import tiles
+from rwkv_jax.wkv.pallas.gpu.tiles import Precision, Products
 from rwkv_jax.wkv.pallas.kernel import (
+    Algebra,
     Backward,
     Driver,
     Forward,
     Gradients,
     Kernel,
     Outputs,
-    Tile,
     pass_letters,
 )
 from rwkv_jax.wkv.pallas.launch import Axis, launch
-from rwkv_jax.wkv.pallas.tiles import Precision, Products
 
 WARPS = 8
 """With 4, more registers are spilled (`python -m benchmarks.kernels`)."""
@@ -63,8 +64,8 @@ def run(kernel: Kernel, name: str, inputs: Any, outputs: Any, interpret: bool) -
     p = products(inputs.x.v.dtype, interpret)
     letters, out_letters = LETTERS[name]
     return launch(
-        partial(body, kernel.tile, kernel.size, p),
-        f"{kernel.tile.operator}_{name}",
+        partial(body, kernel.algebra, kernel.size, p),
+        f"{kernel.algebra.operator}_{name}",
         GRID,
         (inputs, letters),
         (outputs, out_letters),
@@ -72,14 +73,14 @@ def run(kernel: Kernel, name: str, inputs: Any, outputs: Any, interpret: bool) -
     )
 
 
-def _forward(tile: Tile, size: int, p: Products, inputs: Forward, out: Outputs) -> None:
+def _forward(algebra: Algebra, size: int, p: Products, inputs: Forward, out: Outputs) -> None:
     shared = _vectors(inputs)
 
     def chunk(i: Array, state: Array) -> Array:
         if out.entering is not None:
             out.entering[i] = state.astype(out.entering.dtype)
         x, rows = _chunk(inputs, i, size)
-        y, state = tile.forward(x, shared, state, rows, p)
+        y, state = algebra.forward(x, shared, state, rows, p)
         out.y[pl.ds(i * size, size), :] = y.astype(out.y.dtype)
         return state
 
@@ -87,7 +88,7 @@ def _forward(tile: Tile, size: int, p: Products, inputs: Forward, out: Outputs) 
     out.after[...] = lax.fori_loop(0, chunks, chunk, inputs.state[...].astype(jnp.float32))
 
 
-def _backward(tile: Tile, size: int, p: Products, inputs: Backward, out: Gradients) -> None:
+def _backward(algebra: Algebra, size: int, p: Products, inputs: Backward, out: Gradients) -> None:
     shared = _vectors(inputs)
     chunks = inputs.dy.shape[0] // size
 
@@ -98,7 +99,7 @@ def _backward(tile: Tile, size: int, p: Products, inputs: Backward, out: Gradien
         here = pl.ds(i * size, size)
         dy = inputs.dy[here, :].astype(jnp.float32)
         state = inputs.entering[i].astype(jnp.float32)
-        dx, more, dstate = tile.backward(x, shared, state, dy, dstate, rows, p)
+        dx, more, dstate = algebra.backward(x, shared, state, dy, dstate, rows, p)
         for ref, z in zip(out.x, dx, strict=True):
             ref[here, :] = z.astype(ref.dtype)
         return dstate, tuple(a + b for a, b in zip(dshared, more, strict=True))
@@ -120,7 +121,7 @@ def _chunk(inputs: Forward | Backward, i: Array, size: int) -> tuple[Any, tiles.
     refs = inputs.x
     x = type(refs)(*(ref[pl.ds(i * size, size), :].astype(jnp.float32) for ref in refs))
     counts = None if inputs.starts is None else inputs.starts[i][None, :]
-    return x, tiles.rows(size, 1, counts)
+    return x, tiles.rows(size, counts)
 
 
 def options(warps: int, interpret: bool) -> dict[str, Any]:
