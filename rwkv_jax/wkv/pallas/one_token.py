@@ -58,31 +58,31 @@ class Step(NamedTuple):
 
 
 def tile7(
-    state: Float[Array, "m n"],
-    v: Float[Array, "m 1"],
-    r: Float[Array, "1 n"],
-    log_w: Float[Array, "1 n"],
-    k: Float[Array, "1 n"],
-    a: Float[Array, "1 n"],
-    b: Float[Array, "1 n"],
-) -> tuple[Float[Array, "m 1"], Float[Array, "m n"]]:
+    state: Float[Array, "*h m n"],
+    v: Float[Array, "*h m 1"],
+    r: Float[Array, "*h 1 n"],
+    log_w: Float[Array, "*h 1 n"],
+    k: Float[Array, "*h 1 n"],
+    a: Float[Array, "*h 1 n"],
+    b: Float[Array, "*h 1 n"],
+) -> tuple[Float[Array, "*h m 1"], Float[Array, "*h m n"]]:
     """`v7.recurrence.step` on some rows of a state: y, and the rows after."""
-    removed = jnp.sum(state * a, axis=1, keepdims=True)
+    removed = jnp.sum(state * a, axis=-1, keepdims=True)
     state = state * jnp.exp(log_w) + removed * b + v * k
-    return jnp.sum(state * r, axis=1, keepdims=True), state
+    return jnp.sum(state * r, axis=-1, keepdims=True), state
 
 
 def tile6(
-    state: Float[Array, "m n"],
-    v: Float[Array, "m 1"],
-    r: Float[Array, "1 n"],
-    log_w: Float[Array, "1 n"],
-    k: Float[Array, "1 n"],
-    u: Float[Array, "1 n"],
-) -> tuple[Float[Array, "m 1"], Float[Array, "m n"]]:
+    state: Float[Array, "*h m n"],
+    v: Float[Array, "*h m 1"],
+    r: Float[Array, "*h 1 n"],
+    log_w: Float[Array, "*h 1 n"],
+    k: Float[Array, "*h 1 n"],
+    u: Float[Array, "*h 1 n"],
+) -> tuple[Float[Array, "*h m 1"], Float[Array, "*h m n"]]:
     """`v6.recurrence.step` on some rows of a state: y, and the rows after."""
-    own = jnp.sum(r * u * k, axis=1, keepdims=True)
-    y = jnp.sum(state * r, axis=1, keepdims=True) + own * v
+    own = jnp.sum(r * u * k, axis=-1, keepdims=True)
+    y = jnp.sum(state * r, axis=-1, keepdims=True) + own * v
     return y, state * jnp.exp(log_w) + v * k
 
 
@@ -145,15 +145,14 @@ def _tpu(step: Step, interpret: bool, inputs: Inputs) -> Outputs:
     heads = h if h % HEADS else HEADS
 
     def body(inputs: Inputs, out: Outputs) -> None:
-        row, column = (lax.broadcasted_iota(jnp.int32, (n, n), axis) for axis in (0, 1))
+        row, column = (lax.broadcasted_iota(jnp.int32, (heads, n, n), axis) for axis in (1, 2))
         diagonal = row == column
-        for i in range(heads):
-            here = slice(i, i + 1)
-            # Rows to columns and back by the diagonal, which moves nothing across lanes.
-            v = jnp.sum(jnp.where(diagonal, inputs.v[here, :], 0.0), axis=1, keepdims=True)
-            y, after = step.tile(inputs.state[i], v, *(ref[here, :] for ref in inputs.vectors))
-            out.y[here, :] = jnp.sum(jnp.where(diagonal, y, 0.0), axis=0, keepdims=True)
-            out.after[i] = after
+        # Rows to columns and back by the diagonal, which moves nothing across lanes.
+        v, *vectors = (ref[...][:, None, :] for ref in (inputs.v, *inputs.vectors))
+        v = jnp.sum(jnp.where(diagonal, v, 0.0), axis=-1, keepdims=True)
+        y, after = step.tile(inputs.state[...], v, *vectors)
+        out.y[...] = jnp.sum(jnp.where(diagonal, y, 0.0), axis=-2)
+        out.after[...] = after
 
     grid = (Axis({"b": None}), Axis({"h": heads}))
     return _launch(step, body, grid, inputs, tpu.options(2, [], interpret))

@@ -42,6 +42,8 @@ from rwkv_jax.wkv.v4.sweeps import SweptBack, Tokens
 
 SIZE = 16
 """Tokens at a time."""
+ROWS = 6 * SUBLANES
+"""Rows of 128 channels a program on a TPU, at most."""
 START, PADDING = 1, 2
 """Flags of tokens."""
 LETTERS = pass_letters(tokens="bth", shared="bh", state="bh", entering="cbh", starts="bt")
@@ -189,7 +191,8 @@ def _run_tpu(kernel: Kernel, name: str, inputs: Any, outputs: Any, interpret: bo
     letters, out_letters = LETTERS[name]
     fold = partial(map_letters, _fold)
     rows = inputs.x.v.shape[2] // LANES
-    rows = rows if rows % SUBLANES else SUBLANES  # one full register, or all
+    # Several registers, which do not wait for each other, or all there are.
+    rows = max((n for n in range(SUBLANES, ROWS + 1, SUBLANES) if rows % n == 0), default=rows)
     carried = {"forward": 3, "backward": 5}[name]
     out = launch(
         {"forward": _forward_tpu, "backward": _backward_tpu}[name],
