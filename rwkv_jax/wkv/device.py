@@ -31,6 +31,15 @@ def accelerator() -> str | None:
     return {"gpu": "cuda", "cuda": "cuda", "rocm": "rocm", "tpu": "tpu"}.get(platform)
 
 
+def is_here(platform: str) -> bool:
+    """Whether the program is traced for this process' own devices, and they are of the platform."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    mine = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    return mine == platform and (
+        device is None or device.device_kind == jax.devices()[0].device_kind
+    )
+
+
 @lru_cache
 def _is_rocm() -> bool:
     return "rocm" in jax.devices()[0].client.platform_version.lower()

@@ -21,6 +21,7 @@ from rwkv_jax import testing as cases
 from rwkv_jax.planning.collectives import bytes_moved
 from rwkv_jax.testing import leak_test
 from rwkv_jax.wkv import KERNELS, Wkv4State, pallas, wkv6, wkv7
+from rwkv_jax.wkv.pallas.tpu import driver
 
 slow = pytest.mark.slow
 SHAPE = cases.Shape(2, 37, 2, 16)
@@ -326,6 +327,66 @@ def test_unsupported_inputs_fall_back_to_xla_with_one_warning(name, caplog):
 
 
 @every_kernel
+def test_without_its_backend_of_pallas_xla_runs(name, caplog, monkeypatch):
+    """JAX removes backends; importing the package and running must go on."""
+    pallas.warn_once.cache_clear()
+    backend = {"pallas_gpu": "triton", "pallas_tpu": "tpu"}[name]
+    monkeypatch.setitem(sys.modules, f"jax.experimental.pallas.{backend}", None)
+    inputs, state, reset = problem(VERSIONS["7"])
+    with caplog.at_level(logging.WARNING, "rwkv_jax"):
+        assert lowered(name, partial(call, VERSIONS["7"], None, reset), inputs, state) == 0
+    (said,) = caplog.records
+    assert f"does not import jax.experimental.pallas.{backend}" in said.getMessage()
+    with pytest.raises(ValueError, match=rf"no kernel for JAX .*pallas\.{backend} .*'chunked'"):
+        call(VERSIONS["7"], name, reset, inputs, state)
+
+
+def test_programs_for_a_cpu_do_without_pallas():
+    code = """
+import sys
+sys.modules["jax.experimental.pallas"] = None
+import jax.numpy as jnp
+from rwkv_jax.wkv import wkv6
+x = jnp.ones((1, 4, 1, 8))
+wkv6(x, -x, x, x, jnp.ones((1, 8)))
+assert not any(name.startswith("rwkv_jax.wkv.pallas.table") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@every_kernel
+@pytest.mark.parametrize("version", DISTINCT, ids=lambda version: version.name)
+def test_a_kernel_that_the_compiler_refuses_falls_back_to_xla(version, name, caplog, monkeypatch):
+    """The compiler of this process' devices is asked with one chunk, once for each kind of inputs,
+    and with the kernel itself."""
+    pallas.warn_once.cache_clear()
+    pallas._trial.cache_clear()
+    platform, _, custom_call = DEVICES[name]
+    monkeypatch.setattr(pallas, "is_here", lambda platform: True)
+    asked = []
+
+    def compiler(run, *shapes):
+        with on(name):
+            text = jax.jit(run).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+        asked.append(text.count(f"custom_call @{custom_call}("))
+        if refusing:
+            raise RuntimeError("failed to legalize operation\nand more")
+
+    monkeypatch.setattr(pallas, "compile_here", compiler)
+    inputs, state, reset = problem(version, cases.Shape(2, 37, 2, 64))
+    for refusing in (False, True):
+        pallas._trial.cache_clear()
+        with caplog.at_level(logging.WARNING, "rwkv_jax"):
+            for _ in range(2):
+                found = lowered(name, partial(call, version, None, reset), inputs, state)
+                assert found == (0 if refusing else 1)
+    pallas._trial.cache_clear()
+    assert asked == [2, 2]  # a forward and a backward kernel
+    (said,) = caplog.records
+    assert "refuses it (RuntimeError: failed to legalize operation); XLA's" in said.getMessage()
+
+
+@every_kernel
 def test_a_named_kernel_raises_for_unsupported_inputs(name):
     odd = jax.tree.map(jnp.asarray, cases.wkv7_inputs("typical", cases.Shape(1, 8, 1, 40)))
     with pytest.raises(ValueError, match=r"wkv7: no kernel for heads of 40 channels .*'chunked'"):
@@ -452,6 +513,38 @@ def test_rows_and_heads_that_do_not_divide():
         sharded = jax.jit(run)(wide, inputs, state)
     alone = jax.jit(run)(inputs["r"].reshape(2, 20, 96), inputs, state)
     jax.tree.map(lambda a, b: assert_close(a, b, "float32"), sharded, alone)
+
+
+@pytest.mark.parametrize(
+    ("version", "dtype"),
+    [("7", "float32"), pytest.param("6", "bfloat16", marks=slow)],
+)
+def test_chunks_side_by_side(version, dtype, monkeypatch):
+    """A program's rows, tiles and times, in any numbers, give what one chunk a program gives."""
+    version, shape = VERSIONS[version], cases.Shape(1, 100, 4, 64)
+    inputs, state, reset = problem(version, shape, dtype)
+
+    @jax.jit
+    def both(inputs, state):
+        y, pull_back = jax.vjp(lambda *x: call(version, "pallas_tpu", reset, *x)[0], inputs, state)
+        return y, pull_back(y)
+
+    def limited(chunks):
+        jax.clear_caches()
+        monkeypatch.setattr(driver, "limits", lambda x, interpret: (chunks, 1))
+        return both(inputs, state)
+
+    alone = limited(1)
+    jax.tree.map(lambda a, b: assert_close(a, b, "float32"), limited(4), alone)
+
+
+def test_how_many_chunks_a_program_has():
+    assert driver.program(8, 16, 64, 16, 1) == (1, 16, 1)  # tiles first
+    assert driver.program(8, 6, 64, 16, 1) == (2, 6, 1)  # then rows
+    assert driver.program(1, 6, 64, 16, 1) == (1, 6, 2)  # then times
+    assert driver.program(1, 1, 17, 16, 1) == (1, 1, 1)  # of which 16 do not divide 17
+    assert driver.program(1, 16, 64, 16, 2) == (1, 8, 2)  # a program for each core
+    assert driver.program(1, 1, 64, 16, 2) == (1, 1, 16)
 
 
 def test_float16_states_do_not_overflow():

@@ -1,41 +1,38 @@
-"""The recurrences as Pallas kernels, for NVIDIA GPUs from Ampere on and for TPUs from v4 on.
+"""The recurrences as Pallas kernels, for NVIDIA GPUs from Ampere on and for TPUs from v4 on, and
+which of them runs.
 
-docs/kernels.md says what they are made of.
+Pallas is imported when a kernel may run, so that programs for CPUs do without it, and a JAX that
+lacks a backend of it runs XLA's forms. docs/kernels.md says what the kernels are made of.
 """
 
 import logging
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from importlib import import_module
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from rwkv_jax.wkv.device import accelerator, device_kind, too_old
+from rwkv_jax.typing import Callable
+from rwkv_jax.wkv.device import accelerator, device_kind, is_here, too_old
 from rwkv_jax.wkv.form import Form
-from rwkv_jax.wkv.pallas import forms, v4
-from rwkv_jax.wkv.pallas.gpu import driver as triton
-from rwkv_jax.wkv.pallas.gpu import v6 as gpu_v6
-from rwkv_jax.wkv.pallas.gpu import v7 as gpu_v7
-from rwkv_jax.wkv.pallas.kernel import Kernel
 from rwkv_jax.wkv.pallas.partition import auto_axes
-from rwkv_jax.wkv.pallas.tpu import v6 as tpu_v6
-from rwkv_jax.wkv.pallas.tpu import v7 as tpu_v7
-from rwkv_jax.wkv.pallas.tpu.driver import SIZE
 
 log = logging.getLogger("rwkv_jax")
 
-KERNELS = {
-    ("wkv4", "cuda"): Kernel(v4.ALGEBRA, v4.GPU, size=v4.SIZE),
-    ("wkv4", "tpu"): Kernel(v4.ALGEBRA, v4.TPU, size=v4.SIZE),
-    # With chunks of 32, registers spill by the kilobyte (`python -m benchmarks.kernels`).
-    ("wkv6", "cuda"): Kernel(gpu_v6.ALGEBRA, triton.DRIVER, size=16),
-    ("wkv6", "tpu"): Kernel(tpu_v6.ALGEBRA, tpu_v6.DRIVER, size=SIZE),
-    ("wkv7", "cuda"): Kernel(gpu_v7.ALGEBRA, triton.DRIVER, size=16),
-    ("wkv7", "tpu"): Kernel(tpu_v7.ALGEBRA, tpu_v7.DRIVER, size=SIZE),
-}
-"""By operator, and platform in XLA's words."""
+_BACKENDS = {"cuda": "triton", "tpu": "tpu"}
+"""Pallas' modules."""
 
-_FORMS = {"wkv4": v4.form, "wkv6": forms.wkv6, "wkv7": forms.wkv7}
+
+def _missing(platform: str) -> str | None:
+    """Why this JAX has no kernels for the platform."""
+    backend = f"jax.experimental.pallas.{_BACKENDS[platform]}"
+    try:
+        import_module(backend)
+    except ImportError as error:
+        return f"JAX {jax.__version__}, which does not import {backend} ({error})"
+    return None
 
 
 @lru_cache
@@ -47,34 +44,43 @@ def form(operator: str, platform: str, *, named: bool) -> Form:
     XLA's form runs. Raises `ValueError` with the reason if the inputs are not supported, or if a
     named kernel is for another device than the program's.
     """
-    kernel = KERNELS[operator, platform]
-    run = _FORMS[operator](kernel, named)
 
     def checked(x: Any, state: Any, reset: Any) -> Any:
         device = accelerator()
         if named and device not in (None, platform):
             reason = f"{device}: this one is for {platform}"
         else:
-            reason = unsupported_reason(kernel, x, state)
+            reason = unsupported_reason(operator, platform, x, state)
         if reason is not None:
             raise ValueError(
                 f"{operator}: no kernel for {reason}; implementation='chunked' takes any"
             )
-        return run(x, state, reset)
+        return _form(operator, platform, named)(x, state, reset)
 
     return checked
+
+
+@lru_cache
+def _form(operator: str, platform: str, named: bool) -> Form:
+    from rwkv_jax.wkv.pallas.table import FORMS, KERNELS
+
+    return FORMS[operator](KERNELS[operator, platform], named)
 
 
 def select(operator: str, x: Any, state: Any) -> Form | None:
     """The `form` of the kernel for the program's device, or None.
 
-    If there is a kernel but it does not take these inputs, the log says why in one line.
+    If there is a kernel but it does not take these inputs, or the compiler of this process' devices
+    does not take it, the log says why in one line.
     """
     platform = accelerator()
-    if platform is None or (operator, platform) not in KERNELS:
+    if platform not in _BACKENDS:
         return None
-    kernel = KERNELS[operator, platform]
-    reason = unsupported_reason(kernel, x, state) or _no_mesh(platform)
+    reason = (
+        unsupported_reason(operator, platform, x, state)
+        or _no_mesh(platform)
+        or _refused(operator, platform, x, state)
+    )
     if reason is None:
         return form(operator, platform, named=False)
     warn_once(f"{operator}: no kernel for {reason}; XLA's form runs instead")
@@ -87,9 +93,9 @@ def needs_shard_map(implementation: str | None) -> bool:
     return implementation == "pallas_tpu" or (implementation is None and accelerator() == "tpu")
 
 
-def unsupported_reason(kernel: Kernel, x: Any, state: Any) -> str | None:
+def unsupported_reason(operator: str, platform: str, x: Any, state: Any) -> str | None:
     """Why the kernel cannot run here, or not on these inputs."""
-    platform, mesh = kernel.driver.platform, jax.sharding.get_abstract_mesh()
+    mesh = jax.sharding.get_abstract_mesh()
     if platform == "tpu" and (axes := auto_axes(mesh)):
         return (
             f"automatic mesh axes ({', '.join(axes)}) on TPUs, where XLA cannot partition it; make"
@@ -101,7 +107,11 @@ def unsupported_reason(kernel: Kernel, x: Any, state: Any) -> str | None:
         return reason
     if any(z.dtype == jnp.float64 for z in jax.tree.leaves(state)):  # as any input makes it
         return "float64"
-    return kernel.driver.unsupported(x)
+    if reason := _missing(platform):
+        return reason
+    from rwkv_jax.wkv.pallas.table import KERNELS
+
+    return KERNELS[operator, platform].driver.unsupported(x)
 
 
 def _no_mesh(platform: str | None) -> str | None:
@@ -109,6 +119,50 @@ def _no_mesh(platform: str | None) -> str | None:
     if platform != "tpu" or not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1:
         return None
     return "several TPUs without a mesh; set one of explicit axes (jax.set_mesh)"
+
+
+def _refused(operator: str, platform: str, x: Any, state: Any) -> str | None:
+    """Why the compiler of this process' devices refuses the kernel. It is asked once for each kind
+    of inputs, with one chunk, which takes seconds."""
+    if not is_here(platform):
+        return None
+    from rwkv_jax.wkv.pallas.table import KERNELS
+
+    kernel, n = KERNELS[operator, platform], x.v.shape[-1]
+    h = kernel.driver.multiple(1, n)
+    x = x._replace(initial=None) if operator == "wkv6" else x
+    tokens = {4: (1, kernel.size, h, n), 3: (1, kernel.size, h), 2: (h, n), 1: (h,)}
+    states = {4: (1, h, n, n), 2: (1, h)}
+
+    def small(shapes: dict[int, tuple[int, ...]], z: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shapes[z.ndim], z.dtype)
+
+    x, state = jax.tree.map(partial(small, tokens), x), jax.tree.map(partial(small, states), state)
+    return _trial(operator, platform, x, state)
+
+
+@lru_cache
+def _trial(operator: str, platform: str, x: Any, state: Any) -> str | None:
+    run = _form(operator, platform, False)
+    reset = jax.ShapeDtypeStruct(x.v.shape[:2], jnp.bool_)
+
+    def both(x: Any, state: Any, reset: Any) -> Any:
+        out, pull_back = jax.vjp(lambda x, state: run(x, state, reset), x, state)
+        return pull_back(out)
+
+    try:
+        # In a thread of its own, which traces nothing and has no mesh in context.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(compile_here, both, x, state, reset).result()
+    except Exception as error:  # compilers raise any
+        message = (str(error).splitlines() or [""])[0]
+        return f"{device_kind()}, whose compiler refuses it ({type(error).__name__}: {message})"
+    return None
+
+
+def compile_here(run: Callable[..., Any], *shapes: Any) -> None:
+    """Compiles a program for this process' default device."""
+    jax.jit(run).lower(*shapes).compile()
 
 
 @lru_cache
