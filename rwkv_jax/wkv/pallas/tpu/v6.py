@@ -14,6 +14,7 @@ import operator
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from rwkv_jax.typing import Array
@@ -21,41 +22,45 @@ from rwkv_jax.wkv.pallas import heads
 from rwkv_jax.wkv.pallas.kernel import Algebra
 from rwkv_jax.wkv.pallas.tpu import driver
 from rwkv_jax.wkv.pallas.tpu.driver import Chain
-from rwkv_jax.wkv.pallas.tpu.lanes import SUBLANES, Tile, causal, each, in_order, iota, store, wide
+from rwkv_jax.wkv.pallas.tpu.lanes import (
+    SUBLANES,
+    Tile,
+    causal,
+    each,
+    group,
+    in_order,
+    iota,
+    place,
+    store,
+    wide,
+)
 
 LOG_ZERO = -1e3
 """Stands for the log of 0: any sum with it has 0 for its exponential, and no product makes NaN."""
 
 
+@partial(jax.jit, static_argnums=1)
 def swap(x: Array, half: int) -> Array:
     """Rows [C, W] with the halves of every node exchanged: row i is row i ^ half of x."""
-    group = max(half, SUBLANES)
-    parts = [x[i : i + group] for i in range(0, x.shape[0], group)]
-    if half < SUBLANES:
-        return jnp.concatenate([_swap_register(z, half) for z in parts], 0)
-    return jnp.concatenate([parts[i ^ 1] for i in range(len(parts))], 0)
-
-
-def _swap_register(x: Array, half: int) -> Array:
+    if half >= SUBLANES:
+        parts = [x[i : i + half] for i in range(0, x.shape[0], half)]
+        return jnp.concatenate([parts[i ^ 1] for i in range(len(parts))], 0)
     # Imported here: only programs for TPUs, and tests, need it.
     from jax.experimental.pallas import tpu
 
-    down = tpu.roll(x, half, 0)
-    if 2 * half == SUBLANES:
-        return down
-    return jnp.where(_is_second(x.shape, half), down, tpu.roll(x, SUBLANES - half, 0))
+    registers = x.reshape(-1, SUBLANES, x.shape[1])
+    up, down = (tpu.roll(registers, n, 1).reshape(x.shape) for n in (SUBLANES - half, half))
+    return join(up, down, half)
 
 
+@partial(jax.jit, static_argnums=2)  # traced once for all chains
 def join(first: Array, second: Array, half: int) -> Array:
     """Rows of the first halves of all nodes, and of the second."""
     if half < SUBLANES:
-        return jnp.where(_is_second(first.shape, half), second, first)
+        is_second = place(group(iota(first.shape, 0), half), 2) == 1
+        return jnp.where(is_second, second, first)
     starts = range(0, first.shape[0], half)
     return jnp.concatenate([(first, second)[i // half % 2][i : i + half] for i in starts], 0)
-
-
-def _is_second(shape: tuple[int, ...], half: int) -> Array:
-    return iota(shape, 0) // half % 2 == 1
 
 
 class Level(NamedTuple):
@@ -96,7 +101,7 @@ def apart(tile: Tile) -> Array:
     """[C, columns]: tokens i and j are in the halves of a node of the level l for which
     2^l <= i ^ j < 2^(l + 1); 0 on the diagonal."""
     row, column = (iota((tile.size, tile.columns), axis) for axis in (0, 1))
-    return row ^ (column % tile.size)
+    return row ^ place(column, tile.size)
 
 
 def scores(tile: Tile, chain: Chain, c: Climbed, transposed: bool = False) -> Array:

@@ -31,8 +31,10 @@ from rwkv_jax.wkv.pallas.tpu.lanes import (
     Tile,
     causal,
     each,
+    group,
     in_order,
     iota,
+    place,
     split,
     store,
     wide,
@@ -71,7 +73,7 @@ class Scaled(NamedTuple):
 def scale(tile: Tile, chain: Chain) -> Scaled:
     c, x, docs = tile.size, chain.inputs.x, chain.docs
     log_w = wide(x.log_w[...])
-    upto = docs.within(iota((c, 2 * c), 0) >= iota((c, 2 * c), 1) % c)
+    upto = docs.within(iota((c, 2 * c), 0) >= place(iota((c, 2 * c), 1), c))
     upto = jnp.where(upto, 1.0, 0.0)
     if docs.same is None:
         g = tile.sums(upto, log_w)
@@ -135,11 +137,11 @@ def _invert_group(a: Array, size: int, upper: bool) -> Array:
     lane = iota((BLOCK, LANES), 1)
     blocks = a[:BLOCK]
     for i in range(1, size // BLOCK):
-        mine = lane % size // BLOCK == i
+        mine = group(place(lane, size), BLOCK) == i
         blocks = jnp.where(mine, a[i * BLOCK : (i + 1) * BLOCK], blocks)
-    one = jnp.where(iota((BLOCK, LANES), 0) == lane % BLOCK, 1.0, 0.0)
+    one = jnp.where(iota((BLOCK, LANES), 0) == place(lane, BLOCK), 1.0, 0.0)
     parts, inverse = ([z[:SUBLANES], z[SUBLANES:]] for z in (blocks, one))  # registers
-    first = lane[:SUBLANES] // BLOCK * BLOCK
+    first = lane[:SUBLANES] & -BLOCK
     for j in reversed(range(1, BLOCK)) if upper else range(BLOCK - 1):
         row = inverse[j // SUBLANES][j % SUBLANES : j % SUBLANES + 1]
         left = range((j - 1) // SUBLANES + 1) if upper else range((j + 1) // SUBLANES, 2)
@@ -313,7 +315,7 @@ def leave_back(
     at_end = wide(s.right) * right.end
     ends = jnp.sum(at_end[:c] + at_end[c:], 0, keepdims=True)
     ends = ends + jnp.sum(entering(chain, s) * kept, 0, keepdims=True)
-    after = docs.within(iota((c, 2 * c), 0) < iota((c, 2 * c), 1) % c)
+    after = docs.within(iota((c, 2 * c), 0) < place(iota((c, 2 * c), 1), c))
     dlog_w = tile.sums(jnp.where(after, 1.0, 0.0), through) + flow
     dlog_w = dlog_w + docs.reaching(jnp.broadcast_to(ends, flow.shape))
 
