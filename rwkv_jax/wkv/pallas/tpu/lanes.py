@@ -65,7 +65,7 @@ class Tile(NamedTuple):
         after = rows - start - x.shape[0]
 
         def zeros(rows: int) -> list[Array]:
-            return [jnp.zeros((rows // height, self.width), words.dtype)] * (rows > 0)
+            return [jnp.zeros((rows // height, self.width), words.dtype)] if rows > 0 else []
 
         head, blocks = self._head(words.shape), []
         for i in range(self.heads):
