@@ -1,0 +1,169 @@
+"""What the compilers of accelerators make of the kernels: cycles on TPUs, machine code on GPUs.
+
+    python -m benchmarks.schedule [--target v5e H100 ...] [--quick] [--check] [--before CHECKOUT]
+
+Nothing runs on a device, and none is needed: `pip install -e '.[aot]'`, and for GPUs `ptxas`, from
+a toolkit or `pip install nvidia-cuda-nvcc nvidia-nvvm`. Every program of the kernels is compiled
+for every target. Also a mesh of four TPUs is compiled for.
+
+For TPUs (`vliw.py`), in cycles a token and head, or for version 4 a token and 64 channels:
+scheduled cycles, the bundles issued in them, the floor of HBM (what a kernel reads and writes, each
+once) and of the matrix units (the rows that they multiply), spilled registers, and the share of
+each unit's slots in use; the VMEM that XLA reserves; milliseconds of the whole case at the clock
+with which the matrix units reach the maker's peak. For GPUs (`sass.py`): registers, spilled bytes,
+programs a multiprocessor, and the instructions that a warp executes a chunk.
+
+`--check` compares cycles with results/schedule.json, and fails if a kernel takes 3 % more. Another
+libtpu schedules differently: then nothing is compared, and the command says so. `--before` compares
+them with those of another checkout's kernels.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from benchmarks import aot, harness, sass, vliw
+from benchmarks.aot import TARGETS, Case
+from benchmarks.worker import versions
+
+MORE = 1.03
+"""Cycles that fail the check, over those of the results."""
+DTYPES = (("bfloat16", False), ("bfloat16", True), ("float32", False))
+"""With and without documents that start inside a sequence."""
+QUICK = {
+    "tpu": [Case("pallas_tpu", version, batch=1, heads=12) for version in "67"],
+    "gpu": [Case("pallas_gpu", version, resets=True) for version in "467"],
+}
+FEW = [
+    Case("pallas_tpu", version, batch=batch, heads=heads)
+    for batch, heads in ((1, 2), (8, 3), (1, 12), (1, 32))
+    for version in "67"
+]
+"""One tile; 0.1B over 4 chips of `tensor`, and one row of it on one; one row of 32 heads. Chunks of
+several rows, or times of a row, are then in flight in place of those of more heads."""
+SIZES = [
+    Case("pallas_tpu", version, heads=2048 // size, size=size)
+    for size in (16, 32, 128)
+    for version in "67"
+]
+
+
+def cases(target: str) -> list[Case]:
+    """The programs that are compiled for a target."""
+    kind = "tpu" if target in vliw.TPUS else "gpu"
+    names = [f"pallas_{kind}"]  # a further implementation for this target goes here
+    found = [
+        case
+        for name in names
+        for case in (
+            *(Case(name, v, dtype, resets=resets) for v in "467" for dtype, resets in DTYPES),
+            *(Case(name, v, batch=32, tokens=1) for v in "67"),
+        )
+    ]
+    more = QUICK[kind] + (FEW + SIZES if target == "v5e" else [])
+    return list(dict.fromkeys(found + more))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", nargs="*", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--quick", action="store_true", help="a few bfloat16 kernels a target")
+    parser.add_argument("--check", action="store_true", help="fail if a kernel became slower")
+    parser.add_argument("--before", type=Path, help="another checkout, compiled too", metavar="DIR")
+    args = parser.parse_args()
+
+    rows, before = [], {}
+    for target in args.target:
+        chosen = QUICK["tpu" if target in vliw.TPUS else "gpu"] if args.quick else cases(target)
+        rows += aot.compiled(target, chosen)
+        if target in vliw.TPUS:
+            rows += aot.compiled_on_meshes(target)
+            if args.before:
+                found = aot.compiled(target, chosen, args.before.resolve())
+                before |= {name_of(row): row for row in found}
+    show(rows, before)
+    wrong = [f"{name_of(row)}: {row['error']}" for row in rows if "error" in row]
+    if args.check:
+        wrong += slower(rows, json.loads((harness.RESULTS / "schedule.json").read_text()))
+    elif args.target == TARGETS and not args.quick and not wrong:
+        harness.report("schedule", {"versions": {"ours": compilers()}, "rows": rows})
+    for message in wrong:
+        harness.console.print(message)
+    sys.exit(bool(wrong))
+
+
+def compilers() -> dict[str, str]:
+    assembler = sass.run("ptxas", "--version").stdout.split()[-1]
+    names = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvdisasm")
+    return {**versions(*names), "ptxas": assembler}
+
+
+def name_of(row: dict) -> str:
+    """Target, kernel and case in words."""
+    words = [row["target"], row["kernel"]]
+    if "mesh" in row:
+        words.append(f"4 chips, {row['mesh']} axes")
+    elif "dtype" in row:
+        words += [shape(row), row["dtype"], *["resets"] * row["resets"]]
+    return ", ".join(words)
+
+
+def shape(row: dict) -> str:
+    return f"{row['batch']} x {row['tokens']} x {row['heads']} x {row['size']}"
+
+
+def slower(rows: list[dict], results: dict) -> list[str]:
+    """What takes more cycles than in the results, in words."""
+    made, here = results["versions"]["ours"]["libtpu"], versions("libtpu").get("libtpu")
+    if made != here:
+        harness.console.print(f"cycles not compared: they are of libtpu {made}, this is {here}")
+        return []
+    known = {name_of(row): row.get("scheduled") for row in results["rows"]}
+    wrong = []
+    for row in rows:
+        if "scheduled" not in row:
+            continue
+        cycles, old = row["scheduled"], known.get(name_of(row))
+        if old is None:
+            wrong.append(f"{name_of(row)}: not in the results; python -m benchmarks.schedule")
+        elif cycles > MORE * old:
+            wrong.append(
+                f"{name_of(row)}: {cycles:.2f} cycles a token and head, {old:.2f} in the results"
+            )
+    return wrong
+
+
+def show(rows: list[dict], before: dict[str, dict]) -> None:
+    """Print the counts; the shares of units, and instructions by kind, are in the results."""
+    lines = []
+    for row in rows:
+        if "scheduled" not in row:
+            continue
+        lines.append([name_of(row)])
+        lines[-1] += [f"{row[x]:.2f}" for x in ("scheduled", "issued", "hbm", "mxu", "spills")]
+        lines[-1] += [f"{row['vmem_bytes'] / 2**20:.1f}", f"{row['milliseconds']:.3f}"]
+        if before:
+            lines[-1].append(f"{before[name_of(row)]['scheduled']:.2f}")
+    if lines:
+        columns = ["", "scheduled", "issued", "HBM", "MXU", "spills", "VMEM, MiB", "ms"]
+        columns += ["before"] * bool(before)
+        harness.table("TPUs: cycles a token and head", columns, lines)
+    lines = [
+        [name_of(row), *(f"{row[x]:,}" for x in ("registers", "spilled_bytes", "shared_bytes"))]
+        + [f"{x:,}" for x in (row["programs"], sum(row["instructions"].values()), row["issue"])]
+        for row in rows
+        if "registers" in row
+    ]
+    if lines:
+        columns = ["", "registers", "spilled, B", "shared, B", "programs", "instructions", "issue"]
+        harness.table("GPUs: a chunk", columns, lines)
+    for row in rows:
+        if "mesh" in row and "seconds" in row:
+            harness.console.print(f"{name_of(row)}: compiled in {row['seconds']} s")
+
+
+if __name__ == "__main__":
+    main()
