@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 
 from benchmarks.harness import RESULTS, ROOT
 
@@ -189,30 +190,104 @@ def profile() -> str:
     return table(["", *(f"version {version}" for version in found)], rows)
 
 
-def kernels() -> str:
-    """What each kernel takes on each target, by type: the larger of with and without resets."""
+def schedule() -> str:
+    """Cycles a token and head, scheduled and issued, of each kernel on each TPU."""
+    return by_target("scheduled", lambda row: f"{row['scheduled']:.1f} ({row['issued']:.1f})")
 
-    def size(row: dict) -> int:
-        return row.get("vmem_bytes", row.get("spilled_bytes", 0))
 
-    largest: dict[tuple[str, str], dict[str, dict]] = {}
-    for row in results("kernels")["rows"]:
-        if "chips" in row["inputs"]:  # of several a program is only compiled
-            continue
-        cells = largest.setdefault((row["kernel"], row["inputs"].split(",")[0]), {})
-        cells[row["target"]] = max(cells.get(row["target"], row), row, key=size)
-    targets = list(dict.fromkeys(row["target"] for row in results("kernels")["rows"]))
-    rows = [
-        [f"`{kernel}`, {kind}", *(on_target(cells[target]) for target in targets)]
-        for (kernel, kind), cells in largest.items()
-    ]
+def schedule_gpus() -> str:
+    """Registers, spilled bytes, programs a multiprocessor and cycles of issue, on each GPU."""
+
+    def cell(row: dict) -> str:
+        return " / ".join(
+            f"{row[x]:,}" for x in ("registers", "spilled_bytes", "programs", "issue")
+        )
+
+    return by_target("registers", cell)
+
+
+def by_target(field: str, cell: Callable[[dict], str]) -> str:
+    """A row for each kernel and a column for each target whose rows have that field."""
+    found = [row for row in scheduled() if field in row]
+    cells: dict[str, dict[str, str]] = {}
+    for row in found:
+        cells.setdefault(kernel_of(row), {})[row["target"]] = cell(row)
+    targets = list(dict.fromkeys(row["target"] for row in found))
+    rows = [[name, *(cells[name].get(target, "") for target in targets)] for name in cells]
     return table(["", *targets], rows)
 
 
-def on_target(row: dict) -> str:
-    if "vmem_bytes" in row:
-        return f"{row['vmem_bytes'] / MIB:.1f} MiB"
-    return f"{row['registers']} registers, {row['spilled_bytes']:,} B spilled"
+def scheduled() -> list[dict]:
+    """The rows of kernels of several heads of 64, which are compiled for every target."""
+    many = ((2, 32), (32, 32), (1, 12))
+    return [
+        row
+        for row in results("schedule")["rows"]
+        if (row.get("batch"), row.get("heads")) in many and row["size"] == 64
+    ]
+
+
+def kernel_of(row: dict) -> str:
+    words = [f"`{row['kernel']}`", row["dtype"], *["resets"] * row["resets"]]
+    return ", ".join([*words, *["12 heads"] * (row["heads"] == 12)])
+
+
+def schedule_v5e() -> str:
+    """What the kernels take on v5e, and their floors."""
+    rows = []
+    for row in scheduled():
+        if row["target"] != "v5e":
+            continue
+        used = row["used"]
+        cycles = (f"{row[x]:.1f}" for x in ("scheduled", "issued", "hbm", "mxu"))
+        floor = max(row["hbm"], row["mxu"])
+        rows.append(
+            [
+                kernel_of(row),
+                *cycles,
+                f"{floor / row['scheduled']:.0%}",
+                f"{row['spills']:.1f}",
+                f"{row['vmem_bytes'] / MIB:.1f}",
+                f"{row['milliseconds']:.2f}",
+                *(f"{used[unit]:.0%}" for unit in UNITS),
+            ]
+        )
+    columns = ["", "cycles", "issued", "HBM", "MXU", "reached", "spills", "VMEM, MiB", "ms"]
+    return table([*columns, *(f"{unit} in use" for unit in UNITS)], rows)
+
+
+UNITS = ["MXU", "XLU", "VALU", "EUP", "VLOAD", "VSTORE"]
+
+
+def schedule_few() -> str:
+    """Cycles a token and head on v5e by rows, heads and head size, bfloat16."""
+    cells: dict[tuple, dict[str, str]] = {}
+    for row in results("schedule")["rows"]:
+        if row["target"] == "v5e" and row.get("tokens", 1) > 1 and row["version"] != "4":
+            if row["dtype"] == "float32" or row["resets"]:
+                continue
+            key = tuple(row[x] for x in ("batch", "heads", "size"))
+            text = f"{row['scheduled']:.1f} ({row['issued']:.1f})"
+            cells.setdefault(key, {})[row["kernel"]] = text
+    names = list(dict.fromkeys(name for found in cells.values() for name in found))
+    rows = [[*map(str, key), *(found[name] for name in names)] for key, found in cells.items()]
+    return table(["rows", "heads", "channels a head", *(f"`{name}`" for name in names)], rows)
+
+
+def schedule_h100() -> str:
+    """Instructions that a warp executes a chunk on an H100, by kind."""
+    rows = [
+        [
+            kernel_of(row),
+            f"{sum(row['instructions'].values()):,}",
+            *(f"{count:,}" for count in row["instructions"].values()),
+            f"{row['shared_bytes'] / 1024:.0f} KiB",
+        ]
+        for row in scheduled()
+        if row["target"] == "H100"
+    ]
+    kinds = next(r["instructions"] for r in scheduled() if r["target"] == "H100")
+    return table(["", "instructions", *kinds, "shared memory"], rows)
 
 
 def tokenizing() -> str:
@@ -290,7 +365,11 @@ TABLES = {
         long_errors,
         sequence,
         profile,
-        kernels,
+        schedule,
+        schedule_v5e,
+        schedule_few,
+        schedule_gpus,
+        schedule_h100,
         tokenizing,
         feeding,
         plans,

@@ -17,6 +17,7 @@ from tolerances import KERNEL_BFLOAT16, assert_close, relative_rms
 from wkv import accuracy
 from wkv.operators import DISTINCT, VERSIONS
 
+from benchmarks import sass
 from rwkv_jax import testing as cases
 from rwkv_jax.planning.collectives import bytes_moved
 from rwkv_jax.testing import leak_test
@@ -566,25 +567,31 @@ def test_float16_states_do_not_overflow():
     assert relative_rms(gradient("pallas_gpu", "float16"), expected) < KERNEL_BFLOAT16
 
 
+needs_libtpu = pytest.mark.skipif(not find_spec("libtpu"), reason="pip install -e '.[aot]'")
+needs_cuda = pytest.mark.skipif(
+    not (find_spec("jax_cuda13_plugin") and sass.find("ptxas") and sass.find("nvdisasm")),
+    reason="pip install -e '.[aot]', and a CUDA toolkit",
+)
+
+
 def compiled_ahead(*arguments):
-    command = [sys.executable, "-m", "benchmarks.kernels", *arguments]
+    command = [sys.executable, "-m", "benchmarks.schedule", "--quick", *arguments]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.skipif(not find_spec("libtpu"), reason="pip install -e '.[aot]'")
+@needs_libtpu
 def test_compiles_for_a_tpu():
-    compiled_ahead("--target", "v5e", "--quick")
+    compiled_ahead("--target", "v5e")
 
 
-@pytest.mark.skipif(not find_spec("jax_cuda13_plugin"), reason="pip install -e '.[aot]'")
+@needs_cuda
 def test_compiles_for_a_gpu():
-    compiled_ahead("--target", "H100", "--quick")
+    compiled_ahead("--target", "H100")
 
 
 @slow
-@pytest.mark.skipif(
-    not (find_spec("libtpu") and find_spec("jax_cuda13_plugin")), reason="pip install -e '.[aot]'"
-)
+@needs_libtpu
+@needs_cuda
 def test_compiles_for_every_target():
     compiled_ahead()
