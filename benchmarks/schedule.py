@@ -75,23 +75,23 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="another checkout, compiled too", metavar="DIR")
     args = parser.parse_args()
 
-    rows, before = [], {}
+    rows, before = [], []
     for target in args.target:
+        harness.console.print(f"[dim]compiling for {target}[/]")
         chosen = QUICK["tpu" if target in vliw.TPUS else "gpu"] if args.quick else cases(target)
         rows += aot.compiled(target, chosen)
         if target in vliw.TPUS:
             rows += aot.compiled_on_meshes(target)
-            if args.before:
-                found = aot.compiled(target, chosen, args.before.resolve())
-                before |= {name_of(row): row for row in found}
+            before += aot.compiled(target, chosen, args.before.resolve()) if args.before else []
     show(rows, before)
+    if args.target == TARGETS and not (args.quick or args.check):
+        harness.report("schedule", {"versions": {"ours": compilers()}, "rows": rows})
     wrong = [f"{name_of(row)}: {row['error']}" for row in rows if "error" in row]
+    wrong += [f"before, {name_of(row)}: {row['error']}" for row in before if "error" in row]
     if args.check:
         wrong += slower(rows, json.loads((harness.RESULTS / "schedule.json").read_text()))
-    elif args.target == TARGETS and not args.quick and not wrong:
-        harness.report("schedule", {"versions": {"ours": compilers()}, "rows": rows})
     for message in wrong:
-        harness.console.print(message)
+        harness.console.print(message, markup=False)
     sys.exit(bool(wrong))
 
 
@@ -136,8 +136,9 @@ def slower(rows: list[dict], results: dict) -> list[str]:
     return wrong
 
 
-def show(rows: list[dict], before: dict[str, dict]) -> None:
+def show(rows: list[dict], before: list[dict]) -> None:
     """Print the counts; the shares of units, and instructions by kind, are in the results."""
+    old = {name_of(row): f"{row['scheduled']:.2f}" for row in before if "scheduled" in row}
     lines = []
     for row in rows:
         if "scheduled" not in row:
@@ -146,7 +147,7 @@ def show(rows: list[dict], before: dict[str, dict]) -> None:
         lines[-1] += [f"{row[x]:.2f}" for x in ("scheduled", "issued", "hbm", "mxu", "spills")]
         lines[-1] += [f"{row['vmem_bytes'] / 2**20:.1f}", f"{row['milliseconds']:.3f}"]
         if before:
-            lines[-1].append(f"{before[name_of(row)]['scheduled']:.2f}")
+            lines[-1].append(old.get(name_of(row), ""))
     if lines:
         columns = ["", "scheduled", "issued", "HBM", "MXU", "spills", "VMEM, MiB", "ms"]
         columns += ["before"] * bool(before)

@@ -223,7 +223,7 @@ def scheduled() -> list[dict]:
     return [
         row
         for row in results("schedule")["rows"]
-        if (row.get("batch"), row.get("heads")) in many and row["size"] == 64
+        if (row.get("batch"), row.get("heads")) in many and row["size"] == 64 and "error" not in row
     ]
 
 
@@ -263,9 +263,8 @@ def schedule_few() -> str:
     """Cycles a token and head on v5e by rows, heads and head size, bfloat16."""
     cells: dict[tuple, dict[str, str]] = {}
     for row in results("schedule")["rows"]:
-        if row["target"] == "v5e" and row.get("tokens", 1) > 1 and row["version"] != "4":
-            if row["dtype"] == "float32" or row["resets"]:
-                continue
+        few = row["target"] == "v5e" and "scheduled" in row and row["tokens"] > 1
+        if few and row["version"] != "4" and row["dtype"] == "bfloat16" and not row["resets"]:
             key = tuple(row[x] for x in ("batch", "heads", "size"))
             text = f"{row['scheduled']:.1f} ({row['issued']:.1f})"
             cells.setdefault(key, {})[row["kernel"]] = text
