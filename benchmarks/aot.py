@@ -55,10 +55,12 @@ def compiled(target: str, cases: list[Case], checkout: Path = ROOT) -> Iterator[
     """A row for each kernel of each case; it has `error` if that failed. `checkout` is the one
     whose kernels are compiled."""
     with tempfile.TemporaryDirectory() as folder:
-        dumps = {
-            DUMPS: folder,
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
-        }
+        flags = (
+            f"to={folder}",
+            "llo_text=true",
+            "llo_pass_label_regex=.*(final|post-ra).*",  # those of other passes take time
+        )
+        dumps = {DUMPS: folder, "LIBTPU_INIT_ARGS": " ".join(f"--xla_jf_dump_{x}" for x in flags)}
         if target in GPUS:
             # Dump PTX only: the other emitters' dumps take a minute a kernel.
             dumps["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_dump_emitter_re=ptx"

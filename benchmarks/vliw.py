@@ -2,14 +2,12 @@
 
 A TPU's core executes bundles, one a cycle, each of which names what every unit does; the compiler
 decides all waiting. Asked by `--xla_jf_dump_to` and `--xla_jf_dump_llo_text`, libtpu writes files
-for each kernel. Of them:
+for each kernel, *-NAME.txt. Of them:
 
-*-schedule-analysis_packed-bundles-post-ra.txt         all bundles, empty ones of waiting included:
-                                                       `scheduled`, the time
-*-schedule-analysis_final_bundles.txt                  those that are fetched, as the hardware
-                                                       stalls by itself: `issued`
-*-final_hlo-static-per-bundle-utilization.txt          the slots of each unit that a bundle uses
-*-final_bundles.txt                                    the program
+SCHEDULED  all bundles, empty ones of waiting included: the time
+ISSUED     those that are fetched: the hardware stalls by itself
+USED       the slots of each unit that a bundle uses
+CODE       the program
 
 They count one program of a kernel's grid, which has no loop inside, with both sides of its
 conditions: what begins and ends a sequence is counted for each chunk. Copies between HBM and VMEM
@@ -25,6 +23,11 @@ from rwkv_jax.hardware import CHIPS
 
 if TYPE_CHECKING:
     from benchmarks.aot import Call
+
+SCHEDULED = "schedule-analysis_packed-bundles-post-ra"
+ISSUED = "schedule-analysis_final_bundles"
+USED = "final_hlo-static-per-bundle-utilization"
+CODE = "final_bundles"
 
 
 class Tpu(NamedTuple):
@@ -114,13 +117,13 @@ def counts(tpu: Tpu, folder: Path, kernel: str, units: int, call: "Call") -> dic
 
 def read(folder: Path, kernel: str) -> Program:
     """What libtpu wrote of a kernel; raises `ValueError` if that is not what is expected."""
-    used, slots = utilization(_text(folder, kernel, "final_hlo-static-per-bundle-utilization"))
-    code = _text(folder, kernel, "final_bundles")
+    used, slots = utilization(_text(folder, kernel, USED))
+    code = _text(folder, kernel, CODE)
     if code.count("LB: >") > 1:  # one is the grid's
         raise ValueError(f"{kernel} has a loop inside, whose turns are not counted")
     return Program(
-        total(_text(folder, kernel, "schedule-analysis_packed-bundles-post-ra")),
-        total(_text(folder, kernel, "schedule-analysis_final_bundles")),
+        total(_text(folder, kernel, SCHEDULED)),
+        total(_text(folder, kernel, ISSUED)),
         used,
         slots,
         matrix_rows(code),
