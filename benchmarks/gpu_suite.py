@@ -5,12 +5,14 @@
 The parts run in this order while time is left, and results are written after each:
 
 1. the device's rates: bytes/s of a copy, FLOP/s of a bfloat16 matrix product;
-2. the operators in bfloat16, forward and with gradients, beside flash-linear-attention, ejkernel
+2. errors of `mosaic_gpu`, which no device has run yet, in a process that is killed if it hangs;
+3. the operators in bfloat16, forward and with gradients, beside flash-linear-attention, ejkernel
    and rwkv-ops where they are installed (benchmarks/requirements-gpu.txt), each in its own process,
    which is killed if it fails or takes too long;
-3. training steps of version 7 at 0.1B and 0.4B: tokens/s, and model FLOP/s relative to part 1;
-4. decoding at batch 1, 32 and 256;
-5. errors of every implementation on this device against `lax.scan` in float64, with gradients.
+4. training steps of version 7 at 0.1B and 0.4B: tokens/s, and model FLOP/s relative to part 1;
+5. decoding at batch 1, 32 and 256;
+6. errors of every other implementation on this device against `lax.scan` in float64, with
+   gradients.
 
 Writes benchmarks/results/gpu_NAME.json and docs/gpu_NAME.png, where NAME is the device's. `--tiny`
 runs everything with small shapes on any device, as a smoke test.
@@ -39,11 +41,13 @@ from benchmarks.harness import RESULTS, ROOT, Worker, console, spread
 from benchmarks.worker import versions
 from rwkv_jax import testing as cases
 from rwkv_jax.wkv import IMPLEMENTATIONS, KERNELS, Wkv4State, wkv4, wkv6, wkv7
+from rwkv_jax.wkv.operator import HOPPER
 
 SHAPES = [(8, 4096, 64, 64), (8, 1024, 12, 64), (1, 32768, 32, 64)]
 """(B, T, H, N) of the operators."""
 CONTESTANTS = {
     "rwkv_jax": {"package": "rwkv_jax", "implementation": None},
+    HOPPER: {"package": "rwkv_jax", "implementation": HOPPER},
     "chunked": {"package": "rwkv_jax", "implementation": "chunked"},
     "fla, chunk": {"package": "fla", "implementation": "chunk"},
     "fla, bounded": {"package": "fla", "implementation": "chunk, bounded decay"},
@@ -67,11 +71,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--first-run", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.first_run:
+        run_hopper(args.tiny)
+        return
     if not args.tiny and jax.default_backend() != "gpu":
         parser.error(f"no GPU here, only {jax.devices()[0].device_kind}; --tiny runs on any device")
     suite = Suite(args.seconds, args.tiny)
     suite.add("device_gives", device_rates, args.tiny)
+    suite.add(HOPPER, first_run, suite)
     suite.add("operators", operators, suite, args.peer_python)
     suite.add("training", training, suite)
     suite.add("decoding", decoding, suite)
@@ -124,7 +133,7 @@ class Suite:
 
     def show(self) -> None:
         """Print the tables, and save the figure."""
-        show_errors(self.results.get("errors", {}))
+        show_errors(self.results.get(HOPPER, {}) | self.results.get("errors", {}))
         show_operators(self.results.get("operators", {}))
         for part in ("training", "decoding"):
             rows = [
@@ -153,6 +162,40 @@ def driver() -> str:
     except (OSError, subprocess.SubprocessError):
         return "none"
     return run.stdout.strip().splitlines()[0]
+
+
+def first_run(suite: Suite) -> dict:
+    """Errors of the kernel for Hopper GPUs, by length; what it found before it had to be killed."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu_suite",
+        "--first-run",
+        *["--tiny"] * suite.tiny,
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        clock = threading.Timer(90, process.kill)
+        clock.start()
+        output, _ = process.communicate()
+        clock.cancel()
+    found = {}
+    for line in output.splitlines():
+        found |= json.loads(line)
+    if process.returncode:
+        found["the rest"] = {"failed": f"ended with {process.returncode}, or took more than 90 s"}
+    return found
+
+
+def run_hopper(tiny: bool) -> None:
+    """One chunk, two, and a part of one more; a line for each."""
+    for tokens in (64,) if tiny else (64, 128, 165):
+        shape = cases.Shape(1, tokens, 1, 64) if tiny else cases.Shape(2, tokens, 4, 64)
+        inputs = {x: typed("7", x, "bfloat16", shape) for x in ("typical", "repeated key")}
+        try:
+            cell = error("7", HOPPER, inputs, reference("7", inputs, shape), shape)
+        except Exception as failure:
+            cell = {"failed": " ".join(str(failure).split())[:200]}
+        print(json.dumps({f"7, bfloat16, {HOPPER}, {tokens} tokens": cell}), flush=True)
 
 
 def errors(suite: Suite) -> dict:

@@ -33,16 +33,23 @@ KINDS = {
 
 def counts(gpu: Gpu, folder: Path, kernel: str) -> dict:
     """Registers, bytes of spilled registers (stores) and of shared memory, how many programs fit on
-    a multiprocessor, and the instructions a chunk, of a kernel that XLA dumped."""
-    found = [x for x in folder.glob("*.ptx") if f".entry {kernel}(" in x.read_text()]
+    a multiprocessor, and the instructions a chunk, of a kernel that XLA or Mosaic GPU dumped."""
+    entry = re.compile(rf"\.entry {kernel}(?:_mosaic_gpu_kernel)?\(")
+    found = [x for x in folder.glob("*.ptx") if entry.search(x.read_text())]
     if len(found) != 1:
-        raise ValueError(f"XLA dumped {len(found)} kernels {kernel} as PTX, not 1")
-    threads, shared = launch(_only(folder, "*thunk_sequence.txt"), kernel)
-    target = re.findall(r"\.target (\w+)", found[0].read_text())[0]
+        raise ValueError(f"{len(found)} kernels {kernel} were dumped as PTX, not 1")
+    code, resources = found[0].read_text(), found[0].with_suffix(".resources.txt")
+    if resources.exists():  # Mosaic GPU's
+        threads = int(re.findall(r"\.maxntid (\d+)", code)[0])
+        shared = int(re.findall(r"smem_scratch_bytes=(\d+)", resources.read_text())[0])
+    else:
+        threads, shared = launch(_only(folder, "*thunk_sequence.txt"), kernel)
+    target = re.findall(r"\.target (\w+)", code)[0]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         report = run("ptxas", "-v", f"-arch={target}", str(found[0]), "-o", cubin.name).stderr
-        code = run("nvdisasm", "-c", cubin.name).stdout
-    names = loop(code)
+        names = loop(run("nvdisasm", "-c", cubin.name).stdout)
+    if "C7511" in report:
+        raise ValueError("ptxas serialises wgmma (C7511): every product waits for the one before")
     registers = int(re.findall(r"Used (\d+) registers", report)[0])
     return {
         "registers": registers,

@@ -11,7 +11,8 @@ scheduled cycles, the bundles issued in them, the floor of HBM (what a kernel re
 once) and of the matrix units (the rows that they multiply), spilled registers, and the share of
 each unit's slots in use; the VMEM that XLA reserves; milliseconds of the whole case at the clock
 with which the matrix units reach the maker's peak. For GPUs (`sass.py`): registers, spilled bytes,
-programs a multiprocessor, and the instructions that a warp executes a chunk.
+programs a multiprocessor, and the instructions that a warp executes a chunk. From JAX 0.11 on, an
+H100 has version 7's `mosaic_gpu` too, whose wgmma must not be serialised (ptxas' C7511).
 
 `--check` compares cycles with results/schedule.json, and fails if a kernel takes 3 % more. Another
 libtpu schedules differently: then nothing is compared, and the command says so. `--before` compares
@@ -24,13 +25,15 @@ import sys
 from pathlib import Path
 
 from benchmarks import aot, harness, sass, vliw
-from benchmarks.aot import TARGETS, Case
+from benchmarks.aot import MOSAIC_GPU, TARGETS, Case
 from benchmarks.worker import versions
 
 MORE = 1.03
 """Cycles that fail the check, over those of the results."""
 DTYPES = (("bfloat16", False), ("bfloat16", True), ("float32", False))
 """With and without documents that start inside a sequence."""
+HOPPER = "H100"
+"""The target that version 7 has a second kernel for."""
 QUICK = {
     "pallas_tpu": [
         Case("pallas_tpu", "4", resets=True),
@@ -60,8 +63,13 @@ def cases(target: str, quick: bool) -> list[Case]:
         found += [Case(name, v, dtype, resets=resets) for v in "467" for dtype, resets in DTYPES]
         found += [Case(name, v, batch=32, tokens=1) for v in "67"]
         found += FEW + SIZES if target == "v5e" else []
-        # The cases of a further implementation go here, for its targets.
+    if target == HOPPER and has_mosaic_gpu():
+        found += [Case(MOSAIC_GPU, "7", resets=resets) for resets in (False, True)[quick:]]
     return list(dict.fromkeys(found + QUICK[name]))
+
+
+def has_mosaic_gpu() -> bool:
+    return tuple(map(int, versions("jax")["jax"].split(".")[:2])) >= (0, 11)
 
 
 def main() -> None:
@@ -82,6 +90,8 @@ def main() -> None:
         if target in vliw.TPUS:
             rows += aot.compiled_on_meshes(target)
             before += aot.compiled(target, chosen, args.before.resolve()) if args.before else []
+    if HOPPER in args.target and not has_mosaic_gpu():
+        harness.console.print(f"not compiled: {MOSAIC_GPU} for {HOPPER}, which needs JAX 0.11")
     show(rows, before)
     if args.target == TARGETS and not (args.quick or args.check):
         harness.report("schedule", {"versions": {"ours": compilers()}, "rows": rows})
@@ -103,6 +113,8 @@ def compilers() -> dict[str, str]:
 def name_of(row: dict) -> str:
     """Target, kernel and case in words."""
     words = [row["target"], row["kernel"]]
+    if row.get("implementation") == MOSAIC_GPU:
+        words.append(MOSAIC_GPU)
     if "mesh" in row:
         words.append(f"4 chips, {row['mesh']} axes")
     elif "dtype" in row:

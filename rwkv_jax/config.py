@@ -337,7 +337,9 @@ class TrainConfig(_Table):
     """What is saved for the backward pass: everything; the results of matrix products and of the
     recurrence; those of the recurrence alone; each layer's input alone; or as `dots`, on the
     host."""
-    wkv: Literal["auto", "scan", "chunked", "associative", "pallas_gpu", "pallas_tpu"] = "auto"
+    wkv: Literal[
+        "auto", "scan", "chunked", "associative", "pallas_gpu", "pallas_tpu", "mosaic_gpu"
+    ] = "auto"
     l2wrap: Annotated[float, "0 or more"] = 1e-4
     """Official pull on the largest logit (RWKV-LM `L2Wrap`); 0 is off."""
     z_loss: Annotated[float, "0 or more"] = 0.0

@@ -29,6 +29,7 @@ returns:
     associative  the chunks' summaries combined by `lax.associative_scan`: log depth
     pallas_gpu   the chunked form as one kernel, for NVIDIA GPUs from Ampere on
     pallas_tpu   the same for TPUs
+    mosaic_gpu   version 7 in bfloat16 for Hopper GPUs; by name only, until one has run it
 
 `implementation=None` picks the fastest for the program's device, the length and the head size
 (`default.py`). A name runs that implementation or raises an error that says why it cannot. On a CPU

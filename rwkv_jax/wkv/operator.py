@@ -31,7 +31,10 @@ KERNELS = ("pallas_gpu", "pallas_tpu")
 with contextlib.suppress(ValueError):  # the module is reloaded, and the name is taken
     export.register_namedtuple_serialization(Wkv4State, serialized_name="rwkv_jax.wkv.Wkv4State")
 
-_PLATFORMS = {"pallas_gpu": "cuda", "pallas_tpu": "tpu"}
+HOPPER = "mosaic_gpu"
+"""The same, of `wkv7` only, and never the default: no device has run it yet."""
+_KERNELS = {"pallas_gpu": "cuda", "pallas_tpu": "tpu", HOPPER: HOPPER}
+"""Their names in `pallas.table`."""
 
 
 class Operator(NamedTuple):
@@ -142,8 +145,8 @@ def wkv7(
     """The WKV of version 7: `y` and the state after the last token.
 
     `log_w <= 0` is the log of the decay, in (-0.6066, 0) in the model. Forms in chunks are exact
-    for log decays of -2 and above; where one is below, `scan` runs instead, chosen at run time. A
-    `log_w_min` of -2 or more promises that no decay is below it, and removes that check. The model
+    for log decays of -1 and above; where one is below, `scan` runs instead, chosen at run time. A
+    `log_w_min` of -1 or more promises that no decay is below it, and removes that check. The model
     passes `a = -kk` and `b = kk * (learning rate)` with |kk| = 1. The other arguments, and
     types, are common to all versions (`rwkv_jax.wkv`).
 
@@ -174,10 +177,12 @@ def _apply(
     sizes = _check_shapes(operator, x, state=state, reset=reset, lengths=lengths)
     _check_types(operator.name, (x, state), reset, lengths)
     _check_values(operator.name, x, lengths, mesh_axis)
-    if implementation not in (None, *operator.forms, *KERNELS):
-        names = ", ".join((*operator.forms, *KERNELS))
+    known = (*operator.forms, *KERNELS, *[HOPPER] * (operator.name == "wkv7"))
+    if implementation not in (None, *known):
+        which = ", which only wkv7 has" if implementation == HOPPER else ""
         raise ValueError(
-            f"{operator.name}: implementation must be {names} or None, got {implementation!r}"
+            f"{operator.name}: implementation must be {', '.join(known)} or None, got"
+            f" {implementation!r}{which}"
         )
     if state is None:
         state = _fresh(operator, x, sizes)
@@ -250,8 +255,8 @@ def _choose(
         return operator.forms["scan"], False
     if implementation is None:
         return default.choose(operator.name, x, state)
-    if implementation in KERNELS:
-        return pallas.form(operator.name, _PLATFORMS[implementation], named=True), True
+    if implementation in _KERNELS:
+        return pallas.form(operator.name, _KERNELS[implementation], named=True), True
     return operator.forms[implementation], False
 
 

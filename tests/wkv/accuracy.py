@@ -17,6 +17,7 @@ from wkv.operators import Version, compiled, cotangents, forward
 
 from rwkv_jax import testing
 from rwkv_jax.wkv import IMPLEMENTATIONS, KERNELS
+from rwkv_jax.wkv.operator import HOPPER
 from rwkv_jax.wkv.v4 import chunked as v4_chunked
 from rwkv_jax.wkv.v6 import associative as v6_associative
 from rwkv_jax.wkv.v6 import chunked as v6_chunked
@@ -79,7 +80,8 @@ def errors(
                 stored = dtype if actual[name].dtype == jnp.bfloat16 else _wide(dtype)
                 assert actual[name].dtype == stored, f"{name} is {actual[name].dtype}"
                 allowed = slack * bar(stored, shape.time)
-                if implementation in KERNELS and dtype == "bfloat16" and version.name != "4":
+                multiplies = implementation in (*KERNELS, HOPPER) and version.name != "4"
+                if multiplies and dtype == "bfloat16":
                     allowed = KERNEL_BFLOAT16
                 found[name] = relative_rms(np.asarray(actual[name], np.float64), x), allowed
             yield regime, pattern, found

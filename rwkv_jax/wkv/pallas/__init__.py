@@ -21,13 +21,13 @@ from rwkv_jax.wkv.pallas.partition import auto_axes
 
 log = logging.getLogger("rwkv_jax")
 
-_BACKENDS = {"cuda": "triton", "tpu": "tpu"}
-"""Pallas' modules."""
+_BACKENDS = {"cuda": "triton", "tpu": "tpu", "mosaic_gpu": "mosaic_gpu"}
+"""Pallas' modules, by XLA's name of a platform, or the name of a kernel that is not its default."""
 
 
-def _missing(platform: str) -> str | None:
-    """Why this JAX has no kernels for the platform."""
-    backend = f"jax.experimental.pallas.{_BACKENDS[platform]}"
+def _missing(name: str) -> str | None:
+    """Why this JAX has no such kernels."""
+    backend = f"jax.experimental.pallas.{_BACKENDS[name]}"
     try:
         import_module(backend)
     except ImportError as error:
@@ -36,9 +36,9 @@ def _missing(platform: str) -> str | None:
 
 
 @lru_cache
-def form(operator: str, platform: str, *, named: bool) -> Form:
+def form(operator: str, name: str, *, named: bool) -> Form:
     """(x, state, reset) -> (y, state) by the kernel of "wkv4", "wkv6" or "wkv7" for "cuda" or
-    "tpu", for inputs of any float dtype; y is in v's.
+    "tpu", or by "mosaic_gpu" of "wkv7", for inputs of any float dtype that it takes; y is in v's.
 
     In programs for a CPU the kernel is interpreted if it was asked for by name; if it was not,
     XLA's form runs. Raises `ValueError` with the reason if the inputs are not supported, or if a
@@ -46,25 +46,29 @@ def form(operator: str, platform: str, *, named: bool) -> Form:
     """
 
     def checked(x: Any, state: Any, reset: Any) -> Any:
-        device = accelerator()
+        device, platform = accelerator(), _platform(name)
         if named and device not in (None, platform):
             reason = f"{device}: this one is for {platform}"
         else:
-            reason = unsupported_reason(operator, platform, x, state)
+            reason = unsupported_reason(operator, name, x, state)
         if reason is not None:
             raise ValueError(
                 f"{operator}: no kernel for {reason}; implementation='chunked' takes any"
             )
-        return _form(operator, platform, named)(x, state, reset)
+        return _form(operator, name, named)(x, state, reset)
 
     return checked
 
 
 @lru_cache
-def _form(operator: str, platform: str, named: bool) -> Form:
+def _form(operator: str, name: str, named: bool) -> Form:
     from rwkv_jax.wkv.pallas.table import FORMS, KERNELS
 
-    return FORMS[operator](KERNELS[operator, platform], named)
+    return FORMS[operator](KERNELS[operator, name], named)
+
+
+def _platform(name: str) -> str:
+    return "cuda" if name == "mosaic_gpu" else name
 
 
 def select(operator: str, x: Any, state: Any) -> Form | None:
@@ -74,7 +78,7 @@ def select(operator: str, x: Any, state: Any) -> Form | None:
     does not take it, the log says why in one line.
     """
     platform = accelerator()
-    if platform not in _BACKENDS:
+    if platform not in ("cuda", "tpu"):
         return None
     reason = (
         unsupported_reason(operator, platform, x, state)
@@ -93,9 +97,9 @@ def needs_shard_map(implementation: str | None) -> bool:
     return implementation == "pallas_tpu" or (implementation is None and accelerator() == "tpu")
 
 
-def unsupported_reason(operator: str, platform: str, x: Any, state: Any) -> str | None:
+def unsupported_reason(operator: str, name: str, x: Any, state: Any) -> str | None:
     """Why the kernel cannot run here, or not on these inputs."""
-    mesh = jax.sharding.get_abstract_mesh()
+    platform, mesh = _platform(name), jax.sharding.get_abstract_mesh()
     if platform == "tpu" and (axes := auto_axes(mesh)):
         return (
             f"automatic mesh axes ({', '.join(axes)}) on TPUs, where XLA cannot partition it; make"
@@ -107,11 +111,11 @@ def unsupported_reason(operator: str, platform: str, x: Any, state: Any) -> str 
         return reason
     if any(z.dtype == jnp.float64 for z in jax.tree.leaves(state)):  # as any input makes it
         return "float64"
-    if reason := _missing(platform):
+    if reason := _missing(name):
         return reason
     from rwkv_jax.wkv.pallas.table import KERNELS
 
-    return KERNELS[operator, platform].driver.unsupported(x)
+    return KERNELS[operator, name].driver.unsupported(x)
 
 
 def _no_mesh(platform: str | None) -> str | None:

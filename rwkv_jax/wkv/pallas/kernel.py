@@ -91,6 +91,7 @@ class Driver(NamedTuple):
     pack         (states that enter the chunks [chunks, *state], x) -> `Outputs.entering`
     unpack       the inverse of `pack`, in float32
     unsupported  x -> why there is no kernel for these inputs; None if there is one
+    on_host      whether it is interpreted by callbacks to the host, which XLA does not partition
     """
 
     platform: str
@@ -100,6 +101,7 @@ class Driver(NamedTuple):
     pack: Callable[[Any, Any], Any]
     unpack: Callable[[Any, Any], Any]
     unsupported: Callable[[Any], str | None]
+    on_host: bool = False
 
 
 class Passes(NamedTuple):
@@ -140,7 +142,7 @@ def _forward(
         return kernel.driver.run(kernel, "forward", inputs, outputs, interpret)
 
     like = Outputs(x.v, state, _entering(kernel, inputs) if keep else None)
-    out = _partitioned(kernel, "forward", run, inputs, like)
+    out = _partitioned(kernel, "forward", run, inputs, like, interpret)
     return ((out.y, out.after), out.entering) if keep else (out.y, out.after)
 
 
@@ -155,12 +157,14 @@ def _backward(kernel: Kernel, interpret: bool, args: Any, entering: Any, cotange
         outputs = Gradients(dx, *jax.tree.map(_float32, (inputs.shared, inputs.dstate)))
         return kernel.driver.run(kernel, "backward", inputs, outputs, interpret)
 
-    out = _partitioned(kernel, "backward", run, inputs, Gradients(x, shared, state))
+    out = _partitioned(kernel, "backward", run, inputs, Gradients(x, shared, state), interpret)
     dshared = jax.tree.map(lambda z, u: jnp.sum(z, 0).astype(u.dtype), out.shared, shared)
     return out.x, dshared, out.state, None
 
 
-def _partitioned(kernel: Kernel, name: str, run: Callable, inputs: Any, outputs: Any) -> Any:
+def _partitioned(
+    kernel: Kernel, name: str, run: Callable, inputs: Any, outputs: Any, interpret: bool
+) -> Any:
     driver, n = kernel.driver, inputs.x.v.shape[-1]
     letters, out_letters = driver.letters[name]
     return partitioned(
@@ -169,7 +173,7 @@ def _partitioned(kernel: Kernel, name: str, run: Callable, inputs: Any, outputs:
         letters,
         jax.tree.broadcast(letters_of(outputs, out_letters), outputs),
         lambda h: driver.multiple(h, n),
-        platform=driver.platform,
+        platform="host" if interpret and driver.on_host else driver.platform,
     )
 
 

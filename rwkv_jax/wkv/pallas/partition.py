@@ -48,7 +48,7 @@ def partitioned(
         return tuple(jax.tree.leaves(call(tree.unflatten(arrays))))
 
     whole = _in_multiples(flat, operands, results, multiple)
-    sharded = whole if platform == "tpu" else _sharded(whole, operands, results)
+    sharded = _sharded(whole, operands, results) if platform == "cuda" else whole
 
     @custom_vmap
     def run(*arrays: Array) -> tuple[Array, ...]:

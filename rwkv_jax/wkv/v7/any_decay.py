@@ -18,9 +18,10 @@ from rwkv_jax.wkv.v7 import recurrence
 from rwkv_jax.wkv.v7.chunked import CHUNK
 from rwkv_jax.wkv.v7.recurrence import Inputs
 
-STRONGEST = -2.0
-"""The least log decay of a token that chunks of 64 tokens can compute: their factors are up to
-e^64, and of the products of these only those that are at most 1 count."""
+STRONGEST = -1.0
+"""The least log decay of a token that all forms in chunks, of up to 64 tokens, can compute: their
+factors are up to e^32, and the products of these, of which only those that are at most 1 count, up
+to e^64. The model's own are above -0.61."""
 
 
 def for_any_decay(form: Form) -> Form:

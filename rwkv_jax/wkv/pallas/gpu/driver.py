@@ -31,7 +31,7 @@ from rwkv_jax.wkv.pallas.kernel import (
 from rwkv_jax.wkv.pallas.launch import Axis, launch
 
 WARPS = 8
-"""With 4, more registers are spilled (`python -m benchmarks.kernels`)."""
+"""With 4, more registers are spilled (`python -m benchmarks.schedule`)."""
 TF32_THRICE = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 """Relative error about 2^-22, on tensor cores."""
 LARGE = ("H100", "H200", "GH200", "B200", "GB200")
