@@ -65,10 +65,12 @@ def counts(gpu: Gpu, folder: Path, kernel: str) -> dict:
 def programs(gpu: Gpu, threads: int, registers: int, shared: int) -> int:
     """How many programs a multiprocessor runs at once."""
     a_warp = -(-registers * 32 // 256) * 256  # allocated in steps of 256
+    most, blocks = (2048, 32) if gpu.minor == 0 else (1536, 24)
     return min(
+        blocks,
+        most // threads,
         65536 // (a_warp * threads // 32),
         gpu.core // (shared + 1024),  # the system takes 1 KiB of each
-        (2048 if gpu.minor == 0 else 1536) // threads,
     )
 
 

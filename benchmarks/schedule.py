@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def compilers() -> dict[str, str]:
-    assembler = sass.run("ptxas", "--version").stdout.split()[-1]
+    assembler = sass.run("ptxas", "--version").stdout.split(" V")[1].split()[0]
     names = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvdisasm")
     return {**versions(*names), "ptxas": assembler}
 
