@@ -27,14 +27,13 @@ IMPLEMENTATIONS = ("scan", "chunked", "associative")
 """The names that `implementation=` takes on any device."""
 KERNELS = ("pallas_gpu", "pallas_tpu")
 """The names that it takes on one kind of device; interpreted on a CPU."""
-
-with contextlib.suppress(ValueError):  # the module is reloaded, and the name is taken
-    export.register_namedtuple_serialization(Wkv4State, serialized_name="rwkv_jax.wkv.Wkv4State")
-
 HOPPER = "mosaic_gpu"
 """The same, of `wkv7` only, and never the default: no device has run it yet."""
 _KERNELS = {"pallas_gpu": "cuda", "pallas_tpu": "tpu", HOPPER: HOPPER}
 """Their names in `pallas.table`."""
+
+with contextlib.suppress(ValueError):  # the module is reloaded, and the name is taken
+    export.register_namedtuple_serialization(Wkv4State, serialized_name="rwkv_jax.wkv.Wkv4State")
 
 
 class Operator(NamedTuple):

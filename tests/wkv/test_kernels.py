@@ -122,7 +122,7 @@ def test_against_float64(version, name, dtype, length):
     assert not wrong, f"{len(wrong)} arrays, {shape}:\n" + "\n".join(wrong[:20])
 
 
-@one_of_each
+@pairs(*QUICK, ("6", "pallas_tpu"))
 def test_odd_numbers_of_heads_and_wide_values(version, name):
     """Three heads where two share a tile; values twice as wide as keys; one row."""
     shape = cases.Shape(1, 21, 3, 64)
@@ -355,36 +355,79 @@ assert not any(name.startswith("rwkv_jax.wkv.pallas.table") for name in sys.modu
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@every_kernel
-@pytest.mark.parametrize("version", DISTINCT, ids=lambda version: version.name)
-def test_a_kernel_that_the_compiler_refuses_falls_back_to_xla(version, name, caplog, monkeypatch):
-    """The compiler of this process' devices is asked with one chunk, once for each kind of inputs,
-    and with the kernel itself."""
-    pallas.warn_once.cache_clear()
-    pallas._trial.cache_clear()
+def asking(monkeypatch, name, answer):
+    """Has the compiler of this process' devices asked, as on an accelerator; what it was asked for:
+    the numbers of kernels."""
     platform, _, custom_call = DEVICES[name]
-    monkeypatch.setattr(pallas, "is_here", lambda platform: True)
     asked = []
 
-    def compiler(run, *shapes):
-        with on(name):
-            text = jax.jit(run).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+    def compiler(traced):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
         asked.append(text.count(f"custom_call @{custom_call}("))
-        if refusing:
-            raise RuntimeError("failed to legalize operation\nand more")
+        answer()
 
-    monkeypatch.setattr(pallas, "compile_here", compiler)
-    inputs, state, reset = problem(version, cases.Shape(2, 37, 2, 64))
-    for refusing in (False, True):
-        pallas._trial.cache_clear()
-        with caplog.at_level(logging.WARNING, "rwkv_jax"):
-            for _ in range(2):
-                found = lowered(name, partial(call, version, None, reset), inputs, state)
-                assert found == (0 if refusing else 1)
+    pallas.warn_once.cache_clear()
     pallas._trial.cache_clear()
-    assert asked == [2, 2]  # a forward and a backward kernel
+    monkeypatch.setattr(pallas, "is_here", lambda platform: True)
+    monkeypatch.setattr(pallas, "compile_here", compiler)
+    return asked
+
+
+def refusing():
+    raise RuntimeError("failed to legalize operation\nand more")
+
+
+@every_kernel
+@pytest.mark.parametrize("version", DISTINCT, ids=lambda version: version.name)
+def test_the_compiler_is_asked_for_the_kernel(version, name, monkeypatch):
+    """Once for each kind of program; wide values, padding and a learnt state are none."""
+    asked = asking(monkeypatch, name, lambda: None)
+    inputs, state, reset = problem(version, cases.Shape(2, 37, 2, 64))
+
+    def kernels(inputs, state=None, **options):
+        return lowered(name, lambda x, s: version.operator(**x, state=s, **options), inputs, state)
+
+    assert [kernels(inputs, state, reset=reset) for _ in range(2)] == [1, 1]
+    assert kernels(inputs, state, lengths=jnp.array([3, 37])) == 1
+    assert asked == [2]  # a forward and a backward kernel
+    if version.name == "4":
+        return
+    wide = inputs | {"v": jnp.concatenate([inputs["v"]] * 2, -1)}
+    assert kernels(wide) == 2
+    if version.name == "6":
+        assert kernels(inputs, initial=state[0], reset=reset) == 1
+    assert asked == [2]
+    one = {k: x[:, :1] if x.ndim > 2 else x for k, x in inputs.items()}
+    assert kernels(one, state) == 1
+    assert asked == [2, 1]
+
+
+@every_kernel
+def test_a_kernel_that_the_compiler_refuses_falls_back_to_xla(name, caplog, monkeypatch):
+    asked = asking(monkeypatch, name, refusing)
+    inputs, state, reset = problem(VERSIONS["7"], cases.Shape(2, 37, 2, 64))
+    run = partial(call, VERSIONS["7"], None, reset)
+    with caplog.at_level(logging.WARNING, "rwkv_jax"):
+        assert [lowered(name, run, inputs, state) for _ in range(2)] == [0, 0]
+    assert asked == [2]
     (said,) = caplog.records
     assert "refuses it (RuntimeError: failed to legalize operation); XLA's" in said.getMessage()
+
+
+def test_processes_do_not_fall_back_on_their_own(monkeypatch):
+    asking(monkeypatch, "pallas_gpu", refusing)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    inputs, state, reset = problem(VERSIONS["7"], cases.Shape(2, 37, 2, 64))
+    with pytest.raises(RuntimeError, match=r"refuses it .*'chunked' \(train.wkv\)"):
+        lowered("pallas_gpu", partial(call, VERSIONS["7"], None, reset), inputs, state)
+
+
+@pytest.mark.parametrize("version", DISTINCT, ids=lambda version: version.name)
+def test_tpus_have_no_kernel_for_float16(version):
+    """Mosaic casts none, which interpretation would hide."""
+    inputs, state, reset = problem(version, dtype="float16")
+    with pytest.raises(ValueError, match=r"no kernel for float16 \(bfloat16, float32 are"):
+        call(version, "pallas_tpu", reset, inputs, state)
 
 
 @every_kernel

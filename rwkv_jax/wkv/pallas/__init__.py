@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rwkv_jax.typing import Callable
 from rwkv_jax.wkv.device import accelerator, device_kind, is_here, too_old
 from rwkv_jax.wkv.form import Form
 from rwkv_jax.wkv.pallas.partition import auto_axes
@@ -111,7 +110,8 @@ def unsupported_reason(operator: str, name: str, x: Any, state: Any) -> str | No
         return reason
     if any(z.dtype == jnp.float64 for z in jax.tree.leaves(state)):  # as any input makes it
         return "float64"
-    if reason := _missing(name):
+    # One token runs by the kernel of its platform.
+    if reason := _missing(name) or (_missing(platform) if x.k.shape[1] == 1 else None):
         return reason
     from rwkv_jax.wkv.pallas.table import KERNELS
 
@@ -126,47 +126,59 @@ def _no_mesh(platform: str | None) -> str | None:
 
 
 def _refused(operator: str, platform: str, x: Any, state: Any) -> str | None:
-    """Why the compiler of this process' devices refuses the kernel. It is asked once for each kind
-    of inputs, with one chunk, which takes seconds."""
+    """Why the compiler of this process' devices refuses the kernel.
+
+    It is asked for a single program of the kernel's grid, whose code is the whole kernel's, with
+    its gradient, and with documents; once for each of them. That takes seconds.
+    """
     if not is_here(platform):
         return None
     from rwkv_jax.wkv.pallas.table import KERNELS
 
-    kernel, n = KERNELS[operator, platform], x.v.shape[-1]
-    h = kernel.driver.multiple(1, n)
-    x = x._replace(initial=None) if operator == "wkv6" else x
-    tokens = {4: (1, kernel.size, h, n), 3: (1, kernel.size, h), 2: (h, n), 1: (h,)}
-    states = {4: (1, h, n, n), 2: (1, h)}
+    kernel, (t, n) = KERNELS[operator, platform], (x.k.shape[1], x.k.shape[-1])
+    single = t == 1 and operator != "wkv4"
+    b, t, h = (1, 1, x.k.shape[2]) if single else kernel.driver.program(x, kernel.size)
+    tokens = {4: (b, t, h, n), 3: (b, t, h), 2: (h, n), 1: (h,)}
+    states = {4: (b, h, n, n), 2: (b, h)}
 
     def small(shapes: dict[int, tuple[int, ...]], z: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shapes[z.ndim], z.dtype)
 
+    # These do not change the kernel.
+    x = x._replace(**{name: None for name in ("initial", "mask") if name in x._fields})
     x, state = jax.tree.map(partial(small, tokens), x), jax.tree.map(partial(small, states), state)
-    return _trial(operator, platform, x, state)
+    reason = _trial(operator, platform, x, state, single)
+    if reason is not None and jax.process_count() > 1:
+        # The others may have been told otherwise, and would wait for this one for ever.
+        raise RuntimeError(f"{operator}: {reason}; give implementation='chunked' (train.wkv)")
+    return reason
 
 
 @lru_cache
-def _trial(operator: str, platform: str, x: Any, state: Any) -> str | None:
+def _trial(operator: str, platform: str, x: Any, state: Any, single: bool) -> str | None:
     run = _form(operator, platform, False)
     reset = jax.ShapeDtypeStruct(x.v.shape[:2], jnp.bool_)
 
     def both(x: Any, state: Any, reset: Any) -> Any:
+        if single:  # its gradient is XLA's
+            return run(x, state, reset)
         out, pull_back = jax.vjp(lambda x, state: run(x, state, reset), x, state)
         return pull_back(out)
 
-    try:
-        # In a thread of its own, which traces nothing and has no mesh in context.
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(compile_here, both, x, state, reset).result()
-    except Exception as error:  # compilers raise any
-        message = (str(error).splitlines() or [""])[0]
-        return f"{device_kind()}, whose compiler refuses it ({type(error).__name__}: {message})"
+    # In a thread of its own, which traces nothing and has no mesh in context.
+    with ThreadPoolExecutor(1) as thread:
+        traced = thread.submit(jax.jit(both).trace, x, state, reset).result()
+        try:
+            thread.submit(compile_here, traced).result()
+        except Exception as error:  # compilers raise any
+            message = (str(error).splitlines() or [""])[0]
+            return f"{device_kind()}, whose compiler refuses it ({type(error).__name__}: {message})"
     return None
 
 
-def compile_here(run: Callable[..., Any], *shapes: Any) -> None:
+def compile_here(traced: Any) -> None:
     """Compiles a program for this process' default device."""
-    jax.jit(run).lower(*shapes).compile()
+    traced.lower().compile()
 
 
 @lru_cache

@@ -17,9 +17,16 @@ SIZES = (16, 32, 64, 128)
 minutes to compile."""
 
 
+def unsupported_dtype(x: Any, *names: str) -> str | None:
+    """The reason why there is no kernel for inputs of these dtypes, if it takes those named."""
+    if odd := sorted({z.dtype.name for z in jax.tree.leaves(x)} - {*names, "bool"}):
+        return f"{odd[0]} ({', '.join(names)} are supported)"
+    return None
+
+
 def unsupported(x: Any) -> str | None:
     """The reason why no platform has a kernel for inputs `x`; None if there may be one."""
-    n, v = x.r.shape[-1], x.v.shape[-1]
+    n, v = x.k.shape[-1], x.v.shape[-1]
     if v % n:
         return f"values of {v} channels a head for keys of {n}"
     return None if n in SIZES else f"heads of {n} channels (16, 32, 64 and 128 are supported)"

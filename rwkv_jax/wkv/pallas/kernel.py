@@ -91,6 +91,8 @@ class Driver(NamedTuple):
     pack         (states that enter the chunks [chunks, *state], x) -> `Outputs.entering`
     unpack       the inverse of `pack`, in float32
     unsupported  x -> why there is no kernel for these inputs; None if there is one
+    program      (x, tokens a chunk) -> the rows, tokens and heads (or channels) of inputs that a
+                 single program of the grid computes (of each core, where several share it)
     on_host      whether it is interpreted by callbacks to the host, which XLA does not partition
     """
 
@@ -101,6 +103,7 @@ class Driver(NamedTuple):
     pack: Callable[[Any, Any], Any]
     unpack: Callable[[Any, Any], Any]
     unsupported: Callable[[Any], str | None]
+    program: Callable[[Any, int], tuple[int, int, int]]
     on_host: bool = False
 
 

@@ -18,6 +18,7 @@ KERNELS = {
     ("wkv6", "tpu"): Kernel(tpu_v6.ALGEBRA, tpu_v6.DRIVER, size=SIZE),
     ("wkv7", "cuda"): Kernel(gpu_v7.ALGEBRA, triton.DRIVER, size=16),
     ("wkv7", "tpu"): Kernel(tpu_v7.ALGEBRA, tpu_v7.DRIVER, size=SIZE),
+    # Of the algebra it needs only where documents start.
     ("wkv7", "mosaic_gpu"): Kernel(gpu_v7.ALGEBRA, hopper.DRIVER, size=hopper.CHUNK),
 }
 """By operator, and platform in XLA's words, or the name of one that is not the default yet."""

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from rwkv_jax.typing import Array, Bool, Float, Int
 from rwkv_jax.wkv.form import Form, Starts, in_compute_dtype
 from rwkv_jax.wkv.pallas.gpu import driver as gpu
+from rwkv_jax.wkv.pallas.heads import unsupported_dtype
 from rwkv_jax.wkv.pallas.kernel import (
     Algebra,
     Backward,
@@ -266,8 +267,26 @@ def _identity(entering: Wkv4State, x: Any) -> Wkv4State:
     return entering
 
 
-GPU = Driver("cuda", LETTERS, _run_gpu, lambda h, n: 32, _identity, _identity, lambda x: None)
-TPU = Driver("tpu", LETTERS, _run_tpu, lambda h, n: LANES, _identity, _identity, lambda x: None)
+GPU = Driver(
+    "cuda",
+    LETTERS,
+    _run_gpu,
+    lambda h, n: 32,
+    _identity,
+    _identity,
+    lambda x: unsupported_dtype(x, "bfloat16", "float16", "float32"),
+    lambda x, size: (1, size, x.k.shape[2]),
+)
+TPU = Driver(
+    "tpu",
+    LETTERS,
+    _run_tpu,
+    lambda h, n: LANES,
+    _identity,
+    _identity,
+    lambda x: unsupported_dtype(x, "bfloat16", "float32"),
+    lambda x, size: (1, size, x.k.shape[2]),
+)
 
 
 def form(kernel: Kernel, named: bool) -> Form:

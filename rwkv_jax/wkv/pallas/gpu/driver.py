@@ -41,7 +41,8 @@ LETTERS = pass_letters(tokens="bthn", shared="bhn", state="bhvk", entering="cbhv
 
 
 def unsupported(x: Any) -> str | None:
-    if reason := heads.unsupported(x):
+    dtypes = heads.unsupported_dtype(x, "bfloat16", "float16", "float32")
+    if reason := dtypes or heads.unsupported(x):
         return reason
     kind = device_kind()
     small = "NVIDIA" in kind and not any(name in kind for name in LARGE)
@@ -142,4 +143,8 @@ def unpack(entering: Array, x: Any) -> Array:
     return entering.astype(jnp.float32)
 
 
-DRIVER = Driver("cuda", LETTERS, run, lambda h, n: 1, pack, unpack, unsupported)
+def program(x: Any, size: int) -> tuple[int, int, int]:
+    return 1, size, 1
+
+
+DRIVER = Driver("cuda", LETTERS, run, lambda h, n: 1, pack, unpack, unsupported, program)

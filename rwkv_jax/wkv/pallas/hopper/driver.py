@@ -59,5 +59,11 @@ def unpack(entering: Array, x: Any) -> Array:
     return entering.astype(jnp.float32)
 
 
+def program(x: Any, size: int) -> tuple[int, int, int]:
+    return 1, size, 1
+
+
 LETTERS = pass_letters(tokens="bthn", shared="bhn", state="bhvk", entering="cbhvk", starts="bcs")
-DRIVER = Driver("cuda", LETTERS, run, lambda h, n: 1, pack, unpack, unsupported, on_host=True)
+DRIVER = Driver(
+    "cuda", LETTERS, run, lambda h, n: 1, pack, unpack, unsupported, program, on_host=True
+)

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 
 from rwkv_jax.typing import Array, Callable, Float
 from rwkv_jax.wkv.device import device_kind
-from rwkv_jax.wkv.pallas.heads import kept_dtype, unsupported
+from rwkv_jax.wkv.pallas.heads import kept_dtype, unsupported, unsupported_dtype
 from rwkv_jax.wkv.pallas.kernel import Backward, Driver, Kernel, letters_of, pass_letters
 from rwkv_jax.wkv.pallas.launch import Axis, launch, map_letters
 from rwkv_jax.wkv.pallas.tpu.lanes import LANES, Documents, Tile
@@ -72,21 +72,39 @@ def program(rows: int, tiles: int, times: int, limit: int, cores: int) -> Progra
 
 def limits(x: Any, interpret: bool) -> tuple[int, int]:
     """How many chunks a program may have, and how many cores share the programs."""
-    kind, limit = device_kind(), CHAINS[x.v.dtype.itemsize]
+    kind = device_kind()
+    limit = CHAINS[max(z.dtype.itemsize for z in (x.r, x.k, x.v))]
     if kind == "TPU v4":  # has 16 MiB of VMEM
         limit //= 2
     # XLA for CPUs takes minutes to compile more.
     return 2 if interpret else limit, 2 if kind in ("TPU v4", "TPU v5", "TPU v5p") else 1
 
 
+def chunks_of(x: Any, size: int, interpret: bool) -> tuple[Program, int]:
+    """What a program computes of the inputs, and how many cores share the programs."""
+    b, t, h, n = x.k.shape
+    limit, cores = limits(x, interpret)
+    return program(b, -(-h // heads_a_tile(n)), -(-t // size), limit, cores), cores
+
+
+def of_one_program(x: Any, size: int) -> tuple[int, int, int]:
+    of, cores = chunks_of(x, size, False)
+    return of.rows * cores, of.times * size, of.tiles * heads_a_tile(x.k.shape[-1])
+
+
+def unsupported_here(x: Any) -> str | None:
+    # Mosaic casts no float16.
+    return unsupported_dtype(x, "bfloat16", "float32") or unsupported(x)
+
+
 def run(
     letters: dict[str, tuple], kernel: Kernel, name: str, inputs: Any, outputs: Any, interpret: bool
 ) -> Any:
     """A pass (`Driver.run`), of heads that fill whole tiles."""
-    b, t, h, n = inputs.x.v.shape
+    n = inputs.x.v.shape[-1]
     heads = heads_a_tile(n)
     tile = Tile(kernel.size, heads, heads * n, operand_dtype(inputs.x))
-    of = program(b, h // heads, t // kernel.size, *limits(inputs.x, interpret))
+    of, _ = chunks_of(inputs.x, kernel.size, interpret)
     fold = partial(map_letters, partial(_fold, tile))
     in_letters, out_letters = letters[name][0], letters_of(outputs, letters[name][1])
     folded = jax.tree.map(_FOLDED.get, (in_letters, out_letters))
@@ -220,5 +238,6 @@ def driver(entering: Any = "cbvm", pack: Callable = pack, unpack: Callable = unp
         lambda h, n: heads_a_tile(n),
         pack,
         unpack,
-        unsupported,
+        unsupported_here,
+        of_one_program,
     )
