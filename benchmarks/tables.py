@@ -252,8 +252,9 @@ def schedule_v5e() -> str:
                 *(f"{used[unit]:.0%}" for unit in UNITS),
             ]
         )
-    columns = ["", "cycles", "issued", "HBM", "MXU", "reached", "spills", "VMEM, MiB", "ms"]
-    return table([*columns, *(f"{unit} in use" for unit in UNITS)], rows)
+    columns = ["", "cycles", "issued", "HBM", "MXU", "floor / cycles"]
+    columns += ["spills", "VMEM, MiB", "ms"]
+    return table([*columns, *(f"{unit} used" for unit in UNITS)], rows)
 
 
 UNITS = ["MXU", "XLU", "VALU", "EUP", "VLOAD", "VSTORE"]
@@ -275,18 +276,31 @@ def schedule_few() -> str:
 
 def schedule_h100() -> str:
     """Instructions that a warp executes a chunk on an H100, by kind."""
+    return by_kind([row for row in scheduled() if row["target"] == "H100"])
+
+
+def schedule_hopper() -> str:
+    """The same of version 7's kernel in Mosaic GPU."""
+    return by_kind(results("schedule_hopper")["rows"])
+
+
+def by_kind(kernels: list[dict]) -> str:
     rows = [
         [
             kernel_of(row),
             f"{sum(row['instructions'].values()):,}",
             *(f"{count:,}" for count in row["instructions"].values()),
+            f"{row['registers']}",
+            f"{row['spilled_bytes']:,} B",
             f"{row['shared_bytes'] / 1024:.0f} KiB",
+            f"{row['programs']}",
+            f"{row['issue']:,}",
         ]
-        for row in scheduled()
-        if row["target"] == "H100"
+        for row in kernels
     ]
-    kinds = next(r["instructions"] for r in scheduled() if r["target"] == "H100")
-    return table(["", "instructions", *kinds, "shared memory"], rows)
+    columns = ["", "instructions", *kernels[0]["instructions"]]
+    columns += ["registers", "spilled", "shared memory", "programs", "issue"]
+    return table(columns, rows)
 
 
 def tokenizing() -> str:
@@ -369,6 +383,7 @@ TABLES = {
         schedule_few,
         schedule_gpus,
         schedule_h100,
+        schedule_hopper,
         tokenizing,
         feeding,
         plans,

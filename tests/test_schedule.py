@@ -120,21 +120,43 @@ def test_launch():
         sass.launch(line, "wkv7_backward")
 
 
-def row(cycles, heads=32):
-    case = schedule.Case("pallas_tpu", "7", heads=heads)
-    return {"target": "v5e", "kernel": "wkv7_forward", **case._asdict(), "scheduled": cycles}
+def row(heads=32, target="v5e", **numbers):
+    implementation = "pallas_tpu" if target == "v5e" else "pallas_gpu"
+    case = schedule.Case(implementation, "7", heads=heads)
+    return {"target": target, "kernel": "wkv7_forward", **case._asdict(), **numbers}
 
 
 def test_the_check(monkeypatch, capsys):
-    monkeypatch.setattr(schedule, "versions", lambda name: {name: "1"})
-    results = {"versions": {"ours": {"libtpu": "1"}}, "rows": [row(4.0)]}
-    assert schedule.slower([row(4.1)], results) == []
-    (slow,) = schedule.slower([row(4.2)], results)
+    here = {"jaxlib": "3", "libtpu": "1", "ptxas": "13"}
+    monkeypatch.setattr(schedule, "compilers", lambda: here)
+    gpu = {"issue": 1000, "spilled_bytes": 0}
+    known = [row(scheduled=4.0), row(target="H100", **gpu)]
+    results = {"versions": {"ours": dict(here)}, "rows": known}
+
+    def wrong(*rows):
+        return schedule.slower(list(rows), results)
+
+    assert wrong(row(scheduled=4.1), row(target="H100", **gpu)) == []
+    slow, advice = wrong(row(scheduled=4.2))
     assert slow.startswith("v5e, wkv7_forward, 2 x 1024 x 32 x 64, bfloat16: 4.20 cycles")
-    assert "4.00 in the results" in slow
-    (unknown,) = schedule.slower([row(4.0, heads=2)], results)
-    assert "not in the results" in unknown
+    assert "4.00 in the results" in slow and "makes new results" in advice
+    assert wrong(row(scheduled=3.8))  # the results are not of this code
+    assert "16.00 bytes of spilled" in wrong(row(target="H100", **gpu | {"spilled_bytes": 16}))[0]
+    assert "1,200.00 cycles to begin" in wrong(row(target="H100", **gpu | {"issue": 1200}))[0]
+    assert "not in the results" in wrong(row(heads=2, scheduled=4.0))[0]
 
     results["versions"]["ours"]["libtpu"] = "2"
-    assert schedule.slower([row(9.0)], results) == []
-    assert "not compared: they are of libtpu 2, this is 1" in capsys.readouterr().out
+    assert wrong(row(scheduled=9.0)) == []
+    said = " ".join(capsys.readouterr().out.split())
+    assert "not compared: the results are of jaxlib 3 libtpu 2, this is jaxlib 3 libtpu 1" in said
+    assert wrong(row(target="H100", **gpu | {"issue": 1200}))
+
+
+def test_what_is_missing_is_said_first(monkeypatch, tmp_path):
+    monkeypatch.setattr(schedule, "found", lambda name: name != "nvdisasm")
+    monkeypatch.setattr(schedule.harness, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["schedule", "--check", "--target", "v5e", "H100"])
+    with pytest.raises(SystemExit) as stopped:
+        schedule.main()
+    assert "no nvdisasm" in str(stopped.value) and "pip install -e '.[aot]'" in str(stopped.value)
+    assert "schedule.json to compare with" in str(stopped.value)
