@@ -42,8 +42,10 @@ def counts(gpu: Gpu, folder: Path, kernel: str) -> dict:
     if resources.exists():  # Mosaic GPU's
         threads = int(re.findall(r"\.maxntid (\d+)", code)[0])
         shared = int(re.findall(r"smem_scratch_bytes=(\d+)", resources.read_text())[0])
+        each = 128  # warpgroups have code of their own, all of it inside one loop's bounds
     else:
         threads, shared = launch(_only(folder, "*thunk_sequence.txt"), kernel)
+        each = threads
     target = re.findall(r"\.target (\w+)", code)[0]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         report = run("ptxas", "-v", f"-arch={target}", str(found[0]), "-o", cubin.name).stderr
@@ -57,7 +59,7 @@ def counts(gpu: Gpu, folder: Path, kernel: str) -> dict:
         "shared_bytes": shared,
         "threads": threads,
         "programs": programs(gpu, threads, registers, shared),
-        "issue": len(names) * threads // 128,
+        "issue": len(names) * each // 128,
         "instructions": by_kind(names),
     }
 
