@@ -152,10 +152,10 @@ def kernels(target: str, mesh: Any, case: Case) -> Iterator[dict]:
                 found = sass.counts(GPUS[target], folder, kernel)
             yield {"kernel": kernel, **case._asdict(), "seconds": round(seconds, 1), **found}
     except Exception as error:
-        yield {"kernel": f"wkv{case.version}", **case._asdict(), "error": told(error)}
+        yield {"kernel": f"wkv{case.version}", **case._asdict(), "error": summary(error)}
 
 
-def told(error: Exception) -> str:
+def summary(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -257,4 +257,4 @@ def on_meshes(devices: Any) -> Iterator[dict]:
                 raise ValueError(f"{count} kernels in the program, not {expected}")
             yield {**row, "seconds": round(time.time() - start, 1)}
         except Exception as error:
-            yield {**row, "error": told(error)}
+            yield {**row, "error": summary(error)}

@@ -149,7 +149,7 @@ def _refused(operator: str, platform: str, x: Any, state: Any) -> str | None:
     x, state = jax.tree.map(partial(small, tokens), x), jax.tree.map(partial(small, states), state)
     reason = _trial(operator, platform, x, state, single)
     if reason is not None and jax.process_count() > 1:
-        # The others may have been told otherwise, and would wait for this one for ever.
+        # Another process may have got another answer: their programs would not match, and hang.
         raise RuntimeError(f"{operator}: {reason}; give implementation='chunked' (train.wkv)")
     return reason
 

@@ -6,7 +6,7 @@ from functools import partial
 import jax.numpy as jnp
 from jax import lax
 
-from rwkv_jax.typing import Array, Bool, Float
+from rwkv_jax.typing import Array, Bool, Callable, Float
 from rwkv_jax.wkv.chunks import transpose
 from rwkv_jax.wkv.form import Form, Output, Starts, State, in_compute_dtype
 from rwkv_jax.wkv.pallas import heads, one_token
@@ -18,12 +18,17 @@ from rwkv_jax.wkv.v7 import chunked as v7_chunked
 from rwkv_jax.wkv.v7 import recurrence as v7
 
 
+def _by_chunks(
+    kernel: Kernel, named: bool, forward: Callable, backward: Callable, reference: Callable
+) -> Callable[..., tuple[Output, State]]:
+    xla = heads.xla_passes(kernel, forward, backward)
+    return recurrence(kernel, named, partial(passes, kernel), xla, reference)
+
+
 def wkv6(kernel: Kernel, named: bool) -> Form:
     """The form by the kernel; in programs for a CPU it is interpreted if it was `named`."""
-    platform = kernel.driver.platform
-    xla = heads.xla_passes(kernel, _forward6, _backward6)
-    by_chunks = recurrence(kernel, named, partial(passes, kernel), xla, _reference6)
-    by_token = one_token.recurrence(one_token.WKV6, platform, named)
+    by_chunks = _by_chunks(kernel, named, _forward6, _backward6, _reference6)
+    by_token = one_token.recurrence(one_token.WKV6, kernel.driver.platform, named)
 
     def form(x: v6.Inputs, state: State, reset: Starts) -> tuple[Output, State]:
         if one_token.applies(x):
@@ -84,10 +89,8 @@ def _reference6(x: v6.Tokens, shared: tuple, state: Array, reset: Array | None):
 
 def wkv7(kernel: Kernel, named: bool) -> Form:
     """The form by the kernel; in programs for a CPU it is interpreted if it was `named`."""
-    platform = kernel.driver.platform
-    xla = heads.xla_passes(kernel, _forward7, _backward7)
-    by_chunks = recurrence(kernel, named, partial(passes, kernel), xla, _reference7)
-    by_token = one_token.recurrence(one_token.WKV7, platform, named)
+    by_chunks = _by_chunks(kernel, named, _forward7, _backward7, _reference7)
+    by_token = one_token.recurrence(one_token.WKV7, kernel.driver.platform, named)
 
     def form(x: v7.Inputs, state: State, reset: Starts) -> tuple[Output, State]:
         if one_token.applies(x):

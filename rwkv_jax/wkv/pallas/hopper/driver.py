@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rwkv_jax.typing import Array
 from rwkv_jax.wkv.device import device_kind
 from rwkv_jax.wkv.pallas import heads
-from rwkv_jax.wkv.pallas.kernel import Driver, Kernel, pass_letters
+from rwkv_jax.wkv.pallas.gpu.driver import LETTERS, pack, program, unpack
+from rwkv_jax.wkv.pallas.kernel import Driver, Kernel
 
 CHUNK = 64
 """Tokens of a chunk, and channels of a head."""
@@ -51,19 +51,6 @@ def run(kernel: Kernel, name: str, inputs: Any, outputs: Any, interpret: bool) -
     return out._replace(x=out.x._replace(log_w=out.x.log_w.astype(log_w.dtype)))
 
 
-def pack(entering: Array, x: Any) -> Array:
-    return entering.astype(heads.kept_dtype(x))
-
-
-def unpack(entering: Array, x: Any) -> Array:
-    return entering.astype(jnp.float32)
-
-
-def program(x: Any, size: int) -> tuple[int, int, int]:
-    return 1, size, 1
-
-
-LETTERS = pass_letters(tokens="bthn", shared="bhn", state="bhvk", entering="cbhvk", starts="bcs")
 DRIVER = Driver(
     "cuda", LETTERS, run, lambda h, n: 1, pack, unpack, unsupported, program, on_host=True
 )

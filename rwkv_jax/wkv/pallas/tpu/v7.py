@@ -162,9 +162,8 @@ def solve(
         mine = [z[i * BLOCK : (i + 1) * BLOCK] for z in rhs]
         if i != order[0]:
             mine = each(partial(_substitute, tile, i), a, mine, done)
-        for blocks, u in zip(
-            done, each(partial(_solve_block, tile, i), inverse, mine), strict=True
-        ):
+        solved = each(partial(_solve_block, tile, i), inverse, mine)
+        for blocks, u in zip(done, solved, strict=True):
             blocks[i] = u
     return each(lambda blocks: jnp.concatenate(blocks, 0), done)
 
