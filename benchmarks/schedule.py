@@ -10,14 +10,15 @@ For TPUs (`vliw.py`), in cycles a token and head, or for version 4 a token and 6
 scheduled cycles, the bundles issued in them, the floor of HBM (what a kernel reads and writes, each
 once) and of the matrix units (the rows that they multiply), spilled registers, and the share of
 each unit's slots in use; the VMEM that XLA reserves; milliseconds of the whole case at the clock
-with which the matrix units reach the maker's peak. For GPUs (`sass.py`): registers, spilled bytes,
+with which the matrix units reach the maker's peak; CPU seconds to trace, lower and compile the
+program of both passes. For GPUs (`sass.py`): registers, spilled bytes,
 programs a multiprocessor, and the instructions that a warp executes a chunk. From JAX 0.11 on, an
 H100 has version 7's `mosaic_gpu` too, whose wgmma must not be serialised (ptxas' C7511).
 
 `--check` compares with results/schedule.json, and fails if a kernel takes 3 % more cycles, or on a
 GPU instructions or spills. Another compiler schedules differently: then its targets are not
-compared, and the command says so. `--before` compares
-them with those of another checkout's kernels.
+compared, and the command says so. `--before` shows cycles and seconds of another checkout's kernels
+beside them.
 """
 
 import argparse
@@ -199,7 +200,10 @@ def slower(rows: list[dict], results: dict) -> list[str]:
 
 def show(rows: list[dict], before: list[dict]) -> None:
     """Print the counts; the shares of units, and instructions by kind, are in the results."""
-    old = {name_of(row): f"{row['scheduled']:.2f}" for row in before if "scheduled" in row}
+    compared = ("scheduled", "seconds")
+    old = {
+        name_of(row): [f"{row[x]:.2f}" for x in compared] for row in before if "scheduled" in row
+    }
     lines = []
     for row in rows:
         if "scheduled" not in row:
@@ -207,11 +211,12 @@ def show(rows: list[dict], before: list[dict]) -> None:
         lines.append([name_of(row)])
         lines[-1] += [f"{row[x]:.2f}" for x in ("scheduled", "issued", "hbm", "mxu", "spills")]
         lines[-1] += [f"{row['vmem_bytes'] / 2**20:.1f}", f"{row['milliseconds']:.3f}"]
+        lines[-1].append(f"{row['seconds']:.1f}")
         if before:
-            lines[-1].append(old.get(name_of(row), ""))
+            lines[-1] += old.get(name_of(row), [""] * len(compared))
     if lines:
         columns = ["", "scheduled", "issued", "HBM", "MXU", "spills", "VMEM, MiB", "ms"]
-        columns += ["before"] * bool(before)
+        columns += ["compiling, s", *["before", "before, s"] * bool(before)]
         harness.table("TPUs: cycles a token and head", columns, lines)
     lines = [
         [name_of(row), *(f"{row[x]:,}" for x in ("registers", "spilled_bytes", "shared_bytes"))]
@@ -224,7 +229,7 @@ def show(rows: list[dict], before: list[dict]) -> None:
         harness.table("GPUs: a chunk", columns, lines)
     for row in rows:
         if "mesh" in row and "seconds" in row:
-            harness.console.print(f"{name_of(row)}: compiled in {row['seconds']} s")
+            harness.console.print(f"{name_of(row)}: compiled in {row['seconds']} CPU s")
 
 
 if __name__ == "__main__":
