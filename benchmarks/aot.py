@@ -42,6 +42,7 @@ class Case(NamedTuple):
     heads: int = 32
     size: int = 64
     resets: bool = False
+    level: str = "UNKNOWN"  # `jax_optimization_level`, JAX's default
 
 
 class Call(NamedTuple):
@@ -128,12 +129,16 @@ def answer() -> None:
 
 def kernels(target: str, mesh: Any, case: Case) -> Iterator[dict]:
     """A row for each kernel of a case."""
+    import jax
+
     folder = Path(os.environ[DUMPS])
     for path in folder.iterdir():  # of the case before
         path.unlink()
     wanted = {f"wkv{case.version}_{name}" for name in ("forward", "backward")}
     if case.tokens == 1:
         wanted = {f"wkv{case.version}_step"}
+    jax.config.update("jax_optimization_level", case.level)
+    jax.clear_caches()  # the level is no part of how kernels were traced
     start = time.process_time()
     try:
         calls, program = compile_for(mesh, *program_of(mesh, case))
@@ -174,7 +179,7 @@ def program_of(mesh: Any, case: Case) -> tuple[Callable, tuple]:
     def array(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
-    _, version, dtype, b, t, h, n, resets = case
+    _, version, dtype, b, t, h, n, resets, _ = case
     shape = (b, t, h * n) if version == "4" else (b, t, h, n)
     letters = {"4": "kv", "6": "rkv", "7": "rkvab"}[version]
     x = {letter: array(shape, dtype) for letter in letters}

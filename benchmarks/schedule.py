@@ -42,6 +42,7 @@ QUICK = {
         Case("pallas_tpu", "4", resets=True),
         Case("pallas_tpu", "6", batch=1, heads=12),
         Case("pallas_tpu", "7"),
+        Case("pallas_tpu", "7", level="O3"),
     ],
     "pallas_gpu": [Case("pallas_gpu", version, resets=True) for version in "467"],
 }
@@ -52,6 +53,12 @@ FEW = [
 ]
 """One tile; 0.1B over 4 chips of `tensor`, and one row of it on one; one row of 32 heads. Chunks of
 several rows, or times of a row, are then in flight in place of those of more heads."""
+FAST = [
+    Case("pallas_tpu", version, resets=resets, level="O3")
+    for version in "67"
+    for resets in (False, True)
+]
+"""Compiled for speed, with more chunks side by side."""
 SIZES = [
     Case("pallas_tpu", version, heads=2048 // size, size=size)
     for size in (16, 32, 128)
@@ -66,6 +73,7 @@ def cases(target: str, quick: bool) -> list[Case]:
     if not quick:
         found += [Case(name, v, dtype, resets=resets) for v in "467" for dtype, resets in DTYPES]
         found += [Case(name, v, batch=32, tokens=1) for v in "67"]
+        found += FAST if target in vliw.TPUS else []
         found += FEW + SIZES if target == "v5e" else []
     if target == HOPPER and has_mosaic_gpu():
         found += [Case(MOSAIC_GPU, "7", resets=resets) for resets in (False, True)[quick:]]
@@ -157,6 +165,7 @@ def name_of(row: dict) -> str:
         words.append(f"4 chips, {row['mesh']} axes")
     elif "dtype" in row:
         words += [shape(row), row["dtype"], *["resets"] * row["resets"]]
+        words += [row["level"]] * (row["level"] != "UNKNOWN")
     return ", ".join(words)
 
 

@@ -229,6 +229,7 @@ def scheduled() -> list[dict]:
 
 def kernel_of(row: dict) -> str:
     words = [f"`{row['kernel']}`", row["dtype"], *["resets"] * row["resets"]]
+    words += [row["level"]] * (row["level"] != "UNKNOWN")
     return ", ".join([*words, *["12 heads"] * (row["heads"] == 12)])
 
 
@@ -265,7 +266,8 @@ def schedule_few() -> str:
     cells: dict[tuple, dict[str, str]] = {}
     for row in results("schedule")["rows"]:
         few = row["target"] == "v5e" and "scheduled" in row and row["tokens"] > 1
-        if few and row["version"] != "4" and row["dtype"] == "bfloat16" and not row["resets"]:
+        plain = row.get("dtype") == "bfloat16" and not row["resets"] and row["level"] == "UNKNOWN"
+        if few and row["version"] != "4" and plain:
             key = tuple(row[x] for x in ("batch", "heads", "size"))
             text = f"{row['scheduled']:.1f} ({row['issued']:.1f})"
             cells.setdefault(key, {})[row["kernel"]] = text

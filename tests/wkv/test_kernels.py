@@ -2,6 +2,7 @@
 implementation, and those that only kernels need."""
 
 import logging
+import math
 import subprocess
 import sys
 from functools import partial
@@ -18,6 +19,7 @@ from wkv import accuracy
 from wkv.operators import DISTINCT, VERSIONS, compiled
 
 from benchmarks import sass
+from benchmarks.aot import calls
 from rwkv_jax import testing as cases
 from rwkv_jax.planning.collectives import bytes_moved
 from rwkv_jax.testing import leak_test
@@ -274,8 +276,8 @@ def test_sharded_time(version, name):
     reset = jnp.zeros((1, 64), bool).at[0, 19].set(True)
 
     def run(inputs, state, **options):
-        call_ = partial(call, version, name, reset, **options)
-        y, pull_back = jax.vjp(lambda *x: call_(*x)[0], inputs, state)
+        kernel = partial(call, version, name, reset, **options)
+        y, pull_back = jax.vjp(lambda *x: kernel(*x)[0], inputs, state)
         return y, pull_back(y)
 
     alone = compiler(version)(run)(inputs, state)
@@ -584,7 +586,7 @@ def test_chunks_side_by_side(version, dtype, monkeypatch):
 
     def limited(chunks):
         jax.clear_caches()
-        monkeypatch.setattr(driver, "limits", lambda x, interpret: (chunks, 1))
+        monkeypatch.setattr(driver, "limits", lambda *_: (chunks, 1))
         return both(inputs, state)
 
     alone = limited(1)
@@ -598,6 +600,27 @@ def test_how_many_chunks_a_program_has():
     assert driver.program(1, 1, 17, 16, 1) == (1, 1, 1)  # of which 16 do not divide 17
     assert driver.program(1, 16, 64, 16, 2) == (1, 8, 2)  # a program for each core
     assert driver.program(1, 1, 64, 16, 2) == (1, 1, 16)
+
+
+@pytest.mark.parametrize(
+    "version, level, chunks", [("7", "O2", 8), ("7", "O3", 16), ("6", "O2", 4), ("6", "O3", 16)]
+)
+def test_more_chunks_a_program_if_compiled_for_speed(version, level, chunks):
+    """As many as `JAX_OPTIMIZATION_LEVEL` asks for: the grid of the whole kernel has the rest."""
+    version = VERSIONS[version]
+    inputs, _, reset = problem(version, cases.Shape(1, 128, 64, 64), "bfloat16")
+    before = jax.config.jax_optimization_level
+    jax.config.update("jax_optimization_level", level)
+    jax.clear_caches()
+    try:
+        with on("pallas_tpu"):
+            forward = partial(call, version, "pallas_tpu", reset, state=None)
+            traced = jax.jit(lambda x: forward(inputs=x)[0]).trace(inputs)
+    finally:
+        jax.config.update("jax_optimization_level", before)
+        jax.clear_caches()
+    (kernel,) = dict(calls(traced.jaxpr)).values()
+    assert 32 * 2 // math.prod(kernel.grid) == chunks
 
 
 def test_float16_states_do_not_overflow():

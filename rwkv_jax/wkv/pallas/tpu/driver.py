@@ -70,25 +70,28 @@ def program(rows: int, tiles: int, times: int, limit: int, cores: int) -> Progra
     return Program(rows, tiles, most(times, limit // (tiles * rows)))
 
 
-def limits(x: Any, interpret: bool) -> tuple[int, int]:
-    """How many chunks a program may have, and how many cores share the programs."""
+def limits(x: Any, chains: int, interpret: bool) -> tuple[int, int]:
+    """How many chunks a program may have, and how many cores share the programs: `chains` at most,
+    or as many as pay if JAX is told to compile for speed (`JAX_OPTIMIZATION_LEVEL=O3`)."""
     kind = device_kind()
     limit = CHAINS[max(z.dtype.itemsize for z in (x.r, x.k, x.v))]
     if kind == "TPU v4":  # has 16 MiB of VMEM
         limit //= 2
+    if jax.config.jax_optimization_level != "O3":
+        limit = min(limit, chains)
     # XLA for CPUs takes minutes to compile more.
     return 2 if interpret else limit, 2 if kind in ("TPU v4", "TPU v5", "TPU v5p") else 1
 
 
-def chunks_of(x: Any, size: int, interpret: bool) -> tuple[Program, int]:
+def chunks_of(x: Any, size: int, chains: int, interpret: bool) -> tuple[Program, int]:
     """What a program computes of the inputs, and how many cores share the programs."""
     b, t, h, n = x.k.shape
-    limit, cores = limits(x, interpret)
+    limit, cores = limits(x, chains, interpret)
     return program(b, -(-h // heads_a_tile(n)), -(-t // size), limit, cores), cores
 
 
-def of_one_program(x: Any, size: int) -> tuple[int, int, int]:
-    of, cores = chunks_of(x, size, False)
+def of_one_program(chains: int, x: Any, size: int) -> tuple[int, int, int]:
+    of, cores = chunks_of(x, size, chains, False)
     return of.rows * cores, of.times * size, of.tiles * heads_a_tile(x.k.shape[-1])
 
 
@@ -98,13 +101,19 @@ def unsupported_here(x: Any) -> str | None:
 
 
 def run(
-    letters: dict[str, tuple], kernel: Kernel, name: str, inputs: Any, outputs: Any, interpret: bool
+    letters: dict[str, tuple],
+    chains: int,
+    kernel: Kernel,
+    name: str,
+    inputs: Any,
+    outputs: Any,
+    interpret: bool,
 ) -> Any:
     """A pass (`Driver.run`), of heads that fill whole tiles."""
     n = inputs.x.v.shape[-1]
     heads = heads_a_tile(n)
     tile = Tile(kernel.size, heads, heads * n, operand_dtype(inputs.x))
-    of, _ = chunks_of(inputs.x, kernel.size, interpret)
+    of, _ = chunks_of(inputs.x, kernel.size, chains, interpret)
     fold = partial(map_letters, partial(_fold, tile))
     in_letters, out_letters = letters[name][0], letters_of(outputs, letters[name][1])
     folded = jax.tree.map(_FOLDED.get, (in_letters, out_letters))
@@ -226,18 +235,21 @@ def unpack(entering: Float[Array, "chunks b v hk"], x: Any) -> Float[Array, "chu
     return entering.reshape(*entering.shape[:3], x.v.shape[2], -1).swapaxes(2, 3)
 
 
-def driver(entering: Any = "cbvm", pack: Callable = pack, unpack: Callable = unpack) -> Driver:
-    """The driver of a version, which keeps arrays of the letters `entering`."""
+def driver(
+    chains: int, entering: Any = "cbvm", pack: Callable = pack, unpack: Callable = unpack
+) -> Driver:
+    """The driver of a version, which keeps arrays of the letters `entering`, with so many chunks
+    side by side that they compile soon."""
     letters = pass_letters(
         tokens="bthn", shared="bhn", state="bhvk", entering=entering, starts="bcs"
     )
     return Driver(
         "tpu",
         letters,
-        partial(run, letters),
+        partial(run, letters, chains),
         lambda h, n: heads_a_tile(n),
         pack,
         unpack,
         unsupported_here,
-        of_one_program,
+        partial(of_one_program, chains),
     )

@@ -65,14 +65,24 @@ class Tile(NamedTuple):
         after = rows - start - x.shape[0]
 
         def zeros(rows: int) -> list[Array]:
-            return [jnp.zeros((rows // height, self.width), words.dtype)] if rows > 0 else []
+            return [jnp.zeros((rows // height, self.width), jnp.int32)] if rows > 0 else []
 
-        head, blocks = self._head(words.shape), []
-        for i in range(self.heads):
-            mine = words if self.heads == 1 else jnp.where(head == i, words, 0)
+        blocks = []
+        for mine in self._by_head(words):
             blocks += [*zeros(start), mine, *zeros(after)]
         blocks += zeros(LANES - rows * self.heads)
         return _numbers(jnp.concatenate(blocks, 0), self.dtype)
+
+    def _by_head(self, words: Array) -> list[Array]:
+        """Words with zeros in the lanes of all heads but one, for each."""
+        if self.heads == 1:
+            return [words]
+        # By bits, as selects are several operations to trace and lower.
+        head = self._head(words.shape)
+        if self.heads == 2:
+            second = lax.neg(head)
+            return [words & ~second, words & second]
+        return [words & -(head == i).astype(jnp.int32) for i in range(self.heads)]
 
     def _head(self, shape: tuple[int, ...]) -> Array:
         """The head of each lane."""
@@ -110,9 +120,7 @@ class Tile(NamedTuple):
 
 
 def _words(x: Array) -> Array:
-    """Rows of bfloat16 two by two in a word: a select of bfloat16 would unpack them."""
-    if x.dtype != jnp.bfloat16:
-        return x
+    """As 32-bit integers: rows of bfloat16 two by two."""
     # Imported here: only programs for TPUs, and tests, need it.
     from jax.experimental.pallas import tpu
 
@@ -121,8 +129,6 @@ def _words(x: Array) -> Array:
 
 def _numbers(words: Array, dtype: Any) -> Array:
     """The inverse of `_words`."""
-    if words.dtype == dtype:
-        return words
     from jax.experimental.pallas import tpu
 
     return tpu.bitcast(words, dtype)

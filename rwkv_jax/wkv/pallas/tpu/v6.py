@@ -208,4 +208,4 @@ def backward(tile: Tile, chains: list[Chain], times: int) -> None:
 
 
 ALGEBRA = Algebra("wkv6", forward, backward, heads.segment_counts)
-DRIVER = driver.driver()
+DRIVER = driver.driver(4)

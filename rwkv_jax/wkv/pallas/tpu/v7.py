@@ -341,4 +341,4 @@ def backward(tile: Tile, chains: list[Chain], times: int) -> None:
 
 
 ALGEBRA = Algebra("wkv7", forward, backward, heads.segment_counts)
-DRIVER = driver.driver(Kept("cbvm", "bthn"), pack, unpack)
+DRIVER = driver.driver(8, Kept("cbvm", "bthn"), pack, unpack)
