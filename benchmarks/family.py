@@ -18,7 +18,8 @@ import numpy as np
 from benchmarks import harness
 from benchmarks.worker import versions
 from rwkv_jax import params
-from rwkv_jax.checkpoint.store import load_run, read_config
+from rwkv_jax.checkpoint.store import read_config
+from rwkv_jax.checkpoint.weights import load_run
 from rwkv_jax.models import VERSIONS, specs
 from rwkv_jax.sampling import Generator, Sampling
 from rwkv_jax.sampling.decode import BLOCK

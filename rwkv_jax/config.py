@@ -317,8 +317,8 @@ class TrainConfig(_Table):
     init_moments: bool = False
     """Start from the optimizer's moments of the checkpoint in train.init too, as a branch does."""
     freeze: list[str] = dataclasses.field(default_factory=list)
-    """Official names of parameters that are not trained, with `*` and `?`: "emb.weight",
-    "blocks.*.ln?.*", "blocks.[0-5].*"."""
+    """Official names of parameters that are not trained, or not adapted, with `*` and `?`:
+    "emb.weight", "blocks.*.ln?.*", "blocks.[0-5].*"."""
     seed: Annotated[int, "between 0 and 4294967295"] = 0
     steps: Annotated[int, "0 or more"] = 1000
     """Optimizer steps; the schedule ends at the last one, or at `data.exit_tokens`. 0: until
@@ -391,6 +391,38 @@ class TrainConfig(_Table):
 
 
 @dataclass(frozen=True)
+class TuneConfig(_Table):
+    """What of a model is trained: all of it, or something small beside it (docs/tuning.md)."""
+
+    method: Literal["full", "lora", "state"] = "full"
+    """All parameters (but train.freeze); a low-rank change of matrices; or the state that documents
+    start from (versions 5 to 7). The last two leave the weights in train.init as they are, and a
+    checkpoint holds no copy of them."""
+    targets: list[str] = dataclasses.field(default_factory=lambda: ["att", "ffn"])
+    """Matrices that are changed, by official names without the layer, with `*` and `?`: "att.key",
+    "ffn.*"; "att" and "ffn" are all of a mix."""
+    layers: str = ""
+    """Layers whose matrices are changed, "12:24" for 12 to 23; empty: all."""
+    rank: Annotated[int, "at least 1"] = 16
+    alpha: Annotated[float, "above 0"] = 32.0
+    """The change is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale it by alpha / sqrt(rank) (arXiv:2312.03732)."""
+    lora_plus: Annotated[float, "above 0"] = 1.0
+    """The learning rate of the second matrix over that of the first (arXiv:2402.12354: 16)."""
+    also: list[str] = dataclasses.field(default_factory=list)
+    """Parameters that are trained whole besides, by names as in targets; "ln" is all norms."""
+    base: Literal["stored", "float32", "bfloat16"] = "stored"
+    """The type in which the frozen weights are held: that of the file, or another."""
+
+    def _conflicts(self) -> Iterator[str]:
+        if self.layers and not re.fullmatch(r"-?\d*:-?\d*", self.layers):
+            yield f"tune.layers = {literal(self.layers)}: two numbers with a colon, as 12:24"
+        if self.method == "lora" and not (self.targets or self.also):
+            yield 'tune.targets is empty: there is nothing to train; name some, as "att"'
+
+
+@dataclass(frozen=True)
 class EvalConfig(_Table):
     """What is measured at every evaluation besides the held-out text: name -> source or file."""
 
@@ -450,6 +482,7 @@ class Config(_Table):
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -457,6 +490,8 @@ class Config(_Table):
     def _conflicts(self) -> Iterator[str]:
         if not (self.train.steps or self.data.exit_tokens):
             yield "train.steps = 0 leaves the run's length to data.exit_tokens, which is 0: set one"
+        if self.tune.method == "state" and self.train.carry_state:
+            yield 'tune.method = "state" tunes where documents start: set train.carry_state = false'
         if self.train.carry_state and self.data.sampler != "sequential":
             yield 'train.carry_state = true needs data.sampler = "sequential": rows that continue'
         if self.data.sampler == "magic_prime" and MINI_EPOCH % self.train.batch:

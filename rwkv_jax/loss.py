@@ -4,10 +4,10 @@ The logits of a batch are the largest array of a training step (2,048 tokens x 6
 float32 are 512 MiB), so they never exist at once: head, softmax and their gradients are computed
 for one chunk of time after the other. With a chunk's logits at hand, their gradient is one
 subtraction away. The forward pass therefore saves the gradients of `hidden` and `head` instead of
-logits, and the backward pass only scales them. On two CPU cores at 2,048 tokens and width 512,
-forward and backward took 3.2 s with a vocabulary of 65,536, against 4.9 s when the backward pass
-recomputes the logits (`jax.checkpoint`) and 5.4 s with all logits at once; with a vocabulary of
-4,096, 0.17 s against 0.24 s and 0.40 s.
+logits, and the backward pass only scales them. A head that is not differentiated has none. On two
+CPU cores at 2,048 tokens and width 512, forward and backward took 3.2 s with a vocabulary of
+65,536, against 4.9 s when the backward pass recomputes the logits (`jax.checkpoint`) and 5.4 s with
+all logits at once; with a vocabulary of 4,096, 0.17 s against 0.24 s and 0.40 s.
 
 For a token with logits z, log-partition Z = logsumexp z and largest logit m:
 
@@ -72,8 +72,13 @@ def token_nats(
     *,
     chunk_tokens: int | None = None,
 ) -> Float[Array, "b t"]:
-    """-log p(target) of every token, in nats, for evaluation."""
+    """-log p(target) of every token, in nats. Differentiable in reverse mode, with respect to
+    `hidden` and `head`; the backward pass computes the logits again."""
+    return _nats(hidden, sharding.gather(head), targets, chunk_tokens)
 
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _nats(hidden, head, targets, chunk_tokens):
     def run(hidden, head, targets, tokens, words):
         def chunk(_, inputs):
             hidden, targets = inputs
@@ -82,7 +87,22 @@ def token_nats(
 
         return _over_chunks(chunk, None, head, (hidden, targets), chunk_tokens)[1]
 
-    return _on_shards(run, "bt", hidden, sharding.gather(head), targets)
+    return _on_shards(run, "bt", hidden, head, targets)
+
+
+def _nats_forward(hidden, head, targets, chunk_tokens):
+    frozen, hidden, head, targets = not head.perturbed, hidden.value, head.value, targets.value
+    # A tree without leaves says that the head is frozen: numbers would be traced.
+    return _nats(hidden, head, targets, chunk_tokens), (hidden, head, targets, {} if frozen else ())
+
+
+def _nats_backward(chunk_tokens, saved, d_nats):
+    hidden, head, targets, kind = saved
+    terms = _Terms(1, 0.0, 0.0, chunk_tokens)
+    return *_gradients(terms, hidden, head, targets, d_nats, kind == {})[1:], None
+
+
+_nats.defvjp(_nats_forward, _nats_backward, symbolic_zeros=True)
 
 
 def _over_chunks(chunk, carry, head, arrays, chunk_tokens):
@@ -175,15 +195,22 @@ def _objective(hidden, head, targets, weight, settings):
 
 
 def _objective_forward(hidden, head, targets, weight, settings):
-    outputs = (dict.fromkeys(TERMS, ""), "btc", "cV")
-    run = partial(_with_gradients, settings)
+    arrays = (x.value for x in (hidden, head, targets, weight))
+    sums, d_hidden, d_head = _gradients(settings, *arrays, frozen=not head.perturbed)
+    return _value(sums, settings), (d_hidden, d_head)
+
+
+def _gradients(settings, hidden, head, targets, weight, frozen):
+    """The sums over all tokens, and the gradients of the mean with respect to `hidden` and `head`;
+    None for a head that is frozen."""
+    outputs = (dict.fromkeys(TERMS, ""), "btc", None if frozen else "cV")
+    run = partial(_with_gradients, settings, frozen)
     sums, d_hidden, d_head = _on_shards(run, outputs, hidden, head, targets, weight)
-    return _value(sums, settings), (d_hidden, d_head.astype(head.dtype))
+    return sums, d_hidden, None if frozen else d_head.astype(head.dtype)
 
 
-def _with_gradients(settings, hidden, head, targets, weight, tokens, words):
-    """The sums over all tokens, and the gradients of the mean with respect to `hidden` and
-    `head`."""
+def _with_gradients(settings, frozen, hidden, head, targets, weight, tokens, words):
+    """`_gradients` of one device's tokens and words."""
     total, l2wrap, z_loss, chunk_tokens = settings
     wide = weight.dtype
 
@@ -202,22 +229,23 @@ def _with_gradients(settings, hidden, head, targets, weight, tokens, words):
         d_logits = (d_logits * (weight / total)[..., None]).astype(hidden.dtype)
         d_hidden = jnp.einsum("btV,cV->btc", d_logits, head.astype(hidden.dtype))
         d_hidden = lax.psum(d_hidden, words) if words else d_hidden
-        d_head += jnp.einsum("btc,btV->cV", hidden, d_logits, preferred_element_type=wide)
+        if not frozen:
+            d_head += jnp.einsum("btc,btV->cV", hidden, d_logits, preferred_element_type=wide)
         return (_add_terms(sums, terms, weight), d_head), d_hidden
 
-    carry, arrays = (_no_terms(wide), jnp.zeros(head.shape, wide)), (hidden, targets, weight)
+    d_head = None if frozen else jnp.zeros(head.shape, wide)
+    carry, arrays = (_no_terms(wide), d_head), (hidden, targets, weight)
     carry, d_hidden = _over_chunks(chunk, carry, head, arrays, chunk_tokens)
     sums, d_head = lax.psum(carry, tokens) if tokens else carry
     return sums, d_hidden, d_head
 
 
 def _objective_backward(settings, gradients, cotangents):
-    d_hidden, d_head = gradients
     scale, _ = cotangents
-    return d_hidden * scale.astype(d_hidden.dtype), d_head * scale.astype(d_head.dtype), None, None
+    return *jax.tree.map(lambda x: x * scale.astype(x.dtype), gradients), None, None
 
 
-_objective.defvjp(_objective_forward, _objective_backward)
+_objective.defvjp(_objective_forward, _objective_backward, symbolic_zeros=True)
 
 
 TERMS = ("cross_entropy", "z_loss", "max_logit")

@@ -13,9 +13,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from rwkv_jax import sharding
-from rwkv_jax.containers import container
+from rwkv_jax.containers import container, static
 from rwkv_jax.remat import save_for_backward
-from rwkv_jax.typing import Array, Bool, Callable, Float, Int, Leaf
+from rwkv_jax.typing import Array, Bool, Callable, Float, Int, Leaf, PyTree
 
 LAYER_NORM_EPS = 1e-5
 """Of every layer norm (the default of torch's `nn.LayerNorm`)."""
@@ -29,6 +29,32 @@ class Norm(Generic[Leaf]):
 
     weight: Leaf
     bias: Leaf
+
+
+@container
+class LowRank(Generic[Leaf]):
+    """A change `scale * down @ up` of a linear map (LoRA, arXiv:2106.09685 §4.1)."""
+
+    down: Leaf  # [i, rank]
+    up: Leaf  # [rank, o]
+    scale: float = static()
+
+
+@container
+class Adapted(Generic[Leaf]):
+    """The weight of a linear map with a change beside it, which `linear` adds to the result."""
+
+    weight: Any  # an array, or `Adapted` itself
+    change: LowRank[Leaf]
+
+
+def unadapted(tree: PyTree) -> PyTree:
+    """The tree with the weights that were adapted."""
+
+    def weight(x: Any) -> Any:
+        return weight(x.weight) if isinstance(x, Adapted) else x
+
+    return jax.tree.map(weight, tree, is_leaf=lambda x: isinstance(x, Adapted))
 
 
 def precise(x: Float[Array, "..."], like: Array | None = None) -> Float[Array, "..."]:
@@ -79,19 +105,27 @@ def embed(
     return sharding.mapped(exchange, (layers + "Vk", "bt"), layers + "btc", axes)(table, tokens)
 
 
-def linear(x: Float[Array, "*shape i"], weight: Float[Array, "i o"]) -> Float[Array, "*shape o"]:
+def linear(
+    x: Float[Array, "*shape i"], weight: Float[Array, "i o"] | Adapted
+) -> Float[Array, "*shape o"]:
     """`x @ weight`; weights are stored [in, out].
 
     One matrix product over all tokens: with several token axes, XLA's CPU backend transposes both
     operands of the gradient first, a sixth of a training step. Where time is sharded, batch and
     time do not merge into one axis.
     """
-    weight = weight.astype(x.dtype)
     if any(jax.typeof(x).sharding.spec[1:-1]):
-        return save_for_backward(_product(x, weight))
-    return save_for_backward(
-        _product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)
-    )
+        return save_for_backward(_mapped(x, weight))
+    return save_for_backward(_mapped(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1))
+
+
+def _mapped(x: Float[Array, "*m i"], weight: Float[Array, "i o"] | Adapted) -> Float[Array, "*m o"]:
+    """`x @ weight`, and what a change adds."""
+    if not isinstance(weight, Adapted):
+        return _product(x, weight.astype(x.dtype))
+    change = weight.change
+    hidden = save_for_backward(_product(x, change.down.astype(x.dtype)))
+    return _mapped(x, weight.weight) + _product(hidden * change.scale, change.up.astype(x.dtype))
 
 
 def _product(x: Float[Array, "*m i"], weight: Float[Array, "i o"]) -> Float[Array, "*m o"]:
@@ -105,7 +139,7 @@ def _product(x: Float[Array, "*m i"], weight: Float[Array, "i o"]) -> Float[Arra
 
 @jax.checkpoint
 def squared_relu_linear(
-    x: Float[Array, "*shape f"], weight: Float[Array, "f o"]
+    x: Float[Array, "*shape f"], weight: Float[Array, "f o"] | Adapted
 ) -> Float[Array, "*shape o"]:
     """`relu(x)^2 @ weight`, saving only `x` for the gradient: the widest array of a layer once, not
     three times."""

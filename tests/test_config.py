@@ -101,6 +101,8 @@ def test_every_setting_can_be_read():
         )
         | dict(init_moments=True, freeze=["a", "b*"], epochs=1.5, logger="wandb", keep_best=True)
         | dict(patience=3, evaluations=5),
+        "tune": dict(method="lora", targets=["att.key"], layers="1:2", rank=3, alpha=4.0)
+        | dict(rslora=True, lora_plus=16.0, also=["ln"], base="bfloat16"),
         "eval": dict(texts={"x": "a"}, choices={"y": "b"}, lambada={"z": "c"}),
         "mesh": dict(data=-1, fsdp=2, tensor=3, sequence=4),
         "sample": dict(prompt="p", tokens=1, temperature=0.5, top_p=0.25),

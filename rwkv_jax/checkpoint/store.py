@@ -26,14 +26,15 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from rwkv_jax import disk, models
+from rwkv_jax import disk, models, tuning
 from rwkv_jax.checkpoint import orbax_quirks
 from rwkv_jax.checkpoint.checksums import changed, checksums
 from rwkv_jax.config import Config, ConfigError, ModelConfig
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.errors import UserError
+from rwkv_jax.params import abstract as abstract_of
 from rwkv_jax.toml import load_config
-from rwkv_jax.typing import Array, PyTree
+from rwkv_jax.typing import PyTree
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.toml", "tokenizer", "checkpoints"
 TREES, META = ("params", "rest"), "meta"
@@ -251,9 +252,19 @@ def find_run(path: Path | str) -> Run | None:
     return None
 
 
-def load_run(path: Path | str) -> tuple[models.Model[Array], ModelConfig, Tokenizer]:
-    """The parameters of a run's newest checkpoint, or of the one that is named (`find_run`), its
-    model and its tokenizer.
+class Saved(NamedTuple):
+    """A checkpoint of a run: what it trained, the model's parameters or an adapter; its config and
+    tokenizer; and the fingerprint of the weights that an adapter belongs to."""
+
+    folder: Path
+    params: Any
+    config: Config
+    tokenizer: Tokenizer
+    base: str
+
+
+def load_saved(path: Path | str) -> Saved:
+    """A run's newest checkpoint, or the one that is named (`find_run`).
 
     Raises `UserError` if one of them is missing, damaged, or does not belong to the others.
     """
@@ -272,11 +283,14 @@ def load_run(path: Path | str) -> tuple[models.Model[Array], ModelConfig, Tokeni
             )
         meta = store.meta(step, "model", "tokenizer")
         _check_belongs(folder, cfg, tokenizer, meta)
-        abstract = {"params": models.abstract_params(cfg.model)}
+        specs = models.specs(cfg.model)
+        if cfg.tune.method != "full":
+            specs = tuning.specs(cfg.model, cfg.tune)
+        abstract = {"params": abstract_of(specs)}
         trees = store.restore(abstract, step)
         if damage := changed_tree(trees, meta):
             raise DamagedError(f"{store.path(step)}: {damage}")
-        return trees["params"], cfg.model, tokenizer
+        return Saved(folder, trees["params"], cfg, tokenizer, meta.get("base", ""))
 
 
 def checksums_of(trees: Mapping[str, PyTree]) -> dict[str, list[int]]:

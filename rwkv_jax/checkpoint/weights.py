@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_jax import disk
+from rwkv_jax import disk, tuning
 from rwkv_jax.checkpoint import huggingface, store
 from rwkv_jax.checkpoint.errors import ZERO, WeightsError, escaped, shown
 from rwkv_jax.checkpoint.files import (
@@ -32,12 +32,12 @@ from rwkv_jax.checkpoint.files import (
     replacing,
     writing,
 )
-from rwkv_jax.checkpoint.fingerprint import fingerprint_of
+from rwkv_jax.checkpoint.fingerprint import fingerprint, fingerprint_of
 from rwkv_jax.checkpoint.keymaps import config_of, from_official, in_order, to_official
 from rwkv_jax.checkpoint.pth import write_pth
 from rwkv_jax.checkpoint.safetensors import write_safetensors
 from rwkv_jax.checkpoint.shards import PTH, SAFETENSORS, STANDARD, models_in, read_model
-from rwkv_jax.config import ModelConfig
+from rwkv_jax.config import Config, ModelConfig
 from rwkv_jax.data.tokenizers import (
     HF_FILE,
     WORLD_FILE,
@@ -126,6 +126,21 @@ def load(
         return from_official(weights.tensors, dtype=dtype, sharding=sharding)
 
 
+def load_base(cfg: Config, beside: Path | None = None) -> tuple[Model[Array], ModelConfig]:
+    """The frozen weights of a run that tunes (`tune.method`), in the type that `tune.base` says.
+
+    Raises WeightsError if they are no longer where `train.init` says.
+    """
+    path = Path(cfg.train.init).expanduser()
+    if not path.exists():
+        run = f"{beside}: " if beside else ""
+        raise WeightsError(
+            f"{run}train.init = {cfg.train.init}: the weights that the run tunes are gone from"
+            " there; put them back, or name their new place in the run's config.toml"
+        )
+    return load(path, dtype=None if cfg.tune.base == "stored" else cfg.tune.base)
+
+
 def load_with_tokenizer(
     path: Path | str, tokenizer: str = "", *, dtype: Any = None
 ) -> tuple[Model[Array], ModelConfig, Tokenizer]:
@@ -136,7 +151,7 @@ def load_with_tokenizer(
     """
     path = Path(path).expanduser()
     if not tokenizer and is_run(path):
-        params, cfg, found = store.load_run(path)
+        params, cfg, found = load_run(path)
         if dtype is not None:
             with naming(path):
                 params, cfg = from_official(to_official(params, cfg), dtype=dtype)
@@ -144,6 +159,34 @@ def load_with_tokenizer(
     weights, found = read_with_tokenizer(path, tokenizer)
     with naming(path):
         return *from_official(weights.tensors, dtype=dtype), found
+
+
+def load_run(path: Path | str) -> tuple[Model[Array], ModelConfig, Tokenizer]:
+    """The parameters of a run's newest checkpoint, or of the one that is named, its model and its
+    tokenizer. Where the run tunes, its adapter is merged into the weights in `train.init`.
+
+    Raises `UserError` if one of them is missing, damaged, or does not belong to the others.
+    """
+    saved = store.load_saved(path)
+    if saved.config.tune.method == "full":
+        return saved.params, saved.config.model, saved.tokenizer
+    base, model = load_base(saved.config, saved.folder)
+    if (found := fingerprint(base, model)) != saved.base:
+        raise WeightsError(
+            f"{saved.folder}: tunes other weights ({saved.base}) than train.init ="
+            f" {saved.config.train.init} has now ({found}); put those back"
+        )
+    merged = tuning.merge(base, saved.params)
+    return merged, tuned_config(model, merged), saved.tokenizer
+
+
+def tuned_config(cfg: ModelConfig, params: Model[Array]) -> ModelConfig:
+    """The config of a model's parameters, which may have a state that documents start from."""
+    return (
+        cfg
+        if getattr(params.blocks.att, "time_state", None) is None
+        else replace(cfg, state_tuned=True)
+    )
 
 
 def is_run(path: Path) -> bool:
@@ -349,7 +392,7 @@ def _download(name: str) -> str:
 
 def _read_folder(path: Path) -> Weights:
     if is_run(path):
-        params, cfg, _ = store.load_run(path)
+        params, cfg, _ = load_run(path)
         return Weights(path, "run", to_official(params, cfg))
     config = _config(path / "config.json")
     if not (models := models_in(path)):

@@ -111,6 +111,7 @@ def _expected(cfg: ModelConfig, unstacked: bool) -> Model[jax.ShapeDtypeStruct]:
 def check_params(params: Any, cfg: ModelConfig) -> None:
     """Raises `ValueError` unless these are the parameters of `cfg`'s model, in either layout."""
     checks.check_config(cfg)
+    params = nn.unadapted(params)
     unstacked = isinstance(getattr(params, "blocks", None), tuple)
     checks.check_params(params, _expected(cfg, unstacked), cfg)
 

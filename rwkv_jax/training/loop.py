@@ -47,7 +47,7 @@ from rwkv_jax.training.setup import (
 from rwkv_jax.training.state import TrainState, to_trees
 from rwkv_jax.training.step import Metrics, describe_nonfinite, make_train_step
 from rwkv_jax.training.tracer import Tracer
-from rwkv_jax.training.trainable import trainable
+from rwkv_jax.training.trainable import trained_by
 
 LESS_MEMORY = "lower train.batch or model.width, raise train.accumulate, or set train.remat=block"
 
@@ -95,7 +95,7 @@ def train(
             best = Best()  # the run did not keep it then
         store.marked |= {best.step} & {*store.steps()} if cfg.train.keep_best else set()
         pending = meta.get("owed", not step and bool(cfg.train.init))
-        run = Run(setup, store, report, state, step, pending, best)
+        run = Run(setup, store, report, state, step, pending, best, meta.get("base", ""))
         with contextlib.closing(report):
             report.header(step, change or "")
             with writing(folder), stop_requests() as stop:
@@ -122,6 +122,8 @@ class Run:
     eval_pending: bool
     """An evaluation was due where the run was stopped, or before its first step."""
     best: "Best"
+    base: str = ""
+    """The fingerprint of the weights that an adapter is made for."""
 
     @property
     def exhausted(self) -> bool:
@@ -244,7 +246,7 @@ def _record(run: Run, step: int, metrics: Metrics, votes: Any) -> bool:
 def _diverged(run: Run, step: int, metrics: Metrics) -> str:
     run.store.wait()
     cfg = run.setup.cfg
-    trained = trainable(cfg.model, cfg.train.freeze).take(run.state.params)
+    trained = trained_by(cfg).take(run.state.params)
     saved = "no checkpoint was saved yet"
     if (good := run.store.latest()) is not None:
         saved = f"the last good checkpoint is {run.setup.folder / CHECKPOINTS / str(good)}"
@@ -264,6 +266,7 @@ def _save(run: Run, eval_pending: bool) -> None:
         **run.report.meta(),
         "owed": eval_pending,
         "best": list(dataclasses.astuple(run.best)),
+        "base": run.base,
         "model": dataclasses.asdict(cfg.model),
         "tokenizer": data.tokenizer.identity(),
         "versions": versions(),
@@ -295,10 +298,11 @@ def _evaluate(
     )
     result = None
     with sharding.use_mesh(run.setup.mesh):
+        model = run.state.model
         if data.heldout_bytes:
-            result = bits.evaluate(run.state.params, data, settings, limit=limit, report=progress)
+            result = bits.evaluate(model, data, settings, limit=limit, report=progress)
         texts = {
-            name: bits.evaluate(run.state.params, text, settings)
+            name: bits.evaluate(model, text, settings)
             for name, text in run.setup.sets.texts.items()
         }
     questions = _answers(run, settings)
@@ -314,11 +318,17 @@ def _evaluate(
     return is_best
 
 
+def _merged(run: Run) -> Any:
+    with sharding.use_mesh(run.setup.mesh):
+        return run.state.merged
+
+
 def _answers(run: Run, settings: bits.Settings) -> dict[str, tasks.Result]:
     """The scores on files of questions. A collective; of several processes the first one knows."""
-    sets, params = run.setup.sets.questions, run.state.params
+    sets = run.setup.sets.questions
     if not sets:
         return {}
+    params = _merged(run)
     if run.setup.mesh is not None:
         params = gather_to_host(params)
         if not hosts.is_primary():
@@ -357,7 +367,7 @@ def _finish(run: Run, console: Console) -> None:
         report.curve()
     if setup.cfg.sample.tokens:
         # The parameters alone: decoding makes a copy of them, in place of the moments.
-        params, run.state = run.state.params, None  # pyright: ignore[reportAttributeAccessIssue]
+        params, run.state = _merged(run), None  # pyright: ignore[reportAttributeAccessIssue]
         print_sample(setup, params, console)
     events = ", events" * setup.cfg.train.tensorboard
     report.ticker.line(f"\n{setup.folder}: checkpoints, metrics.jsonl, loss.png{events}")

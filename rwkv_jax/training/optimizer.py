@@ -19,7 +19,7 @@ import optax
 from rwkv_jax import models, sharding
 from rwkv_jax.config import Config, OptimizerConfig
 from rwkv_jax.params import ParamSpec, is_spec
-from rwkv_jax.training.trainable import trainable
+from rwkv_jax.training.trainable import trained_by
 from rwkv_jax.typing import Array, Callable, Float, Int, PyTree
 
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
@@ -34,13 +34,13 @@ class Optimizer(NamedTuple):
 
 
 def optimizer_for(cfg: Config) -> Optimizer:
-    """The optimizer of the trained part of a run's parameters (`trainable`), with its schedule and
+    """The optimizer of the trained part of a run's parameters (`trained_by`), with its schedule and
     its parameter groups."""
     steps = float(cfg.train.steps)
     if cfg.data.exit_tokens:  # the official schedule counts tokens: a step may be cut by its end
         steps = cfg.data.exit_tokens / (cfg.train.batch * cfg.train.context)
     learning_rate = schedule(cfg.optimizer, steps, version=cfg.model.version)
-    trained = trainable(cfg.model, cfg.train.freeze)
+    trained = trained_by(cfg)
     chain = transformation(cfg.optimizer, trained.specs, learning_rate)
     return Optimizer(chain.init, chain.update, learning_rate)
 

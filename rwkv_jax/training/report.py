@@ -32,7 +32,7 @@ from rwkv_jax.training.preview import show_row
 from rwkv_jax.training.setup import Setup
 from rwkv_jax.training.step import Metrics
 from rwkv_jax.training.timer import StepTimer, seconds
-from rwkv_jax.training.trainable import trainable
+from rwkv_jax.training.trainable import trained_by
 from rwkv_jax.typing import PyTree
 
 
@@ -257,13 +257,24 @@ def _rates(cfg: Config) -> str:
     own = cfg.optimizer
     falls = "" if own.schedule == "constant" else f" to {own.final_lr:.3g}"
     frozen = ""
-    if cfg.train.freeze:
-        left = tables.count(trainable(cfg.model, cfg.train.freeze).specs)
-        total = tables.count(models.specs(cfg.model))
+    left, total = tables.count(trained_by(cfg).specs), tables.count(models.specs(cfg.model))
+    if cfg.tune.method != "full":
+        frozen = f"; {tuned(cfg)}: {left:,} numbers beside {total:,} that are frozen"
+    elif cfg.train.freeze:
         frozen = (
             f"; frozen: {', '.join(cfg.train.freeze)} ({total - left:,} of {total:,} parameters)"
         )
     return f"{own.name}, rate {own.peak_lr:.3g}{falls} ({own.schedule}){frozen}"
+
+
+def tuned(cfg: Config) -> str:
+    """What `[tune]` trains, in words."""
+    tune = cfg.tune
+    if tune.method == "state":
+        return "the state that documents start from"
+    words = [f"rank {tune.rank} of {', '.join(tune.targets)}"] if tune.targets else []
+    words += [f"layers {tune.layers}"] if tune.layers else []
+    return " and ".join([", ".join(words), *[", ".join(tune.also)] * bool(tune.also)])
 
 
 def _warmup_problem(cfg: Config) -> str:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from rwkv_jax import sharding
+from rwkv_jax.checkpoint.fingerprint import fingerprint as model_fingerprint
 from rwkv_jax.checkpoint.keymaps import check
 from rwkv_jax.checkpoint.store import (
     CHECKPOINTS,
@@ -30,7 +31,14 @@ from rwkv_jax.checkpoint.store import (
     read_config,
     sweep,
 )
-from rwkv_jax.checkpoint.weights import check_tokenizer, load, naming, read, tokenizer_name
+from rwkv_jax.checkpoint.weights import (
+    check_tokenizer,
+    load,
+    load_base,
+    naming,
+    read,
+    tokenizer_name,
+)
 from rwkv_jax.config import Config, ModelConfig, literal
 from rwkv_jax.data.loader import Batching, Loader, open_loader
 from rwkv_jax.data.sources import Data
@@ -45,6 +53,7 @@ from rwkv_jax.training.state import (
     abstract_train_state,
     from_trees,
     init_train_state,
+    placed,
     to_trees,
 )
 
@@ -85,6 +94,8 @@ def adopt(cfg: Config, stated: Mapping[str, str]) -> Config:
     must be the model's, if that is known. Raises `UserError` for one that differs, and for weights
     that cannot be read.
     """
+    if not cfg.train.init and cfg.tune.method != "full":
+        raise RunError(f'tune.method = "{cfg.tune.method}" tunes a model: name it in train.init')
     if not cfg.train.init:
         return cfg
     folder = Path(cfg.train.output).expanduser()
@@ -276,13 +287,13 @@ def start_or_resume(
     """Step, training state and meta of the newest readable checkpoint, or those of a new run."""
     cfg, step = setup.cfg, store.latest()
     if step is None:
-        given = load(cfg.train.init, dtype=jnp.float32)[0] if cfg.train.init else None
+        given, base = hosts.run_on_all(_given, cfg)
         state = init_train_state(cfg, given, setup.mesh)
         if cfg.train.init_moments:
             wanted = abstract_train_state(cfg, setup.mesh).opt_state
             moments = hosts.run_on_all(load_moments, cfg.train.init, wanted)
             state = dataclasses.replace(state, opt_state=from_the_start(moments))
-        return 0, state, {}
+        return 0, state, {"base": base}
     step, state, meta = _restore(setup, store, step, console)
     if meta["data"] != fingerprint(setup.data):
         raise _SharedRunError(
@@ -299,12 +310,38 @@ def start_or_resume(
     return step, state, meta
 
 
+def _given(cfg: Config, needed: str = "") -> tuple[Any, str]:
+    """The parameters in `train.init`, on the host's default device, or None if it is empty; and,
+    for an adapter, their fingerprint, which must be the one that is `needed`."""
+    if not cfg.train.init:
+        return None, ""
+    if cfg.tune.method == "full":
+        return load(cfg.train.init, dtype=jnp.float32)[0], ""
+    params, model = load_base(cfg)
+    found = model_fingerprint(params, model)
+    if needed and needed != found:
+        raise RunError(
+            f"train.init = {cfg.train.init}: these are other weights ({found}) than the run tunes"
+            f" ({needed}); name those, or choose another train.output"
+        )
+    return params, found
+
+
 def _older_mask(cfg: Config) -> str:
     """How a run resumes whose replies were trained without what ends them."""
     data = cfg.data
     if (data.train_on != "answers" and data.template != "flower") or not data.train_stops:
         return ""
     return " (a run of before December 2026 resumes with data.train_stops=false)"
+
+
+def _with_base(setup: Setup, state: TrainState, meta: dict[str, Any]) -> TrainState:
+    """A state that was restored, with the frozen weights that an adapter belongs to."""
+    cfg = setup.cfg
+    if cfg.tune.method == "full":
+        return state
+    base, _ = hosts.run_on_all(_given, cfg, meta.get("base", ""))
+    return dataclasses.replace(state, base=placed(base, cfg, setup.mesh))
 
 
 def _restore(
@@ -334,7 +371,7 @@ def _restore(
             with sharding.use_mesh(setup.mesh):
                 damage = changed_tree(trees, meta)
             if not damage:
-                return step, from_trees(trees), meta
+                return step, _with_base(setup, from_trees(trees), meta), meta
             damage = f"{store.path(step)}: {damage}"
         before = store.latest(before=step)
         if before is None:

@@ -2,6 +2,7 @@
 then the update."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, NamedTuple
 
@@ -18,7 +19,7 @@ from rwkv_jax.params import path_name
 from rwkv_jax.training.objective import Examples, Objective, objective
 from rwkv_jax.training.optimizer import optimizer_for
 from rwkv_jax.training.state import TrainState
-from rwkv_jax.training.trainable import trainable
+from rwkv_jax.training.trainable import trained_by
 from rwkv_jax.typing import Array, Bool, Callable, Float, Leaf, PyTree
 
 
@@ -51,13 +52,15 @@ def make_train_step(cfg: Config, objective: Objective = objective) -> jax.stages
     `objective` is minimised (`rwkv_jax.training.objective`). Called with a mesh in context
     (`sharding.use_mesh`), and a state and a batch on it, each device computes its shard of both.
     """
-    optimizer, part = optimizer_for(cfg), trainable(cfg.model, cfg.train.freeze)
+    optimizer, part = optimizer_for(cfg), trained_by(cfg)
     loss_fn = partial(objective, model=cfg.model, train=cfg.train)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def loss_of_part(trained: PyTree, *rest: Any) -> Any:
-            return loss_fn(part.put(state.params, trained), *rest)
+            whole = replace(state, params=part.put(state.params, trained), base=base)
+            return loss_fn(whole.model, *rest)
 
+        base, state = state.base, replace(state, base=None)  # which no step changes
         trained = part.take(state.params)
         reported, grads, carried = _gradients(
             loss_of_part, trained, batch, state.carried, cfg.train.accumulate
@@ -72,6 +75,7 @@ def make_train_step(cfg: Config, objective: Objective = objective) -> jax.stages
             carried = jax.tree.map(sharding.reshard_like, carried, state.carried)
             updated = TrainState(state.step + 1, params, opt_state, carried)
             state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+            state = replace(state, base=base)
         lr = optimizer.learning_rate(updated.step - 1)
         return state, Metrics(
             loss=reported.loss,

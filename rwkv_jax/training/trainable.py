@@ -1,11 +1,10 @@
-"""The part of a model's parameters that is trained: all but what `train.freeze` names.
+"""What a run trains: a model's parameters but for what `train.freeze` names, or an adapter.
 
-A frozen parameter has no gradient and no moments. Of a parameter that is frozen in some layers
-only, the others' gradients and moments are kept.
+What is frozen has no gradient and no moments. Of a parameter that is frozen in some layers only,
+the others' gradients and moments are kept.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -14,12 +13,23 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from rwkv_jax import models
+from rwkv_jax import models, tuning
 from rwkv_jax.checkpoint.keymaps import names_of, table
-from rwkv_jax.config import ModelConfig
+from rwkv_jax.config import Config
 from rwkv_jax.params import is_spec
 from rwkv_jax.training.folder import RunError
 from rwkv_jax.typing import PyTree
+
+
+def specs(cfg: Config) -> PyTree:
+    """The table of a run's `TrainState.params`: the model's, or that of its adapter."""
+    if cfg.tune.method == "full":
+        return models.specs(cfg.model)
+    try:
+        tuning.tuned_layers(cfg.model, cfg.tune)
+        return tuning.specs(cfg.model, cfg.tune)
+    except ValueError as error:
+        raise RunError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -44,35 +54,54 @@ class Trainable:
         return tree.unflatten([_with_part(*part) for part in parts])
 
 
-def trainable(model: ModelConfig, freeze: Sequence[str] = ()) -> Trainable:
-    """All parameters but those whose official names match one of the patterns.
+def trained_by(cfg: Config) -> Trainable:
+    """What a run trains: all of its parameters, or of its adapter, but for those whose official
+    names match one of the patterns in `train.freeze`.
 
     Raises `RunError` for a pattern that matches none, and if nothing is left to train.
     """
-    specs = table(model)
-    names = {path: names_of(path, spec) for path, spec in specs.items()}
+    parts, freeze = specs(cfg), cfg.train.freeze
+    leaves, tree = jax.tree.flatten(parts, is_leaf=is_spec)
+    names = _names(cfg, parts)
+    every = [name for some in names for name in some]
     for pattern in freeze:
-        every = [name for some in names.values() for name in some]
         if not any(map(partial(_matches, pattern), every)):
             near = get_close_matches(pattern, every, n=1) or [every[0]]
             raise RunError(
                 f"train.freeze: no parameter matches {pattern!r}; names are like {near[0]}"
                 " (rwkv-jax inspect MODEL --tensors lists them)"
             )
-    chosen, parts = [], []
-    for path, spec in specs.items():
-        left = [
+    chosen, left = [], []
+    for spec, official in zip(leaves, names, strict=True):
+        layers = tuple(
             layer
-            for layer, name in enumerate(names[path])
-            if not any(_matches(pattern, name) for pattern in freeze)
-        ]
-        whole = len(left) == len(names[path])
-        chosen.append(None if whole else tuple(left))
-        parts.append(spec if whole else replace(spec, layers=len(left)) if left else None)
-    if not any(parts):
+            for layer, name in enumerate(official)
+            if name and not any(_matches(pattern, name) for pattern in freeze)
+        )
+        whole = len(layers) == len(official)
+        chosen.append(None if whole else layers)
+        left.append(spec if whole else replace(spec, layers=len(layers)) if layers else None)
+    if not any(left):
         raise RunError(f"train.freeze = {list(freeze)} leaves nothing to train; freeze less")
-    tree = jax.tree.structure(models.specs(model), is_leaf=is_spec)
-    return Trainable(tuple(chosen), tree.unflatten(parts))
+    return Trainable(tuple(chosen), tree.unflatten(left))
+
+
+def _names(cfg: Config, parts: PyTree) -> list[list[str]]:
+    """The official names, one for each layer, of what a table's leaves are, or are a change of;
+    empty for layers that `tune.layers` leaves out."""
+    model, tune = cfg.model, cfg.tune
+    if tune.method == "full":
+        return [names_of(path, spec) for path, spec in table(model).items()]
+    known, layers = table(model), tuning.tuned_layers(model, tune)
+
+    def named(path: str, change: PyTree) -> PyTree:
+        is_low_rank = path in parts.low_rank
+        names = names_of(path, known.get(path) or change)
+        tuned = [x if i in layers or not is_low_rank else "" for i, x in enumerate(names)]
+        return jax.tree.map(lambda _: tuned, change, is_leaf=is_spec)
+
+    found = tuning.mapped(named, parts)
+    return jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, list))
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from rwkv_jax import models
-from rwkv_jax.checkpoint.store import Store, StoreError, load_run, sweep
-from rwkv_jax.checkpoint.weights import load
+from rwkv_jax.checkpoint.store import Store, StoreError, sweep
+from rwkv_jax.checkpoint.weights import load, load_run
 from rwkv_jax.config import Config, ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.errors import UserError

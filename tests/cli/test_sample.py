@@ -14,8 +14,8 @@ import pytest
 from pseudo_terminal import Typist, on_a_terminal
 
 from rwkv_jax import states
-from rwkv_jax.checkpoint.store import Store, load_run
-from rwkv_jax.checkpoint.weights import save
+from rwkv_jax.checkpoint.store import Store
+from rwkv_jax.checkpoint.weights import load_run, save
 from rwkv_jax.cli import sample, terminal
 from rwkv_jax.config import Config
 from rwkv_jax.data.conversations import FLOWER

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from training.runs import config
 
-from rwkv_jax.checkpoint.store import load_run
+from rwkv_jax.checkpoint.weights import load_run
 from rwkv_jax.data.conversations import TEMPLATES
 from rwkv_jax.sampling import Generator, Sampling
 from rwkv_jax.sampling.chat import Conversation, ReplySettings

@@ -8,7 +8,7 @@ import jax
 import pytest
 from rich.console import Console
 
-from rwkv_jax.checkpoint.store import load_run
+from rwkv_jax.checkpoint.weights import load_run
 from rwkv_jax.sampling import Sampling, generate
 from rwkv_jax.toml import load_config
 from rwkv_jax.training.loop import train

@@ -10,8 +10,7 @@ import pytest
 from rich.console import Console
 from training.runs import config, copy, settings
 
-from rwkv_jax.checkpoint.store import load_run
-from rwkv_jax.checkpoint.weights import load
+from rwkv_jax.checkpoint.weights import load, load_run
 from rwkv_jax.data.tokenizers import open_tokenizer
 from rwkv_jax.errors import UserError
 from rwkv_jax.evaluation import bits

@@ -17,7 +17,7 @@ from training.runs import ALIKE, config, copy, settings, train_step
 
 from rwkv_jax.checkpoint import weights
 from rwkv_jax.checkpoint.keymaps import from_official
-from rwkv_jax.checkpoint.store import load_run
+from rwkv_jax.checkpoint.weights import load_run
 from rwkv_jax.data.loader import Loader
 from rwkv_jax.errors import UserError
 from rwkv_jax.sampling import TextChunk

@@ -16,7 +16,7 @@ from rwkv_jax.params import path_name
 from rwkv_jax.training.mesh import make_mesh
 from rwkv_jax.training.state import init_train_state
 from rwkv_jax.training.step import make_train_step
-from rwkv_jax.training.trainable import trainable
+from rwkv_jax.training.trainable import trained_by
 
 MODEL = ModelConfig(version="7", layers=3, width=64, vocab_size=32)
 
@@ -93,7 +93,7 @@ def test_a_frozen_parameter_has_no_gradient():
 
 
 def test_nothing_frozen_is_nothing_done():
-    part, params = trainable(MODEL), models.init_params(MODEL, jax.random.key(0))
+    part, params = trained_by(config()), models.init_params(MODEL, jax.random.key(0))
     assert all(
         x is y for x, y in zip(*map(jax.tree.leaves, (part.take(params), params)), strict=True)
     )
@@ -103,7 +103,8 @@ def test_nothing_frozen_is_nothing_done():
 
 def test_ranges_of_layers_are_numbers():
     model = ModelConfig(version="7", layers=13, width=64, vocab_size=32)
-    part = trainable(model, ["blocks.[2-11].ffn.key.weight"])
+    cfg = dataclasses.replace(config("blocks.[2-11].ffn.key.weight"), model=model)
+    part = trained_by(cfg)
     assert (0, 1, 12) in part.layers
 
 
@@ -117,7 +118,7 @@ def test_ranges_of_layers_are_numbers():
 )
 def test_patterns_that_fit_nothing_or_everything(freeze, message):
     with pytest.raises(UserError, match=message):
-        trainable(MODEL, freeze)
+        trained_by(config(*freeze))
 
 
 def nats(cfg, steps):

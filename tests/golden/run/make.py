@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 
 from rwkv_jax import generate
-from rwkv_jax.checkpoint.store import load_run
+from rwkv_jax.checkpoint.weights import load_run
 from rwkv_jax.config import load_config
 from rwkv_jax.data.loader import Loader
 from rwkv_jax.training.hosts import Interrupted

@@ -77,7 +77,7 @@ def limits(x: Any, chains: int, interpret: bool) -> tuple[int, int]:
     limit = CHAINS[max(z.dtype.itemsize for z in (x.r, x.k, x.v))]
     if kind == "TPU v4":  # has 16 MiB of VMEM
         limit //= 2
-    if jax.config.jax_optimization_level != "O3":
+    if jax.config.jax_optimization_level != "O3":  # pyright: ignore[reportAttributeAccessIssue]
         limit = min(limit, chains)
     # XLA for CPUs takes minutes to compile more.
     return 2 if interpret else limit, 2 if kind in ("TPU v4", "TPU v5", "TPU v5p") else 1

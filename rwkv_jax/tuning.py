@@ -1,0 +1,231 @@
+"""What tuning changes in a model, as a value beside its parameters.
+
+An `Adapter` is a pytree: `jax.grad`, `vmap`, optimizers and meshes treat it as they treat
+parameters. `on(params, adapter)` are parameters that every function of the package takes, and is
+differentiable; `merge` adds the change to the weights for good.
+
+    low_rank   W + scale down up, for matrices of layers (LoRA, arXiv:2106.09685)
+    whole      parameters in place of the model's
+    state      the WKV state that documents start from (state tuning; versions 5 to 7)
+
+Layers are stacked, as in the model: `down` is [layers, in, rank].
+"""
+
+from dataclasses import replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, Generic
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rwkv_jax import models
+from rwkv_jax import params as tables
+from rwkv_jax.config import ModelConfig, TuneConfig
+from rwkv_jax.containers import container
+from rwkv_jax.models import Model
+from rwkv_jax.nn import Adapted, LowRank
+from rwkv_jax.params import ParamSpec, is_spec, path_name, uniform, zeros
+from rwkv_jax.typing import Array, Callable, Leaf, PRNGKeyArray
+
+STATE = "blocks.att.time_state"
+"""The path of the state that documents start from."""
+
+
+@container
+class Adapter(Generic[Leaf]):
+    """A change of a model. Keys are paths of parameters, `blocks.att.key`."""
+
+    low_rank: dict[str, LowRank[Leaf]]
+    whole: dict[str, Leaf]
+    state: Leaf | None = None  # [layers, h, v, k]
+
+
+def specs(cfg: ModelConfig, tune: TuneConfig) -> Adapter[ParamSpec]:
+    """The table of an adapter's arrays: initial values, axes of a mesh, groups of the optimizer.
+
+    `down` starts uniform in +-1 / sqrt(in), as `peft` has it, and `up` at zero, so that the model
+    starts unchanged. Neither decays. Raises `ValueError` for a target that is not in the model.
+    """
+    if tune.method == "state":
+        return Adapter({}, {}, _state_spec(cfg))
+    table = parameters(cfg)
+    matrices = {path: spec for path, spec in table.items() if adaptable(path, spec)}
+    scale = tune.alpha / (tune.rank**0.5 if tune.rslora else tune.rank)
+    low_rank = {
+        path: _low_rank_spec(matrices[path], tune, scale)
+        for path in _chosen(tune.targets, matrices, "tune.targets")
+    }
+    rest = {path: spec for path, spec in table.items() if path not in low_rank}
+    whole = {path: rest[path] for path in _chosen(tune.also, rest, "tune.also")}
+    return Adapter(low_rank, whole)
+
+
+def _state_spec(cfg: ModelConfig) -> ParamSpec:
+    if cfg.version == "4":
+        raise ValueError("version 4 has no state that can be tuned: its sums share an exponent")
+    h, n = cfg.heads, cfg.head_size
+    return ParamSpec((h, n, n), zeros, cfg.layers, ("heads", None, None))
+
+
+def _low_rank_spec(matrix: ParamSpec, tune: TuneConfig, scale: float) -> LowRank[ParamSpec]:
+    (i, o), (inside, outside) = matrix.shape, matrix.axes
+    down = ParamSpec((i, tune.rank), uniform(i**-0.5), matrix.layers, (inside, None))
+    up = ParamSpec((tune.rank, o), zeros, matrix.layers, (None, outside), lr_scale=tune.lora_plus)
+    return LowRank(down, up, scale)
+
+
+def parameters(cfg: ModelConfig) -> dict[str, ParamSpec]:
+    """The model's table by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(models.specs(cfg), is_leaf=is_spec)
+    return {path_name(path): spec for path, spec in leaves}
+
+
+def adaptable(path: str, spec: ParamSpec) -> bool:
+    """Whether a parameter is a matrix that `rwkv_jax.nn.linear` reads in every layer."""
+    return path.startswith("blocks.") and spec.layout == "linear"
+
+
+def short(path: str) -> str:
+    """`att.key` for `blocks.att.key`: official, without the layer."""
+    return path.removeprefix("blocks.")
+
+
+def _chosen(patterns: list[str], among: dict[str, ParamSpec], setting: str) -> list[str]:
+    """The paths that patterns name, in the order of the model. Raises `ValueError` for a pattern
+    that names none."""
+    for pattern in patterns:
+        if not any(_named(pattern, path) for path in among):
+            known = list(dict.fromkeys(map(short, among)))
+            near = get_close_matches(pattern, known, n=1) or [known[0]]
+            raise ValueError(
+                f"{setting}: nothing is called {pattern!r}; there are {', '.join(_groups(among))},"
+                f" and names like {near[0]}"
+            )
+    return [path for path in among if any(_named(pattern, path) for pattern in patterns)]
+
+
+def _groups(among: dict[str, ParamSpec]) -> list[str]:
+    norms = ["ln"] if any(_named("ln", path) for path in among) else []
+    return [*dict.fromkeys(short(path).split(".")[0] for path in among), *norms]
+
+
+def _named(pattern: str, path: str) -> bool:
+    """Whether a pattern (`att`, `ffn.*`, `att.key`, `ln` for all norms) names a parameter."""
+    name = short(path)
+    if pattern == "ln":
+        return any(part.startswith("ln") for part in name.split("."))
+    return name.split(".")[0] == pattern or fnmatchcase(name, pattern)
+
+
+def tuned_layers(cfg: ModelConfig, tune: TuneConfig) -> tuple[int, ...]:
+    """The layers whose matrices are adapted. Raises `ValueError` if there are none."""
+    if not tune.layers:
+        return tuple(range(cfg.layers))
+    bounds = [int(x) if x else None for x in tune.layers.split(":")]
+    chosen = tuple(range(cfg.layers))[slice(*bounds)]
+    if not chosen:
+        raise ValueError(f"tune.layers = {tune.layers}: the model has layers 0 to {cfg.layers - 1}")
+    return chosen
+
+
+def init(
+    cfg: ModelConfig,
+    key: PRNGKeyArray,
+    tune: TuneConfig,
+    params: Model[Array] | None = None,
+    shardings: Adapter | None = None,
+) -> Adapter[Array]:
+    """An adapter that changes nothing yet, float32. `params` are those of the model, whose numbers
+    `whole` starts from; only `tune.also` needs them. `shardings` places the rest."""
+    table = specs(cfg, tune)
+    if table.whole and params is None:
+        raise ValueError(
+            f"tune.also = {tune.also} starts from the model's numbers: give its params"
+        )
+    fresh = partial(tables.init, replace(table, whole={}))
+    if shardings is not None:
+        fresh = jax.jit(fresh, out_shardings=replace(shardings, whole={}))
+    copied = jax.jit(lambda x: jnp.copy(wide(x)))
+    return replace(fresh(key), whole={path: copied(_get(params, path)) for path in table.whole})
+
+
+def wide(x: Array) -> Array:
+    return x.astype(jnp.float32)
+
+
+def on(params: Model[Array], adapter: Adapter[Array], weight: float = 1.0) -> Model[Array]:
+    """The parameters with an adapter, `weight` times its change; stacked or unstacked.
+
+    Differentiable in both. Several adapters may lie on one another: their changes add up.
+    """
+
+    def beside(change: LowRank[Array], x: Any) -> Adapted[Array]:
+        return Adapted(x, replace(change, scale=change.scale * weight))
+
+    return _changed(params, adapter, weight, beside)
+
+
+def merge(params: Model[Array], adapter: Adapter[Array], weight: float = 1.0) -> Model[Array]:
+    """The parameters with `weight` times an adapter's change added to them, in float32, and rounded
+    once to the type that each has."""
+
+    def added(change: LowRank[Array], x: Array) -> Array:
+        def layer(parts: tuple[Array, Array, Array]) -> Array:
+            x, down, up = parts
+            product = jnp.matmul(wide(down), wide(up), precision=lax.Precision.HIGHEST)
+            return (wide(x) + change.scale * weight * product).astype(x.dtype)
+
+        parts = (x, change.down, change.up)
+        # One layer after the other: a float32 copy of a large matrix in all layers need not fit.
+        return lax.map(layer, parts) if x.ndim == 3 else layer(parts)
+
+    return _changed(params, adapter, weight, jax.jit(added))
+
+
+def _changed(
+    params: Model[Array], adapter: Adapter[Array], weight: float, low_rank: Callable[..., Any]
+) -> Model[Array]:
+    for path, change in adapter.low_rank.items():
+        params = _with(params, path, partial(low_rank), change)
+    for path, value in adapter.whole.items():
+        params = _with(params, path, partial(_between, weight), value)
+    if adapter.state is not None:
+        params = _with(params, STATE, lambda value, x: value * weight, adapter.state)
+    return params
+
+
+def _between(weight: float, value: Array, x: Array) -> Array:
+    if weight == 1.0:
+        return value
+    return (wide(x) + weight * (wide(value) - wide(x))).astype(value.dtype)
+
+
+def _with(params: Any, path: str, change: Callable[[Any, Any], Any], value: Any) -> Any:
+    """A tree with `change(value, x)` in place of the x at a path. Where layers are a tuple, each
+    has its part of the value."""
+    if isinstance(params, tuple):
+        parts = [jax.tree.map(lambda z, i=i: z[i], value) for i in range(len(params))]
+        pairs = zip(params, parts, strict=True)
+        return tuple(_with(layer, path, change, part) for layer, part in pairs)
+    if not path:
+        return change(value, params)
+    name, _, rest = path.partition(".")
+    return replace(params, **{name: _with(getattr(params, name), rest, change, value)})
+
+
+def _get(params: Any, path: str) -> Any:
+    for name in path.split("."):
+        params = getattr(params, name)
+    return params
+
+
+def mapped(change: Callable[[str, Any], Any], adapter: Adapter) -> Adapter:
+    """`change(path, part)` of every part of an adapter, with its path in the model."""
+    return Adapter(
+        {path: change(path, part) for path, part in adapter.low_rank.items()},
+        {path: change(path, part) for path, part in adapter.whole.items()},
+        None if adapter.state is None else change(STATE, adapter.state),
+    )
