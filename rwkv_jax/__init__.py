@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rwkv_jax.models import head as head
     from rwkv_jax.models import init_params as init_params
     from rwkv_jax.models import init_state as init_state
+    from rwkv_jax.models import log_probs as log_probs
     from rwkv_jax.models import stack as stack
     from rwkv_jax.models import unstack as unstack
     from rwkv_jax.sampling import generate as generate
@@ -37,7 +38,10 @@ _NAMES = {
     "checkpoint.fingerprint": ("fingerprint",),
     "checkpoint.weights": ("load", "load_with_tokenizer", "save"),
     "config": ("ModelConfig",),
-    "models": ("backbone", "forward", "head", "init_params", "init_state", "stack", "unstack"),
+    "models": (
+        *("backbone", "forward", "head", "init_params", "init_state", "log_probs"),
+        *("stack", "unstack"),
+    ),
     "sampling": ("generate",),
     "wkv": ("wkv4", "wkv6", "wkv7"),
 }

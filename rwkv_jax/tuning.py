@@ -149,7 +149,7 @@ def init(
     if shardings is not None:
         fresh = jax.jit(fresh, out_shardings=replace(shardings, whole={}))
     copied = jax.jit(lambda x: jnp.copy(wide(x)))
-    return replace(fresh(key), whole={path: copied(_get(params, path)) for path in table.whole})
+    return replace(fresh(key), whole={path: copied(get(params, path)) for path in table.whole})
 
 
 def wide(x: Array) -> Array:
@@ -216,7 +216,8 @@ def _with(params: Any, path: str, change: Callable[[Any, Any], Any], value: Any)
     return replace(params, **{name: _with(getattr(params, name), rest, change, value)})
 
 
-def _get(params: Any, path: str) -> Any:
+def get(params: Any, path: str) -> Any:
+    """The part of a model at a path."""
     for name in path.split("."):
         params = getattr(params, name)
     return params

@@ -21,6 +21,7 @@ from rwkv_jax import nn, sharding
 from rwkv_jax import params as tables
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.containers import container
+from rwkv_jax.loss import token_nats
 from rwkv_jax.models import checks, rwkv4, rwkv5, rwkv6, rwkv7, rwkv7a
 from rwkv_jax.models.state import State
 from rwkv_jax.models.version import Version, block
@@ -321,6 +322,30 @@ def forward(
         implementation=implementation,
     )
     return head(params, hidden), state
+
+
+def log_probs(
+    params: Model[Array],
+    tokens: Int[Array, "b t"],
+    targets: Int[Array, "b t"],
+    state: State | None = None,
+    *,
+    chunk_tokens: int | None = None,
+    **options: Any,
+) -> Float[Array, "b t"]:
+    """log p of each target after the tokens up to its place, in nats.
+
+    Differentiable in reverse mode: what preference losses and distillation are made of. The logits
+    of `chunk_tokens` tokens exist at once (None chooses), in the backward pass too. `options` and
+    errors are `backbone`'s.
+    """
+    hidden, _ = backbone(params, tokens, state, **options)
+    checks.check_tokens(targets, None, None, params.head.shape[1], whole=True)
+    if targets.shape != tokens.shape:
+        raise ValueError(
+            f"targets must be {list(tokens.shape)} as tokens, got {list(targets.shape)}"
+        )
+    return -token_nats(hidden, params.head, targets, chunk_tokens=chunk_tokens)
 
 
 def state_rms(state: State) -> Float[Array, ""]:
