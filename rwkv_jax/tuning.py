@@ -38,8 +38,8 @@ STATE = "blocks.att.time_state"
 class Adapter(Generic[Leaf]):
     """A change of a model. Keys are paths of parameters, `blocks.att.key`."""
 
-    low_rank: dict[str, LowRank[Leaf]]
-    whole: dict[str, Leaf]
+    low_rank: Any  # {path: LowRank}
+    whole: Any  # {path: array}
     state: Leaf | None = None  # [layers, h, v, k]
 
 

@@ -56,6 +56,7 @@ from rwkv_jax.training.state import (
     placed,
     to_trees,
 )
+from rwkv_jax.training.trainable import trained_by
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,8 @@ def resolve(cfg: Config, data: Data) -> tuple[Config, Loader]:
     """The config with vocabulary size and number of steps filled in, and its batches.
 
     Raises `RunError` if the tokenizer has more ids than the model, or is not that of `train.init`,
-    and `CorpusError` for data that `data.sampler` cannot read.
+    or for parameters to train that the model does not have, and `CorpusError` for data that
+    `data.sampler` cannot read.
     """
     if cfg.train.init:
         check_tokenizer(
@@ -195,6 +197,7 @@ def resolve(cfg: Config, data: Data) -> tuple[Config, Loader]:
         model=dataclasses.replace(cfg.model, vocab_size=given or needed),
         data=dataclasses.replace(cfg.data, field=data.field or cfg.data.field),
     )
+    trained_by(cfg)  # refuses names that the model does not have
     train = cfg.train
     batching = Batching(
         seed=train.seed,
