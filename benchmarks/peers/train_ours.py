@@ -9,7 +9,8 @@ def start(options: dict):
     import jax
     import numpy
 
-    from rwkv_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+    from rwkv_jax import models
+    from rwkv_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig, TuneConfig
     from rwkv_jax.data.loader import Batch
     from rwkv_jax.training.state import init_train_state
     from rwkv_jax.training.step import make_train_step
@@ -40,6 +41,7 @@ def start(options: dict):
             wkv=options["implementation"] or "auto",
             remat=options["remat"],
         ),
+        tune=TuneConfig(**options.get("tune", {})),
     )
     rng = numpy.random.default_rng(0)
     tokens = rng.integers(0, shape["vocab"], (shape["batch"], shape["context"] + 1)).astype(
@@ -48,9 +50,20 @@ def start(options: dict):
     reset = numpy.zeros((shape["batch"], shape["context"]), bool)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], reset)
 
-    train_step = make_train_step(cfg)
-    state, metrics = train_step(init_train_state(cfg), batch)
+    given = None
+    if cfg.tune.method != "full":
+        given = jax.tree.map(
+            lambda x: x.astype(cfg.tune.base), models.init_params(model, jax.random.key(0))
+        )
+    state = init_train_state(cfg, given)
+    train_step = make_train_step(cfg).lower(state, batch).compile()
+    memory = train_step.memory_analysis()
+    state, metrics = train_step(state, batch)
     about = {
+        "bytes": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
         "loss": float(metrics.loss),
         "first_step_at": time.time(),
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
