@@ -89,10 +89,7 @@ def wkv4_grad(log_w, k, v, u, sums, reset, dy, dsums):
 
 
 def _wkv6_defaults(log_w, k, state, reset, initial):
-    state, reset = _wkv7_defaults(k, state, reset)
-    log_w = np.broadcast_to(log_w, k.shape)
-    initial = np.zeros(state.shape[1:]) if initial is None else np.asarray(initial, np.float64)
-    return log_w, state, reset, initial
+    return np.broadcast_to(log_w, k.shape), *_wkv7_defaults(k, state, reset, initial)
 
 
 def _wkv6_states(log_w, k, v, state, reset, initial):
@@ -147,11 +144,11 @@ def wkv6_grad(r, log_w, k, v, u, state, reset, dy, dstate, initial=None):
 # S_t = S_{t-1} diag(w_t) + (S_{t-1} a_t) b_t' + v_t k_t', y_t = S_t r_t.
 
 
-def _wkv7_states(log_w, k, v, a, b, state, reset):
+def _wkv7_states(log_w, k, v, a, b, state, reset, initial):
     """For each token the state it finds (after its reset) and the one it leaves; the final one."""
     pairs = []
     for t in range(k.shape[1]):
-        before = _restart(state, reset[:, t])
+        before = _restart(state, reset[:, t], initial)
         removed = _read(before, a[:, t])
         state = before * np.exp(log_w[:, t])[..., None, :]
         state += _outer(removed, b[:, t])
@@ -179,29 +176,32 @@ def _restart(state, fresh, initial=0.0):
     return np.where(fresh[:, None, None, None], initial, state) if fresh.any() else state
 
 
-def _wkv7_defaults(k, state, reset):
+def _wkv7_defaults(k, state, reset, initial):
     batch, time, heads, size = k.shape
     state = np.zeros((batch, heads, size, size)) if state is None else np.asarray(state, np.float64)
-    return state, np.zeros((batch, time), bool) if reset is None else np.asarray(reset)
+    reset = np.zeros((batch, time), bool) if reset is None else np.asarray(reset)
+    initial = np.zeros(state.shape[1:]) if initial is None else np.asarray(initial, np.float64)
+    return state, reset, initial
 
 
-def wkv7(r, log_w, k, v, a, b, state=None, reset=None):
+def wkv7(r, log_w, k, v, a, b, state=None, reset=None, initial=None):
     """Output `[b, t, h, n]` and the final state `[b, h, v, k]`."""
     r, log_w, k, v, a, b = _float64(r, log_w, k, v, a, b)
-    state, reset = _wkv7_defaults(k, state, reset)
-    pairs, final = _wkv7_states(log_w, k, v, a, b, state, reset)
+    state, reset, initial = _wkv7_defaults(k, state, reset, initial)
+    pairs, final = _wkv7_states(log_w, k, v, a, b, state, reset, initial)
     y = np.zeros_like(r)
     for t, (_, after) in enumerate(pairs):
         y[:, t] = _read(after, r[:, t])
     return y, final
 
 
-def wkv7_grad(r, log_w, k, v, a, b, state, reset, dy, dstate):
+def wkv7_grad(r, log_w, k, v, a, b, state, reset, dy, dstate, initial=None):
     """Gradients of <dy, y> + <dstate, final state> by every input and the initial state."""
     r, log_w, k, v, a, b, dy, g = _float64(r, log_w, k, v, a, b, dy, dstate)
-    state, reset = _wkv7_defaults(k, state, reset)
-    pairs, _ = _wkv7_states(log_w, k, v, a, b, state, reset)
+    state, reset, initial = _wkv7_defaults(k, state, reset, initial)
+    pairs, _ = _wkv7_states(log_w, k, v, a, b, state, reset, initial)
     grads = {name: np.zeros_like(r) for name in ("r", "log_w", "k", "v", "a", "b")}
+    grads["initial"] = np.zeros_like(initial)
     for t, (before, after) in reversed(list(enumerate(pairs))):
         w = np.exp(log_w[:, t])
         g = g + _outer(dy[:, t], r[:, t])
@@ -214,6 +214,7 @@ def wkv7_grad(r, log_w, k, v, a, b, state, reset, dy, dstate):
         grads["a"][:, t] = _spread(before, dremoved)
         g *= w[..., None, :]
         g += _outer(dremoved, a[:, t])
+        grads["initial"] += g[reset[:, t]].sum(0)
         g = _restart(g, reset[:, t])
     return grads | {"state": g}
 

@@ -77,6 +77,7 @@ def test_wkv7_gradients(reset):
         name: x.astype(np.float64) for name, x in testing.wkv7_inputs("typical", SMALL).items()
     }
     inputs["state"] = testing.matrix_state(SMALL).astype(np.float64)
+    inputs["initial"] = rng.normal(size=(2, 3, 3))
     dy, dstate = rng.normal(size=SMALL.heads_shape), rng.normal(size=(2, 2, 3, 3))
 
     def loss(x):

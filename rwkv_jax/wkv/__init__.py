@@ -41,6 +41,8 @@ computes in float32, and if any input is float64, all is float64. It takes
     state      the state before the first token; None for a fresh one
     reset      [b, t], bool: where documents start. Token t with reset[b, t] sees a fresh state;
                documents are isolated bit-exactly (`rwkv_jax.testing.leak_test`)
+    initial    [h, v, k] (versions 5 to 7): the state that fresh ones are, learnt by state tuning;
+               None for zeros
     lengths    [b], int: the number of valid tokens of each row. The tokens after them are padding:
                they leave the state as it is, and their y is undefined
     mesh_axis  the mesh axis that shards time. Under `jax.set_mesh` the operator maps itself over

@@ -84,11 +84,17 @@ def wkv6(x: v6.Inputs, state: State, reset: Starts) -> tuple[Output, State]:
     return y, transpose(after)
 
 
-wkv7 = with_gradient(
+_wkv7 = with_gradient(
     by_platform(cpu=v7.in_place, default=outputs_of(v7_chunked.forward)),
     v7_chunked.forward,
     v7_chunked.backward,
 )
+
+
+def wkv7(x: v7.Inputs, state: State, reset: Starts) -> tuple[Output, State]:
+    """By chunks; on a CPU token by token where no gradient is taken."""
+    return _wkv7(x.tokens, x.initial, state, reset)
+
 
 _XLA: dict[str, tuple[Form, Form]] = {
     "wkv4": (v4.scan, wkv4),

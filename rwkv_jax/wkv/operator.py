@@ -54,9 +54,11 @@ class Operator(NamedTuple):
 _MASKS = {"reset": "bt", "lengths": "b"}
 _AXES4 = _MASKS | {"log_w": "c", "k": "btc", "v": "btc", "u": "c", "state": "bc"}
 _AXES7 = (
-    _MASKS | dict.fromkeys(("r", "log_w", "k", "a", "b"), "bthk") | {"v": "bthv", "state": "bhvk"}
+    _MASKS
+    | dict.fromkeys(("r", "log_w", "k", "a", "b"), "bthk")
+    | {"v": "bthv", "state": "bhvk", "initial": "hvk"}
 )
-_AXES6 = _AXES7 | {"u": "hk", "initial": "hvk"}
+_AXES6 = _AXES7 | {"u": "hk"}
 
 WKV4 = Operator("wkv4", _AXES4, v4.FORMS, sequence.wkv4, empty=Wkv4State.empty)
 WKV5 = Operator("wkv6", _AXES6 | {"log_w": "hk"}, v6.FORMS, sequence.wkv6)
@@ -116,13 +118,8 @@ def wkv6(
     Raises `ValueError` for an unknown implementation, shapes that do not match, and a mesh axis
     that does not exist or does not divide the length.
     """
-    x, operator = (
-        Inputs6(r, log_w, k, v, u, initial),
-        WKV5 if len(getattr(log_w, "shape", ())) == 2 else WKV6,
-    )
-    _check_arrays(operator, x, state)
-    if initial is not None:
-        x = x._replace(initial=initial.astype(compute_dtype(x, state)))
+    x = Inputs6(r, log_w, k, v, u, initial)
+    operator = WKV5 if len(getattr(log_w, "shape", ())) == 2 else WKV6
     return _apply(operator, x, state, reset, lengths, mesh_axis, implementation)
 
 
@@ -137,6 +134,7 @@ def wkv7(
     *,
     reset: Bool[Array, "b t"] | None = None,
     lengths: Int[Array, " b"] | None = None,
+    initial: Float[Array, "h v k"] | None = None,
     log_w_min: float = -math.inf,
     mesh_axis: str | None = None,
     implementation: str | None = None,
@@ -146,13 +144,14 @@ def wkv7(
     `log_w <= 0` is the log of the decay, in (-0.6066, 0) in the model. Forms in chunks are exact
     for log decays of -1 and above; where one is below, `scan` runs instead, chosen at run time. A
     `log_w_min` of -1 or more promises that no decay is below it, and removes that check. The model
-    passes `a = -kk` and `b = kk * (learning rate)` with |kk| = 1. The other arguments, and
-    types, are common to all versions (`rwkv_jax.wkv`).
+    passes `a = -kk` and `b = kk * (learning rate)` with |kk| = 1. Documents start from the state
+    `initial` (state tuning), or from zero. The other arguments, and types, are common to all
+    versions (`rwkv_jax.wkv`).
 
     Raises `ValueError` for an unknown implementation, shapes that do not match, and a mesh axis
     that does not exist or does not divide the length.
     """
-    x = Inputs7(r, log_w, k, v, a, b)
+    x = Inputs7(r, log_w, k, v, a, b, initial)
     operator = WKV7_BOUNDED if log_w_min >= v7.STRONGEST else WKV7
     return _apply(operator, x, state, reset, lengths, mesh_axis, implementation)
 
@@ -172,6 +171,8 @@ def _apply(
     and where it is replicated, the first array that is sharded.
     """
     _check_arrays(operator, x, state, reset=reset, lengths=lengths)
+    if getattr(x, "initial", None) is not None:
+        x = x._replace(initial=x.initial.astype(compute_dtype(x, state)))
     x, state, reset, lengths = jax.tree.map(jnp.asarray, (x, state, reset, lengths))
     sizes = _check_shapes(operator, x, state=state, reset=reset, lengths=lengths)
     _check_types(operator.name, (x, state), reset, lengths)

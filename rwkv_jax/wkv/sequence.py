@@ -75,6 +75,8 @@ def wkv7(form: Form, axis: str, x: Inputs7, state: State, reset: Starts) -> tupl
     identity = jnp.broadcast_to(jnp.eye(n, dtype=state.dtype), (*state.shape[:-2], n, n))
     start = jnp.concatenate([jnp.zeros_like(state), identity], -2)
     wide = x._replace(v=jnp.concatenate([x.v, jnp.zeros(x.r.shape, x.v.dtype)], -1))
+    if x.initial is not None:  # the rows of the identity start again from zero
+        wide = wide._replace(initial=jnp.pad(x.initial, ((0, 0), (0, n), (0, 0))))
     y, after = form(wide, start, reset)
     map_ = (after[..., rows:, :], after[..., :rows, :])
     entering, last = exchange(axis, v7.compose, v7.act, map_, state)

@@ -29,7 +29,7 @@ from wkv.operators import (
 
 from rwkv_jax import testing
 from rwkv_jax.testing import leak_test
-from rwkv_jax.wkv import IMPLEMENTATIONS, KERNELS, Wkv4State, wkv4, wkv6, wkv7
+from rwkv_jax.wkv import IMPLEMENTATIONS, KERNELS, Wkv4State, wkv4, wkv7
 
 
 @pytest.mark.parametrize(
@@ -384,26 +384,49 @@ def test_version_4_forgets_at_once():
 
 
 @every_implementation
-@pytest.mark.parametrize("name", [pytest.param("5", marks=pytest.mark.slow), "6"])
+@pytest.mark.parametrize("name", [pytest.param("5", marks=pytest.mark.slow), "6", "7"])
 def test_documents_start_from_the_initial_state(name, implementation):
     """`initial` stands in for zero, with and without a reset, and gets its gradient."""
-    version, rng = VERSIONS[name], np.random.default_rng(8)
-    inputs = version.inputs("typical", SMALL)
-    initial = rng.normal(size=(SMALL.heads, SMALL.size, SMALL.size)).astype(np.float32)
-    start = np.broadcast_to(initial, (SMALL.batch, *initial.shape))
-    reset = jnp.asarray(testing.reset_pattern("random", SMALL, seed=2))
-    dy, dstate = rng.normal(size=SMALL.heads_shape), rng.normal(size=start.shape)
+    check_initial(VERSIONS[name], implementation)
+
+
+@pytest.mark.parametrize(
+    "implementation", [pytest.param("associative", marks=pytest.mark.slow), "chunked"]
+)
+def test_documents_of_any_decay_start_from_the_initial_state(implementation):
+    """Decays that are too strong for chunks: token by token."""
+    shape = testing.Shape(2, 41, 2, 8)
+    log_w = STRONG["some"](np.random.default_rng(4), shape.heads_shape).astype(np.float32)
+    check_initial(ANY_DECAY, implementation, shape, log_w=log_w)
+
+
+ORACLES = {
+    "5": (oracles.wkv6, oracles.wkv6_grad),
+    "6": (oracles.wkv6, oracles.wkv6_grad),
+    "7": (oracles.wkv7, oracles.wkv7_grad),
+}
+"""Values and gradients of the versions that have `initial`."""
+
+
+def check_initial(version, implementation, shape=SMALL, **changed):
+    """Values and gradients, of documents that start from `initial`, against the oracles."""
+    rng = np.random.default_rng(8)
+    inputs = version.inputs("typical", shape) | changed
+    initial = rng.normal(size=(shape.heads, shape.size, shape.size)).astype(np.float32)
+    start = np.broadcast_to(initial, (shape.batch, *initial.shape))
+    reset = jnp.asarray(testing.reset_pattern("random", shape, seed=2))
+    dy, dstate = rng.normal(size=shape.heads_shape), rng.normal(size=start.shape)
     dy, dstate = jnp.asarray(dy, jnp.float32), jnp.asarray(dstate, jnp.float32)
-    y, final = oracles.wkv6(**inputs, state=start, reset=reset, initial=initial)
-    gradients = oracles.wkv6_grad(
-        **inputs, state=start, reset=reset, dy=dy, dstate=dstate, initial=initial
-    )
+    oracle, gradient = ORACLES[version.name]
+    given = inputs | {"state": start, "reset": reset, "initial": initial}
+    y, final = oracle(**given)
+    gradients = gradient(**given, dy=dy, dstate=dstate)
     gradients["initial"] += gradients.pop("state").sum(0)
 
     @jax.jit
     def everything(inputs):
         values, pull_back = jax.vjp(
-            lambda inputs: wkv6(**inputs, reset=reset, implementation=implementation), inputs
+            lambda x: version.operator(**x, reset=reset, implementation=implementation), inputs
         )
         return values, pull_back((dy, dstate))[0]
 
@@ -415,17 +438,36 @@ def test_documents_start_from_the_initial_state(name, implementation):
         assert_close(grads[array], x, "float32", name=f"d {array}")
 
 
-@pytest.mark.parametrize("size", [8, 64])
-def test_version_6_default_starts_documents_from_the_learnt_state(size):
-    """Both of its forms: small heads go token by token."""
-    shape = testing.Shape(2, 40, 2, size)
-    inputs, reset = testing.wkv6_inputs("typical", shape), testing.reset_pattern("random", shape)
+@pytest.mark.parametrize(("name", "size"), [("6", 8), ("6", 64), ("7", 8)])
+def test_the_default_starts_documents_from_the_learnt_state(name, size):
+    """Without a gradient: small heads of version 6 and all of version 7 go token by token."""
+    shape, version = testing.Shape(2, 40, 2, size), VERSIONS[name]
+    inputs, reset = version.inputs("typical", shape), testing.reset_pattern("random", shape)
+    reset[0, [0, 1, 39]] = True
     initial = testing.matrix_state(shape)[0]
     start = np.broadcast_to(initial, (shape.batch, *initial.shape))
-    y, state = oracles.wkv6(**inputs, state=start, reset=reset, initial=initial)
-    actual_y, actual = jax.jit(wkv6)(**inputs, reset=reset, initial=initial)
+    y, state = ORACLES[name][0](**inputs, state=start, reset=reset, initial=initial)
+    actual_y, actual = jax.jit(version.operator)(**inputs, reset=reset, initial=initial)
     assert_close(actual_y, y, "float32", name="y")
     assert_close(actual, state, "float32", name="final state")
+
+
+@every_implementation
+@pytest.mark.parametrize("name", [pytest.param("6", marks=pytest.mark.slow), "7"])
+def test_a_packed_row_is_rows_that_start_from_the_learnt_state(name, implementation):
+    """Two documents and padding, against each of the two in a row of its own."""
+    version, cut, end = VERSIONS[name], 37, 90
+    inputs = version.inputs("typical", SMALL)
+    initial = jnp.asarray(testing.matrix_state(SMALL)[0])
+    reset = np.zeros((SMALL.batch, SMALL.time), bool)
+    reset[:, [cut, end + 3]] = True  # the last one is in the padding
+    run = jax.jit(partial(version.operator, initial=initial, implementation=implementation))
+    y, after = run(**inputs, reset=reset, lengths=np.full(SMALL.batch, end))
+    for start, stop in ((0, cut), (cut, end)):
+        alone = {n: x[:, start:stop] if per_token(x) else x for n, x in inputs.items()}
+        expected, last = run(**alone)
+        assert_close(y[:, start:stop], expected, "float32", name=f"y from {start}")
+    assert_close(after, last, "float32", name="final state")
 
 
 STRONG = {

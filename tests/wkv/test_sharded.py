@@ -201,14 +201,19 @@ def test_unsupported_shardings_raise():
             wkv7(**given([None, None, None, "sequence"]))
 
 
-def test_documents_start_from_the_initial_state_on_every_device():
-    version = VERSIONS["6"]
+@pytest.mark.parametrize("name", [pytest.param("6", marks=pytest.mark.slow), "7"])
+def test_documents_start_from_the_initial_state_on_every_device(name):
+    """Also where heads are sharded."""
+    version = VERSIONS[name]
     inputs, state, reset, _, dy, dstate = arguments(version)
     shape = (SHAPE.heads, SHAPE.size, SHAPE.size)
     inputs |= {"initial": np.random.default_rng(3).normal(size=shape).astype(np.float32)}
     x = (inputs, state, reset, None, dy, dstate)
     whole = everything(version)(*x)
-    with jax.set_mesh(mesh(4)):
+    devices = jax.make_mesh((4, 2), ("sequence", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(devices):
+        heads = NamedSharding(devices, PartitionSpec("tensor"))
+        inputs["initial"] = jax.device_put(inputs["initial"], heads)
         split = everything(version, mesh_axis="sequence")(*x)
     for a, b in zip(*map(jax.tree.leaves, (split, whole)), strict=True):
         assert_close(a, b, "float32")

@@ -88,27 +88,35 @@ def _reference6(x: v6.Tokens, shared: tuple, state: Array, reset: Array | None):
 
 
 def wkv7(kernel: Kernel, named: bool) -> Form:
-    """The form by the kernel; in programs for a CPU it is interpreted if it was `named`."""
+    """The form by the kernel; in programs for a CPU it is interpreted if it was `named`.
+
+    Rows inside which documents start from a learnt state are XLA's, by chunks. What such documents
+    read of it depends on what their tokens remove, so that it cannot be added to the kernel's y
+    afterwards, as version 6's is.
+    """
     by_chunks = _by_chunks(kernel, named, _forward7, _backward7, _reference7)
     by_token = one_token.recurrence(one_token.WKV7, kernel.driver.platform, named)
 
     def form(x: v7.Inputs, state: State, reset: Starts) -> tuple[Output, State]:
         if one_token.applies(x):
-            return one_token.run(by_token, x, (), state, reset)
-        return heads.run(by_chunks, kernel.size, x, (), state, reset)
+            return one_token.run(by_token, x.tokens, (), state, reset, x.initial)
+        if x.initial is not None and reset is not None:
+            return in_compute_dtype(v7_chunked.wkv7)(x, state, reset)
+        return heads.run(by_chunks, kernel.size, x.tokens, (), state, reset)
 
     return form
 
 
-def _forward7(x: v7.Inputs, shared: tuple, state: Array, reset: Array | None, size: int):
-    return v7_chunked.forward(x, state, reset, size)
+def _forward7(x: v7.Tokens, shared: tuple, state: Array, reset: Array | None, size: int):
+    return v7_chunked.forward(x, None, state, reset, size)
 
 
 def _backward7(args: tuple, entering: Array, cotangents: tuple, size: int):
     x, _, state, reset = args
-    dx, dstate, _ = v7_chunked.backward((x, state, reset), entering, cotangents, size)
+    args = (x, None, state, reset)
+    dx, _, dstate, _ = v7_chunked.backward(args, entering, cotangents, size)
     return dx, (), dstate
 
 
-def _reference7(x: v7.Inputs, shared: tuple, state: Array, reset: Array | None):
-    return in_compute_dtype(v7_chunked.wkv7)(x, state, reset)
+def _reference7(x: v7.Tokens, shared: tuple, state: Array, reset: Array | None):
+    return in_compute_dtype(v7_chunked.wkv7)(v7.Inputs(*x), state, reset)

@@ -17,6 +17,8 @@ powers of L that grow like binomials when a key repeats, and is wrong by 100 % i
 If a document starts inside the chunk, masks apply to A where documents differ, to the rows that may
 not see S, to the columns that may not reach S', and to S itself. g and m are taken over each
 document's own tokens, so that nothing of one document depends on another, not even its rounding.
+State-tuned models start the document from `initial`, I: its rows read (left e^m) I^T, and S' keeps
+I e^{g_C} of the last document, with the m and g of their own document.
 """
 
 from typing import NamedTuple
@@ -28,7 +30,7 @@ from jax import lax
 from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv import chunks
 from rwkv_jax.wkv.chunks import DocumentIds, Documents, dot, masked, summed, transpose, within
-from rwkv_jax.wkv.v7.recurrence import Inputs
+from rwkv_jax.wkv.v7.recurrence import Tokens
 
 
 class Scores(NamedTuple):
@@ -40,6 +42,7 @@ class Scores(NamedTuple):
     right: Array  # [2C, k]
     scores: Array  # A, masked [2C, 2C]
     inverse: Array  # (I - A_ab)^-1 [C, C]
+    middle: Array  # m [1, k], or of each token's document [C, k]
     enter: Array  # e^m [1, k]
     leave: Array  # e^{g_C - m} [1, k]
 
@@ -78,7 +81,7 @@ def unit_inverse(lower: Float[Array, "*lanes C C"]) -> Float[Array, "*lanes C C"
     return inverse
 
 
-def relate(x: Inputs, docs: Documents | None) -> Scores:
+def relate(x: Tokens, docs: Documents | None) -> Scores:
     """The state-independent part of a chunk."""
     size = x.r.shape[-2]
     rows = token_rows(docs, size)
@@ -99,6 +102,7 @@ def relate(x: Inputs, docs: Documents | None) -> Scores:
         right,
         scores,
         inverse,
+        m,
         jnp.exp(m[..., :1, :]),
         jnp.exp(g[..., -1:, :] - m[..., -1:, :]),
     )
@@ -115,41 +119,78 @@ def token_rows(docs: Documents | None, size: int) -> Documents | None:
     )
 
 
-def written(x: Inputs, s: Scores, sm: Array, docs: Documents | None) -> tuple[Array, Array]:
+def late(s: Scores, docs: Documents) -> Float[Array, "*lanes rows k"]:
+    """What the left rows of documents that start in the chunk are multiplied with to read `initial`
+    [2C, k]: e^m; 0 for other rows."""
+    return jnp.exp(jnp.concatenate([s.middle, s.middle], -2)) * (1 - docs.sees_state)
+
+
+def kept(s: Scores, docs: Documents) -> Float[Array, "*lanes 1 k"]:
+    """What `initial` is multiplied with to stand for S e^m: e^m of the last document; 0 if it did
+    not start in the chunk."""
+    return jnp.exp(s.middle[..., -1:, :]) * (1 - docs.carries_on)
+
+
+def by_lane(initial: Array | None, docs: Documents | None, like: Array) -> Array | None:
+    """`initial` for each of the lanes of `like`; None if no document can start from it."""
+    if initial is None or docs is None:
+        return None
+    return jnp.broadcast_to(initial, (*like.shape[:-2], *initial.shape[-2:]))
+
+
+def written(
+    x: Tokens, s: Scores, sm: Array, docs: Documents | None, initial: Array | None
+) -> tuple[Array, Array]:
     """[U; V], which the right columns carry, and what the left rows read from the state; both
     [2C, v]."""
     size = x.v.shape[-2]
     reading = dot(s.left, transpose(sm))
     if docs is not None:
         reading = reading * docs.sees_state
+        if initial is not None:
+            reading = reading + dot(s.left * late(s, docs), transpose(initial))
     removed = dot(s.inverse, reading[..., :size, :] + dot(s.scores[..., :size, size:], x.v))
     return jnp.concatenate([removed, x.v], -2), reading
 
 
-def forward(x: Inputs, s: Scores, state: Array, docs: Documents | None) -> tuple[Array, Array]:
+def forward(
+    x: Tokens,
+    initial: Float[Array, "h v k"] | None,
+    s: Scores,
+    state: Array,
+    docs: Documents | None,
+) -> tuple[Array, Array]:
     """The chunk's `y` [C, v] and the state after it."""
     size = x.v.shape[-2]
-    sm, right = state * s.enter, s.right
-    uv, reading = written(x, s, sm, docs)
+    sm, right, initial = state * s.enter, s.right, by_lane(initial, docs, x.v)
+    uv, reading = written(x, s, sm, docs, initial)
     y = reading[..., size:, :] + dot(s.scores[..., size:, :], uv)
     if docs is not None:
         sm, right = sm * docs.carries_on, right * docs.reaches_end
+        if initial is not None:
+            sm = sm + initial * kept(s, docs)
     return y, (sm + dot(transpose(uv), right)) * s.leave
 
 
 def backward(
-    x: Inputs, s: Scores, state: Array, dy: Array, dstate: Array, docs: Documents | None
-) -> tuple[Inputs, Array]:
-    """Gradients of the chunk's inputs and of the state that entered it, from those of `y` and the
-    state after.
+    x: Tokens,
+    initial: Float[Array, "h v k"] | None,
+    s: Scores,
+    state: Float[Array, "b h v k"],
+    dy: Float[Array, "b h C v"],
+    dstate: Float[Array, "b h v k"],
+    docs: Documents | None,
+) -> tuple[Tokens, Float[Array, "h v k"] | None, Float[Array, "b h v k"]]:
+    """Gradients of the chunk's inputs, of `initial` and of the state that entered it, from those of
+    `y` and the state after.
 
     The decay's gradient is a conservation law: log w_t gets whatever flows through step t, that is,
     what enters the chunk's exponents at or after t. It restarts at every chunk, so that rounding
     errors do not accumulate.
     """
     size = x.v.shape[-2]
-    sm = state * s.enter
-    uv, _ = written(x, s, sm, docs)
+    sm, learnt = state * s.enter, by_lane(initial, docs, x.v)
+    uv, _ = written(x, s, sm, docs, learnt)
     right = s.right if docs is None else s.right * docs.reaches_end
     dend = dstate * s.leave
     duv = dot(right, transpose(dend)) + dot(transpose(s.scores[..., size:, :]), dy)
@@ -167,10 +208,16 @@ def backward(
     dright = dot(transpose(dscores), s.left) + dright_end
     dsm = dkept + dot(transpose(dreading), s.left)
 
-    flow_left, flow_right = dleft * s.left, dright * s.right
     flow_end = jnp.sum(sm * dkept, -2, keepdims=True) + jnp.sum(
         s.right * dright_end, -2, keepdims=True
     )
+    dinitial = None if initial is None else jnp.zeros_like(initial)
+    if docs is not None and learnt is not None:
+        reading, left_over = late(s, docs), kept(s, docs)
+        dleft = dleft + dot(zdy, learnt) * reading
+        flow_end = flow_end + jnp.sum(learnt * dend, -2, keepdims=True) * left_over
+        dinitial = jnp.sum(dot(transpose(zdy), s.left * reading) + dend * left_over, 0)
+    flow_left, flow_right = dleft * s.left, dright * s.right
     # The exponent of an a row is taken before token t's decay, that of all others after it.
     from_t = np.tri(size, dtype=bool).T
     after_t = np.tri(size, k=-1, dtype=bool).T
@@ -181,7 +228,7 @@ def backward(
     dlog_w = summed(within(np.hstack([after_t, from_t]), docs), flow_left)
     dlog_w = dlog_w - summed(within(np.hstack([from_t, from_t]), docs), flow_right) + flow_end
     dleft = dleft * s.left_scale
-    gradients = Inputs(
+    gradients = Tokens(
         r=dleft[..., size:, :],
         log_w=dlog_w,
         k=dright[..., size:, :] * s.right_scale,
@@ -189,4 +236,4 @@ def backward(
         a=dleft[..., :size, :],
         b=dright[..., :size, :] * s.right_scale,
     )
-    return gradients, dsm * s.enter
+    return gradients, dinitial, dsm * s.enter

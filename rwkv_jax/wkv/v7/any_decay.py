@@ -16,7 +16,7 @@ from rwkv_jax.wkv.form import Form, Output, Starts, State, in_compute_dtype
 from rwkv_jax.wkv.gradient import outputs_of, with_gradient
 from rwkv_jax.wkv.v7 import recurrence
 from rwkv_jax.wkv.v7.chunked import CHUNK
-from rwkv_jax.wkv.v7.recurrence import Inputs
+from rwkv_jax.wkv.v7.recurrence import Inputs, Tokens
 
 STRONGEST = -1.0
 """The least log decay of a token that all forms in chunks, of up to 64 tokens, can compute: their
@@ -48,37 +48,45 @@ def _(size, batched, log_w):
     return is_mild(log_w), False
 
 
-def chunk(x: Inputs, ids: DocumentIds | None, state: Array) -> tuple[Array, Array]:
+def chunk(
+    x: Tokens, initial: Float[Array, "h v k"] | None, ids: DocumentIds | None, state: Array
+) -> tuple[Array, Array]:
     """`y` of one chunk [b, h, C, n] and the state after it, token by token."""
     starts = None
     if ids is not None:
         before = jnp.concatenate([ids.before, ids.tokens[:, :-1]], 1)
         starts = ids.tokens != before
-    y, after = recurrence.scan(Inputs(*(z.swapaxes(1, 2) for z in x)), state, starts)
+    tokens = (z.swapaxes(1, 2) for z in x)
+    y, after = recurrence.scan(Inputs(*tokens, initial=initial), state, starts)
     return y.swapaxes(1, 2), after
 
 
-def forward(x: Inputs, state: State, reset: Starts) -> tuple[tuple[Array, Array], Array]:
+def forward(
+    x: Tokens, initial: Float[Array, "h v k"] | None, state: State, reset: Starts
+) -> tuple[tuple[Array, Array], Array]:
     """(`y`, the state after), and the states that enter the chunks."""
-    return scan_chunks(chunk, x, state, reset, CHUNK)
+    run = lambda x, ids, state: chunk(x, initial, ids, state)  # noqa: E731
+    return scan_chunks(run, x, state, reset, CHUNK)
 
 
 def backward(
-    args: tuple[Inputs, Array, Array | None],
+    args: tuple[Tokens, Array | None, Array, Array | None],
     entering: Float[Array, "chunks b h v k"],
     cotangents: tuple[Array, Array],
-) -> tuple[Inputs, Array, None]:
+) -> tuple[Tokens, Array | None, Array, None]:
     """Gradients of the arguments of `forward`, from those of `y` and the state after."""
-    x, _, reset = args
+    x, initial, _, reset = args
 
-    def back(x: Inputs, ids: DocumentIds | None, state: Array, dy: Array, dstate: Array) -> tuple:
-        _, pull_back = jax.vjp(lambda x, state: chunk(x, ids, state), x, state)
-        dx, dstate = pull_back((dy, dstate))
-        return dx, (), dstate
+    def back(x: Tokens, ids: DocumentIds | None, state: Array, dy: Array, dstate: Array) -> tuple:
+        run = lambda x, initial, state: chunk(x, initial, ids, state)  # noqa: E731
+        return jax.vjp(run, x, initial, state)[1]((dy, dstate))
 
-    dx, _, dstate = scan_chunks_back(back, x, (), reset, entering, cotangents, CHUNK)
-    return dx, dstate, None
+    return *scan_chunks_back(back, x, initial, reset, entering, cotangents, CHUNK), None
 
 
-by_tokens = with_gradient(outputs_of(forward), forward, backward)
-"""The definition, whose gradient keeps one state a chunk."""
+_by_tokens = with_gradient(outputs_of(forward), forward, backward)
+
+
+def by_tokens(x: Inputs, state: State, reset: Starts) -> tuple[Output, State]:
+    """The definition, whose gradient keeps one state a chunk."""
+    return _by_tokens(x.tokens, x.initial, state, reset)

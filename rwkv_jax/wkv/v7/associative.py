@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rwkv_jax.typing import Array
+from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv.chunks import (
     Documents,
     chunk_size,
@@ -21,7 +21,7 @@ from rwkv_jax.wkv.chunks import (
 )
 from rwkv_jax.wkv.form import Output, Starts, State
 from rwkv_jax.wkv.v7 import algebra
-from rwkv_jax.wkv.v7.recurrence import Inputs
+from rwkv_jax.wkv.v7.recurrence import Inputs, Tokens
 
 CHUNK = 32
 
@@ -30,16 +30,18 @@ def wkv7(x: Inputs, state: State, reset: Starts) -> tuple[Output, State]:
     """The form by an associative scan over chunks of 32 tokens; differentiated by JAX."""
     t = x.k.shape[1]
     size = chunk_size(CHUNK, t)
-    chunks = Inputs(*(split_chunks(array, size) for array in x))
+    chunks = Tokens(*(split_chunks(array, size) for array in x.tokens))
     docs = algebra.documents(document_ids(reset, size), state.dtype)
-    maps = lax.associative_scan(compose, jax.checkpoint(summarise)(chunks, docs))
+    maps = lax.associative_scan(compose, jax.checkpoint(summarise)(chunks, x.initial, docs))
     after = act(state[None], maps)
     entering = jnp.concatenate([state[None], after[:-1]])
-    y = jax.checkpoint(read)(chunks, entering, docs)
+    y = jax.checkpoint(read)(chunks, x.initial, entering, docs)
     return merge_chunks(y, t), after[-1]
 
 
-def summarise(x: Inputs, docs: Documents | None) -> tuple[Array, Array]:
+def summarise(
+    x: Tokens, initial: Float[Array, "h v k"] | None, docs: Documents | None
+) -> tuple[Array, Array]:
     """M [.., k, k] and X [.., v, k] of every chunk."""
     s = algebra.relate(x, docs)
     size = x.r.shape[-2]
@@ -52,8 +54,15 @@ def summarise(x: Inputs, docs: Documents | None) -> tuple[Array, Array]:
         stay = stay * docs.carries_on
     removing, adding = right[..., :size, :], right[..., size:, :]
     kept = stay + dot(transpose(dot(s.inverse, left)), removing)
-    removed = dot(s.inverse, dot(s.scores[..., :size, size:], x.v))
+    reading = dot(s.scores[..., :size, size:], x.v)
+    learnt = algebra.by_lane(initial, docs, x.v)
+    if docs is not None and learnt is not None:
+        late = s.left * algebra.late(s, docs)
+        reading = reading + dot(late[..., :size, :], transpose(learnt))
+    removed = dot(s.inverse, reading)
     added = dot(transpose(removed), removing) + dot(transpose(x.v), adding)
+    if docs is not None and learnt is not None:
+        added = added + learnt * algebra.kept(s, docs)
     return transpose(s.enter) * kept * s.leave, added * s.leave
 
 
@@ -67,6 +76,8 @@ def act(state: Array, map_: tuple[Array, Array]) -> Array:
     return dot(state, map_[0]) + map_[1]
 
 
-def read(x: Inputs, entering: Array, docs: Documents | None) -> Array:
+def read(
+    x: Tokens, initial: Float[Array, "h v k"] | None, entering: Array, docs: Documents | None
+) -> Array:
     """`y` of every chunk, given the state that enters it."""
-    return algebra.forward(x, algebra.relate(x, docs), entering, docs)[0]
+    return algebra.forward(x, initial, algebra.relate(x, docs), entering, docs)[0]

@@ -11,8 +11,8 @@ from rwkv_jax.wkv.form import Output, Starts, State
 from rwkv_jax.wkv.loops import get_token, read_state, scan_tokens
 
 
-class Inputs(NamedTuple):
-    """The operator's inputs, [b, t, h, n] each; of one chunk, [..., C, n]."""
+class Tokens(NamedTuple):
+    """What each token has of its own, [b, t, h, n] each; of one chunk, [..., C, n]."""
 
     r: Array
     log_w: Array
@@ -20,6 +20,22 @@ class Inputs(NamedTuple):
     v: Array
     a: Array
     b: Array
+
+
+class Inputs(NamedTuple):
+    """The operator's inputs: [b, t, h, n]; initial [h, v, k], None for zero."""
+
+    r: Array
+    log_w: Array
+    k: Array
+    v: Array
+    a: Array
+    b: Array
+    initial: Array | None = None
+
+    @property
+    def tokens(self) -> Tokens:
+        return Tokens(*self[:6])
 
 
 def step(
@@ -46,16 +62,19 @@ def scan(x: Inputs, state: State, reset: Starts) -> tuple[Output, State]:
     """The form by `lax.scan`. Its gradient keeps every state: O(t) of them."""
 
     def token(state: Array, inputs: tuple) -> tuple[Array, Array]:
-        x, starts = inputs
+        now, starts = inputs
         if starts is not None:
-            state = jnp.where(starts[:, None, None, None], jnp.zeros_like(state), state)
-        y, state = step(*x, state=state)
+            fresh = jnp.zeros_like(state) if x.initial is None else x.initial[None]
+            state = jnp.where(starts[:, None, None, None], fresh, state)
+        y, state = step(*now, state=state)
         return state, y
 
-    return scan_tokens(token, (x, reset), state)
+    return scan_tokens(token, (x.tokens, reset), state)
 
 
-def in_place(x: Inputs, state: State, reset: Starts) -> tuple[Output, State]:
+def in_place(
+    x: Tokens, initial: Float[Array, "h v k"] | None, state: State, reset: Starts
+) -> tuple[Output, State]:
     """The form for a CPU where no gradient is taken; not for differentiation, as `loop_tokens`.
 
     `step` reads the state twice a token: for the removal before the update and for y after it. Here
@@ -64,27 +83,34 @@ def in_place(x: Inputs, state: State, reset: Starts) -> tuple[Output, State]:
     """
     last = x.r.shape[1] - 1
 
-    def clear(array: Array, t: Array | int) -> Array:
-        """`array`, with zeros where token `t` starts a document."""
+    def restart(array: Array, fresh: Array | None, t: Array | int) -> Array:
+        """`array`, with `fresh`, or zeros, where token `t` starts a document."""
         if reset is None:
             return array
         starts = get_token(reset, t).reshape(-1, *(1,) * (array.ndim - 1))
-        return jnp.where(starts, jnp.zeros_like(array), array)
+        return jnp.where(starts, jnp.zeros_like(array) if fresh is None else fresh, array)
+
+    def restart_removed(removed: Array, t: Array | int) -> Array:
+        return restart(removed, None if first is None else get_token(first, t), t)
 
     def token(t: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         state, removed, y = carry
-        now, following = Inputs(*(get_token(array, t) for array in x)), jnp.minimum(t + 1, last)
+        now, following = Tokens(*(get_token(array, t) for array in x)), jnp.minimum(t + 1, last)
         state = (
-            clear(state, t) * jnp.exp(now.log_w)[..., None]
+            restart(state, fresh, t) * jnp.exp(now.log_w)[..., None]
             + now.b[..., None] * removed[:, :, None]
             + now.k[..., None] * now.v[:, :, None]
         )
         out = dot(jnp.stack([now.r, get_token(x.a, following)], -2), state)
         y = lax.dynamic_update_index_in_dim(y, out[:, :, 0], t, axis=1)
-        return state, clear(out[:, :, 1], following), y
+        return state, restart_removed(out[:, :, 1], following), y
 
     # [k, v]: products are faster if their left factor is not transposed.
-    state = transpose(state)
-    removed = clear(dot(get_token(x.a, 0)[:, :, None], state)[:, :, 0], 0)
+    state, fresh, first = transpose(state), None, None
+    if initial is not None and reset is not None:
+        fresh = transpose(initial)[None]
+        # What each token removes if it starts a document.
+        first = jnp.einsum("hvk,bthk->bthv", initial, x.a, precision=lax.Precision.HIGHEST)
+    removed = restart_removed(dot(get_token(x.a, 0)[:, :, None], state)[:, :, 0], 0)
     state, _, y = lax.fori_loop(0, last + 1, token, (state, removed, jnp.zeros_like(x.v)))
     return y, transpose(state)

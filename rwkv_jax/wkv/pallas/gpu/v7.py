@@ -11,7 +11,7 @@ from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv.pallas import heads
 from rwkv_jax.wkv.pallas.gpu.tiles import Products, Rows, sum_rows
 from rwkv_jax.wkv.pallas.kernel import Algebra
-from rwkv_jax.wkv.v7.recurrence import Inputs
+from rwkv_jax.wkv.v7.recurrence import Tokens
 
 
 class Scores(NamedTuple):
@@ -49,7 +49,7 @@ def unit_inverse(lower: Float[Array, "C C"], rows: Rows, p: Products) -> Float[A
     return inverse
 
 
-def relate(x: Inputs, rows: Rows, p: Products) -> Scores:
+def relate(x: Tokens, rows: Rows, p: Products) -> Scores:
     g = p.exact_sums(rows.upto, x.log_w)
     if rows.starts is None:
         total = sum_rows(x.log_w)
@@ -71,7 +71,7 @@ def relate(x: Inputs, rows: Rows, p: Products) -> Scores:
     return Scores(scale_a, scale_r, scale_bk, a, r, b, k, ab, ak, rb, rk, inverse, enter, leave)
 
 
-def removed(x: Inputs, s: Scores, sm: Array, rows: Rows, p: Products) -> Array:
+def removed(x: Tokens, s: Scores, sm: Array, rows: Rows, p: Products) -> Array:
     """U [C, v], the removed vectors."""
     reading = p.nt(s.a, sm)
     if rows.starts is not None:
@@ -80,7 +80,7 @@ def removed(x: Inputs, s: Scores, sm: Array, rows: Rows, p: Products) -> Array:
 
 
 def forward(
-    x: Inputs, shared: tuple, state: Float[Array, "v k"], rows: Rows, p: Products
+    x: Tokens, shared: tuple, state: Float[Array, "v k"], rows: Rows, p: Products
 ) -> tuple[Float[Array, "C v"], Float[Array, "v k"]]:
     """The chunk's `y` and the state after it."""
     s = relate(x, rows, p)
@@ -99,14 +99,14 @@ def forward(
 
 
 def backward(
-    x: Inputs,
+    x: Tokens,
     shared: tuple,
     state: Float[Array, "v k"],
     dy: Float[Array, "C v"],
     dstate: Float[Array, "v k"],
     rows: Rows,
     p: Products,
-) -> tuple[Inputs, tuple, Float[Array, "v k"]]:
+) -> tuple[Tokens, tuple, Float[Array, "v k"]]:
     """Gradients of the chunk's inputs and of the state that entered it (`algebra.backward`)."""
     s = relate(x, rows, p)
     sm = state * s.enter
@@ -146,7 +146,7 @@ def backward(
     else:
         flow_end = sum_rows(at_end) + kept
         dlog_w = dlog_w + flow_end * rows.starts.reaches_end
-    gradients = Inputs(
+    gradients = Tokens(
         r=dr * s.scale_r,
         log_w=dlog_w,
         k=dk * s.scale_bk,

@@ -30,7 +30,8 @@ def unsupported(x: Any) -> str | None:
         return reason
     if x.r.shape[-1] != CHUNK:
         return f"heads of {x.r.shape[-1]} channels (this one is for heads of {CHUNK})"
-    given = {z.dtype.name for name, z in x._asdict().items() if name != "log_w"}
+    rest = x._replace(log_w=None, initial=None)  # which are float32
+    given = {z.dtype.name for z in jax.tree.leaves(rest)}
     if given != {"bfloat16"}:
         return f"{' and '.join(sorted(given))} (this one is for bfloat16)"
     return None

@@ -33,7 +33,7 @@ from rwkv_jax.wkv.pallas.hopper.tiles import (
     unit_inverse,
 )
 from rwkv_jax.wkv.pallas.kernel import Backward, Forward, Gradients, Outputs
-from rwkv_jax.wkv.v7.recurrence import Inputs
+from rwkv_jax.wkv.v7.recurrence import Tokens
 
 LOG2_E = math.log2(math.e)
 
@@ -62,7 +62,7 @@ def backward(inputs: Backward, outputs: Gradients, interpret: bool) -> Gradients
 
 def _scratch(inputs: Forward | Backward, *names: str) -> dict[str, Any]:
     """Tiles for the inputs, for the inverse, and by name."""
-    x, sides = Inputs(*(tile(z.dtype) for z in inputs.x)), (tile(width=BLOCK),) * 2
+    x, sides = Tokens(*(tile(z.dtype) for z in inputs.x)), (tile(width=BLOCK),) * 2
     return {"x": x, "sides": sides, **dict.fromkeys(names, tile())}
 
 
