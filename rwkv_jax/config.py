@@ -99,14 +99,15 @@ def _doubled_rank(rank: int) -> Callable[[int], int]:
 _RANKS_6 = {"rank_mix": _doubled_rank(32), "rank_w": _doubled_rank(64)}
 _RANKS_7 = {f"rank_{x}": _root_rank(y) for x, y in dict(w=2.5, a=2.5, v=1.7, g=5.0).items()}
 _RANKS_7A = _RANKS_7 | {"rank_embed": lambda width: 32}
+_MATRIX = ("head_size", "state_tuned")  # of versions whose state is a matrix for each head
 VERSION_SETTINGS = {
     "4": VersionSettings((), 4),
-    "5.0": VersionSettings(("head_size",), 4),
-    "5.1": VersionSettings(("head_size",), 3.5, 32),
-    "5.2": VersionSettings(("head_size",), 3.5, 32),
-    "6": VersionSettings(("head_size", *_RANKS_6, "state_tuned"), 3.5, 32, _RANKS_6),
-    "7": VersionSettings(("head_size", *_RANKS_7), 4, ranks=_RANKS_7),
-    "7a": VersionSettings(("head_size", *_RANKS_7A), 4, ranks=_RANKS_7A),
+    "5.0": VersionSettings(_MATRIX, 4),
+    "5.1": VersionSettings(_MATRIX, 3.5, 32),
+    "5.2": VersionSettings(_MATRIX, 3.5, 32),
+    "6": VersionSettings((*_MATRIX, *_RANKS_6), 3.5, 32, _RANKS_6),
+    "7": VersionSettings((*_MATRIX, *_RANKS_7), 4, ranks=_RANKS_7),
+    "7a": VersionSettings((*_MATRIX, *_RANKS_7A), 4, ranks=_RANKS_7A),
 }
 """The versions of the model; everything else about them stands in `rwkv_jax.models`."""
 
@@ -138,7 +139,7 @@ class ModelConfig(_Table):
     rank_embed: Annotated[int, "0 (automatic) or more"] = 0
     """Version 7a: side of the square matrix in each token's DeepEmbed."""
     state_tuned: bool = False
-    """Version 6: documents start from a learnt state."""
+    """Versions 5 to 7: documents start from a learnt state."""
     ln0: bool = True
     """Whether embeddings pass the norm `ln0`; false: the table holds them as they come out of
     it."""

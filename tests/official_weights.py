@@ -25,13 +25,15 @@ def checkpoint(
     """Official name -> float32 array; the values are float16 ones, so that files may be small.
 
     `ranks`: version 6 (mix, decay), version 7 (w, a, v, g), 7a (those, and the side of DeepEmbed's
-    matrices). `tuned` adds version 6's `time_state`. Layer 0 of version 7 has no v0, v1, v2.
+    matrices). `tuned` adds `time_state` to versions 5 to 7. Layer 0 of version 7 has no v0, v1, v2.
     """
     rng = np.random.default_rng([seed, VERSIONS.index(version)])
     shapes = {"emb.weight": (vocab, width)} | _norm("blocks.0.ln0", width)
     for layer in range(layers):
         block = _norm("ln1", width) | _norm("ln2", width)
-        block |= _time_mix(version, layer, width, head, ranks, tuned)
+        block |= _time_mix(version, layer, width, head, ranks)
+        heads = width // head
+        block |= {"att.time_state": (heads, head, head)} if tuned and version != "4" else {}
         block |= _channel_mix(version, width, vocab, ffn, ranks)
         shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
     shapes |= _norm("ln_out", width) | {"head.weight": (vocab, width)}
@@ -46,7 +48,7 @@ def _named(part, rows, shape, suffix=""):
     return {f"{part}.{row}{suffix}": shape for row in rows}
 
 
-def _time_mix(version, layer, c, n, ranks, tuned):
+def _time_mix(version, layer, c, n, ranks):
     h, row, square = c // n, (1, 1, c), (c, c)
     linear = ["receptance", "key", "value", "output"]
     if version[0] == "7":
@@ -62,7 +64,7 @@ def _time_mix(version, layer, c, n, ranks, tuned):
         out = _named("att", [f"time_maa_{x}" for x in "xwkvrg"] + ["time_decay"], row)
         out |= {"att.time_maa_w1": (c, 5 * mix), "att.time_maa_w2": (5, mix, c)}
         out |= {"att.time_decay_w1": (c, decay), "att.time_decay_w2": (decay, c)}
-        out |= {"att.time_faaaa": (h, n)} | ({"att.time_state": (h, n, n)} if tuned else {})
+        out |= {"att.time_faaaa": (h, n)}
         return out | _named("att", [*linear, "gate"], square, ".weight") | _norm("att.ln_x", c)
     mixes = "kvr" if version in ("4", "5.0") else "kvrg"
     out = _named("att", [f"time_mix_{x}" for x in mixes], row)

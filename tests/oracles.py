@@ -299,10 +299,16 @@ def _silu(x):
     return x * _sigmoid(x)
 
 
+def _fresh(p, heads, size):
+    """The state [h, v, k] that documents start from: learnt, or zero."""
+    return p["att.time_state"] if "att.time_state" in p else np.zeros((heads, size, size))
+
+
 def _attend5(p, r, w, k, v, u, state):
     """Heads of versions 5 and 6: `[h, n]` in, the normalised output `[h * n]`."""
     heads, size = r.shape
-    s = state.get("wkv", np.zeros((heads, size, size)))
+    # Files keep a learnt state [h, v, k]; this oracle has states [h, k, v].
+    s = state.get("wkv", _fresh(p, heads, size).transpose(0, 2, 1))
     y = np.stack([r[h] @ (s[h] + np.outer(u[h] * k[h], v[h])) for h in range(heads)])
     state["wkv"] = np.stack([w[h][:, None] * s[h] + np.outer(k[h], v[h]) for h in range(heads)])
     y = _layer_norm(y, 1.0, 0.0, eps=64e-5).reshape(-1)
@@ -332,7 +338,8 @@ def _time_mix5(p, x, state, shared):
 
 
 def model5(tensors, tokens):
-    """Versions 5.0, 5.1 and 5.2, told apart by their tensors: logits `[t, V]`."""
+    """Versions 5.0, 5.1 and 5.2, told apart by their tensors; state-tuned or not: logits
+    `[t, V]`."""
     return _model(tensors, tokens, _time_mix5, _channel_mix4)
 
 
@@ -348,9 +355,6 @@ def _time_mix6(p, x, state, shared):
     r = (p["att.receptance.weight"] @ mix["r"]).reshape(heads, size)
     k = (p["att.key.weight"] @ mix["k"]).reshape(heads, size)
     v = (p["att.value.weight"] @ mix["v"]).reshape(heads, size)
-    if "wkv" not in state and "att.time_state" in p:
-        # Files keep the state [h, v, k]; this oracle has it [h, k, v].
-        state["wkv"] = p["att.time_state"].reshape(heads, size, size).transpose(0, 2, 1)
     y = _attend5(p, r, w, k, v, p["att.time_faaaa"].reshape(heads, size), state)
     return p["att.output.weight"] @ (y * _silu(p["att.gate.weight"] @ mix["g"]))
 
@@ -390,7 +394,7 @@ def _time_mix7(p, x, state, shared):
     k = k * (1 + (alpha - 1) * p["att.k_a"])
     r, w, k, v, alpha = (z.reshape(heads, size) for z in (r, w, k, v, alpha))
 
-    s = state.get("wkv", np.zeros((heads, size, size)))
+    s = state.get("wkv", _fresh(p, heads, size))
     out = np.zeros((heads, size))
     new = np.zeros_like(s)
     for h in range(heads):
@@ -410,7 +414,8 @@ def _channel_mix7(p, x, previous, shared):
 
 
 def model7(tensors, tokens):
-    """Version 7: logits `[t, V]`. Layer 0's `att.v0 v1 v2`, where a file has them, take no part."""
+    """Version 7, state-tuned or not: logits `[t, V]`. Layer 0's `att.v0 v1 v2`, where a file has
+    them, take no part."""
     return _model(tensors, tokens, _time_mix7, _channel_mix7)
 
 

@@ -387,8 +387,8 @@ def test_a_wrong_file(file, text, expected):
         ),
         (
             "model",
-            {"version": "7", "rank_mix": 8, "state_tuned": True},
-            'model.rank_mix, model.state_tuned: model.version = "7" has no such setting;'
+            {"version": "4", "rank_mix": 8, "state_tuned": True},
+            'model.rank_mix, model.state_tuned: model.version = "4" has no such setting;'
             " leave it out",
         ),
         ("data", {"source": ""}, "data.source is empty: a path, a glob or 'stdlib'"),

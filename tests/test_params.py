@@ -28,7 +28,7 @@ CONFIGS = {
         width=WIDTH,
         vocab_size=96,
         head_size=64 if version == "4" else SIZE,
-        state_tuned=version == "6",
+        state_tuned=version != "4",
         rank_embed=8 if version == "7a" else 0,
     )
     for version in models.VERSIONS
@@ -142,8 +142,9 @@ ZERO = {
     "7": ["att.w1", "att.a1", "att.v1", "att.g1", "att.output", "ffn.value"],
 }
 ZERO |= {version: ZERO["5.0"] for version in ("5.1", "5.2")}
-ZERO["6"] = [*ZERO["5.0"], "att.time_maa_w1", "att.time_decay_w1", "att.time_state"]
+ZERO["6"] = [*ZERO["5.0"], "att.time_maa_w1", "att.time_decay_w1"]
 ZERO["7a"] = [*ZERO["7"], "ffn.s1"]
+ZERO |= {version: [*ZERO[version], "att.time_state"] for version in ZERO if version != "4"}
 
 ORTHOGONAL = {
     "4": {"att.value": 1.0, "ffn.key": 2.0},
@@ -262,20 +263,22 @@ DECAYED = {
     "5.0": _OLD,
     "5.1": [*_OLD, "blocks.att.gate"],
     "5.2": [*_OLD, "blocks.att.gate"],
-    "6": [*_OLD, "blocks.att.gate", "blocks.att.time_state"],
+    "6": [*_OLD, "blocks.att.gate"],
     "7": [*_ATT, *_FFN],
     "7a": [*_ATT, *_FFN, "blocks.ffn.s_emb", "blocks.ffn.s_emb_x"],
 }
 
 
 def expected_group(version, name, ndim):
-    """(learning-rate factor, decay) as the official trainers sort their names; first match wins."""
+    """(learning-rate factor, decay) as the official trainers sort their names; first match wins.
+
+    Except for a learnt state, which that of version 6 decays, towards zero."""
+    if "time_state" in name:
+        return 1.0, False
     if version[0] == "7":
         return (2.0, False) if "att.w0" in name else (1.0, name in DECAYED[version])
     if version != "4" and name.endswith(("_w1", "_w2")):
         return 1.0, False
-    if "time_sta" in name:
-        return 1.0, True
     if "time_mix" in name or "time_maa" in name or "time_faaaa" in name:
         return 1.0, False
     if "time_decay" in name:

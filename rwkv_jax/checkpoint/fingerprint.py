@@ -30,7 +30,7 @@ from rwkv_jax.checkpoint.keymaps import (
     table,
 )
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models import Model, check_params
+from rwkv_jax.models import Model, as_tuned, check_params
 from rwkv_jax.params import ParamSpec
 from rwkv_jax.typing import Array
 
@@ -46,6 +46,7 @@ def fingerprint(params: Model[Array], cfg: ModelConfig) -> str:
     Raises ValueError if they are not of `cfg`'s model.
     """
     check_params(params, cfg)
+    cfg = as_tuned(cfg, params)
     names, places = [], []
     for path, spec in table(cfg).items():
         index = _sample(official_shape(spec))

@@ -31,7 +31,7 @@ from rwkv_jax.checkpoint.files import (
     float_type,
 )
 from rwkv_jax.checkpoint.names import plain
-from rwkv_jax.config import ConfigError, ModelConfig
+from rwkv_jax.config import VERSION_SETTINGS, ConfigError, ModelConfig
 from rwkv_jax.models import Model, specs
 from rwkv_jax.params import ParamSpec, is_spec, path_name
 from rwkv_jax.typing import Array, PyTree
@@ -54,8 +54,6 @@ class _Version(NamedTuple):
     sizes: Mapping[str, tuple[str, int]] = MappingProxyType({})
     """Settings of `ModelConfig`, or `heads`, each with the tensor of the last layer and its axis
     that has this size."""
-    flags: Mapping[str, str] = MappingProxyType({})
-    """Settings, each with the tensor of the first layer whose presence makes it true."""
     per_channel: bool = False
     """Whether the decay has an axis of channels."""
 
@@ -72,7 +70,6 @@ _VERSIONS = {
             "rank_mix": ("att.time_maa_w2", 1),
             "rank_w": ("att.time_decay_w1", 1),
         },
-        {"state_tuned": "att.time_state"},
     ),
     "5.2": _Version(("att.ln_x.weight", "att.gate.weight"), _HEADS, per_channel=True),
     "5.1": _Version(("att.ln_x.weight", "att.gate.weight"), _HEADS),
@@ -205,6 +202,7 @@ def to_official(
     """
     dtype = None if dtype is None else float_type(dtype)
     check_params(params, cfg)
+    cfg = models.as_tuned(cfg, params)
     tensors: dict[str, ArrayLike] = {}
     for (path, spec), value in zip(table(cfg).items(), jax.tree.leaves(params), strict=True):
         for layer, name in enumerate(names_of(path, spec)):
@@ -444,7 +442,8 @@ def _config(tensors: Mapping[str, ArrayLike]) -> ModelConfig:
     for setting, (name, axis) in version.sizes.items():
         missing = optional(last + name) and last + name not in tensors
         found[setting] = 0 if missing else size(last + name, axis)
-    found |= {setting: first(name) for setting, name in version.flags.items()}
+    tunable = "state_tuned" in VERSION_SETTINGS[found["version"]].optional
+    found["state_tuned"] = tunable and first("att.time_state")
     if "heads" in found:
         found["head_size"] = width // found.pop("heads")
     return ModelConfig(**found)

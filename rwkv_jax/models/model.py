@@ -110,26 +110,43 @@ def _expected(cfg: ModelConfig, unstacked: bool) -> Model[jax.ShapeDtypeStruct]:
 
 
 def check_params(params: Any, cfg: ModelConfig) -> None:
-    """Raises `ValueError` unless these are the parameters of `cfg`'s model, in either layout."""
+    """Raises `ValueError` unless these are the parameters of `cfg`'s model, in either layout, with
+    or without a learnt state."""
     checks.check_config(cfg)
     params = nn.unadapted(params)
     unstacked = isinstance(getattr(params, "blocks", None), tuple)
-    checks.check_params(params, _expected(cfg, unstacked), cfg)
+    checks.check_params(params, _expected(as_tuned(cfg, params), unstacked), cfg)
+
+
+def as_tuned(cfg: ModelConfig, params: Any) -> ModelConfig:
+    """`cfg`, state-tuned if the parameters hold a learnt state: one can be laid onto those of any
+    model whose state is a matrix."""
+    held = any(x is not None for x in _learnt_states(params))
+    return replace(cfg, state_tuned=True) if held and not cfg.state_tuned else cfg
+
+
+def _learnt_states(params: Any) -> list[Any]:
+    """`time_state` of each layer, or of the stack of them; None where there is none."""
+    blocks = getattr(params, "blocks", None)
+    layers = blocks if isinstance(blocks, tuple) else (blocks,)
+    return [getattr(getattr(x, "att", None), "time_state", None) for x in layers]
 
 
 def init_state(cfg: ModelConfig, batch: int, params: Model[Array] | None = None) -> State:
     """The state before the first token of a document, float32, stacked over layers.
 
-    A state-tuned model has learnt this state: give its `params`, or a `ValueError` is raised.
+    Parameters that hold a learnt state (`time_state`) start from it; a model whose `cfg` says that
+    it is state-tuned needs them, or a `ValueError` is raised.
     """
     block = VERSIONS[cfg.version].init_state(cfg, batch)
     blocks = jax.tree.map(lambda x: jnp.broadcast_to(x, (cfg.layers, *x.shape)), block)
-    if cfg.state_tuned:
-        if params is None:
-            raise ValueError("a state-tuned model starts from a learnt state: give its params too")
-        tuned = params if not isinstance(params.blocks, tuple) else stack(params)
-        wkv = nn.precise(tuned.blocks.att.time_state)[:, None]
-        blocks = replace(blocks, wkv=jnp.broadcast_to(wkv, blocks.wkv.shape))
+    learnt = _learnt_states(params)
+    if learnt[0] is not None:
+        stacked = learnt[0] if learnt[0].ndim == 4 else jnp.stack(learnt)
+        wkv = jnp.broadcast_to(nn.precise(stacked)[:, None], blocks.wkv.shape)
+        blocks = replace(blocks, wkv=wkv)
+    elif cfg.state_tuned:
+        raise ValueError("a state-tuned model starts from a learnt state: give its params too")
     return State(blocks, cfg.version)
 
 

@@ -13,7 +13,8 @@ With x' the previous token and x_j = x * mu_j + x' * (1 - mu_j):
 | 5.1     | [h]          | `time_faaaa`      | yes  |
 | 5.2     | [h, n]       | `time_faaaa`      | yes  |
 
-The channel mix is version 4's. (rwkv.cpp calls 5.0 "5v1".)
+The channel mix is version 4's. (rwkv.cpp calls 5.0 "5v1".) State-tuned models start every document
+from a learnt S, `time_state`.
 
 Source: arXiv:2404.05892 §4.1 and RWKV-LM `RWKV-v5/src/model.py`, whose parameter names, initial
 values and optimizer groups these are.
@@ -29,7 +30,7 @@ from rwkv_jax import nn
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.containers import container
 from rwkv_jax.models.rwkv4 import ChannelMix, channel_mix, interpolate
-from rwkv_jax.models.state import matrix_state
+from rwkv_jax.models.state import matrix_state, time_state
 from rwkv_jax.models.version import Block, Version
 from rwkv_jax.nn import Norm
 from rwkv_jax.params import (
@@ -48,11 +49,13 @@ from rwkv_jax.wkv import wkv6
 
 @container
 class TimeMix(Generic[Leaf]):
-    """Parameters of the time mix (official `att`); None where a version has no such parameter."""
+    """Parameters of the time mix (official `att`); None where a version has no such parameter, and
+    `time_state` of a model that is not state-tuned."""
 
     time_decay: Leaf
     time_first: Leaf | None
     time_faaaa: Leaf | None
+    time_state: Leaf | None
     time_mix_k: Leaf
     time_mix_v: Leaf
     time_mix_r: Leaf
@@ -77,7 +80,8 @@ def time_mix(
 ) -> tuple[Float[Array, "b t c"], None, Float[Array, "b c"], Float[Array, "b h v k"]]:
     """The time mix of `x`, the carry (none), and the states of the token shift and the WKV.
 
-    `last` and `state` carry over from the tokens before `x`; zeros start a document.
+    `last` and `state` carry over from the tokens before `x`; zeros, or `time_state`, start a
+    document.
     """
     p, n = params, state.shape[-1]
     with jax.named_scope("token_shift"):
@@ -90,7 +94,8 @@ def time_mix(
         r, k, v = (nn.split_heads(nn.linear(*pair), n) for pair in products)
     with jax.named_scope("wkv"):
         log_w = per_channel(-jnp.exp(nn.precise(p.time_decay, x)), n)
-        y, state = wkv(r, log_w, k, v, per_channel(bonus(p, x), n), state)
+        initial = None if p.time_state is None else nn.precise(p.time_state, x)
+        y, state = wkv(r, log_w, k, v, per_channel(bonus(p, x), n), state, initial=initial)
     with jax.named_scope("output"):
         y = nn.group_norm(y, p.ln_x)
         if p.gate is not None and p.time_mix_g is not None:
@@ -143,6 +148,7 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
         time_decay=make.plain(shape, closed_form(time_decay), 2.0, axes),
         time_first=None if gated else make.plain(shape, constant(-3.0), 3.0, axes),
         time_faaaa=make.plain(shape, closed_form(time_faaaa), axes=axes) if gated else None,
+        time_state=time_state(cfg),
         time_mix_k=mix_k,
         time_mix_v=mix_v,
         time_mix_r=mix_r,

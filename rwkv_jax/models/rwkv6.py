@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from rwkv_jax import nn
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.containers import container
-from rwkv_jax.models.state import matrix_state
+from rwkv_jax.models.state import matrix_state, time_state
 from rwkv_jax.models.version import Block, Version
 from rwkv_jax.nn import Norm
 from rwkv_jax.params import (
@@ -148,8 +148,8 @@ def channel_mix(
 def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     """The table of one layer's parameters, stacked over `cfg.layers`.
 
-    Optimizer groups (RWKV-v5 trainer): `time_decay` 2x without weight decay, matrices and
-    `time_state` with it, the rest without.
+    Optimizer groups (RWKV-v5 trainer): `time_decay` 2x without weight decay, matrices with it, the
+    rest without.
     """
     c, f, h, n = cfg.width, cfg.ffn, cfg.heads, cfg.head_size
     rank_mix, rank_w = cfg.rank("rank_mix"), cfg.rank("rank_w")
@@ -172,11 +172,6 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
     mix_v = row(closed_form(lambda d: 1.0 - (share**d.falling + 0.3 * d.rising)))
     mix_r = row(closed_form(lambda d: 1.0 - share ** (0.5 * d.falling)))
     ffn_mix = row(closed_form(lambda d: 1.0 - share ** (d.falling**3)))
-    time_state = (
-        ParamSpec((h, n, n), zeros, cfg.layers, ("heads", None, None), decay=True)
-        if cfg.state_tuned
-        else None
-    )
     att = TimeMix(
         time_maa_x=mix_k,
         time_maa_w=mix_k,
@@ -190,7 +185,7 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
         time_decay_w1=factor((c, rank_w), ("embed", None), zeros),
         time_decay_w2=factor((rank_w, c), (None, "channels"), uniform(0.01)),
         time_faaaa=plain((h, n), closed_form(time_faaaa), axes=("heads", None)),
-        time_state=time_state,
+        time_state=time_state(cfg),
         receptance=matrix((c, c), ("embed", "heads"), orthogonal(1.0)),
         key=matrix((c, c), ("embed", "heads"), orthogonal(0.1)),
         value=matrix((c, c), ("embed", "heads"), orthogonal(1.0)),

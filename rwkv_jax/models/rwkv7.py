@@ -14,7 +14,8 @@ With x' the previous token, x_j = x + (x' - x) * mu_j and sigma the logistic fun
     S_t = S_{t-1} diag(w) - (S_{t-1} kk) (kk * a)^T + v k^T        y = S_t r
     out = ((GroupNorm(y) + (r . (k * r_k)) v) * g) W_o
 
-The channel mix is relu(x_k W_k)^2 W_v.
+The channel mix is relu(x_k W_k)^2 W_v. State-tuned models start every document from a learnt S,
+`time_state`.
 
 Source: arXiv:2503.14456 §4 and RWKV-LM `RWKV-v7/train_temp/src/model.py`, whose parameter names,
 initial values and optimizer groups these are.
@@ -33,7 +34,7 @@ from jax import lax
 from rwkv_jax import nn, sharding
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.containers import container
-from rwkv_jax.models.state import matrix_state
+from rwkv_jax.models.state import matrix_state, time_state
 from rwkv_jax.models.version import Block, Version
 from rwkv_jax.nn import Norm
 from rwkv_jax.params import (
@@ -57,7 +58,7 @@ bounded_wkv7 = partial(wkv7, log_w_min=LOG_W_SCALE)
 
 @container
 class TimeMix(Generic[Leaf]):
-    """Parameters of the time mix (official `att`)."""
+    """Parameters of the time mix (official `att`); `time_state` only of a state-tuned model."""
 
     x_r: Leaf
     x_w: Leaf
@@ -79,6 +80,7 @@ class TimeMix(Generic[Leaf]):
     k_k: Leaf
     k_a: Leaf
     r_k: Leaf
+    time_state: Leaf | None
     receptance: Leaf
     key: Leaf
     value: Leaf
@@ -120,7 +122,8 @@ def time_mix(
 ) -> tuple[Float[Array, "b t c"], Carry[Array], Float[Array, "b c"], Float[Array, "b h v k"]]:
     """The time mix of `x`, the carry, and the states of the token shift and the WKV.
 
-    `last` and `state` carry over from the tokens before `x`; zeros start a document.
+    `last` and `state` carry over from the tokens before `x`; zeros, or `time_state`, start a
+    document.
     """
     p, n = params, params.r_k.shape[-1]
     with jax.named_scope("token_shift"):
@@ -142,7 +145,8 @@ def time_mix(
         k = k * (1 + (a - 1) * nn.expand(p.k_a, x))
         r, log_w, k, v, a = (nn.split_heads(z, n) for z in (r, log_w, k, v, a))
     with jax.named_scope("wkv"):
-        y, state = wkv(r, log_w, k, v, -kk, kk * a, state)
+        initial = None if p.time_state is None else nn.precise(p.time_state, x)
+        y, state = wkv(r, log_w, k, v, -kk, kk * a, state, initial=initial)
     with jax.named_scope("output"):
         y = nn.group_norm(y, p.ln_x)
         bonus = jnp.sum(r * k * p.r_k.astype(x.dtype)[None, None], axis=-1, keepdims=True)
@@ -216,6 +220,7 @@ def specs(cfg: ModelConfig) -> Block[ParamSpec]:
         k_k=of_heads(closed_form(lambda d: 0.71 - 0.1 * tilt)),
         k_a=of_heads(constant(1.02)),
         r_k=make.plain((h, n), constant(-0.04), axes=("heads", None)),
+        time_state=time_state(cfg),
         receptance=matrix((c, c), ("embed", "heads"), orthogonal(1.0)),
         key=matrix((c, c), ("embed", "heads"), orthogonal(0.1)),
         value=matrix((c, c), ("embed", "heads"), orthogonal(1.0)),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.containers import container, static
+from rwkv_jax.params import ParamSpec, zeros
 from rwkv_jax.typing import Array, Leaf
 
 
@@ -36,3 +37,16 @@ def matrix_state(cfg: ModelConfig, batch: int) -> BlockState[Array]:
     shift = jnp.zeros((batch, cfg.width), jnp.float32)
     wkv = jnp.zeros((batch, cfg.heads, cfg.head_size, cfg.head_size), jnp.float32)
     return BlockState(att_x=shift, wkv=wkv, ffn_x=shift)
+
+
+def time_state(cfg: ModelConfig) -> ParamSpec | None:
+    """The parameter that a state-tuned model's documents start from, [h, v, k], stacked over
+    layers; None in other models.
+
+    Without weight decay, which would pull the state towards zero; the official trainer of version 6
+    has it.
+    """
+    if not cfg.state_tuned:
+        return None
+    n = cfg.head_size
+    return ParamSpec((cfg.heads, n, n), zeros, cfg.layers, ("heads", None, None))

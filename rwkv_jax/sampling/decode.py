@@ -113,7 +113,9 @@ def decoding_layout(params: Model[Array], cfg: ModelConfig, dtype: Any = None) -
     """
     dtype = decoding_dtype() if dtype is None else dtype
     models.check_params(params, cfg)
-    return params if isinstance(params.blocks, tuple) else _lay_out(params, cfg, dtype)
+    if isinstance(params.blocks, tuple):
+        return params
+    return _lay_out(params, models.as_tuned(cfg, params), dtype)
 
 
 @partial(jax.jit, static_argnums=(1, 2))

@@ -30,8 +30,8 @@ def dense(version):
     Two heads of 16: in heads of 8, random outputs may be so alike that the group norm multiplies
     rounding errors tenfold.
     """
-    ranks = (6, 5, 4, 7, 3)
-    tensors = checkpoint(version, layers=2, width=32, head=16, ffn=96, ranks=ranks, tuned=True)
+    ranks, tuned = (6, 5, 4, 7, 3), version == "6"
+    tensors = checkpoint(version, layers=2, width=32, head=16, ffn=96, ranks=ranks, tuned=tuned)
     unused = {"blocks.0.att.v0": (1, 1, 32), "blocks.0.att.v1": (32, 4), "blocks.0.att.v2": (4, 32)}
     if version[0] == "7":
         tensors |= {name: np.full(shape, 0.5, np.float32) for name, shape in unused.items()}
@@ -291,6 +291,101 @@ def test_weights_of_two_bytes_mean_their_values(version):
     logits, _ = forward(version)(low, tokens_of(version))
     expected, _ = forward(version)(same, tokens_of(version))
     np.testing.assert_allclose(logits, expected, rtol=0, atol=GOLDEN_LOGITS)
+
+
+@functools.cache
+def learnt(version):
+    """Official tensors and parameters without a learnt state, their config, and such a state
+    [layers, h, v, k]."""
+    tensors = {name: x for name, x in dense(version).items() if "time_state" not in name}
+    params, cfg = from_official(tensors)
+    shape = (cfg.layers, cfg.heads, cfg.head_size, cfg.head_size)
+    state = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    return tensors, params, cfg, jnp.asarray(state)
+
+
+def lay(params, state):
+    """The parameters with a learnt state."""
+    att = dataclasses.replace(params.blocks.att, time_state=state)
+    return dataclasses.replace(params, blocks=dataclasses.replace(params.blocks, att=att))
+
+
+def matrix_versions(*quick):
+    return pytest.mark.parametrize(
+        "version",
+        [
+            pytest.param(version, marks=() if version in quick else pytest.mark.slow)
+            for version in models.VERSIONS
+            if version != "4"
+        ],
+    )
+
+
+CUT = 17
+
+
+def packed(version, laid):
+    """Logits, and the state after them, of two documents in a row that start from a learnt one."""
+    cfg = learnt(version)[2]
+    return models.forward(laid, tokens_of(version), cfg=cfg, reset=reset_at(CUT))
+
+
+def apart(version, state):
+    """The same in two rows of an ordinary model, from the learnt state as a given one."""
+    _, params, cfg, _ = learnt(version)
+    fresh = models.init_state(cfg, 2)
+    wkv = jnp.broadcast_to(state[:, None], fresh.blocks.wkv.shape)
+    start = dataclasses.replace(fresh, blocks=dataclasses.replace(fresh.blocks, wkv=wkv))
+    tokens, lengths = tokens_of(version)[0], jnp.array([CUT, LENGTH - CUT])
+    rows = jnp.stack([jnp.pad(tokens[:CUT], (0, LENGTH - 2 * CUT)), tokens[CUT:]])
+    logits, after = models.forward(params, rows, start, cfg=cfg, lengths=lengths)
+    both = jnp.concatenate([logits[0, :CUT], logits[1]])[None]
+    return both, jax.tree.map(lambda x: x[:, 1:], after)
+
+
+@matrix_versions("5.2", "6", "7")
+def test_a_learnt_state_is_one_that_is_given(version):
+    """Laid onto the parameters of an ordinary model: the row, and a reset, start from it."""
+    tensors, params, cfg, state = learnt(version)
+    laid = models.unstack(lay(params, state))
+    logits, after = jax.jit(functools.partial(packed, version))(laid)
+    expected, last = jax.jit(functools.partial(apart, version))(state)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=GOLDEN_LOGITS)
+    for x, y in zip(*map(jax.tree.leaves, (models.stack(after), last)), strict=True):
+        assert_close(x, y, "float32")
+    named = tensors | {f"blocks.{i}.att.time_state": np.asarray(x) for i, x in enumerate(state)}
+    exact = oracles.MODELS[version](named, np.asarray(tokens_of(version))[0, :CUT])
+    np.testing.assert_allclose(logits[0, :CUT], exact, rtol=0, atol=GOLDEN_LOGITS)
+
+    written = to_official(lay(params, state), cfg)
+    assert all(np.array_equal(written[name], x) for name, x in named.items())
+    tuned, tuned_cfg = from_official(written)
+    assert tuned_cfg == models.as_tuned(cfg, laid) == dataclasses.replace(cfg, state_tuned=True)
+    assert np.array_equal(tuned.blocks.att.time_state, state)
+
+
+@pytest.mark.slow
+@matrix_versions("5.2", "6", "7")
+def test_gradients_of_a_learnt_state(version):
+    """They are those of the given states that it stands for."""
+    _, params, _, state = learnt(version)
+    mine, theirs = (
+        jax.jit(jax.grad(lambda state, run=run: jnp.sum(jnp.sin(run(state)[0]))))(state)
+        for run in (
+            lambda state: packed(version, lay(params, state)),
+            functools.partial(apart, version),
+        )
+    )
+    assert_close(mine, theirs, "float32")
+
+
+def test_a_learnt_state_of_another_shape_is_refused():
+    _, params, cfg, state = learnt("7")
+    with pytest.raises(ValueError, match=r"time_state is \[2, 2, 16\], but .* \[2, 2, 16, 16\]"):
+        models.check_params(lay(params, state[..., 0]), cfg)
+    tuned = models.as_tuned(cfg, lay(params, state))
+    with pytest.raises(ValueError, match=r"time_state is missing, but in a model of cfg"):
+        models.check_params(params, tuned)
 
 
 def test_a_state_of_another_model_is_refused():

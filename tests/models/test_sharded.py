@@ -24,9 +24,9 @@ ROWS, LENGTH = 2, 48
 @functools.cache
 def weights(version):
     """Two layers without a zero, two heads of 16."""
-    ranks = (6, 5, 4, 7, 3)
+    ranks, tuned = (6, 5, 4, 7, 3), version in ("6", "7")
     return from_official(
-        checkpoint(version, layers=2, width=32, head=16, ffn=96, ranks=ranks, tuned=True)
+        checkpoint(version, layers=2, width=32, head=16, ffn=96, ranks=ranks, tuned=tuned)
     )
 
 
