@@ -2,7 +2,8 @@
 
     take, join            select and concatenate rows of a batch
     interpolate, compare  two states
-    save, load            a safetensors file; tuned states (`.pth` with `time_state`) load too
+    save, load            a safetensors file; tuned states (`time_state`) load too
+    save_tuned            a tuned state, as a `.pth` or safetensors file of `time_state`
     to_pypi, from_pypi    the lists of tensors of PyPI `rwkv`
 
 A state is a pytree of float32 arrays that names its version (`rwkv_jax.models.State`). It can be
@@ -28,7 +29,7 @@ import numpy as np
 
 from rwkv_jax.checkpoint.errors import WeightsError, shown
 from rwkv_jax.checkpoint.files import check_writable
-from rwkv_jax.checkpoint.pth import read_pth
+from rwkv_jax.checkpoint.pth import read_pth, write_pth
 from rwkv_jax.checkpoint.safetensors import read_metadata, read_safetensors, write_safetensors
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import remark
@@ -37,7 +38,7 @@ from rwkv_jax.renamed import renamed
 from rwkv_jax.typing import Array, Float
 from rwkv_jax.wkv import Wkv4State
 
-FORMAT, SUFFIX, WEB_RWKV = "rwkv_jax state 1", ".safetensors", ".st"
+FORMAT, SUFFIX, PTH, WEB_RWKV = "rwkv_jax state 1", ".safetensors", ".pth", ".st"
 
 __getattr__ = renamed(
     __name__,
@@ -214,8 +215,9 @@ def check_save_path(path: Path) -> None:
 
 
 def load(path: Path | str, cfg: ModelConfig, *, weights: str = "") -> Saved:
-    """Reads a file written by `save`, or a tuned state (versions 6 and 7), whose token shifts are
-    zero: `blocks.N.att.time_state`, [h, v, k] in a `.pth`, [h, k, v] in a `.st` of web-rwkv.
+    """Reads a file written by `save`, or a tuned state (versions 5 to 7), whose token shifts are
+    zero: `blocks.N.att.time_state`, [h, v, k] in a `.pth` or `.safetensors`, [h, k, v] in a `.st`
+    of web-rwkv.
 
     `weights` is the fingerprint of the model's; `check_weights` compares it. Raises `WeightsError`,
     one line, for any other file or a state of another model than `cfg`'s.
@@ -236,6 +238,35 @@ def load(path: Path | str, cfg: ModelConfig, *, weights: str = "") -> Saved:
     return saved
 
 
+def save_tuned(path: Path | str, wkv: Float[Array, "layers h v k"]) -> None:
+    """Writes a tuned state, float32 or bfloat16, as trainers do: `blocks.N.att.time_state`,
+    [h, v, k], of every layer. `path` ends in `.pth` or `.safetensors`.
+
+    An existing file is replaced atomically. Raises `WeightsError` if it cannot be written, and
+    `ValueError` for an array of another type or shape.
+    """
+    path = Path(path).expanduser()
+    if path.suffix not in (PTH, SUFFIX):
+        raise WeightsError(f"{path}: the name of a tuned state must end in {PTH} or {SUFFIX}")
+    if wkv.ndim != 4 or wkv.shape[-1] != wkv.shape[-2]:
+        raise ValueError(
+            f"a tuned state of shape {list(wkv.shape)}: give [layers, h, v, k], as the stacked"
+            " parameter blocks.att.time_state is"
+        )
+    if wkv.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"a tuned state of {wkv.dtype}: convert it to float32 or bfloat16")
+    check_writable(path)
+    tensors = dict(zip(_tuned_names(len(wkv)), np.asarray(wkv), strict=True))
+    if path.suffix == PTH:
+        write_pth(path, tensors)
+    else:
+        write_safetensors(path, tensors)
+
+
+def _tuned_names(layers: int) -> list[str]:
+    return [f"blocks.{layer}.att.time_state" for layer in range(layers)]
+
+
 def check_weights(path: Path | str, saved: Saved, weights: str) -> None:
     """Warns if a state was saved with another fingerprint than `weights`: it means nothing to other
     weights. An empty fingerprint is not known."""
@@ -248,6 +279,8 @@ def check_weights(path: Path | str, saved: Saved, weights: str) -> None:
 
 def _saved(path: Path, cfg: ModelConfig) -> Saved:
     tensors, metadata = read_safetensors(path), read_metadata(path)
+    if tensors and all(name.endswith(".att.time_state") for name in tensors):
+        return Saved(_tuned(path, tensors, cfg))
     if metadata.get("format") != FORMAT:
         found = shown(metadata.get("format") or "none")
         raise WeightsError(
@@ -279,7 +312,7 @@ def _saved(path: Path, cfg: ModelConfig) -> Saved:
 
 
 def _tuned(path: Path, tensors: Mapping[str, np.ndarray], cfg: ModelConfig) -> State:
-    names = [f"blocks.{layer}.att.time_state" for layer in range(cfg.layers)]
+    names = _tuned_names(cfg.layers)
     if odd := sorted(set(tensors) ^ set(names)):
         raise WeightsError(
             f"{path}: {shown(odd[0])} is missing or unexpected in a tuned state of {cfg.layers}"

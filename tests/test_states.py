@@ -16,8 +16,8 @@ from tolerances import GOLDEN_LOGITS, assert_close
 
 from rwkv_jax import models, states
 from rwkv_jax.checkpoint.keymaps import from_official
-from rwkv_jax.checkpoint.pth import write_pth
-from rwkv_jax.checkpoint.safetensors import write_safetensors
+from rwkv_jax.checkpoint.pth import read_pth, write_pth
+from rwkv_jax.checkpoint.safetensors import read_safetensors, write_safetensors
 from rwkv_jax.errors import Remark, UserError
 from rwkv_jax.wkv import Wkv4State
 
@@ -210,11 +210,11 @@ def test_invalid_saves_are_refused_before_anything_is_written(tmp_path, monkeypa
         states.check_save_path(tmp_path / "s.safetensors")
 
 
-@pytest.mark.parametrize("version", ["6", "7"])
+@pytest.mark.parametrize("version", ["5.0", "5.2", "6", "7", "7a"])
 def test_tuned_states(version, tmp_path):
     """The matrices [h, v, k] of every layer, under the trainer's names; from them a model computes
     what the state-tuned model does."""
-    tensors = checkpoint("6" if version == "6" else "7", layers=2, ranks=(6, 5, 4, 7), tuned=True)
+    tensors = checkpoint(version, layers=2, ranks=(6, 5, 4, 7, 3), tuned=True)
     params, cfg = from_official(tensors)
     rng = np.random.default_rng(0)
     tuned = {
@@ -229,12 +229,41 @@ def test_tuned_states(version, tmp_path):
     for layer in range(2):
         assert np.array_equal(state.blocks.wkv[layer, 0], tuned[f"blocks.{layer}.att.time_state"])
     assert not np.any(state.blocks.att_x) and not np.any(state.blocks.ffn_x)
+    for name in ("tuned.pth", "tuned.safetensors"):
+        states.save_tuned(tmp_path / name, state.blocks.wkv[:, 0])
+        assert farthest(states.load(tmp_path / name, cfg).state, state) == 0
     if version == "6":
         whole, whole_cfg = from_official(tensors | tuned)
         tokens = jnp.arange(9, dtype=jnp.int32)[None]
         expected, _ = models.forward(whole, tokens, cfg=whole_cfg)
         logits, _ = models.forward(params, tokens, state, cfg=cfg)
         np.testing.assert_allclose(logits, expected, rtol=0, atol=GOLDEN_LOGITS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("read", [read_pth, read_safetensors])
+def test_tuned_states_are_written_bit_exactly(read, dtype, tmp_path):
+    """Layer by layer, under the trainer's names, in their own type."""
+    wkv = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 4, 4)), dtype)
+    path = tmp_path / ("s.pth" if read is read_pth else "s.safetensors")
+    states.save_tuned(path, wkv)
+    found = read(path)
+    assert list(found) == [f"blocks.{layer}.att.time_state" for layer in range(3)]
+    for written, given in zip(found.values(), np.asarray(wkv), strict=True):
+        assert written.dtype == given.dtype and written.tobytes() == given.tobytes()
+
+
+def test_tuned_states_that_cannot_be_written(tmp_path):
+    wkv = jnp.zeros((3, 2, 4, 4))
+    with pytest.raises(UserError, match=r"must end in \.pth or \.safetensors"):
+        states.save_tuned(tmp_path / "s.st", wkv)
+    with pytest.raises(UserError, match="there is no folder"):
+        states.save_tuned(tmp_path / "none" / "s.pth", wkv)
+    with pytest.raises(ValueError, match=r"of shape \[3, 2, 4, 3\]: give \[layers, h, v, k\]"):
+        states.save_tuned(tmp_path / "s.pth", wkv[..., 1:])
+    with pytest.raises(ValueError, match="of float16: convert it to float32 or bfloat16"):
+        states.save_tuned(tmp_path / "s.pth", wkv.astype(jnp.float16))
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_of_other_models_are_refused(tmp_path):
@@ -253,6 +282,9 @@ def test_files_of_other_models_are_refused(tmp_path):
     with pytest.raises(UserError, match="not a state file"):
         states.load(path, cfg)
     half = {"blocks.0.att.time_state": np.zeros((2, 64, 64), np.float32)}
+    write_safetensors(tmp_path / "half.safetensors", half)
+    with pytest.raises(UserError, match=r"blocks\.1\.att\.time_state is missing"):
+        states.load(tmp_path / "half.safetensors", cfg)
     write_pth(tmp_path / "half.pth", half)
     with pytest.raises(UserError, match=r"blocks\.1\.att\.time_state is missing"):
         states.load(tmp_path / "half.pth", cfg)

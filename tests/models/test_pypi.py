@@ -14,6 +14,8 @@ from official_weights import VERSIONS, checkpoint
 from tolerances import GOLDEN_LOGITS
 
 from rwkv_jax import models, states
+from rwkv_jax.checkpoint.keymaps import from_official
+from rwkv_jax.checkpoint.pth import read_pth
 from rwkv_jax.checkpoint.weights import load, write
 
 torch = pytest.importorskip("torch")
@@ -42,6 +44,27 @@ def official(version, path, tokens, **flags):
         row, state = model.forward([token], state)
         logits.append(row.float().numpy().copy())
     return np.stack(logits), [x.float().numpy() for x in state]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("version", [pytest.param("5.2", marks=pytest.mark.slow), "6"])
+def test_a_tuned_state(version, tmp_path):
+    """In a file of its own beside a model here, in the model's file there."""
+    sizes, path = SIZES[1], tmp_path / "model.pth"
+    model = checkpoint(version, seed=7, **sizes)
+    h, n = sizes["width"] // sizes["head"], sizes["head"]
+    learnt = np.random.default_rng(2).normal(size=(sizes["layers"], h, n, n)).astype(np.float32)
+    states.save_tuned(tmp_path / "state.pth", jnp.asarray(learnt))
+    write(path, model | read_pth(tmp_path / "state.pth"))
+    tokens = np.random.default_rng(1).integers(sizes["vocab"], size=LENGTH)
+    logits, _ = official(version, path, tokens.tolist())
+    params, cfg = from_official(model)
+    start = states.load(tmp_path / "state.pth", cfg).state
+    mine, _ = models.forward(params, jnp.asarray(tokens, jnp.int32)[None], start, cfg=cfg)
+    np.testing.assert_allclose(mine[0], logits, rtol=0, atol=GOLDEN_LOGITS)
+    baked, baked_cfg = load(path)
+    mine, _ = models.forward(baked, jnp.asarray(tokens, jnp.int32)[None], cfg=baked_cfg)
+    np.testing.assert_allclose(mine[0], logits, rtol=0, atol=GOLDEN_LOGITS)
 
 
 @pytest.mark.filterwarnings("ignore")
