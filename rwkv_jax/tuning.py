@@ -193,8 +193,13 @@ def _changed(
     for path, value in adapter.whole.items():
         params = _with(params, path, partial(_between, weight), value)
     if adapter.state is not None:
-        params = _with(params, STATE, lambda value, x: value * weight, adapter.state)
+        params = _with(params, STATE, partial(_started, weight), adapter.state)
     return params
+
+
+def _started(weight: float, state: Array, x: Array | None) -> Array:
+    """The state that documents start from, beyond one that the model may have."""
+    return state * weight if x is None else wide(x) + state * weight
 
 
 def _between(weight: float, value: Array, x: Array) -> Array:

@@ -49,7 +49,7 @@ from rwkv_jax.data.tokenizers import (
     world_vocabulary,
 )
 from rwkv_jax.errors import remark
-from rwkv_jax.models import Model
+from rwkv_jax.models import Model, as_tuned
 from rwkv_jax.typing import Array
 
 PILE = (50277, 50304)
@@ -177,16 +177,7 @@ def load_run(path: Path | str) -> tuple[Model[Array], ModelConfig, Tokenizer]:
             f" {saved.config.train.init} has now ({found}); put those back"
         )
     merged = tuning.merge(base, saved.params)
-    return merged, tuned_config(model, merged), saved.tokenizer
-
-
-def tuned_config(cfg: ModelConfig, params: Model[Array]) -> ModelConfig:
-    """The config of a model's parameters, which may have a state that documents start from."""
-    return (
-        cfg
-        if getattr(params.blocks.att, "time_state", None) is None
-        else replace(cfg, state_tuned=True)
-    )
+    return merged, as_tuned(model, merged), saved.tokenizer
 
 
 def is_run(path: Path) -> bool:
