@@ -25,12 +25,12 @@ from rwkv_jax.training.trainable import trained_by
 
 PICTURE = harness.ROOT / "docs" / "style.png"
 RATES = {
-    "full": (1e-4, 3e-4, 1e-3),
-    "lora": (1e-3, 3e-3, 1e-2),
-    "state": (1e-2, 3e-2, 1e-1, 3e-1),
+    "full": (3e-4, 1e-3),
+    "lora": (3e-3, 1e-2),
+    "state": (1e-2, 3e-2, 1e-1),
 }
 NAMES = {"full": "full fine-tuning", "lora": "LoRA, rank 8", "state": "state tuning"}
-SIZES = {"tests": 1_500_000, "unseen": 200_000}
+SIZES = {"tests": 1_500_000, "unseen": 120_000}
 """Bytes that are taken of the tests, and of other modules."""
 
 
@@ -78,10 +78,10 @@ def settings(method: str, rate: float, base: Path, texts: Path, steps: int) -> d
     return {
         "train.init": base,
         "data.source": texts / "tests",
-        "data.heldout": 0.15,
+        "data.heldout": 0.08,
         "eval.texts": f'{{unseen = "{texts / "unseen"}"}}',
         "train.steps": steps,
-        "train.eval_every": max(1, steps // 8),
+        "train.eval_every": max(1, steps // 4),
         "train.eval_tokens": 100_000,
         "optimizer.peak_lr": rate,
         "optimizer.final_lr": rate / 10,
