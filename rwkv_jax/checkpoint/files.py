@@ -11,6 +11,8 @@ import json
 import math
 import mmap
 import os
+import secrets
+import shutil
 import struct
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -237,6 +239,35 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """`disk.replacing` that raises WeightsError if the file cannot be written."""
     with writing(path), disk.replacing(path) as file:
         yield file
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` at the end; if anything is raised, nothing is left of
+    it. Raises WeightsError if `path` is a file, or a folder that is not empty."""
+    if path.is_file():
+        raise WeightsError(f"{path}: is a file; name a new folder")
+    if path.exists() and any(path.iterdir()):
+        raise WeightsError(f"{path}: is not empty; name a new folder")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    parents = [folder for folder in path.parents if not folder.exists()]  # deepest first
+    try:
+        with naming(path), writing(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            os.replace(temporary, path)
+    except WeightsError as error:  # the user does not know the temporary folder
+        raise WeightsError(str(error).replace(str(temporary), str(path))) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in parents:
+            with contextlib.suppress(OSError):  # not empty: the folder was written
+                folder.rmdir()
+
+
+def json_text(table: Mapping[str, Any]) -> bytes:
+    """A table as a JSON file."""
+    return (json.dumps(table, indent=2) + "\n").encode()
 
 
 def writing(path: Path) -> contextlib.AbstractContextManager[None]:

@@ -10,10 +10,7 @@ Files are mapped, not read: a tensor is in memory while it is used. No code in a
 
 import contextlib
 import json
-import os
 import re
-import secrets
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,9 +25,10 @@ from rwkv_jax.checkpoint.files import (
     ArrayLike,
     cast,
     float_type,
+    json_text,
     naming,
+    new_folder,
     replacing,
-    writing,
 )
 from rwkv_jax.checkpoint.fingerprint import fingerprint, fingerprint_of
 from rwkv_jax.checkpoint.keymaps import config_of, from_official, in_order, to_official
@@ -286,7 +284,7 @@ def tokenizer_files(weights: Weights, vocab_size: int, target: Path) -> dict[str
         files = {WORLD_FILE if kind == "txt" else HF_FILE: own} if own else {}
         files |= {WORLD_FILE: world_vocabulary().read_bytes()} if kind == "world" else {}
         if config := huggingface.tokenizer_config(kind, vocab_size):
-            files["tokenizer_config.json"] = _json(config)
+            files["tokenizer_config.json"] = json_text(config)
         return files
     existing = _beside(Weights(target, "", {}), vocab_size) if kind else None
     if existing and existing[0].read_bytes() == own:
@@ -466,39 +464,19 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _json(table: Mapping[str, Any]) -> bytes:
-    return (json.dumps(table, indent=2) + "\n").encode()
-
-
 def _write_folder(
     path: Path, tensors: Mapping[str, ArrayLike], layout: str, others: Mapping[str, bytes]
 ) -> None:
     """A Hugging Face folder, which appears once it is complete."""
     with naming(path):
         named, config = huggingface.from_official(tensors, layout=layout)
-    if path.is_file():
-        raise WeightsError(f"{path}: is a file; name a new folder, or end in .pth or .safetensors")
-    if path.exists() and any(path.iterdir()):
-        raise WeightsError(f"{path}: is not empty; name a new folder")
     files = {
-        "config.json": _json(config),
-        "generation_config.json": _json(huggingface.generation_config(config)),
+        "config.json": json_text(config),
+        "generation_config.json": json_text(huggingface.generation_config(config)),
         **others,
     }
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    parents = [folder for folder in path.parents if not folder.exists()]  # deepest first
-    try:
-        with naming(path), writing(path):
-            temporary.mkdir(parents=True)
-            write_safetensors(temporary / "model.safetensors", named, {"format": "pt"})
-            for name, content in files.items():
-                with replacing(temporary / name) as file:
-                    file.write(content)
-            os.replace(temporary, path)
-    except WeightsError as error:  # the user does not know the temporary folder
-        raise WeightsError(str(error).replace(str(temporary), str(path))) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for folder in parents:
-            with contextlib.suppress(OSError):  # not empty: the folder was written
-                folder.rmdir()
+    with new_folder(path) as temporary:
+        write_safetensors(temporary / "model.safetensors", named, {"format": "pt"})
+        for name, content in files.items():
+            with replacing(temporary / name) as file:
+                file.write(content)
