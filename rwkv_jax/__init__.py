@@ -11,6 +11,7 @@ from rwkv_jax.lazily import submodules
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from rwkv_jax import adapters as adapters
     from rwkv_jax import evaluation as evaluation
     from rwkv_jax import models as models
     from rwkv_jax import sampling as sampling
@@ -45,7 +46,7 @@ _NAMES = {
     "sampling": ("generate",),
     "wkv": ("wkv4", "wkv6", "wkv7"),
 }
-_MODULES = ("evaluation", "models", "sampling", "states", "wkv")
+_MODULES = ("adapters", "evaluation", "models", "sampling", "states", "wkv")
 """Public ones; every other module is an attribute too."""
 _HOMES = {name: f"rwkv_jax.{home}" for home, names in _NAMES.items() for name in names}
 __all__ = (*_HOMES, *_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -35,6 +35,14 @@ STATE = "blocks.att.time_state"
 
 
 @container
+class Dora(LowRank[Leaf]):
+    """A change of a matrix W to `magnitude (W + scale down up) / norm`, the norm of each output's
+    column (DoRA, arXiv:2402.09353 §4.1). Read from files and merged, not trained."""
+
+    magnitude: Leaf  # [o]; 0 in layers that are not changed
+
+
+@container
 class Adapter(Generic[Leaf]):
     """A change of a model. Keys are paths of parameters, `blocks.att.key`."""
 
@@ -159,11 +167,16 @@ def wide(x: Array) -> Array:
 def on(params: Model[Array], adapter: Adapter[Array], weight: float = 1.0) -> Model[Array]:
     """The parameters with an adapter, `weight` times its change; stacked or unstacked.
 
-    Differentiable in both. Several adapters may lie on one another: their changes add up.
+    Differentiable in both. Several adapters may lie on one another: their changes add up. Raises
+    `ValueError` where a `Dora`, which is computed from the matrix itself, is not the first.
     """
 
-    def beside(change: LowRank[Array], x: Any) -> Adapted[Array]:
-        return Adapted(x, replace(change, scale=change.scale * weight))
+    def beside(change: LowRank[Array], x: Any) -> Any:
+        if not isinstance(change, Dora):
+            return Adapted(x, replace(change, scale=change.scale * weight))
+        if isinstance(x, Adapted):
+            raise ValueError("a DoRA adapter goes on the bare weights: put it on before the others")
+        return _merged(change, x, weight)
 
     return _changed(params, adapter, weight, beside)
 
@@ -172,17 +185,31 @@ def merge(params: Model[Array], adapter: Adapter[Array], weight: float = 1.0) ->
     """The parameters with `weight` times an adapter's change added to them, in float32, and rounded
     once to the type that each has."""
 
-    def added(change: LowRank[Array], x: Array) -> Array:
-        def layer(parts: tuple[Array, Array, Array]) -> Array:
-            x, down, up = parts
-            product = jnp.matmul(wide(down), wide(up), precision=lax.Precision.HIGHEST)
-            return (wide(x) + change.scale * weight * product).astype(x.dtype)
+    return _changed(params, adapter, weight, jax.jit(partial(_merged, weight=weight)))
 
-        parts = (x, change.down, change.up)
-        # One layer after the other: a float32 copy of a large matrix in all layers need not fit.
-        return lax.map(layer, parts) if x.ndim == 3 else layer(parts)
 
-    return _changed(params, adapter, weight, jax.jit(added))
+def _merged(change: LowRank[Array], x: Array, weight: float) -> Array:
+    """A matrix, or those of all layers, with `weight` times a change."""
+
+    def layer(parts: tuple[LowRank[Array], Array]) -> Array:
+        change, x = parts
+        down, up = wide(change.down), wide(change.up)
+        product = jnp.matmul(down, up, precision=lax.Precision.HIGHEST)
+        return (wide(x) + difference(change, wide(x), product, weight)).astype(x.dtype)
+
+    # One layer after the other: a float32 copy of a large matrix in all layers need not fit.
+    return lax.map(layer, (change, x)) if x.ndim == 3 else layer((change, x))
+
+
+def difference(change: LowRank, x: Any, product: Any, weight: float = 1.0) -> Any:
+    """What `weight` times a change adds to a float32 matrix [i, o]; `product` is down @ up. For
+    arrays of JAX and of NumPy."""
+    if not isinstance(change, Dora):
+        return change.scale * weight * product
+    moved = x + change.scale * product
+    norm = (moved * moved).sum(-2) ** 0.5
+    turned = moved * (change.magnitude / (norm + (norm == 0)))
+    return weight * ((change.magnitude != 0) * (turned - x))
 
 
 def _changed(

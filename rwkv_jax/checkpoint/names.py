@@ -41,8 +41,9 @@ _REFUSED = (
     (
         "peft_type",
         r"lora_(A|B|M|embedding|magnitude)|\.(lora\.[01]|bone|disha|miss|miss_block)$|\.base_layer\.",
-        "an adapter, or a model with one that is not merged; merge it into its base model (PEFT:"
-        " merge_and_unload; RWKV-PEFT: its merge scripts) and give the result",
+        "an adapter, or a model with one that is not merged; merge it into its base model (rwkv-jax"
+        " merge MODEL ADAPTER OUT; of a whole model with one, peft's merge_and_unload) and give the"
+        " result",
     ),
     (
         "quantization_config",
