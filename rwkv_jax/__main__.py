@@ -16,6 +16,7 @@ COMMANDS = {
     "eval": ("evaluate", "measure a model: bits per byte, LAMBADA, multiple choice"),
     "inspect": ("inspect", "show what a weight file holds"),
     "convert": ("convert", "convert weights between formats"),
+    "merge": ("merge", "add adapters to a model's weights"),
     "diff": ("diff", "compare two weight files, tensor by tensor"),
 }
 """Command -> module of `rwkv_jax.cli`, one line of help."""

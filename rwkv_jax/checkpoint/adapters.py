@@ -119,16 +119,18 @@ class _Stored:
 
 
 def is_adapter(path: Path | str) -> bool:
-    """Whether a path is that of an adapter, not of a model. Raises WeightsError if it cannot be
-    read."""
+    """Whether a path is that of an adapter, not of a model or of nothing."""
     path = Path(path).expanduser()
     if run := store.find_run(path):
         return store.read_config(run.folder).tune.method == "lora"
     if _peft_folder(path):
         return True
-    if path.is_file() and path.suffix in (*PTH, *SAFETENSORS):
+    if not path.is_file() or path.suffix not in (*PTH, *SAFETENSORS):
+        return False
+    try:
         return any(_PART.fullmatch(name) for name in read_model(path))
-    return False
+    except WeightsError:  # what is wrong, the reader of models says
+        return False
 
 
 def states_alpha(path: Path | str) -> bool:
@@ -227,7 +229,7 @@ def _layer(name: str) -> int | None:
 
 
 def _rank(part: _Part) -> int:
-    return 0 if part.down is None else part.down.shape[0]
+    return 0 if part.up is None else part.up.shape[1]
 
 
 # Reading

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from rwkv_jax.cli.adapters import changing
 from rwkv_jax.config import DataConfig
 from rwkv_jax.errors import UserError, printed_remarks
 from rwkv_jax.interrupts import interruptible, leaving, raising, undropped_interrupts
@@ -152,15 +153,17 @@ def add_tokenizer(add: Callable[..., object]) -> None:
 
 
 def load_model(args: argparse.Namespace, **to_decode: Any) -> tuple[Any, Any, Any]:
-    """Parameters, config and tokenizer as MODEL and --tokenizer say; with options of
-    `load_to_decode` in the layout of decoding. What JAX compiles from now on is cached."""
+    """Parameters, config and tokenizer as MODEL, --adapter and --tokenizer say; with options of
+    `load_to_decode`, or an adapter, in the layout of decoding. What JAX compiles from now on is
+    cached."""
     from rwkv_jax.checkpoint.weights import load_with_tokenizer
     from rwkv_jax.compiled import keep_compiled_programs
     from rwkv_jax.sampling.load import load_to_decode
 
+    change = changing(args)
     keep_compiled_programs(DataConfig().cache_root)
-    if to_decode:
-        return load_to_decode(args.model, args.tokenizer, **to_decode)
+    if to_decode or change:
+        return load_to_decode(args.model, args.tokenizer, change=change, **to_decode)
     return load_with_tokenizer(args.model, args.tokenizer)
 
 

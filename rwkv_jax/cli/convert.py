@@ -2,9 +2,10 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rwkv_jax.cli.command import add_model, command, import_jax, run, spoken
 from rwkv_jax.errors import UserError
@@ -33,6 +34,12 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax convert") -> int:
     """Runs the command line; returns the exit code: 2 for bad input, 130 when interrupted."""
     parser = command(prog, "MODEL OUT [options]", ABOUT)
     add_model(parser)
+    add_target(parser)
+    return run(spoken(prog), partial(_convert, parser.parse_args(arguments)))
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument OUT and the options of writing it."""
     add = parser.add_argument
     add("out", metavar="OUT", help=".pth, .safetensors, or a new folder")
     types = ("float32", "float16", "bfloat16")
@@ -40,29 +47,42 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax convert") -> int:
     layouts = ("transformers-rwkv4", "fla-rwkv7", "official-rwkv7")
     add("--layout", choices=layouts, default="", help="of a folder (default: the version's first)")
     add("--overwrite", action="store_true", help="replace OUT if it exists")
-    return run(spoken(prog), partial(_convert, parser.parse_args(arguments)))
 
 
 def _convert(args: argparse.Namespace) -> None:
     # Here, so that --help answers at once.
     import_jax()
-    from rwkv_jax.checkpoint.huggingface import DEFAULTS
-    from rwkv_jax.checkpoint.keymaps import check
-    from rwkv_jax.checkpoint.weights import naming, read, write
+    from rwkv_jax.checkpoint.weights import read
 
     source, target = Path(args.model).expanduser(), Path(args.out).expanduser()
+    check_target(source, target, args.overwrite)
+    weights = read(source)
+    write_model(args, weights, weights.tensors, target)
+
+
+def check_target(source: Path, target: Path, overwrite: bool) -> None:
+    """Raises UserError if OUT would replace something that it must not."""
     if target.exists() and target.resolve() == source.resolve():
         raise UserError(f"{target}: input and output are the same file; name another")
     if target.is_dir():
         raise UserError(f"{target}: already exists; a folder is not replaced, name a new one")
-    if target.exists() and not args.overwrite:
+    if target.exists() and not overwrite:
         raise UserError(f"{target}: already exists; name another file, or add --overwrite")
-    weights = read(source)
+
+
+def write_model(
+    args: argparse.Namespace, weights: "Weights", tensors: Mapping[str, Any], target: Path
+) -> None:
+    """Writes a model of other `tensors` than the weights', with their tokenizer, and says so."""
+    from rwkv_jax.checkpoint.huggingface import DEFAULTS
+    from rwkv_jax.checkpoint.keymaps import check
+    from rwkv_jax.checkpoint.weights import naming, write
+
     with naming(weights.path):
-        cfg = check(weights.tensors)
+        cfg = check(tensors)
     beside, missing = _tokenizer(weights, cfg.vocab_size, target)
-    write(target, weights.tensors, dtype=args.dtype, layout=args.layout, beside=beside)
-    print(f"{target}: RWKV-{cfg.version}, {len(weights.tensors):,} tensors")
+    write(target, tensors, dtype=args.dtype, layout=args.layout, beside=beside)
+    print(f"{target}: RWKV-{cfg.version}, {len(tensors):,} tensors")
     if names := [name for name in beside if name != "tokenizer_config.json"]:
         folder = target if target.is_dir() else target.parent
         print(f"{folder / names[0]}: its tokenizer")

@@ -16,6 +16,7 @@ from rich import box
 from rich.console import Console
 
 from rwkv_jax import disk
+from rwkv_jax.cli.adapters import add_adapters
 from rwkv_jax.cli.command import (
     add_model,
     add_tokenizer,
@@ -84,6 +85,7 @@ def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
 
     add = parser.add_argument_group("computation").add_argument
     add_tokenizer(add)
+    add_adapters(add)
     types = "compute type (float32 on CPU, bfloat16 elsewhere)"
     add("--dtype", choices=("float32", "bfloat16"), help=types)
     rows = "documents or answers that are read side by side; fewer take less memory (16)"
@@ -107,7 +109,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     sources = _sources(args)
     with within_memory("lower --batch, or --dtype bfloat16"):
         # Tasks read prompts in the layout of sampling; for texts alone, the other compiles faster.
-        decoding = {"dtype": args.dtype} if endings or choices else {}
+        decoding = {"dtype": args.dtype} if endings or choices or args.adapter else {}
         params, cfg, tokenizer = load_model(args, **decoding)
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         dtype = args.dtype or decoding_dtype().__name__

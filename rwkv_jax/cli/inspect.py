@@ -1,4 +1,4 @@
-"""`inspect`: what a weight file holds."""
+"""`inspect`: what a weight file, or an adapter, holds."""
 
 import argparse
 import contextlib
@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 
+from rwkv_jax.cli.adapters import ALPHA, Changes, load_all, show_info
 from rwkv_jax.cli.command import add_model, command, import_jax, run, spoken, width
 from rwkv_jax.console import header, numbers, tracked
 from rwkv_jax.errors import UserError
@@ -26,6 +27,8 @@ is wrong with it (missing, extra or misshapen tensors, NaN and infinity).
       the newest checkpoint of a run
   {prog} model.safetensors --tensors
       every tensor: shape, type, RMS, minimum and maximum
+  {prog} runs/lora --base rwkv7-g1-0.4b.pth
+      an adapter (of a run, of peft, of RWKV-PEFT): method, rank, targets, and how much it changes
 
 The exit code is 1 if something is wrong. No code in a file is run, and one tensor at a time is in
 memory.
@@ -96,8 +99,10 @@ def statistics_of(array: Any) -> Statistics:
 def main(arguments: list[str], prog: str = "python -m rwkv_jax inspect") -> int:
     """Runs the command line; returns the exit code: 1 if something is wrong with the weights, 2 for
     bad input."""
-    parser = command(prog, "MODEL [--tensors]", ABOUT)
+    parser = command(prog, "MODEL [options]", ABOUT)
     add_model(parser)
+    parser.add_argument("--base", metavar="MODEL", help="of an adapter: the model that it changes")
+    parser.add_argument("--alpha", type=float, metavar="X", help=ALPHA)
     parser.add_argument("--tensors", action="store_true", help="every tensor, not only groups")
     args = parser.parse_args(arguments)
     wrong: list[str] = []
@@ -108,12 +113,19 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax inspect") -> int:
 def _inspect(args: argparse.Namespace, wrong: list[str]) -> None:
     # Here, so that --help does not wait for JAX.
     import_jax()
+    from rwkv_jax.checkpoint.adapters import is_adapter
     from rwkv_jax.checkpoint.keymaps import config_of, problems
     from rwkv_jax.checkpoint.pth import broken_entry
     from rwkv_jax.checkpoint.shards import files_of
     from rwkv_jax.checkpoint.weights import naming, read
 
     console = Console(width=width())
+    if is_adapter(args.model):
+        _inspect_adapter(console, args)
+        return
+    for option, given in ("--base", args.base), ("--alpha", args.alpha):
+        if given is not None:
+            raise UserError(f"{args.model}: is no adapter; leave out {option}")
     weights = read(args.model)
     tensors = weights.tensors
     with naming(weights.path):
@@ -145,6 +157,30 @@ def _inspect(args: argparse.Namespace, wrong: list[str]) -> None:
         console.print(f"[bold red]wrong:[/] {escape(fault)}", highlight=False, soft_wrap=True)
     if not wrong:
         console.print("complete, and all numbers finite", style="green")
+
+
+def _inspect_adapter(console: Console, args: argparse.Namespace) -> None:
+    from rwkv_jax.checkpoint.adapters import describe, merged
+    from rwkv_jax.checkpoint.fingerprint import fingerprint_of
+    from rwkv_jax.checkpoint.keymaps import check
+    from rwkv_jax.checkpoint.weights import naming, read
+
+    if args.base is None:
+        if args.alpha is not None:
+            raise UserError("--alpha is of a change's size: add --base, or leave it out")
+        show_info(console, describe(args.model))
+        return
+    weights = read(args.base)
+    with naming(weights.path):
+        cfg = check(weights.tensors)
+    ((adapter, _, info),) = load_all([args.model], args.alpha, cfg, fingerprint_of(weights.tensors))
+    show_info(console, info)
+    changes = Changes()
+    tensors = merged(weights.tensors, cfg, [(adapter, 1.0)], measure=changes)
+    changed = [name for name, x in tensors.items() if x is not weights.tensors.get(name)]
+    for name in tracked(console, changed, "reading"):
+        np.asarray(tensors[name])
+    changes.show(console, lost=False)
 
 
 def _print_header(console: Console, weights: Any, cfg: Any) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rwkv_jax.cli.adapters import add_adapters
 from rwkv_jax.cli.command import (
     add_model,
     add_tokenizer,
@@ -43,6 +44,8 @@ Continue a prompt with a model: official weights, a Hugging Face folder, or a ru
   {prog} rwkv7-g1-1.5b.pth --chat --think on --save-state talk.safetensors
   {prog} rwkv7-g1-1.5b.pth --chat --state talk.safetensors
       a conversation, saved on exit and resumed later; nothing is read twice
+  {prog} rwkv7-g1-1.5b.pth --chat --adapter style/:0.8 --adapter runs/lora
+      a model with adapters, each with a weight
 """
 
 
@@ -254,6 +257,7 @@ def _parse(arguments: list[str], prog: str) -> argparse.Namespace:
     add_tokenizer(add)
     types = "compute type (float32 on CPU, bfloat16 elsewhere)"
     add("--dtype", choices=("float32", "bfloat16"), help=types)
+    add_adapters(add)
     add("--state", metavar="FILE", help="start from a saved state, or a tuned one (.pth)")
     add("--save-state", metavar="FILE", help="save the state after the text, as .safetensors")
 
