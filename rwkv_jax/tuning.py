@@ -206,10 +206,10 @@ def difference(change: LowRank, x: Any, product: Any, weight: float = 1.0) -> An
     arrays of JAX and of NumPy."""
     if not isinstance(change, Dora):
         return change.scale * weight * product
-    moved = x + change.scale * product
-    norm = (moved * moved).sum(-2) ** 0.5
-    turned = moved * (change.magnitude / (norm + (norm == 0)))
-    return weight * ((change.magnitude != 0) * (turned - x))
+    moved, magnitude = x + change.scale * product, change.magnitude[None]
+    norm = (moved * moved).sum(0)[None] ** 0.5
+    turned = moved * (magnitude / (norm + (norm == 0).astype(x.dtype)))
+    return weight * ((magnitude != 0).astype(x.dtype) * (turned - x))
 
 
 def _changed(

@@ -451,7 +451,7 @@ def _read_peft(folder: Path) -> _Stored:
     stored.method = "miss" if miss else "dora" if config.get("use_dora") else rslora
     found, modules = _sorted_out(stored, tensors)
     if not miss and found:
-        stored.alpha = _number(config, "lora_alpha", 8)
+        stored.alpha = _number(config, "lora_alpha", 8.0)
     for module, kinds in found.items():
         if miss:
             if "miss_block" in kinds:
@@ -474,18 +474,18 @@ def _number(config: Mapping[str, Any], key: str, default: float) -> float:
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise WeightsError(f"{CONFIG}: {key} = {shown(value)}: must be a finite number; correct it")
-    return value
+    return float(value)
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha / rank of a module, which patterns may set. Raises WeightsError if the rank is not what
     the config says."""
-    said = _patterned(config, "rank_pattern", "r", 8, module)
+    said = _patterned(config, "rank_pattern", "r", 8.0, module)
     if said != rank:
         raise WeightsError(
             f"{module}: of rank {rank}, but {CONFIG} says {said:g}; take both files of one save"
         )
-    alpha = _patterned(config, "alpha_pattern", "lora_alpha", 8, module)
+    alpha = _patterned(config, "alpha_pattern", "lora_alpha", 8.0, module)
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -691,7 +691,7 @@ def save(
         ranks[short] = down.shape[-1]
         alphas[short] = _alpha(change.scale, down.shape[-1])
     whole, modules_to_save = _whole_tensors(adapter, cfg, there)
-    rank, alpha = (max(x.values(), default=1) for x in (ranks, alphas))
+    rank, alpha = max(ranks.values(), default=1), max(alphas.values(), default=1.0)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -748,8 +748,7 @@ def _alpha(scale: float, rank: int) -> float:
     """The alpha for which alpha / rank is the scale, to the bit where there is one."""
     alpha = scale * rank
     near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    alpha = next((x for x in near if x / rank == scale), alpha)
-    return int(alpha) if alpha.is_integer() else alpha
+    return next((x for x in near if x / rank == scale), alpha)
 
 
 def _whole_tensors(
