@@ -32,6 +32,7 @@ from rwkv_jax.checkpoint.files import (
 )
 from rwkv_jax.checkpoint.fingerprint import fingerprint, fingerprint_of
 from rwkv_jax.checkpoint.keymaps import config_of, from_official, in_order, to_official
+from rwkv_jax.checkpoint.names import refuse
 from rwkv_jax.checkpoint.pth import write_pth
 from rwkv_jax.checkpoint.safetensors import write_safetensors
 from rwkv_jax.checkpoint.shards import PTH, SAFETENSORS, STANDARD, models_in, read_model
@@ -442,6 +443,7 @@ def _official(
         if not renamed and not prefixed and not huggingface.describes(config, tensors):
             config = {}
         if renamed:
+            refuse(tensors, config)  # an adapter, rather than an unknown layout
             layout = huggingface.layout_of(tensors, config)
             found = huggingface.to_official(tensors, config)
         else:
