@@ -4,7 +4,7 @@ An `Adapter` is a pytree: `jax.grad`, `vmap`, optimizers and meshes treat it as 
 parameters. `on(params, adapter)` are parameters that every function of the package takes, and is
 differentiable; `merge` adds the change to the weights for good.
 
-    low_rank   W + scale down up, for matrices of layers (LoRA, arXiv:2106.09685)
+    low_rank   W + scale down up, for matrices of layers (LoRA, arXiv:2106.09685), or a `Dora`
     whole      parameters in place of the model's
     state      the WKV state that documents start from (state tuning; versions 5 to 7)
 

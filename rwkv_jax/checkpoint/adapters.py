@@ -367,10 +367,15 @@ def _without_start(module: str, part: _Part, start: Mapping[str, Any]) -> _Part:
     """What PiSSA has learned: B A - B0 A0, of twice the rank. RWKV-PEFT does not scale it."""
     down, up = start.get("init_lora_A"), start.get("init_lora_B")
     if down is None or up is None or part.down is None or part.up is None:
-        raise WeightsError(f"{module} lacks A or B, here or in {PISSA}; give both files whole")
+        raise WeightsError(
+            f"{module} lacks A or B, here or in {PISSA} beside it; give both files whole, or move"
+            " that one away if it is of another run"
+        )
     a, a0, b, b0 = (_float(x) for x in (part.down, down, part.up, up))
     if a.shape != a0.shape or b.shape != b0.shape:
-        raise WeightsError(f"{module}: other shapes than in {PISSA}, which is of another run")
+        raise WeightsError(
+            f"{module}: other shapes than in {PISSA}, which is of another run; move it away"
+        )
     return _Part(np.concatenate([a, a0]), np.concatenate([b, -b0], 1), 1.0)
 
 

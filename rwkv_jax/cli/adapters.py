@@ -134,12 +134,17 @@ class Changes:
         for target, norms in self.by_target().items():
             total, each = _sum(norms), [x.relative for x in norms]
             cells = [f"{x:.3g}" for x in (total.relative, min(each), max(each))]
-            cells += [f"{100 * total.share_lost:.2g} %"] if lost else []
+            cells += [percent(total.share_lost)] if lost else []
             rows.append((target, f"{len(norms)}", *cells))
         titles = ("target", "tensors", "change", "least", "most", *(["lost"] if lost else []))
         console.print("\n[italic]norm of the change over that of the tensor[/]\n", highlight=False)
         style = {"padding": (0, 1, 0, 0), "pad_edge": False, "show_edge": False}
         numbers(console, titles, rows, box=box.SIMPLE_HEAD, **style)
+
+
+def percent(share: float) -> str:
+    """Whole numbers from 10 on."""
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
 
 
 def _square(x: np.ndarray) -> float:

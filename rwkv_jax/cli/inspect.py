@@ -123,10 +123,10 @@ def _inspect(args: argparse.Namespace, wrong: list[str]) -> None:
     if is_adapter(args.model):
         _inspect_adapter(console, args)
         return
+    weights = read(args.model)
     for option, given in ("--base", args.base), ("--alpha", args.alpha):
         if given is not None:
             raise UserError(f"{args.model}: is no adapter; leave out {option}")
-    weights = read(args.model)
     tensors = weights.tensors
     with naming(weights.path):
         cfg = config_of(tensors)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rwkv_jax.cli.adapters import ALPHA, Changes, load_all
+from rwkv_jax.cli.adapters import ALPHA, Changes, load_all, percent
 from rwkv_jax.cli.command import add_model, command, import_jax, run, spoken, width
 from rwkv_jax.cli.convert import add_target, check_target, write_model
 from rwkv_jax.errors import UserError, remark
@@ -27,6 +27,9 @@ Add adapters to a model's weights; the name of OUT decides its format, as for `c
 Sums are computed in float32, one tensor at a time, and rounded once, to the type that the tensor
 has, or to --dtype. What that loses of the change is printed; --dtype float32 loses next to nothing.
 """
+
+MUCH = 0.1
+"""A share of the change whose loss is worth a remedy."""
 
 
 def main(arguments: list[str], prog: str = "python -m rwkv_jax merge") -> int:
@@ -67,5 +70,6 @@ def _merge(args: argparse.Namespace) -> None:
         remark("the adapters change nothing: what they add is zero; are they trained?")
         return
     changes.show(console, lost=True)
-    share = f"{100 * total.share_lost:.2g} %"
-    print(f"\nrounding to the stored type takes {share} of the change (norm over norm)")
+    remedy = "; --dtype float32 keeps it" if total.share_lost > MUCH else ""
+    share = percent(total.share_lost)
+    print(f"\nrounding to the stored type takes {share} of the change (norm over norm){remedy}")

@@ -15,6 +15,7 @@ import pytest
 from checkpoint.damaged_files import check_any_damage
 from markers import each_recurrence
 from official_weights import checkpoint
+from tolerances import PEFT_LOGITS
 
 import rwkv_jax
 from rwkv_jax import adapters, models, tuning
@@ -117,7 +118,7 @@ def test_what_peft_computed(name):
     in_jax = adapters.merge(params, adapter)
     for found in (on_files, in_jax):
         error = np.abs(logits(found, cfg) - expected).max()
-        assert error < 1e-4 * np.abs(expected).max()
+        assert error < PEFT_LOGITS * np.abs(expected).max()
     assert np.abs(golden()["base"] - expected).max() > 0.1 * np.abs(expected).max()
 
 
@@ -126,7 +127,7 @@ def test_dora_beside_the_weights():
     adapter, _ = adapters.load(GOLDEN / "dora", cfg)
     expected = golden()["dora"]
     found = logits(adapters.on(params, adapter), cfg)
-    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(found - expected).max() < PEFT_LOGITS * np.abs(expected).max()
     other, _ = adapters.load(GOLDEN / "lora", cfg)
     with pytest.raises(ValueError, match="put it on before the others"):
         adapters.on(adapters.on(params, other), adapter)
@@ -205,6 +206,9 @@ def test_a_block_of_rwkv_peft_and_its_pissa(tmp_path):
     found = np.asarray(merged(tensors, cfg, [(adapter, 1.0)])["blocks.1.att.key.weight"])
     assert (info.method, info.rank) == ("pissa", 4)
     np.testing.assert_array_equal(found, w + (b.T @ a - b0.T @ a0))
+    write_pth(tmp_path / "init_pissa.pth", {"blocks.0.att.key.init_lora_A": a0})
+    with pytest.raises(UserError, match=r"lacks A or B, here or in init_pissa\.pth beside it"):
+        adapters.load(tmp_path / "p.pth", cfg)
 
 
 def test_merging_rounds_once_and_measures(tmp_path):
@@ -249,6 +253,7 @@ def test_a_run_of_ours(run, tmp_path):
     adapter, info = adapters.load(folder / "checkpoints" / "200", cfg)
     assert info.layers == (1, 2) and info.base == rwkv_jax.fingerprint(params, cfg)
     assert info.base_name == str(folder / "m.pth") and is_adapter(folder)
+    assert describe(folder / "checkpoints" / "200") == info
     adapters.save(tmp_path / "a", adapter, cfg, base=info.base)
     assert_same(adapters.load(tmp_path / "a", cfg)[0], adapter)
     assert describe(tmp_path / "a").layers == (1, 2)
