@@ -1,71 +1,44 @@
-"""Files of adapters: read, written, and merged into a model's tensors.
+"""Adapters in files: loaded for a model, and saved.
 
-Read:
-
-    peft      a folder of Hugging Face's library, `adapter_config.json` and
-              `adapter_model.safetensors` or `.bin`: LoRA, rsLoRA, DoRA, MiSS, and PiSSA that was
-              converted when it was saved. Its modules have the names of any layout of
-              `huggingface.py`, or official ones
-    .pth      of RWKV-PEFT before it used that library, and of Blealtan/RWKV-LM-LoRA: official
-              names with `.lora_A` and `.lora_B`, or `.bone`, `.disha`, and whole tensors; alpha is
-              not in it
-    a run     of ours that has trained an adapter, or one of its checkpoints
-
-Written: a `peft` folder, in the names of `rwkv7-hf` for version 7 and in official ones for others.
-
-    BASE.lora_A.weight [rank, in], .lora_B.weight [out, rank]     W + alpha / rank B A
-    BASE.lora_magnitude_vector [out]                              DoRA
-    BASE.miss_block [rank, out]     W[:, j] + block[j mod rank], which is LoRA with a fixed A
-
-PiSSA takes its first B A out of the weights that it trains on: W + B A - B0 A0 is read as LoRA of
-twice the rank. Sources: peft 0.21 (tuners/lora, tuners/miss, utils/save_and_load.py); RWKV-PEFT
-(merge/merge.py, merge/merge_pissa.py).
+Loaded: what `adapter_files.py` reads, and runs of ours that have trained an adapter, or one of
+their checkpoints. Saved: a `peft` folder, in the names of `rwkv7-hf` for version 7 and in official
+ones for others.
 """
 
-import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from rwkv_jax import disk, tuning
+from rwkv_jax import tuning
 from rwkv_jax.checkpoint import huggingface, store
-from rwkv_jax.checkpoint.errors import WeightsError, escaped, shown
-from rwkv_jax.checkpoint.files import (
-    ArrayLike,
-    Deferred,
-    cast,
-    float_type,
-    json_text,
-    naming,
-    new_folder,
-    replacing,
+from rwkv_jax.checkpoint.adapter_files import (
+    CONFIG,
+    FILES,
+    PART,
+    PREFIX,
+    Part,
+    Stored,
+    as_float32,
+    layer_of,
+    peft_folder,
+    rank_of,
+    read,
 )
+from rwkv_jax.checkpoint.errors import WeightsError, shown
+from rwkv_jax.checkpoint.files import ArrayLike, json_text, naming, new_folder, replacing
 from rwkv_jax.checkpoint.keymaps import names_of, official_shape, optional, sizes, table
-from rwkv_jax.checkpoint.names import plain_name
-from rwkv_jax.checkpoint.safetensors import read_metadata, write_safetensors
+from rwkv_jax.checkpoint.safetensors import write_safetensors
 from rwkv_jax.checkpoint.shards import PTH, SAFETENSORS, read_model
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.nn import LowRank
 from rwkv_jax.params import ParamSpec
 from rwkv_jax.tuning import STATE, Adapter, Dora
 from rwkv_jax.typing import Array
-
-CONFIG = "adapter_config.json"
-FILES = ("adapter_model.safetensors", "adapter_model.bin")
-PREFIX = "base_model.model."
-"""What peft puts before the path of a module."""
-
-PISSA = "init_pissa.pth"
-"""Where RWKV-PEFT keeps the A and B that PiSSA started from, beside the trained ones."""
-
-_MERGE_THERE = "merge it where it was trained (peft: merge_and_unload), and give the merged model"
 
 
 @dataclass(frozen=True)
@@ -91,44 +64,17 @@ class AdapterInfo:
     """Tensors of the file that are copies of the model's, and are not read."""
 
 
-@dataclass
-class _Part:
-    """The change of one matrix, as it is stored. `scale` None is not known."""
-
-    down: ArrayLike | None = None  # [rank, in]
-    up: ArrayLike | None = None  # [out, rank]
-    scale: float | None = None
-    magnitude: ArrayLike | None = None  # [out]
-    shared: bool = False
-    """Whether `up` has fewer rows, which the outputs share in turn."""
-
-
-@dataclass
-class _Stored:
-    """A file's content under official names."""
-
-    path: Path
-    method: str = "lora"
-    alpha: float | None = None
-    parts: dict[str, _Part] = field(default_factory=dict)
-    """By `blocks.3.att.key`."""
-    whole: dict[str, ArrayLike] = field(default_factory=dict)
-    base: str = ""
-    base_name: str = ""
-    dropped: list[str] = field(default_factory=list)
-
-
 def is_adapter(path: Path | str) -> bool:
     """Whether a path is that of an adapter, not of a model or of nothing."""
     path = Path(path).expanduser()
     if run := store.find_run(path):
         return store.read_config(run.folder).tune.method == "lora"
-    if _peft_folder(path):
+    if peft_folder(path):
         return True
     if not path.is_file() or path.suffix not in (*PTH, *SAFETENSORS):
         return False
     try:
-        return any(_PART.fullmatch(name) for name in read_model(path))
+        return any(PART.fullmatch(name) for name in read_model(path))
     except WeightsError:  # what is wrong, the reader of models says
         return False
 
@@ -139,7 +85,7 @@ def states_alpha(path: Path | str) -> bool:
     if store.find_run(path):
         return True
     with naming(path):
-        return all(part.scale is not None for part in _read(path, None).parts.values())
+        return all(part.scale is not None for part in read(path, None).parts.values())
 
 
 def describe(path: Path | str) -> AdapterInfo:
@@ -148,7 +94,7 @@ def describe(path: Path | str) -> AdapterInfo:
     if store.find_run(path):
         return _load_run(path, None)[1]
     with naming(path):
-        return _info(_read(path, None))
+        return _info(read(path, None))
 
 
 def load(
@@ -168,7 +114,7 @@ def load(
     if store.find_run(path):
         return _load_run(path, cfg)
     with naming(path):
-        stored = _read(path, alpha)
+        stored = read(path, alpha)
         return _adapter(stored, cfg), _info(stored)
 
 
@@ -205,17 +151,17 @@ def _load_run(path: Path, cfg: ModelConfig | None) -> tuple[Adapter[Array], Adap
     return adapter, info
 
 
-def _info(stored: _Stored) -> AdapterInfo:
+def _info(stored: Stored) -> AdapterInfo:
     names = [*stored.parts, *(re.sub(r"\.(weight|bias)$", "", name) for name in stored.whole)]
     factors = [x for part in stored.parts.values() for x in (part.down, part.up, part.magnitude)]
     arrays = [x for x in factors if x is not None]
     return AdapterInfo(
         stored.path,
         stored.method if stored.parts else "whole",
-        max((_rank(part) for part in stored.parts.values()), default=0),
+        max((rank_of(part) for part in stored.parts.values()), default=0),
         stored.alpha,
         tuple(dict.fromkeys(re.sub(r"^blocks\.\d+\.", "", name) for name in names)),
-        tuple(sorted({layer for name in stored.parts if (layer := _layer(name)) is not None})),
+        tuple(sorted({layer for name in stored.parts if (layer := layer_of(name)) is not None})),
         sum(math.prod(x.shape) for x in (*arrays, *stored.whole.values())),
         stored.base,
         stored.base_name,
@@ -223,328 +169,12 @@ def _info(stored: _Stored) -> AdapterInfo:
     )
 
 
-def _layer(name: str) -> int | None:
-    match = re.match(r"blocks\.(\d{1,6})\.", name)
-    return int(match[1]) if match else None
-
-
-def _rank(part: _Part) -> int:
-    return 0 if part.up is None else part.up.shape[1]
-
-
-# Reading
-
-
-def _peft_folder(path: Path) -> Path | None:
-    """The folder that a path to it, or to its file of tensors, names."""
-    folder = path.parent if path.name in FILES else path
-    return folder if (folder / CONFIG).is_file() else None
-
-
-def _read(path: Path, alpha: float | None) -> _Stored:
-    with disk.reading(path, "name one that exists and is readable", WeightsError):
-        if folder := _peft_folder(path):
-            stored = _read_peft(folder)
-        elif path.is_file():
-            stored = _read_old(path, alpha)
-        elif path.exists():
-            raise WeightsError(f"neither a run nor a folder of peft's (no {CONFIG}); name another")
-        else:
-            raise WeightsError("no such file or folder; name an adapter's")
-    _check_pairs(stored)
-    return stored
-
-
-_PART = re.compile(
-    r"(?P<module>.+?)\.(?P<kind>(?:init_)?lora_[A-Z]|lora_magnitude_vector|lora_embedding_[AB]"
-    r"|miss_block|miss|bone_block|bone|disha)(?:\.weight)?"
-)
-
-
-def _sorted_out(
-    stored: _Stored, tensors: Mapping[str, ArrayLike]
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """By official module, what a file has of it by kind, and its path in the file; whole tensors go
-    into `stored`."""
-    found: dict[str, dict[str, Any]] = {}
-    paths: dict[str, str] = {}
-    for name, x in tensors.items():
-        inner = plain_name(name.removeprefix(PREFIX))
-        if ".base_layer." in inner:  # beside an adapter of the head, peft keeps the head
-            stored.dropped.append(name)
-            continue
-        if (match := _PART.fullmatch(inner)) is None:
-            official, form = _official(inner, name)
-            stored.whole[official] = form.read(np.asarray(x))
-            continue
-        module, kind = match["module"], match["kind"]
-        official, form = _official(f"{module}.weight", name)
-        short = official.removesuffix(".weight")
-        if form is not huggingface.SAME or not official.endswith(".weight"):
-            raise WeightsError(
-                f"{shown(name)}: changes {short}, one of the model's own low-rank pairs, whose"
-                " numbers other programs read past an adapter: it would only act once merged; leave"
-                " these modules out of target_modules"
-            )
-        if kind == "lora_M":
-            raise WeightsError(
-                f"{shown(name)}: OpenMOSE's own kind of DoRA, with norms along the other axis;"
-                " merge it with the program that trained it"
-            )
-        if kind.startswith("lora_embedding") or official in ("emb.weight", "head.weight"):
-            raise WeightsError(
-                f"{shown(name)}: a low-rank change of {short}; only matrices of layers can have one"
-                f" here; {_MERGE_THERE}"
-            )
-        found.setdefault(short, {})[kind] = x
-        paths[short] = name.removeprefix(PREFIX).rsplit(f".{kind}", 1)[0]
-    return found, paths
-
-
-@cache
-def _places() -> tuple[dict[str, tuple[str, huggingface.Form]], set[str]]:
-    """Official name and form by the plain name in a layout, with `{}` for the layer, and all the
-    official names. Names of packed tensors, which stand for several, are left out."""
-    found: dict[str, tuple[str, huggingface.Form]] = {}
-    several: set[str] = set()
-    official: set[str] = set()
-    for layout in huggingface.LAYOUTS.values():
-        seen: set[str] = set()
-        for sources in layout.sources.values():
-            for source in sources:
-                official.add(source.official)
-                if source.when is None:
-                    there = plain_name(source.there)
-                    (several if there in seen else seen).add(there)
-                    found.setdefault(there, (source.official, source.form))
-    return {there: place for there, place in found.items() if there not in several}, official
-
-
-def _official(inner: str, name: str) -> tuple[str, huggingface.Form]:
-    """The official name of a tensor, and how it becomes official. Raises WeightsError for `name` if
-    there is none."""
-    known, official = _places()
-    match = re.match(r"(blocks|layers)\.(\d{1,6})\.(.+)", inner)
-    for template in (inner, f"{match[1]}.{{}}.{match[3]}" if match else inner):
-        if template in known:
-            there, form = known[template]
-            return there.format(match[2] if match else 0), form
-        if template in official or re.fullmatch(r"blocks\.\{\}\.(att|ffn)\..+", template):
-            return inner, huggingface.SAME
-    raise WeightsError(
-        f"{shown(name)}: has no place in an RWKV model, so merging would leave it out; the adapter"
-        " is of another model, or of a kind that this release does not know"
-    )
-
-
-def _read_old(path: Path, alpha: float | None) -> _Stored:
-    """RWKV-PEFT's and Blealtan's files."""
-    stored = _Stored(path, alpha=alpha)
-    found, _ = _sorted_out(stored, read_model(path))
-    beside = path.with_name(PISSA)
-    initial = {}
-    if path.name != PISSA and beside.is_file():
-        initial, _ = _sorted_out(_Stored(beside), read_model(beside))
-        stored.method = "pissa"
-    for module, kinds in found.items():
-        if block := [kind for kind in kinds if kind in ("bone", "disha", "miss")]:
-            stored.method = "miss"
-            stored.parts[module] = _from_block(module, kinds.pop(block[0]))
-        else:
-            part = _Part(kinds.pop("lora_A", None), kinds.pop("lora_B", None))
-            if initial:
-                part = _without_start(module, part, initial.get(module, {}))
-            elif alpha is not None and part.down is not None:
-                part.scale = alpha / part.down.shape[0]
-            stored.parts[module] = part
-        _check_used(module, kinds)
-    if stored.method == "miss":
-        stored.alpha = None
-    return stored
-
-
-def _without_start(module: str, part: _Part, start: Mapping[str, Any]) -> _Part:
-    """What PiSSA has learned: B A - B0 A0, of twice the rank. RWKV-PEFT does not scale it."""
-    down, up = start.get("init_lora_A"), start.get("init_lora_B")
-    if down is None or up is None or part.down is None or part.up is None:
-        raise WeightsError(
-            f"{module} lacks A or B, here or in {PISSA} beside it; give both files whole, or move"
-            " that one away if it is of another run"
-        )
-    a, a0, b, b0 = (_float(x) for x in (part.down, down, part.up, up))
-    if a.shape != a0.shape or b.shape != b0.shape:
-        raise WeightsError(
-            f"{module}: other shapes than in {PISSA}, which is of another run; move it away"
-        )
-    return _Part(np.concatenate([a, a0]), np.concatenate([b, -b0], 1), 1.0)
-
-
-def _from_block(module: str, block: ArrayLike, shared: bool = False) -> _Part:
-    """MiSS as LoRA: `up` is the block; `down`, stacked identities, is made when its width is
-    known."""
-    if len(block.shape) != 2:
-        raise WeightsError(
-            f"{module}: a block of shape {list(block.shape)} (Bat), which programs read in two"
-            f" different ways; {_MERGE_THERE}"
-        )
-    return _Part(None, np.asarray(block).T, 1.0, shared=shared)
-
-
-_READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "peft_type"}
-_NEUTRAL = {
-    *("task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
-    *("peft_version", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("modules_to_save", "lora_dropout", "miss_dropout", "megatron_core", "qalora_group_size"),
-    *("bias", "init_lora_weights", "init_weights", "mini_r", "eva_config", "runtime_config"),
-    *("ensure_weight_tying", "corda_config", "lora_ga_config", "loftq_config"),
-}
-"""Settings that act in training only, or whose effect is in the tensors' names; those of them that
-change the result are checked by `_check_settings`."""
-
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""`init_lora_weights` that leave the model's weights as they are."""
-
-
-def _check_settings(config: Mapping[str, Any]) -> None:
-    """Raises WeightsError for an adapter that is computed in an unknown way."""
-    kind = config.get("peft_type")
-    if kind not in ("LORA", "MISS"):
-        raise WeightsError(
-            f"{CONFIG}: peft_type = {shown(kind)}: this release reads LORA and MISS; {_MERGE_THERE}"
-        )
-    start = config.get("init_lora_weights")
-    if start not in _PLAIN_STARTS:
-        raise WeightsError(
-            f"{CONFIG}: init_lora_weights = {shown(start)} has changed the model's weights, and how"
-            " is not in the folder: save it with path_initial_model_for_weight_conversion, which"
-            " makes it LoRA"
-        )
-    blocks = config.get("init_weights")
-    if kind == "MISS" and blocks not in (True, False, None, "mini"):
-        raise WeightsError(
-            f"{CONFIG}: init_weights = {shown(blocks)} (Bat) is read in two ways; {_MERGE_THERE}"
-        )
-    if config.get("bias") not in (None, "none"):
-        raise WeightsError(
-            f"{CONFIG}: bias = {shown(config['bias'])}: RWKV's matrices have none; {_MERGE_THERE}"
-        )
-    for key in sorted(config.keys() - _READ - _NEUTRAL):
-        if config[key]:
-            raise WeightsError(
-                f"{CONFIG}: {shown(key)} = {shown(config[key])}: this release does not know what"
-                f" that changes; {_MERGE_THERE}"
-            )
-
-
-def _read_peft(folder: Path) -> _Stored:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise WeightsError(f"{CONFIG}: cannot be read ({shown(error)}); restore it") from error
-    if not isinstance(config, dict):
-        raise WeightsError(f"{CONFIG}: not a JSON object; restore it")
-    _check_settings(config)
-    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
-    if file is None:
-        raise WeightsError(f"{FILES[0]} is missing: fetch it")
-    tensors = read_model(file)
-    metadata = read_metadata(file) if file.suffix == ".safetensors" else {}
-    name = config.get("base_model_name_or_path")
-    stored = _Stored(folder, base=metadata.get("base", ""), base_name=escaped(str(name or "")))
-    miss = config["peft_type"] == "MISS"
-    rslora = "rslora" if config.get("use_rslora") else "lora"
-    stored.method = "miss" if miss else "dora" if config.get("use_dora") else rslora
-    found, modules = _sorted_out(stored, tensors)
-    if not miss and found:
-        stored.alpha = _number(config, "lora_alpha", 8.0)
-    for module, kinds in found.items():
-        if miss:
-            if "miss_block" in kinds:
-                shared = config.get("init_weights") == "mini"
-                stored.parts[module] = _from_block(module, kinds.pop("miss_block"), shared)
-        else:
-            part = _Part(kinds.pop("lora_A", None), kinds.pop("lora_B", None))
-            if part.down is not None and part.down.shape[0]:
-                part.scale = _scale(config, modules[module], part.down.shape[0])
-            if stored.method == "dora":
-                part.magnitude = kinds.pop("lora_magnitude_vector", None)
-                if part.magnitude is None:
-                    raise WeightsError(f"{module} has no lora_magnitude_vector; save it again")
-            stored.parts[module] = part
-        _check_used(module, kinds)
-    return stored
-
-
-def _number(config: Mapping[str, Any], key: str, default: float) -> float:
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise WeightsError(f"{CONFIG}: {key} = {shown(value)}: must be a finite number; correct it")
-    return float(value)
-
-
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / rank of a module, which patterns may set. Raises WeightsError if the rank is not what
-    the config says."""
-    said = _patterned(config, "rank_pattern", "r", 8.0, module)
-    if said != rank:
-        raise WeightsError(
-            f"{module}: of rank {rank}, but {CONFIG} says {said:g}; take both files of one save"
-        )
-    alpha = _patterned(config, "alpha_pattern", "lora_alpha", 8.0, module)
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _patterned(
-    config: Mapping[str, Any], patterns: str, key: str, default: float, module: str
-) -> float:
-    """A setting of a module: of the first pattern that matches it, as peft's `get_pattern_key`."""
-    given = config.get(patterns) or {}
-    if not isinstance(given, dict):
-        raise WeightsError(f"{CONFIG}: {patterns} = {shown(given)}: must be a table; correct it")
-    for pattern in given:
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return _number(given, pattern, default)
-        except re.error as error:
-            raise WeightsError(
-                f"{CONFIG}: {patterns}: {shown(pattern)} is no pattern ({shown(error)}); correct it"
-            ) from error
-    return _number(config, key, default)
-
-
-def _check_used(module: str, left: Mapping[str, Any]) -> None:
-    if left:
-        raise WeightsError(
-            f"{module}.{', .'.join(map(shown, left))}: not a part of this kind of adapter, so"
-            " merging would leave it out; the file is damaged, or of a kind that this release does"
-            " not know"
-        )
-
-
-def _check_pairs(stored: _Stored) -> None:
-    """Raises WeightsError for an adapter that is empty, or has half of a pair."""
-    if stored.whole and not stored.parts and all(x.endswith(".time_state") for x in stored.whole):
-        raise WeightsError("holds tuned states and no adapter; give it with --state")
-    if not stored.parts and not stored.whole:
-        raise WeightsError("holds no adapter: it has no tensors; take the file that training wrote")
-    for module, part in stored.parts.items():
-        if part.up is None or (part.down is None and stored.method != "miss"):
-            raise WeightsError(f"{module} has only one of A and B; the file is damaged")
-        arrays = (x for x in (part.down, part.up) if x is not None)
-        if any(len(x.shape) != 2 or not all(x.shape) for x in arrays):
-            raise WeightsError(f"{module}: its A or B is no matrix; the file is damaged")
-
-
-def _float(x: ArrayLike) -> np.ndarray:
-    return np.asarray(x).astype(np.float32)
-
-
-def _adapter(stored: _Stored, cfg: ModelConfig) -> Adapter[Array]:
+def _adapter(stored: Stored, cfg: ModelConfig) -> Adapter[Array]:
     """The stacked adapter of a model."""
     known = table(cfg)
-    grouped: dict[str, dict[int, _Part]] = {}
+    grouped: dict[str, dict[int, Part]] = {}
     for module, part in stored.parts.items():
-        layer = _layer(module)
+        layer = layer_of(module)
         path = re.sub(r"^blocks\.\d+\.", "blocks.", module)
         spec = known.get(path)
         if spec is None or not tuning.adaptable(path, spec) or layer is None:
@@ -565,7 +195,7 @@ def _adapter(stored: _Stored, cfg: ModelConfig) -> Adapter[Array]:
     return Adapter(low_rank, whole, state)
 
 
-def _fitted(module: str, part: _Part, spec: ParamSpec) -> _Part:
+def _fitted(module: str, part: Part, spec: ParamSpec) -> Part:
     """A part whose shapes are those of a matrix. Raises WeightsError if they are not."""
     wide, out = spec.shape
     down, up = part.down, part.up
@@ -585,8 +215,8 @@ def _fitted(module: str, part: _Part, spec: ParamSpec) -> _Part:
     return replace(part, down=down, up=up)
 
 
-def _stacked(parts: Mapping[int, _Part], spec: ParamSpec) -> LowRank[Array]:
-    layers, (wide, out), rank = spec.layers, spec.shape, max(map(_rank, parts.values()))
+def _stacked(parts: Mapping[int, Part], spec: ParamSpec) -> LowRank[Array]:
+    layers, (wide, out), rank = spec.layers, spec.shape, max(map(rank_of, parts.values()))
     scales = {part.scale for part in parts.values()}
     scale = scales.pop() if len(scales) == 1 else None
     down = np.zeros((layers, wide, rank), np.float32)
@@ -594,10 +224,11 @@ def _stacked(parts: Mapping[int, _Part], spec: ParamSpec) -> LowRank[Array]:
     magnitude = np.zeros((layers, out), np.float32)
     for layer, part in parts.items():
         assert part.down is not None and part.up is not None and part.scale is not None
-        down[layer, :, : _rank(part)] = _float(part.down).T
-        up[layer, : _rank(part)] = _float(part.up).T * (1 if scale is not None else part.scale)
+        down[layer, :, : rank_of(part)] = as_float32(part.down).T
+        factor = part.scale if scale is None else 1.0
+        up[layer, : rank_of(part)] = as_float32(part.up).T * factor
         if part.magnitude is not None:
-            magnitude[layer] = _float(part.magnitude).ravel()
+            magnitude[layer] = as_float32(part.magnitude).ravel()
     scale = 1.0 if scale is None else float(scale)
     if any(part.magnitude is not None for part in parts.values()):
         return Dora(jnp.asarray(down), jnp.asarray(up), scale, jnp.asarray(magnitude))
@@ -643,11 +274,8 @@ def _whole(
 
 
 def _ours(x: ArrayLike, spec: ParamSpec) -> np.ndarray:
-    values = _float(x)
+    values = as_float32(x)
     return (values.T if spec.layout == "linear" else values).reshape(spec.shape)
-
-
-# Writing
 
 
 def save(
@@ -729,7 +357,7 @@ def _there(cfg: ModelConfig) -> Callable[[str], str]:
     sources = huggingface.LAYOUTS[huggingface.DEFAULTS["7"]].sources
 
     def there(name: str) -> str:
-        layer = _layer(name) or 0
+        layer = layer_of(name) or 0
         for template in (name, re.sub(r"^blocks\.\d+\.", "blocks.{}.", name)):
             if template in sources:
                 return sources[template][0].there.format(layer)
@@ -784,80 +412,3 @@ def _whole_tensors(
         for layer, x in enumerate(np.asarray(adapter.state, np.float32)):
             tensors[STATE.replace("blocks.", f"blocks.{layer}.")] = x
     return tensors, list(saved)
-
-
-# Merging
-
-
-Measure = Callable[[str, np.ndarray, np.ndarray, np.ndarray], None]
-"""(official name, the model's numbers, those with the change, and these as stored), float32."""
-
-
-def merged(
-    tensors: Mapping[str, ArrayLike],
-    cfg: ModelConfig,
-    adapters: Sequence[tuple[Adapter[Array], float]],
-    dtype: Any = None,
-    measure: Measure = lambda *_: None,
-) -> dict[str, ArrayLike]:
-    """A model's tensors in official names with the sum of what each adapter, times its weight,
-    changes in them. A changed tensor is computed in float32 when it is used, one at a time, and
-    rounded once: to its own type, or to `dtype`, which all layers of its parameter then have.
-
-    Raises WeightsError for a state that no file of the model can hold.
-    """
-    found = dict(tensors)
-    known = table(cfg)
-    for path, spec in known.items():
-        if not any(path in x.low_rank or path in x.whole for x, _ in adapters):
-            continue
-        for layer, name in enumerate(names_of(path, spec)):
-            if name in tensors:
-                place = path, spec, layer if spec.layers else None
-                found[name] = _merged_tensor(name, tensors[name], place, adapters, dtype, measure)
-    for adapter, weight in adapters:
-        if adapter.state is not None:
-            if cfg.version != "6" or len(adapters) > 1:
-                raise WeightsError(
-                    "an adapter with a state: only a model of version 6 can hold one, of one"
-                    " adapter; save the state by itself and give it with --state"
-                )
-            for layer, x in enumerate(np.asarray(adapter.state) * np.float32(weight)):
-                found[STATE.replace("blocks.", f"blocks.{layer}.")] = x
-    return found
-
-
-def _merged_tensor(
-    name: str,
-    tensor: ArrayLike,
-    place: tuple[str, ParamSpec, int | None],
-    adapters: Sequence[tuple[Adapter[Array], float]],
-    dtype: Any,
-    measure: Measure,
-) -> ArrayLike:
-    path, spec, layer = place
-    kind = np.dtype(tensor.dtype) if dtype is None else float_type(dtype)
-
-    def here(x: Array) -> np.ndarray:
-        return np.asarray(x if layer is None else x[layer]).astype(np.float32)
-
-    def make() -> np.ndarray:
-        before = np.asarray(tensor).astype(np.float32)
-        after = before.copy()
-        for adapter, weight in adapters:
-            if (change := adapter.low_rank.get(path)) is not None:
-                if isinstance(change, Dora):
-                    change = replace(change, magnitude=here(change.magnitude))
-                product = here(change.down) @ here(change.up)
-                after += tuning.difference(change, before.T, product, weight).T
-            if (value := adapter.whole.get(path)) is not None:
-                value = here(value).T if spec.layout == "linear" else here(value)
-                if len(adapters) == 1 and weight == 1.0:
-                    after = value.reshape(before.shape)  # to the bit
-                else:
-                    after += weight * (value.reshape(before.shape) - before)
-        rounded = np.asarray(cast(name, after, kind))
-        measure(name, before, after, rounded.astype(np.float32))
-        return rounded
-
-    return Deferred(tensor.shape, kind, make)

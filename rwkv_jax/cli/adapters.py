@@ -76,8 +76,8 @@ def changing(args: argparse.Namespace) -> Callable[..., Mapping[str, Any]] | Non
         return None
 
     def change(tensors: Mapping[str, Any], cfg: "ModelConfig") -> Mapping[str, Any]:
-        from rwkv_jax.checkpoint.adapters import merged
         from rwkv_jax.checkpoint.fingerprint import fingerprint_of
+        from rwkv_jax.checkpoint.merging import merged
 
         found = load_all(args.adapter, args.alpha, cfg, fingerprint_of(tensors))
         return merged(tensors, cfg, [(x, weight) for x, weight, _ in found], "float32")
@@ -106,7 +106,7 @@ class Norms:
 
 @dataclass
 class Changes:
-    """How much adapters change each tensor: a `Measure` of `checkpoint.adapters`."""
+    """How much adapters change each tensor: a `Measure` of `checkpoint.merging`."""
 
     tensors: dict[str, Norms] = field(default_factory=dict)
 

@@ -160,9 +160,10 @@ def _inspect(args: argparse.Namespace, wrong: list[str]) -> None:
 
 
 def _inspect_adapter(console: Console, args: argparse.Namespace) -> None:
-    from rwkv_jax.checkpoint.adapters import describe, merged
+    from rwkv_jax.checkpoint.adapters import describe
     from rwkv_jax.checkpoint.fingerprint import fingerprint_of
     from rwkv_jax.checkpoint.keymaps import check
+    from rwkv_jax.checkpoint.merging import merged
     from rwkv_jax.checkpoint.weights import naming, read
 
     if args.base is None:

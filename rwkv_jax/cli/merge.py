@@ -46,9 +46,9 @@ def main(arguments: list[str], prog: str = "python -m rwkv_jax merge") -> int:
 def _merge(args: argparse.Namespace) -> None:
     # Here, so that --help answers at once.
     import_jax()
-    from rwkv_jax.checkpoint.adapters import merged
     from rwkv_jax.checkpoint.fingerprint import fingerprint_of
     from rwkv_jax.checkpoint.keymaps import check
+    from rwkv_jax.checkpoint.merging import merged
     from rwkv_jax.checkpoint.weights import naming, read
 
     source, target = Path(args.model).expanduser(), Path(args.out).expanduser()

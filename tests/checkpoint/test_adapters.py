@@ -19,8 +19,9 @@ from tolerances import PEFT_LOGITS
 
 import rwkv_jax
 from rwkv_jax import adapters, models, tuning
-from rwkv_jax.checkpoint.adapters import describe, is_adapter, merged
+from rwkv_jax.checkpoint.adapters import describe, is_adapter
 from rwkv_jax.checkpoint.keymaps import config_of, from_official, to_official
+from rwkv_jax.checkpoint.merging import merged
 from rwkv_jax.checkpoint.pth import write_pth
 from rwkv_jax.checkpoint.safetensors import read_metadata, read_safetensors, write_safetensors
 from rwkv_jax.checkpoint.store import Store

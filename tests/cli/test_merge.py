@@ -14,8 +14,8 @@ import rwkv_jax
 from rwkv_jax import __main__ as program
 from rwkv_jax import adapters
 from rwkv_jax.checkpoint import weights
-from rwkv_jax.checkpoint.adapters import merged
 from rwkv_jax.checkpoint.keymaps import config_of
+from rwkv_jax.checkpoint.merging import merged
 from rwkv_jax.checkpoint.pth import write_pth
 from rwkv_jax.cli.adapters import split
 from rwkv_jax.errors import UserError
