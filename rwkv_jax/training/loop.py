@@ -29,6 +29,7 @@ from rwkv_jax.evaluation import bits, tasks
 from rwkv_jax.interrupts import StopRequest, stop_requests
 from rwkv_jax.training import hosts
 from rwkv_jax.training.evaluations import open_sets
+from rwkv_jax.training.export import export
 from rwkv_jax.training.folder import describe, writing
 from rwkv_jax.training.mesh import LocalRows, gather_to_host, make_mesh, with_stop_vote
 from rwkv_jax.training.objective import Objective, implementation, objective
@@ -365,6 +366,12 @@ def _finish(run: Run, console: Console) -> None:
         report.ticker.line(f"the best evaluation is {kept if run.best.step else of_init}")
     with writing(setup.folder):
         report.curve()
+    if run.state.base is not None:
+        tuned = run.state.change
+        tuned = tuned if setup.mesh is None else gather_to_host(tuned)
+        if hosts.is_primary():
+            path = export(setup.folder, setup.cfg, tuned, run.base)
+            report.ticker.line(f"what was tuned, as others read it: {path}")
     if setup.cfg.sample.tokens:
         # The parameters alone: decoding makes a copy of them, in place of the moments.
         params, run.state = _merged(run), None  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,5 +1,6 @@
 """The state that training carries from step to step, how it is made, and how it is saved."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, Generic
 
@@ -34,6 +35,13 @@ class TrainState(Generic[Leaf]):
     def model(self) -> models.Model:
         """The whole model, whose gradient is the adapter's."""
         return self.params if self.base is None else tuning.on(self.base, self.params)
+
+    @property
+    def change(self) -> tuning.Adapter:
+        """The adapter; its state is the whole one, where the frozen parameters have one too."""
+        if self.params.state is None:
+            return self.params
+        return replace(self.params, state=tuning.get(self.model, tuning.STATE))
 
     @property
     def merged(self) -> models.Model:

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -82,6 +83,44 @@ def test_an_adapter_alone_is_trained_and_saved(whole, weights):
     numbers = sum(x.size for x in jax.tree.leaves(saved.params))
     assert size < 4 * 3 * numbers + 60_000 < weights.stat().st_size * 4
     assert "rank 4 of att, ffn: " in (whole.parent / "stdout").read_text()
+
+
+def test_the_adapter_is_a_folder_that_others_read(whole, weights):
+    """As `peft` has it, with layers and ranks in its names."""
+    saved = load_saved(whole)
+    cfg = rwkv.load(weights)[1]
+    adapter, info = rwkv.adapters.load(whole / "adapter", cfg)
+    equal(adapter, saved.params)
+    assert (info.method, info.rank, info.alpha, info.base) == ("lora", 4, 32.0, saved.base)
+    assert str(whole / "adapter") in (whole.parent / "stdout").read_text()
+
+
+@pytest.mark.parametrize("version", ["7", "6"])
+def test_a_state_is_tuned_and_read_back(version, weights, tmp_path):
+    """`sample.py MODEL --state` starts from what the run wrote; so does the run itself."""
+    if version == "6":  # which has a state already: the tuned one is beyond it
+        cfg = ModelConfig(version="6", layers=2, width=64, vocab_size=257, state_tuned=True)
+        params = models.init_params(cfg, jax.random.key(0))
+        leaves, tree = jax.tree.flatten(params)
+        noise = [jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(leaves)]
+        weights = tmp_path / "base.pth"
+        noisy = [x + 0.05 * y for x, y in zip(leaves, noise, strict=True)]
+        rwkv.save(weights, tree.unflatten(noisy), cfg)
+    options = {"tune.method": "state", "optimizer.peak_lr": 0.1, "train.steps": 6}
+    folder = run(tmp_path / "a", weights, **options, **{"train.remat": "block"})
+    state = load_saved(folder).params.state
+    assert float(np.abs(state).min(axis=(1, 2, 3)).max()) > 0
+    params, cfg, tokenizer = load_run(folder)
+    assert cfg.state_tuned
+    alone, plain = rwkv.load(weights, dtype="float32")
+    own = 0.0 if version == "7" else alone.blocks.att.time_state
+    np.testing.assert_array_equal(params.blocks.att.time_state, own + state)
+    tokens = jnp.asarray([tokenizer.encode("def add")])
+    given = rwkv.states.load(folder / "state.pth", plain).state
+    found = rwkv.forward(params, tokens, cfg=cfg)[0]
+    wanted = rwkv.forward(alone, tokens, given, cfg=plain)[0]
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    assert float(jnp.max(jnp.abs(found - rwkv.forward(alone, tokens, cfg=plain)[0]))) > 0.01
 
 
 def test_a_run_that_was_stopped_is_the_run_that_was_not(whole, weights, tmp_path):
