@@ -137,7 +137,8 @@ def _run(plan: "Plan") -> dict[str, str]:
 
 def _memory(plan: "Plan") -> dict[str, str]:
     sizes = {
-        "parameters": plan.parameters,
+        ("trained parameters" if plan.frozen else "parameters"): plan.parameters,
+        **({"frozen weights": plan.frozen} if plan.frozen else {}),
         "optimizer": plan.optimizer,
         "gradients": plan.gradients,
         "batch and carried state": plan.carried,

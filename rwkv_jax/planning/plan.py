@@ -27,7 +27,7 @@ from rwkv_jax.data.loader import Batch
 from rwkv_jax.errors import UserError
 from rwkv_jax.hardware import Topology
 from rwkv_jax.planning.collectives import collectives
-from rwkv_jax.training.flops import model_flops, program_flops
+from rwkv_jax.training.flops import needed_flops, program_flops
 from rwkv_jax.training.mesh import MeshError, make_mesh
 from rwkv_jax.training.state import abstract_train_state
 from rwkv_jax.training.step import make_train_step
@@ -46,6 +46,8 @@ class Plan:
     """What one step of a run needs; sizes are bytes per device.
 
     kernel         whether the recurrence runs as a Pallas kernel
+    parameters     those that are trained
+    frozen         the weights that an adapter belongs to
     carried        the batch, and the recurrent states carried to the next step
     rest           activations and temporaries
     program_flops  per step, all devices together
@@ -58,6 +60,7 @@ class Plan:
     mesh: dict[str, int]
     kernel: bool
     parameters: int
+    frozen: int
     optimizer: int
     carried: int
     gradients: int
@@ -70,7 +73,8 @@ class Plan:
     @property
     def memory(self) -> int:
         """Bytes per device in total."""
-        return self.parameters + self.optimizer + self.carried + self.gradients + self.rest
+        state = self.parameters + self.frozen + self.optimizer
+        return state + self.carried + self.gradients + self.rest
 
     @property
     def devices(self) -> int:
@@ -162,12 +166,13 @@ def make_plan(cfg: Config, topology: Topology) -> Plan:
         mesh=shape,
         kernel="custom-call" in text and ("tpu_custom_call" in text or "triton" in text),
         parameters=_size(state.params),
+        frozen=_size(state.base),
         optimizer=_size(state.opt_state),
         carried=_size(state.carried) + _size(batch),
         gradients=gradients,
         rest=memory.temp_size_in_bytes - gradients + new,
         program_flops=program_flops(traced.jaxpr.jaxpr),
-        needed_flops=model_flops(cfg.model) * cfg.train.batch * cfg.train.context,
+        needed_flops=needed_flops(cfg) * cfg.train.batch * cfg.train.context,
         traffic=traffic,
         seconds_to_compile=seconds,
     )
@@ -246,12 +251,13 @@ def candidates(cfg: Config, devices: int) -> Iterator[Config]:
 
 def minimum_memory(cfg: Config, mesh: dict[str, int]) -> int:
     """A rough lower bound on the bytes per device of a run, so that hopeless ones are not compiled:
-    parameters, gradients, two moments, and the saved activations in the compute type (half of what
-    versions 6 and 7 were measured to save)."""
+    parameters, gradients, two moments (or frozen weights), and the saved activations in the
+    compute type (half of what versions 6 and 7 were measured to save)."""
     data, fsdp, tensor, sequence = (
         mesh.get(axis, 1) for axis in ("data", "fsdp", "tensor", "sequence")
     )
-    state = 4 * 4 * tables.count(models.specs(cfg.model)) / (fsdp * tensor)
+    each = 4 * 4 if cfg.tune.method == "full" else 4 if cfg.tune.base == "float32" else 2
+    state = each * tables.count(models.specs(cfg.model)) / (fsdp * tensor)
     rows = cfg.train.batch / cfg.train.accumulate / fsdp / data
     tokens = rows * cfg.train.context / sequence
     layers = cfg.model.width * cfg.model.layers * jnp.dtype(cfg.train.dtype).itemsize

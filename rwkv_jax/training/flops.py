@@ -6,7 +6,8 @@ A product of [m, k] and [k, n] has 2 m k n. The model needs for a token, forward
 
 where the recurrence has, for each channel of a head of size n, in version 7: 8 n (S a, its product
 with b, v k, S r), in versions 5 and 6: 4 n, in version 4: none. MFU is computed from this number,
-whatever a program computes. A program computes more: chunked forms trade products for parallelism,
+whatever a program computes. A frozen matrix has no gradient: 4 for 6, and 6 for each number beside
+it that is trained. A program computes more: chunked forms trade products for parallelism,
 and rematerialisation computes some twice.
 """
 
@@ -15,22 +16,38 @@ from typing import Any
 
 import jax
 
-from rwkv_jax import models
-from rwkv_jax.config import ModelConfig
+from rwkv_jax import models, tuning
+from rwkv_jax.config import Config, ModelConfig
 from rwkv_jax.params import is_spec
 
 
 def model_flops(cfg: ModelConfig) -> int:
     """Operations per token in training, by the formula above."""
+    per_channel = models.VERSIONS[cfg.version].recurrence_flops * cfg.head_size
+    recurrence = per_channel * cfg.width * cfg.layers
+    return 6 * _entries(cfg) + 3 * recurrence
+
+
+def _entries(cfg: ModelConfig) -> int:
+    """Of the matrices, without the embedding."""
     table = models.specs(cfg)
     matrices = [
         math.prod(spec.full_shape)
         for spec in jax.tree.leaves(table, is_leaf=is_spec)
         if len(spec.shape) > 1
     ]
-    per_channel = models.VERSIONS[cfg.version].recurrence_flops * cfg.head_size
-    recurrence = per_channel * cfg.width * cfg.layers
-    return 6 * (sum(matrices) - math.prod(table.emb.full_shape)) + 3 * recurrence
+    return sum(matrices) - math.prod(table.emb.full_shape)
+
+
+def needed_flops(cfg: Config) -> int:
+    """Operations per token of a run's training, by the formula above."""
+    if cfg.tune.method == "full":
+        return model_flops(cfg.model)
+    adapter = tuning.specs(cfg.model, cfg.tune)
+    matrices = [
+        math.prod(spec.full_shape) for spec in jax.tree.leaves(adapter.low_rank, is_leaf=is_spec)
+    ]
+    return model_flops(cfg.model) - 2 * _entries(cfg.model) + 6 * sum(matrices)
 
 
 def program_flops(jaxpr: Any) -> int:

@@ -22,7 +22,7 @@ from rwkv_jax.evaluation.bits import Evaluation
 from rwkv_jax.evaluation.tasks import Result
 from rwkv_jax.hardware import chip_of
 from rwkv_jax.interrupts import for_each
-from rwkv_jax.training.flops import model_flops
+from rwkv_jax.training.flops import needed_flops
 from rwkv_jax.training.folder import writing
 from rwkv_jax.training.hosts import is_primary
 from rwkv_jax.training.mesh import gather_to_host
@@ -210,7 +210,7 @@ class Report:
         if chip is None or not tokens_per_s:
             return {}
         mesh = self._setup.mesh
-        rate = tokens_per_s * model_flops(self._setup.cfg.model)
+        rate = tokens_per_s * needed_flops(self._setup.cfg)
         return {"mfu": round(rate / (mesh.size if mesh else 1) / chip.flops, 4)}
 
     def curve(self) -> None:

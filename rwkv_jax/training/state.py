@@ -105,7 +105,7 @@ def abstract_train_state(cfg: Config, mesh: Mesh | None = None) -> TrainState[ja
     params, base = tables.abstract(specs(cfg)), None
     if cfg.tune.method != "full":
         base = models.abstract_params(model)
-        if cfg.tune.base == "bfloat16":
+        if cfg.tune.base != "float32":  # official weights are stored in bfloat16
             base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), base)
     step, carried = jax.ShapeDtypeStruct((), jnp.int32), None
     if cfg.train.carry_state:

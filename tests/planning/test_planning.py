@@ -15,7 +15,7 @@ from training.meshes import config as mesh_config
 
 from rwkv_jax import models, sharding
 from rwkv_jax import params as tables
-from rwkv_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
+from rwkv_jax.config import Config, MeshConfig, ModelConfig, TrainConfig, TuneConfig
 from rwkv_jax.hardware import CHIPS, TopologyError, chip_of, open_topology
 from rwkv_jax.params import is_spec
 from rwkv_jax.planning.collectives import collectives
@@ -191,6 +191,25 @@ def test_a_plan_is_what_a_run_allocates_and_communicates():
     assert plan.traffic[("fsdp",)]["all-gather"] == pytest.approx(expected, rel=0.03)
     # The embedding's rows are sent, not the table: 8 rows of 64 tokens, an eighth from each device.
     assert plan.traffic[("fsdp",)]["all-to-all"] == 2 * 64 * 128 * 4 * 7 // 8
+
+
+def test_a_plan_of_tuning():
+    """Frozen weights have neither gradients nor moments, and their products no gradient of them."""
+
+    def plan_of(tune):
+        model = ModelConfig(layers=2, width=128, vocab_size=512)
+        train = TrainConfig(batch=8, context=64, steps=1, remat="dots")
+        cfg = Config(model=model, train=train, mesh=MeshConfig(data=1, fsdp=1), tune=tune)
+        return make_plan(cfg, open_topology("here"))
+
+    whole = plan_of(TuneConfig())
+    tuned = plan_of(TuneConfig(method="lora", rank=4, base="bfloat16"))
+    assert (whole.frozen, tuned.frozen) == (0, whole.parameters // 2)
+    adapter = 4 * (2 * (4 * 2 * 128 + 2 * 5 * 128) * 4)  # bytes; 4 and 2 matrices of 2 layers
+    assert tuned.parameters == adapter and tuned.optimizer < 2.1 * adapter
+    assert whole.memory - tuned.memory > 3 * whole.parameters
+    assert 0.6 < tuned.needed_flops / whole.needed_flops < 0.75
+    assert 0.6 < tuned.program_flops / whole.program_flops < 0.8
 
 
 @pytest.mark.slow
