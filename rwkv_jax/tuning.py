@@ -181,21 +181,22 @@ def on(params: Model[Array], adapter: Adapter[Array], weight: float = 1.0) -> Mo
     return _changed(params, adapter, weight, beside)
 
 
-def merge(params: Model[Array], adapter: Adapter[Array], weight: float = 1.0) -> Model[Array]:
+def merge(
+    params: Model[Array], adapter: Adapter[Array], weight: float = 1.0, *, dtype: Any = None
+) -> Model[Array]:
     """The parameters with `weight` times an adapter's change added to them, in float32, and rounded
-    once to the type that each has."""
+    once: to the type that each matrix has, or to `dtype`. bfloat16 loses much of a small change."""
+    return _changed(params, adapter, weight, jax.jit(partial(_merged, weight=weight, dtype=dtype)))
 
-    return _changed(params, adapter, weight, jax.jit(partial(_merged, weight=weight)))
 
-
-def _merged(change: LowRank[Array], x: Array, weight: float) -> Array:
+def _merged(change: LowRank[Array], x: Array, weight: float, dtype: Any = None) -> Array:
     """A matrix, or those of all layers, with `weight` times a change."""
 
     def layer(parts: tuple[LowRank[Array], Array]) -> Array:
         change, x = parts
         down, up = wide(change.down), wide(change.up)
         product = jnp.matmul(down, up, precision=lax.Precision.HIGHEST)
-        return (wide(x) + difference(change, wide(x), product, weight)).astype(x.dtype)
+        return (wide(x) + difference(change, wide(x), product, weight)).astype(dtype or x.dtype)
 
     # One layer after the other: a float32 copy of a large matrix in all layers need not fit.
     return lax.map(layer, (change, x)) if x.ndim == 3 else layer((change, x))

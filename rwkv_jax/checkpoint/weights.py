@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from rwkv_jax import disk, tuning
@@ -162,7 +163,8 @@ def load_with_tokenizer(
 
 def load_run(path: Path | str) -> tuple[Model[Array], ModelConfig, Tokenizer]:
     """The parameters of a run's newest checkpoint, or of the one that is named, its model and its
-    tokenizer. Where the run tunes, its adapter is merged into the weights in `train.init`.
+    tokenizer. Where the run tunes, its adapter is merged into the weights in `train.init`;
+    matrices that it changes are float32 then, so that rounding takes nothing of a small change.
 
     Raises `UserError` if one of them is missing, damaged, or does not belong to the others.
     """
@@ -175,7 +177,7 @@ def load_run(path: Path | str) -> tuple[Model[Array], ModelConfig, Tokenizer]:
             f"{saved.folder}: tunes other weights ({saved.base}) than train.init ="
             f" {saved.config.train.init} has now ({found}); put those back"
         )
-    merged = tuning.merge(base, saved.params)
+    merged = tuning.merge(base, saved.params, dtype=jnp.float32)
     return merged, as_tuned(model, merged), saved.tokenizer
 
 

@@ -46,7 +46,9 @@ class TrainState(Generic[Leaf]):
     @property
     def merged(self) -> models.Model:
         """The whole model as plain parameters, to write with."""
-        return self.params if self.base is None else tuning.merge(self.base, self.params)
+        if self.base is None:
+            return self.params
+        return tuning.merge(self.base, self.params, dtype=jnp.float32)
 
 
 def to_trees(state: TrainState) -> dict[str, PyTree]:

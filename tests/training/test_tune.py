@@ -76,8 +76,10 @@ def test_an_adapter_alone_is_trained_and_saved(whole, weights):
     params, cfg, _ = load_run(whole)
     before, same = rwkv.load(weights)
     assert cfg == same
-    equal(params, tuning.merge(before, saved.params))
-    assert params.blocks.att.key.dtype == before.blocks.att.key.dtype == "bfloat16"
+    equal(params, tuning.merge(before, saved.params, dtype="float32"))
+    rounded = tuning.merge(before, saved.params)
+    assert rounded.blocks.att.key.dtype == before.blocks.att.key.dtype == "bfloat16"
+    np.testing.assert_allclose(rounded.blocks.att.key, params.blocks.att.key, rtol=2**-8)
     equal(params.emb, before.emb)
     size = sum(x.stat().st_size for x in (whole / CHECKPOINTS / "8").rglob("*") if x.is_file())
     numbers = sum(x.size for x in jax.tree.leaves(saved.params))
