@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from rich.console import Console
 from tolerances import MODEL_RMS, relative_rms
 from training.meshes import MESHES
 from training.meshes import config as mesh_config
+from training.processes import start, wait_for
 from training.runs import settings
 from training.test_mesh import loader
 
@@ -135,6 +137,33 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(whole, weights, tmp_path
     found = load_saved(run(folder, weights, text="2"))
     assert "resuming from step 4" in (folder / "stdout2").read_text()
     equal(found.params, load_saved(whole).params)
+
+
+@pytest.mark.slow
+def test_kill_9_leaves_an_adapter_that_resumes_exactly(tmp_path):
+    cfg = ModelConfig(version="7", layers=1, width=64, vocab_size=257)
+    rwkv.save(tmp_path / "base.pth", models.init_params(cfg, jax.random.key(0)), cfg)
+    many = [f"train.init={tmp_path / 'base.pth'}", "train.steps=150", "train.checkpoint_every=15"]
+    many += [f"{name}={x}" for name, x in LORA.items() if name != "train.checkpoint_every"]
+    whole = start(tmp_path, *many, f"train.output={tmp_path / 'whole'}")
+    _, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
+    log = tmp_path / "run" / "metrics.jsonl"
+    process = start(tmp_path, *many)
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 15, process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    last = start(tmp_path, *many)
+    out, err = last.communicate(timeout=300)
+    assert last.returncode == 0, err
+    assert "resuming from step" in out
+    names = "adapter_config.json", "adapter_model.safetensors"
+    found, wanted = (
+        [(tmp_path / run / "adapter" / name).read_bytes() for name in names]
+        for run in ("run", "whole")
+    )
+    assert found == wanted
 
 
 def test_other_weights_or_none_are_refused(whole, weights, tmp_path):
