@@ -3,12 +3,14 @@
     python -m benchmarks.style [--folder runs/style] [--steps 200] [--base-steps 1900]
 
 The demo's model is trained on the Python standard library without its tests; then it is tuned to
-its tests, by full fine-tuning, LoRA and state tuning, each with several learning rates and the same
-batches. Bits per byte are those of tests that were held out, and of other modules that no run has
-seen. Writes docs/style.png. Runs that exist already are used as they are.
+its tests, each function a document, by full fine-tuning, LoRA and state tuning, each with several
+learning rates and the same batches. Bits per byte are those of functions that were held out, and of
+other modules that no run has seen. Writes docs/style.png. Runs that exist already are used as they
+are.
 """
 
 import argparse
+import ast
 import json
 import shutil
 import sys
@@ -30,8 +32,10 @@ RATES = {
     "state": (1e-2, 3e-2, 1e-1),
 }
 NAMES = {"full": "full fine-tuning", "lora": "LoRA, rank 8", "state": "state tuning"}
-SIZES = {"tests": 1_500_000, "unseen": 120_000}
+SIZES = {"tests": 1_000_000, "unseen": 120_000}
 """Bytes that are taken of the tests, and of other modules."""
+LENGTHS = range(200, 1500)
+"""Characters of a test that is taken."""
 
 
 def main() -> None:
@@ -77,7 +81,8 @@ def main() -> None:
 def settings(method: str, rate: float, base: Path, texts: Path, steps: int) -> dict:
     return {
         "train.init": base,
-        "data.source": texts / "tests",
+        "data.source": texts / "tests.jsonl",
+        "data.packing": "documents",
         "data.heldout": 0.08,
         "eval.texts": f'{{unseen = "{texts / "unseen"}"}}',
         "train.steps": steps,
@@ -94,23 +99,36 @@ def settings(method: str, rate: float, base: Path, texts: Path, steps: int) -> d
 
 
 def collect(folder: Path) -> None:
-    """Copies of the standard library's modules: `rest`, `unseen` ones, and `tests`."""
-    root, left = Path(sysconfig.get_path("stdlib")), dict(SIZES)
+    """Of the standard library: copies of its modules, `rest` and `unseen`, and `tests.jsonl`."""
+    root, left, tests = Path(sysconfig.get_path("stdlib")), dict(SIZES), []
     for path in sorted(root.rglob("*.py"), key=lambda x: zlib.crc32(x.name.encode())):
         parts = path.relative_to(root).parts
         if {"site-packages", "dist-packages"} & {*parts} or path.stat().st_size > 200_000:
             continue
-        tested = {"test", "tests", "idle_test"} & {*parts} or path.name.startswith("test_")
-        kind = "tests" if tested else "rest"
-        if kind == "rest" and left["unseen"] > 0:
-            kind = "unseen"
-        if kind in left:
-            if left[kind] <= 0:
-                continue
-            left[kind] -= path.stat().st_size
+        if {"test", "tests", "idle_test"} & {*parts} or path.name.startswith("test_"):
+            if left["tests"] > 0:
+                tests += (found := functions(path))
+                left["tests"] -= sum(map(len, found))
+            continue
+        kind = "unseen" if left["unseen"] > 0 else "rest"
+        left["unseen"] -= path.stat().st_size
         target = folder / kind / "-".join(parts)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+    lines = (json.dumps({"text": text}) for text in tests)
+    (folder / "tests.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def functions(path: Path) -> list[str]:
+    """The tests of a module."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        nodes = ast.walk(ast.parse(text))
+    except (SyntaxError, UnicodeDecodeError, ValueError):  # files that are tests of a parser
+        return []
+    names = (x for x in nodes if isinstance(x, ast.FunctionDef) and x.name.startswith("test"))
+    found = (ast.get_source_segment(text, x, padded=True) or "" for x in names)
+    return [x + "\n" for x in found if len(x) in LENGTHS]
 
 
 def train(folder: Path, stated: dict) -> dict:
