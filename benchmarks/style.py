@@ -93,8 +93,7 @@ def settings(method: str, rate: float, base: Path, texts: Path, steps: int) -> d
         "optimizer.warmup_steps": 10,
         "optimizer.weight_decay": 0.0,
         "tune.method": method,
-        "tune.rank": 8,
-        "tune.alpha": 16.0,
+        **({"tune.rank": 8, "tune.alpha": 16.0} if method == "lora" else {}),
     }
 
 

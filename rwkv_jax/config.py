@@ -417,9 +417,17 @@ class TuneConfig(_Table):
     """The type in which the frozen weights are held: that of the file, or another."""
 
     def _conflicts(self) -> Iterator[str]:
-        if self.layers and not re.fullmatch(r"-?\d*:-?\d*", self.layers):
+        if self.layers and not re.fullmatch(r"(-?\d+)?:(-?\d+)?", self.layers):
             yield f"tune.layers = {literal(self.layers)}: two numbers with a colon, as 12:24"
-        if self.method == "lora" and not (self.targets or self.also):
+        lora = self.method == "lora"
+        used = ("base",) if self.method == "state" else ()
+        for key in () if lora else dataclasses.fields(self):
+            default = key.default_factory() if callable(key.default_factory) else key.default
+            value = getattr(self, key.name)
+            if key.name not in ("method", *used) and value != default:
+                setting = f"tune.{key.name} = {literal(value)}"
+                yield f'{setting}: has no effect with tune.method = "{self.method}"; set "lora"'
+        if lora and not (self.targets or self.also):
             yield 'tune.targets is empty: there is nothing to train; name some, as "att"'
 
 

@@ -80,8 +80,12 @@ def _state_spec(cfg: ModelConfig) -> ParamSpec:
 
 def _low_rank_spec(matrix: ParamSpec, tune: TuneConfig, scale: float) -> LowRank[ParamSpec]:
     (i, o), (inside, outside) = matrix.shape, matrix.axes
-    down = ParamSpec((i, tune.rank), uniform(i**-0.5), matrix.layers, (inside, None))
-    up = ParamSpec((tune.rank, o), zeros, matrix.layers, (None, outside), lr_scale=tune.lora_plus)
+    down = ParamSpec(
+        (i, tune.rank), uniform(i**-0.5), matrix.layers, (inside, None), layout=matrix.layout
+    )
+    up = ParamSpec(
+        (tune.rank, o), zeros, matrix.layers, (None, outside), tune.lora_plus, layout=matrix.layout
+    )
     return LowRank(down, up, scale)
 
 
@@ -132,7 +136,7 @@ def tuned_layers(cfg: ModelConfig, tune: TuneConfig) -> tuple[int, ...]:
     """The layers whose matrices are adapted. Raises `ValueError` if there are none."""
     if not tune.layers:
         return tuple(range(cfg.layers))
-    bounds = [int(x) if x else None for x in tune.layers.split(":")]
+    bounds = [int(x) if x else None for x in tune.layers.split(":")]  # `TuneConfig` checks it
     chosen = tuple(range(cfg.layers))[slice(*bounds)]
     if not chosen:
         raise ValueError(f"tune.layers = {tune.layers}: the model has layers 0 to {cfg.layers - 1}")
@@ -167,8 +171,9 @@ def wide(x: Array) -> Array:
 def on(params: Model[Array], adapter: Adapter[Array], weight: float = 1.0) -> Model[Array]:
     """The parameters with an adapter, `weight` times its change; stacked or unstacked.
 
-    Differentiable in both. Several adapters may lie on one another: their changes add up. Raises
-    `ValueError` where a `Dora`, which is computed from the matrix itself, is not the first.
+    Differentiable in both. Several adapters may lie on one another: changes of matrices add up,
+    whole parameters replace earlier ones. Raises `ValueError` where a `Dora`, which is computed
+    from the matrix itself, is not the first.
     """
 
     def beside(change: LowRank[Array], x: Any) -> Any:
@@ -185,8 +190,9 @@ def merge(
     params: Model[Array], adapter: Adapter[Array], weight: float = 1.0, *, dtype: Any = None
 ) -> Model[Array]:
     """The parameters with `weight` times an adapter's change added to them, in float32, and rounded
-    once: to the type that each matrix has, or to `dtype`. bfloat16 loses much of a small change."""
-    return _changed(params, adapter, weight, jax.jit(partial(_merged, weight=weight, dtype=dtype)))
+    once: to the type that each has, or to `dtype`. bfloat16 loses much of a small change."""
+    low_rank = jax.jit(partial(_merged, weight=weight, dtype=dtype))
+    return _changed(params, adapter, weight, low_rank, lambda x: dtype or x.dtype)
 
 
 def _merged(change: LowRank[Array], x: Array, weight: float, dtype: Any = None) -> Array:
@@ -214,12 +220,19 @@ def difference(change: LowRank, x: Any, product: Any, weight: float = 1.0) -> An
 
 
 def _changed(
-    params: Model[Array], adapter: Adapter[Array], weight: float, low_rank: Callable[..., Any]
+    params: Model[Array],
+    adapter: Adapter[Array],
+    weight: float,
+    low_rank: Callable[..., Any],
+    dtype_of: Callable[[Array], Any] = lambda x: jnp.float32,
 ) -> Model[Array]:
+    def whole(value: Array, x: Array) -> Array:
+        return _between(weight, value, x).astype(dtype_of(x))
+
     for path, change in adapter.low_rank.items():
-        params = _with(params, path, partial(low_rank), change)
+        params = _with(params, path, low_rank, change)
     for path, value in adapter.whole.items():
-        params = _with(params, path, partial(_between, weight), value)
+        params = _with(params, path, whole, value)
     if adapter.state is not None:
         params = _with(params, STATE, partial(_started, weight), adapter.state)
     return params
@@ -233,7 +246,7 @@ def _started(weight: float, state: Array, x: Array | None) -> Array:
 def _between(weight: float, value: Array, x: Array) -> Array:
     if weight == 1.0:
         return value
-    return (wide(x) + weight * (wide(value) - wide(x))).astype(value.dtype)
+    return wide(x) + weight * (wide(value) - wide(x))
 
 
 def _with(params: Any, path: str, change: Callable[[Any, Any], Any], value: Any) -> Any:

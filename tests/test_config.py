@@ -237,12 +237,12 @@ def test_overrides_win_over_the_file_and_the_last_one_wins(file):
         (
             "steps=3",
             'override "steps=3": steps is not a section; did you mean train.steps? '
-            "(allowed: model, data, optimizer, train, eval, mesh, sample)",
+            "(allowed: model, data, optimizer, train, tune, eval, mesh, sample)",
         ),
         (
             "trian.steps=3",
             "overrides: trian is not a section; did you mean train? "
-            "(allowed: model, data, optimizer, train, eval, mesh, sample)",
+            "(allowed: model, data, optimizer, train, tune, eval, mesh, sample)",
         ),
         (
             "sample.top_q=0.5",
@@ -321,7 +321,7 @@ def test_an_error_says_whether_file_or_overrides_are_wrong(file):
         (
             "steps = 3",
             "steps is not a section; did you mean train.steps? "
-            "(allowed: model, data, optimizer, train, eval, mesh, sample)",
+            "(allowed: model, data, optimizer, train, tune, eval, mesh, sample)",
         ),
         ("train = 3", "train = 3: must be a table [train]"),
         ('[train]\nsteps = "many"', 'train.steps = "many": must be an integer'),

@@ -14,6 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import errno
+import functools
 import importlib.metadata
 import itertools
 import os
@@ -33,6 +34,7 @@ from rwkv_jax.config import Config, ConfigError, ModelConfig
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.errors import UserError
 from rwkv_jax.params import abstract as abstract_of
+from rwkv_jax.params import path_name
 from rwkv_jax.toml import load_config
 from rwkv_jax.typing import PyTree
 
@@ -87,10 +89,12 @@ class Store:
 
         Raises `StoreError` if they cannot be read, `DamagedError` if they do not fit.
         """
-        items = {name: ocp.args.StandardRestore(_placed(tree)) for name, tree in abstract.items()}
         with _reading(self.path(step)):
+            older = _lacks_new_fields(self.path(step))
+            wanted = {name: _without_new_fields(x) if older else x for name, x in abstract.items()}
+            items = {name: ocp.args.StandardRestore(_placed(x)) for name, x in wanted.items()}
             found = self._reader.restore(step, args=ocp.args.Composite(**items))
-            return {name: found[name] for name in abstract}
+            return {name: _with_new_fields(x, found[name]) for name, x in abstract.items()}
 
     def meta(self, step: int, *needed: str) -> dict[str, Any]:
         """The JSON object of a step.
@@ -145,6 +149,51 @@ class Store:
             self._manager.close()
             if self._reader is not self._manager:
                 self._reader.close()
+
+
+NEW_FIELD = "time_state"
+"""Of a time mix of versions 5 and 7, since December 2026; mostly None. Orbax wants the fields that
+were saved, no more and no less."""
+
+
+def _lacks_new_fields(checkpoint: Path) -> bool:
+    """Whether a checkpoint was saved before `NEW_FIELD` was there."""
+    handler: Any = ocp.StandardCheckpointHandler()
+    saved = handler.metadata(checkpoint / "params").tree
+    return "blocks" in saved and NEW_FIELD not in saved["blocks"]["att"]
+
+
+def _is_model(x: object) -> bool:
+    return isinstance(x, models.Model)
+
+
+def _without_new_fields(tree: PyTree) -> PyTree:
+    """The tree with models as nested dictionaries, as Orbax stores them."""
+
+    def fields(model: PyTree) -> PyTree:
+        if not _is_model(model):
+            return model
+        nested: dict[str, Any] = {}
+        for path, x in jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda x: x is None):
+            *homes, name = path_name(path).split(".")
+            if name != NEW_FIELD:
+                functools.reduce(lambda at, home: at.setdefault(home, {}), homes, nested)[name] = x
+        return nested
+
+    return jax.tree.map(fields, tree, is_leaf=_is_model)
+
+
+def _with_new_fields(like: PyTree, tree: PyTree) -> PyTree:
+    """The inverse: the tree with models where `like` has them."""
+
+    def model(one: PyTree, found: PyTree) -> PyTree:
+        if not _is_model(one) or _is_model(found):
+            return found
+        paths = [path_name(path).split(".") for path, _ in jax.tree.leaves_with_path(one)]
+        leaves = [functools.reduce(lambda at, key: at[key], path, found) for path in paths]
+        return jax.tree.unflatten(jax.tree.structure(one), leaves)
+
+    return jax.tree.map(model, like, tree, is_leaf=_is_model)
 
 
 def sweep(folder: Path) -> None:
@@ -285,7 +334,10 @@ def load_saved(path: Path | str) -> Saved:
         _check_belongs(folder, cfg, tokenizer, meta)
         specs = models.specs(cfg.model)
         if cfg.tune.method != "full":
-            specs = tuning.specs(cfg.model, cfg.tune)
+            try:
+                specs = tuning.specs(cfg.model, cfg.tune)
+            except ValueError as error:
+                raise StoreError(f"{folder / CONFIG}: {error}; set it back") from None
         abstract = {"params": abstract_of(specs)}
         trees = store.restore(abstract, step)
         if damage := changed_tree(trees, meta):

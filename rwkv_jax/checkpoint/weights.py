@@ -135,8 +135,9 @@ def load_base(cfg: Config, beside: Path | None = None) -> tuple[Model[Array], Mo
     if not path.exists():
         run = f"{beside}: " if beside else ""
         raise WeightsError(
-            f"{run}train.init = {cfg.train.init}: the weights that the run tunes are gone from"
-            " there; put them back, or name their new place in the run's config.toml"
+            f"{run}train.init = {cfg.train.init}: the weights that the run tunes are not there"
+            f" (looked for {path.absolute()}); put them back, start from the folder where the run"
+            " was started, or name their place in the run's config.toml"
         )
     return load(path, dtype=None if cfg.tune.base == "stored" else cfg.tune.base)
 

@@ -7,14 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from rich import box
-from rich.console import Console
-
-from rwkv_jax.console import header, numbers
 from rwkv_jax.errors import UserError, remark
 
 if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
     from rwkv_jax.checkpoint.adapters import AdapterInfo
     from rwkv_jax.config import ModelConfig
     from rwkv_jax.tuning import Adapter
@@ -127,7 +125,7 @@ class Changes:
             found.setdefault(inner.removesuffix(".weight"), []).append(norms)
         return found
 
-    def show(self, console: Console, lost: bool) -> None:
+    def show(self, console: "Console", lost: bool) -> None:
         """A row for each target: its change over all layers, and in the layers where it is the
         least and the most; with what is `lost`, if asked."""
         rows = []
@@ -139,6 +137,10 @@ class Changes:
         titles = ("target", "tensors", "change", "least", "most", *(["lost"] if lost else []))
         console.print("\n[italic]norm of the change over that of the tensor[/]\n", highlight=False)
         style = {"padding": (0, 1, 0, 0), "pad_edge": False, "show_edge": False}
+        from rich import box
+
+        from rwkv_jax.console import numbers
+
         numbers(console, titles, rows, box=box.SIMPLE_HEAD, **style)
 
 
@@ -147,8 +149,10 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
 
 
-def _square(x: np.ndarray) -> float:
+def _square(x: "np.ndarray") -> float:
     """The sum of squares, in float64 without a copy."""
+    import numpy as np
+
     flat = x.reshape(-1)
     return float(np.einsum("i,i->", flat, flat, dtype=np.float64))
 
@@ -161,11 +165,13 @@ def _sum(norms: Any) -> Norms:
     return total
 
 
-def show_info(console: Console, info: "AdapterInfo") -> None:
+def show_info(console: "Console", info: "AdapterInfo") -> None:
     """What the file of an adapter says of it."""
     alpha = "" if info.alpha is None else f"{info.alpha:g}"
     if info.method == "lora" and info.rank and not alpha:
         alpha = "not in the file; --alpha says it"
+    from rwkv_jax.console import header
+
     header(
         console,
         "",

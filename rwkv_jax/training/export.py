@@ -17,7 +17,13 @@ def export(folder: Path, cfg: Config, adapter: Adapter, base: str) -> Path:
     if adapter.state is not None:
         states.save_tuned(folder / STATE, adapter.state)
         return folder / STATE
-    shutil.rmtree(folder / ADAPTER, ignore_errors=True)
-    path = folder / ADAPTER
-    adapters.save(path, adapter, cfg.model, base=base, base_name=cfg.train.init)
+    path, new = folder / ADAPTER, folder / f".{ADAPTER}.new"
+    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
+    name = Path(cfg.train.init).name  # not where it is on this machine
+    adapters.save(new, adapter, cfg.model, base=base, base_name=name)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    new.rename(path)
     return path

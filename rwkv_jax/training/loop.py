@@ -20,7 +20,7 @@ from rich.console import Console
 
 from rwkv_jax import console as show
 from rwkv_jax import sharding
-from rwkv_jax.checkpoint.store import CHECKPOINTS, Store, checksums_of, versions
+from rwkv_jax.checkpoint.store import CHECKPOINTS, Store, checksums_of, load_saved, versions
 from rwkv_jax.config import Config
 from rwkv_jax.data.loader import prefetched
 from rwkv_jax.data.sources import open_data
@@ -341,6 +341,19 @@ def _answers(run: Run, settings: bits.Settings) -> dict[str, tasks.Result]:
     }
 
 
+def _export(run: Run) -> None:
+    """Writes what was tuned for others to read: the best that was kept, or the last step's."""
+    setup, step, tuned = run.setup, run.step, run.state.change
+    tuned = tuned if setup.mesh is None else gather_to_host(tuned)
+    if setup.cfg.train.keep_best and run.best.step and jax.process_count() == 1:
+        step = run.best.step
+        kept = load_saved(setup.folder / CHECKPOINTS / str(step))
+        tuned = dataclasses.replace(run.state, params=kept.params).change
+    with writing(setup.folder):
+        path = hosts.run_on_primary(export, setup.folder, setup.cfg, tuned, run.base)
+    run.report.ticker.line(f"what step {step:,} has tuned, for other programs: {path}")
+
+
 def _finish(run: Run, console: Console) -> None:
     """Evaluates on all held-out text, beside compressors, and prints a summary and a sample."""
     setup, report = run.setup, run.report
@@ -367,11 +380,7 @@ def _finish(run: Run, console: Console) -> None:
     with writing(setup.folder):
         report.curve()
     if run.state.base is not None:
-        tuned = run.state.change
-        tuned = tuned if setup.mesh is None else gather_to_host(tuned)
-        if hosts.is_primary():
-            path = export(setup.folder, setup.cfg, tuned, run.base)
-            report.ticker.line(f"what was tuned, as others read it: {path}")
+        _export(run)
     if setup.cfg.sample.tokens:
         # The parameters alone: decoding makes a copy of them, in place of the moments.
         params, run.state = _merged(run), None  # pyright: ignore[reportAttributeAccessIssue]

@@ -63,7 +63,7 @@ def trained_by(cfg: Config) -> Trainable:
     parts, freeze = specs(cfg), cfg.train.freeze
     leaves, tree = jax.tree.flatten(parts, is_leaf=is_spec)
     names = _names(cfg, parts)
-    every = [name for some in names for name in some]
+    every = [name for some in names for name in some if name]
     for pattern in freeze:
         if not any(map(partial(_matches, pattern), every)):
             near = get_close_matches(pattern, every, n=1) or [every[0]]

@@ -110,7 +110,8 @@ def test_a_state_is_tuned_and_read_back(version, weights, tmp_path):
         weights = tmp_path / "base.pth"
         noisy = [x + 0.05 * y for x, y in zip(leaves, noise, strict=True)]
         rwkv.save(weights, tree.unflatten(noisy), cfg)
-    options = {"tune.method": "state", "optimizer.peak_lr": 0.1, "train.steps": 6}
+    options = {"tune.method": "state", "tune.rank": 16, "optimizer.peak_lr": 0.1}
+    options |= {"train.steps": 6}
     folder = run(tmp_path / "a", weights, **options, **{"train.remat": "block"})
     state = load_saved(folder).params.state
     assert float(np.abs(state).min(axis=(1, 2, 3)).max()) > 0
@@ -173,7 +174,9 @@ def test_other_weights_or_none_are_refused(whole, weights, tmp_path):
     stated = folder / "run" / "config.toml"
     text = stated.read_text().replace(str(whole.parent), str(folder))
     stated.write_text(text.replace(str(weights), str(mine)))
-    with pytest.raises(UserError, match=r"mine.pth: the weights that the run tunes are gone"):
+    with pytest.raises(
+        UserError, match=r"mine.pth: the weights that .* are not there \(looked for /"
+    ):
         load_run(folder / "run")
     params, cfg = rwkv.load(weights)
     rwkv.save(mine, jax.tree.map(lambda x: x * 2, params), cfg)
@@ -189,6 +192,8 @@ def test_other_weights_or_none_are_refused(whole, weights, tmp_path):
         ({"train.init": ""}, r'tune.method = "lora" tunes a model: name it in train.init'),
         ({"tune.targets": "att.kex"}, "tune.targets: nothing is called 'att.kex'"),
         ({"tune.layers": "2:9"}, "tune.layers = 2:9: the model has layers 0 to 1"),
+        ({"tune.layers": "-:"}, "tune.layers = .-:.: two numbers with a colon"),
+        ({"tune.method": "full"}, 'tune.rank = 4: has no effect with tune.method = "full"'),
         ({"tune.layers": "2"}, "tune.layers = .2.: two numbers with a colon"),
         ({"tune.targets": ""}, "tune.targets is empty"),
         ({"train.freeze": "blocks.*"}, "leaves nothing to train"),
@@ -212,6 +217,18 @@ def test_some_layers_and_parameters_besides(weights, tmp_path):
     before, _ = rwkv.load(weights, dtype="float32")
     for path, value in params.whole.items():
         assert (value != tuning.get(before, path)).any(), path
+
+
+def test_muon_trains_the_factors(weights, whole, tmp_path):
+    """As it does matrices: other numbers than AdamW's, of which none is left behind."""
+    options = {"optimizer.name": "muon", "train.steps": 2}
+    found = load_saved(run(tmp_path / "a", weights, **options)).params
+    for path, change in found.low_rank.items():
+        rms = float(jnp.sqrt(jnp.mean(jnp.square(change.up))))
+        assert 1e-3 < rms < 2e-2, path
+        # An orthogonal update: its singular values are alike, those of AdamW's are not.
+        values = jnp.linalg.svd(change.up, compute_uv=False)
+        assert float(values.min() / values.max()) > 0.1, path
 
 
 def tuned(mesh, version="7", **tune):
