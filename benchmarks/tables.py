@@ -305,6 +305,25 @@ def by_kind(kernels: list[dict]) -> str:
     return table(columns, rows)
 
 
+def style() -> str:
+    """What tuning does to bits per byte, of the style and off it."""
+    rows = [
+        [
+            {"full": "full fine-tuning", "lora": "LoRA, rank 8", "state": "state tuning"}[
+                x["method"]
+            ],
+            f"{x['rate']:g}",
+            f"{x['trained']:,}",
+            *(f"{x['before'][of]:.3f} -> {x['after'][of]:.3f}" for of in ("style", "unseen")),
+            f"{x['cpu']:.0f}",
+            f"{x['anonymous'] / MIB:,.0f}",
+        ]
+        for x in results("style")["runs"].values()
+    ]
+    columns = ["", "rate", "trained", "tests", "other modules", "CPU seconds", "peak MiB"]
+    return table(columns, rows)
+
+
 def tokenizing() -> str:
     """MB of text a second, of the command and of packages that only encode."""
     found = results("tokenize")
@@ -386,6 +405,7 @@ TABLES = {
         schedule_gpus,
         schedule_h100,
         schedule_hopper,
+        style,
         tokenizing,
         feeding,
         plans,
