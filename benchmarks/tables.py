@@ -324,6 +324,22 @@ def style() -> str:
     return table(columns, rows)
 
 
+def tuning() -> str:
+    """Time and memory of a step that tunes, of a full step's."""
+    rows = [
+        [
+            f"{shape}: {name}",
+            f"{x['trained']:,}",
+            spread(x["of_full"]),
+            f"{x['bytes'] / MIB:,.0f}",
+            f"{x['bytes_of_full']:.2f}",
+        ]
+        for shape, found in results("tuning")["found"].items()
+        for name, x in found.items()
+    ]
+    return table(["", "trained", "time of a full step's", "MiB", "of a full step's"], rows)
+
+
 def tokenizing() -> str:
     """MB of text a second, of the command and of packages that only encode."""
     found = results("tokenize")
@@ -406,6 +422,7 @@ TABLES = {
         schedule_h100,
         schedule_hopper,
         style,
+        tuning,
         tokenizing,
         feeding,
         plans,
