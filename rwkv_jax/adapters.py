@@ -9,9 +9,6 @@ An adapter is a value, `Adapter`: see `rwkv_jax.tuning`.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
-
-import numpy as np
 
 from rwkv_jax import tuning
 from rwkv_jax.checkpoint.adapters import AdapterInfo, load, save
@@ -38,8 +35,7 @@ def init(
     """An adapter that changes nothing yet, float32; the arguments are those of `[tune]` in a run's
     config, and `params` the model's, which `also` starts from.
 
-    In layers that are left out both factors are zero, so that their gradients are too. Raises
-    UserError for a target or layers that are not in the model, ValueError without `params`.
+    Raises UserError for a target or layers that are not in the model, and without `params`.
     """
     tune = TuneConfig(
         method="lora",
@@ -51,12 +47,6 @@ def init(
         also=list(also),
     )
     try:
-        chosen = tuning.tuned_layers(cfg, tune)
-        adapter = tuning.init(cfg, key, tune, params)
+        return tuning.init(cfg, key, tune, params)
     except ValueError as error:
         raise UserError(str(error).replace("tune.", "")) from None
-    if len(chosen) == cfg.layers:
-        return adapter
-    mask = np.isin(np.arange(cfg.layers), chosen).astype(np.float32)[:, None, None]
-    kept = {path: replace(x, down=x.down * mask) for path, x in adapter.low_rank.items()}
-    return replace(adapter, low_rank=kept)

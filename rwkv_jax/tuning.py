@@ -151,7 +151,8 @@ def init(
     shardings: Adapter | None = None,
 ) -> Adapter[Array]:
     """An adapter that changes nothing yet, float32. `params` are those of the model, whose numbers
-    `whole` starts from; only `tune.also` needs them. `shardings` places the rest."""
+    `whole` starts from; only `tune.also` needs them. `shardings` places the rest. In layers that
+    `tune.layers` leaves out both factors are zero, so that their gradients are too."""
     table = specs(cfg, tune)
     if table.whole and params is None:
         raise ValueError(
@@ -161,7 +162,13 @@ def init(
     if shardings is not None:
         fresh = jax.jit(fresh, out_shardings=replace(shardings, whole={}))
     copied = jax.jit(lambda x: jnp.copy(wide(x)))
-    return replace(fresh(key), whole={path: copied(get(params, path)) for path in table.whole})
+    adapter = replace(fresh(key), whole={path: copied(get(params, path)) for path in table.whole})
+    chosen = tuned_layers(cfg, tune)
+    if len(chosen) == cfg.layers:
+        return adapter
+    mask = jnp.isin(jnp.arange(cfg.layers), jnp.array(chosen)).astype(jnp.float32)[:, None, None]
+    kept = {path: replace(x, down=x.down * mask) for path, x in adapter.low_rank.items()}
+    return replace(adapter, low_rank=kept)
 
 
 def wide(x: Array) -> Array:

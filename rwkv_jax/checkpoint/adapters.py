@@ -130,10 +130,6 @@ def _load_run(path: Path, cfg: ModelConfig | None) -> tuple[Adapter[Array], Adap
             f" {model.width}, not of RWKV-{cfg.version}, {cfg.layers} of {cfg.width}; give its own"
         )
     layers, adapter = tuning.tuned_layers(model, tune), saved.params
-    mask = np.isin(np.arange(model.layers), layers).astype(np.float32)[:, None, None]
-    if len(layers) < model.layers:  # what the others started from is of no use
-        kept = {path: replace(x, down=x.down * mask) for path, x in adapter.low_rank.items()}
-        adapter = replace(adapter, low_rank=kept)
     names = (*adapter.low_rank, *adapter.whole)
     low_rank = sum(x.down[0].size + x.up[0].size for x in adapter.low_rank.values())
     info = AdapterInfo(

@@ -128,6 +128,10 @@ class Changes:
     def show(self, console: "Console", lost: bool) -> None:
         """A row for each target: its change over all layers, and in the layers where it is the
         least and the most; with what is `lost`, if asked."""
+        from rich import box
+
+        from rwkv_jax.console import numbers
+
         rows = []
         for target, norms in self.by_target().items():
             total, each = _sum(norms), [x.relative for x in norms]
@@ -137,10 +141,6 @@ class Changes:
         titles = ("target", "tensors", "change", "least", "most", *(["lost"] if lost else []))
         console.print("\n[italic]norm of the change over that of the tensor[/]\n", highlight=False)
         style = {"padding": (0, 1, 0, 0), "pad_edge": False, "show_edge": False}
-        from rich import box
-
-        from rwkv_jax.console import numbers
-
         numbers(console, titles, rows, box=box.SIMPLE_HEAD, **style)
 
 
@@ -167,11 +167,11 @@ def _sum(norms: Any) -> Norms:
 
 def show_info(console: "Console", info: "AdapterInfo") -> None:
     """What the file of an adapter says of it."""
+    from rwkv_jax.console import header
+
     alpha = "" if info.alpha is None else f"{info.alpha:g}"
     if info.method == "lora" and info.rank and not alpha:
         alpha = "not in the file; --alpha says it"
-    from rwkv_jax.console import header
-
     header(
         console,
         "",

@@ -342,13 +342,17 @@ def _answers(run: Run, settings: bits.Settings) -> dict[str, tasks.Result]:
 
 
 def _export(run: Run) -> None:
-    """Writes what was tuned for others to read: the best that was kept, or the last step's."""
-    setup, step, tuned = run.setup, run.step, run.state.change
-    tuned = tuned if setup.mesh is None else gather_to_host(tuned)
+    """Writes what was tuned for others to read: the best that was kept (by a single process), or
+    the last step's."""
+    setup, step, state = run.setup, run.step, run.state
     if setup.cfg.train.keep_best and run.best.step and jax.process_count() == 1:
         step = run.best.step
-        kept = load_saved(setup.folder / CHECKPOINTS / str(step))
-        tuned = dataclasses.replace(run.state, params=kept.params).change
+        kept = load_saved(setup.folder / CHECKPOINTS / str(step)).params
+        place = lambda x, like: jax.device_put(x, like.sharding)  # noqa: E731
+        state = dataclasses.replace(state, params=jax.tree.map(place, kept, state.params))
+    with sharding.use_mesh(setup.mesh):
+        tuned = state.change
+    tuned = tuned if setup.mesh is None else gather_to_host(tuned)
     with writing(setup.folder):
         path = hosts.run_on_primary(export, setup.folder, setup.cfg, tuned, run.base)
     run.report.ticker.line(f"what step {step:,} has tuned, for other programs: {path}")

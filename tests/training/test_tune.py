@@ -23,6 +23,7 @@ from rwkv_jax.checkpoint.weights import load_run
 from rwkv_jax.config import MeshConfig, ModelConfig, TuneConfig
 from rwkv_jax.errors import UserError
 from rwkv_jax.toml import load_stated
+from rwkv_jax.training import loop
 from rwkv_jax.training.loop import train
 from rwkv_jax.training.mesh import LocalRows, make_mesh
 from rwkv_jax.training.report import Report
@@ -217,6 +218,23 @@ def test_some_layers_and_parameters_besides(weights, tmp_path):
     before, _ = rwkv.load(weights, dtype="float32")
     for path, value in params.whole.items():
         assert (value != tuning.get(before, path)).any(), path
+
+
+def test_the_best_is_exported(weights, tmp_path, monkeypatch):
+    """Here that of step 4, over the last one."""
+    monkeypatch.setattr(loop.Best, "add", best_at_4)
+    options = {"train.keep_best": "true", "train.eval_every": 4, "train.steps": 6}
+    folder = run(tmp_path / "a", weights, **options)
+    adapter, _ = rwkv.adapters.load(folder / "adapter", rwkv.load(weights)[1])
+    equal(adapter, load_saved(folder / CHECKPOINTS / "4").params)
+    assert "what step 4 has tuned" in (tmp_path / "a" / "stdout").read_text()
+
+
+def best_at_4(best, step, value):
+    best.count += 1
+    if step == 4:
+        best.step, best.value = step, value
+    return step == 4
 
 
 def test_muon_trains_the_factors(weights, whole, tmp_path):
